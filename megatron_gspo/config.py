@@ -1,0 +1,430 @@
+"""The whole configuration: one validated tree, read from TOML, that imports no torch.
+
+``load(path, overrides)`` reads a file and applies ``section.key=value`` overrides. Each field's docstring says what it
+means and in which unit. An unknown key, a value out of range or two settings that contradict each other raise
+``ConfigError`` (``LayoutError`` for layouts) with one line that shows the values.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_gspo.algorithm.catalog import LOSSES
+from megatron_gspo.errors import ConfigError, LayoutError
+
+WIDE_CLIP = 0.05
+"""A sequence-ratio clip range above this needs ``allow_wide_clip``: it is what PPO uses for single tokens, and s_i,
+a geometric mean over the response, hardly ever leaves it, so nothing would be clipped."""
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The policy that is trained."""
+
+    path: str
+    """Hugging Face directory (``config.json``, safetensors, tokenizer) that training starts from."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Parameters and activations. float64 is for proofs on a CPU."""
+    logprob_chunk: Positive = 1024
+    """Tokens whose logits exist at one time while logprobs are computed (per tensor rank group)."""
+    recompute: Literal["off", "full"] = "off"
+    """Activation recompute: "full" keeps only each layer's input and runs the layer again in backward."""
+
+
+class AlgorithmConfig(Section):
+    """The objective."""
+
+    name: Literal["gspo", "gspo-token", "grpo", "ppo", "sft"] = "gspo"
+    """A loss of ``algorithm/catalog.py``, or "sft" for supervised fine-tuning on the prompts' completions."""
+    clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """The ratio is clipped below at 1 - clip_low; the loss's own default when absent (3e-4 for GSPO)."""
+    clip_high: PositiveFloat | None = None
+    """The ratio is clipped above at 1 + clip_high; the loss's own default when absent (4e-4 for GSPO)."""
+    allow_wide_clip: bool = False
+    """Permits a sequence-ratio clip range above 0.05, where GSPO hardly ever clips."""
+    aggregation: Literal["paper", "token-mean", "token-sum"] = "paper"
+    """How a mini-batch's tokens are weighted. "paper": prompt 1/P, response 1/G, token 1/|y|. "token-mean": every
+    response token alike (DAPO). "token-sum": 1/P, 1/G, token 1/max_response_tokens (Dr.GRPO). Token-ratio losses and
+    gspo-token take any; gspo only "paper", since its loss has no token terms."""
+    kl_loss_coef: NonNegativeFloat = 0.0
+    """Weight of the k3 estimate of KL(new || reference) in the loss."""
+    kl_reward_coef: NonNegativeFloat = 0.0
+    """Weight of the per-response k1 estimate of KL(rollout || reference) taken off the reward."""
+
+    def clip_range(self) -> tuple[float, float]:
+        """(clip_low, clip_high), with the loss's defaults filled in."""
+        entry = LOSSES[self.name]
+        low = entry.clip_low if self.clip_low is None else self.clip_low
+        high = entry.clip_high if self.clip_high is None else self.clip_high
+        return low, high
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.kl_loss_coef > 0 or self.kl_reward_coef > 0
+
+    @model_validator(mode="after")
+    def _check(self) -> AlgorithmConfig:
+        if self.name == "sft":
+            return self
+        low, high = self.clip_range()
+        if LOSSES[self.name].ratio == "sequence" and max(low, high) > WIDE_CLIP and not self.allow_wide_clip:
+            raise ValueError(
+                f"clip_low = {low:g}, clip_high = {high:g} is a range for token ratios; {self.name} clips the sequence "
+                f"ratio s_i, whose defaults are 0.0003 and 0.0004: use those, or set algorithm.allow_wide_clip = true"
+            )
+        if self.name == "gspo" and self.aggregation != "paper":
+            raise ValueError(
+                f'aggregation = "{self.aggregation}" weights tokens, and gspo has one term a sequence: use "paper", '
+                f'or name = "gspo-token"'
+            )
+        return self
+
+
+class ParallelConfig(Section):
+    """How the model is laid out over ranks: world = tensor x pipeline x context x data."""
+
+    tensor: Positive = 1
+    """Tensor-parallel ranks; sequence parallelism is on whenever this is above 1."""
+    pipeline: Positive = 1
+    """Pipeline stages."""
+    virtual_pipeline: Positive = 1
+    """Virtual stages a pipeline rank."""
+    context: Positive = 1
+    """Context-parallel ranks."""
+    expert: Positive = 1
+    """Expert-parallel ranks: each holds 1/expert of the experts. Drawn from tensor x context x data."""
+    expert_tensor: Positive = 1
+    """Tensor-parallel ranks within an expert."""
+    data: Positive | None = None
+    """Data-parallel ranks. Absent: what is left of the world under torchrun, else the fewest that hold the experts."""
+
+    def world_size(self) -> int:
+        """Ranks that this layout needs when it starts by itself."""
+        return self.tensor * self.pipeline * self.context * self.data_size()
+
+    def data_size(self, world_size: int | None = None) -> int:
+        """Data-parallel ranks, for ``world_size`` ranks or for the smallest world that fits.
+
+        Raises LayoutError, showing the product, when it does not multiply out.
+        """
+        model = self.tensor * self.pipeline * self.context
+        text = f"tensor {self.tensor} x pipeline {self.pipeline} x context {self.context}"
+        experts = self.expert * self.expert_tensor
+        dense = self.tensor * self.context
+        if self.data is not None:
+            data = self.data
+        elif world_size is not None:
+            data = max(1, world_size // model)
+        else:
+            data = next(d for d in range(1, experts + 1) if (dense * d) % experts == 0)
+        if world_size is not None and model * data != world_size:
+            raise LayoutError(f"{text} x data {data} = {model * data} ranks, but the world has {world_size}")
+        if (dense * data) % experts:
+            raise LayoutError(
+                f"expert {self.expert} x expert_tensor {self.expert_tensor} = {experts} does not divide "
+                f"tensor {self.tensor} x context {self.context} x data {data} = {dense * data}"
+            )
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        for name in ("virtual_pipeline", "context", "expert_tensor"):
+            if getattr(self, name) != 1:
+                raise LayoutError(f"{name} = {getattr(self, name)} is not supported yet: set parallel.{name} = 1")
+        self.data_size()
+        return self
+
+
+class TrainConfig(Section):
+    """The outer loop."""
+
+    run_dir: str
+    """Where the run writes; must not exist unless ``overwrite``."""
+    overwrite: bool = False
+    """Replaces an existing run directory."""
+    outer_steps: Positive = 100
+    """Rollout-train-sync rounds; for sft, optimizer steps."""
+    prompts_per_step: Positive = 16
+    """Prompts P an outer step, over all ranks; for sft, examples an optimizer step."""
+    minibatches: Positive = 4
+    """Optimizer steps an outer step; each takes prompts_per_step / minibatches whole groups."""
+    microbatch_tokens: Positive = 4096
+    """Token budget of a packed micro-batch (prompt and response). Memory, not mathematics: it cannot change a step."""
+    seed: int = 0
+    """Seeds data order, rollouts and whatever else is drawn."""
+    deterministic: bool = False
+    """torch deterministic algorithms (always so on a CPU)."""
+    noise_floor_every: Annotated[int, Field(ge=0)] = 10
+    """Outer steps between measurements of the numerical noise in log s_i; 0 never."""
+    save_rollouts: Annotated[int, Field(ge=0)] = 8
+    """Responses of an outer step kept in ``rollouts/`` for reading; 0 keeps none."""
+    save_hf: bool = True
+    """Writes a Hugging Face directory at the end, beside the checkpoint."""
+    tensorboard: bool = True
+    """Writes TensorBoard events."""
+    wandb: bool = False
+    """Also logs to Weights & Biases (the ``wandb`` extra)."""
+
+
+class OptimizerConfig(Section):
+    """AdamW under Megatron's distributed optimizer."""
+
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat = 0.0
+    """Floor of a decaying schedule."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after warm-up, over the run's optimizer steps."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of linear warm-up from 0."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
+    """Adam's decay rates."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay; norms and biases are exempt."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 never."""
+
+
+class RolloutConfig(Section):
+    """Sampling from the inference engine."""
+
+    engine: Literal["sglang"] = "sglang"
+    servers: tuple[str, ...] = ()
+    """Base URLs of running servers. Empty: ``local_servers`` are started and stopped with the run."""
+    local_servers: Positive = 1
+    """Servers to start on this machine when ``servers`` is empty."""
+    server_python: str = ""
+    """Python of the environment that holds sglang; found at ``.venv-sglang/bin/python`` (in the working directory or
+    the checkout) or in $MEGATRON_GSPO_SGLANG_PYTHON when empty."""
+    server_args: tuple[str, ...] = ()
+    """More arguments for each local server, after those that the launcher chooses for CPU or GPU."""
+    server_start_s: PositiveFloat = 300.0
+    """Seconds a local server may take until it is healthy."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Responses G a prompt."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the trainer's logprobs and entropy use the same."""
+    top_p: float = 1.0
+    """Only 1 is accepted: the engine returns logprobs that are not renormalised over the kept tokens."""
+    top_k: int = -1
+    """Only -1 is accepted, for the same reason."""
+    min_p: float = 0.0
+    """Only 0 is accepted, for the same reason."""
+    max_prompt_tokens: Positive = 1024
+    """Longer prompts are an error, or are skipped and counted when ``data.skip_bad`` is set."""
+    max_response_tokens: Positive = 1024
+    """Longer responses are cut: ``finish_reason`` "length"."""
+    concurrency: Positive = 64
+    """Prompts in flight a data-parallel leader."""
+    timeout_s: PositiveFloat = 600.0
+    """Seconds until a request that has not answered is given up."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """Further tries after a connection failure, a 5xx answer or an abort; each with the same seed."""
+    seeded: bool | None = None
+    """Repeatable sampling: seed = hash(run seed, outer step, prompt, sample). Absent: on a CPU engine yes, on a GPU no."""
+    on_truncated: Literal["keep", "drop", "zero"] = "keep"
+    """Truncated responses: keep their reward, drop them, or keep them with reward 0."""
+    on_mixed_version: Literal["drop", "keep", "error"] = "drop"
+    """Responses whose tokens come from more than one weight version."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutConfig:
+        for name, only in (("top_p", 1.0), ("top_k", -1), ("min_p", 0.0)):
+            value = getattr(self, name)
+            if value != only:
+                raise ValueError(
+                    f"{name} = {value:g}: training needs the logprobs of the distribution that was sampled, and the "
+                    f"engine returns untruncated ones; remove it (only {only:g} is accepted)"
+                )
+        return self
+
+
+class SyncConfig(Section):
+    """How new weights reach the rollout servers."""
+
+    method: Literal["disk", "tensor"] = "tensor"
+    """"disk": safetensors through a directory that servers can read; "tensor": over HTTP in an update session."""
+    directory: str = "/dev/shm"
+    """Parent directory of the files of "disk"; each sync removes the one before."""
+    bucket_mb: Positive = 64
+    """Megabytes of tensors a request of "tensor", or a file of "disk"."""
+
+
+class DataConfig(Section):
+    """Prompts."""
+
+    path: str
+    """JSONL or Parquet file of training prompts."""
+    eval_path: str = ""
+    """Held-out prompts; empty: no evaluation."""
+    format: Literal["prompts", "gsm8k"] = "prompts"
+    """"prompts": fields ``prompt`` (text or chat messages), ``answer``, optional ``id`` and metadata; "gsm8k": the
+    dataset's own ``question`` and ``answer``."""
+    chat_template: bool = True
+    """Renders prompts with the tokenizer's chat template when it has one; chat messages need it."""
+    shuffle: bool = True
+    """A new deterministic order every epoch, from ``train.seed``."""
+    skip_bad: bool = False
+    """Skips and counts malformed lines and over-long prompts instead of stopping."""
+    limit: Positive | None = None
+    """Reads at most this many training prompts."""
+
+
+class RewardConfig(Section):
+    """The reward function."""
+
+    function: str = "exact"
+    """A built-in name ("exact", "arithmetic", "gsm8k") or ``package.module:function``."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments bound to the function."""
+    timeout_s: PositiveFloat = 30.0
+    """Seconds a call may take."""
+    concurrency: Positive = 64
+    """Asynchronous calls in flight."""
+
+
+class EvalConfig(Section):
+    """Evaluation on held-out prompts during training."""
+
+    every: Annotated[int, Field(ge=0)] = 10
+    """Outer steps between evaluations; the first is before any training; 0 never."""
+    prompts: Positive = 512
+    """Prompts used: the first ones of ``data.eval_path``."""
+    greedy: bool = True
+    """Also evaluates at temperature 0 (``eval/greedy_accuracy``)."""
+
+
+class ReplayConfig(Section):
+    """Routing Replay for mixture-of-experts models."""
+
+    mode: Literal["off", "r2", "r3"] = "off"
+    """"r2" replays the routes of the pi_old pass, "r3" those of the engine."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ReplayConfig:
+        if self.mode != "off":
+            raise ValueError(f'mode = "{self.mode}" is not supported yet: set replay.mode = "off"')
+        return self
+
+
+class RunConfig(Section):
+    """The root: one section a concern."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sync: SyncConfig = SyncConfig()
+    reward: RewardConfig = RewardConfig()
+    eval: EvalConfig = EvalConfig()
+    replay: ReplayConfig = ReplayConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        prompts, minibatches = self.train.prompts_per_step, self.train.minibatches
+        if self.algorithm.name != "sft" and prompts % minibatches:
+            raise ValueError(
+                f"train.prompts_per_step = {prompts} is not a multiple of train.minibatches = {minibatches}: "
+                f"a mini-batch is made of whole groups ({prompts} / {minibatches} = {prompts / minibatches:g})"
+            )
+        return self
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a TOML file, applies ``section.key=value`` overrides and validates the whole.
+
+    Relative paths are left as they are: they are relative to the working directory.
+    Raises ConfigError (or LayoutError) with one line.
+    """
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse(tree, source=str(path))
+
+
+def parse(tree: dict[str, Any], source: str = "configuration") -> RunConfig:
+    """Validates a tree of plain values. Raises ConfigError naming ``source`` and the first setting that is wrong."""
+    try:
+        return RunConfig.model_validate(tree)
+    except LayoutError as error:
+        raise LayoutError(f"{source}: parallel: {error}") from None
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_first_problem(error)}") from None
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved configuration as TOML; ``load`` reads it back to an equal one."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and section and name):
+        raise ConfigError(f"{override!r} is not an override: write section.key=value, as in train.seed=1")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # an unquoted string: rollout.engine=sglang
+    *parents, leaf = name.split(".")
+    node = tree.setdefault(section, {})
+    for parent in parents:
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        raise ConfigError(f"{override!r}: {section} is not a section of settings")
+    node[leaf] = value
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One line of the first problem; the rest are counted."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        text = f"unknown setting {where}{_did_you_mean(first['loc'])}"
+    elif first["type"] == "missing":
+        text = f"{where} is missing"
+    elif first["type"] == "value_error":
+        text = f"{where}: {first['ctx']['error']}" if where else str(first["ctx"]["error"])
+    else:
+        text = f"{where} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    more = len(problems) - 1
+    return text + (f" (and {more} more)" if more else "")
+
+
+def _did_you_mean(location: tuple[int | str, ...]) -> str:
+    import difflib
+
+    fields = RunConfig.model_fields
+    if len(location) > 1:
+        section = fields[str(location[0])].annotation
+        fields = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
+    close = difflib.get_close_matches(str(location[-1]), fields, n=1)
+    if close:
+        return f" (did you mean {'.'.join([*map(str, location[:-1]), close[0]])}?)"
+    return f" (known: {', '.join(fields)})"

@@ -1,0 +1,115 @@
+"""Hugging Face directories of safetensors: reading single tensors, writing shard by shard."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_gspo.errors import WeightError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""Files that travel with the weights when a directory is written from another."""
+
+
+class HfReader:
+    """Reads tensors of a Hugging Face directory by name, through memory maps, a file opened once."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._files = self._locate()
+        self._open: dict[Path, safe_open] = {}
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU, in its stored dtype. Raises WeightError naming the file and the tensor."""
+        if name not in self._files:
+            raise WeightError(f"{self.directory}: no tensor {name} in its {len(self._files)} tensors")
+        path = self._files[name]
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt", device="cpu")
+            return self._open[path].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise WeightError(f"{path}: {name}: {error}") from None
+
+    def _locate(self) -> dict[str, Path]:
+        index, single = self.directory / INDEX, self.directory / SINGLE
+        if index.exists():
+            try:
+                table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise WeightError(f"{index}: {error!r}") from None
+            return {name: self.directory / file for name, file in table.items()}
+        if not single.exists():
+            raise WeightError(f"{self.directory}: neither {INDEX} nor {SINGLE}: not a Hugging Face directory")
+        try:
+            with safe_open(single, framework="pt", device="cpu") as file:
+                return dict.fromkeys(file.keys(), single)
+        except (SafetensorError, OSError) as error:
+            raise WeightError(f"{single}: {error}") from None
+
+
+def buckets(
+    tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Groups a stream of named tensors into dictionaries of at most ``max_bytes`` (or one larger tensor)."""
+    bucket: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if bucket and size + tensor.nbytes > max_bytes:
+            yield bucket
+            bucket, size = {}, 0
+        bucket[name] = tensor
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def write_shards(
+    directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, owner: int, max_bytes: int
+) -> dict[str, str]:
+    """Writes this owner's tensors as shards of at most ``max_bytes``; returns {tensor name: file name}."""
+    weight_map: dict[str, str] = {}
+    for number, bucket in enumerate(buckets(tensors, max_bytes)):
+        file = f"model-{owner:05d}-{number:05d}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in bucket.items()}, directory / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(bucket, file)
+    return weight_map
+
+
+def write_index(directory: Path, weight_map: dict[str, str]) -> None:
+    """Writes the index that makes the shards one model."""
+    total = sum((directory / file).stat().st_size for file in set(weight_map.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copies configuration, tokenizer and generation files."""
+    for name in COMPANIONS:
+        if (source / name).exists():
+            shutil.copyfile(source / name, directory / name)

@@ -1,0 +1,52 @@
+"""What a model family is: how its configuration and its weights read in Megatron's terms.
+
+A family is one file that builds a ``Family`` and one entry in ``FAMILIES`` of ``hf/catalog.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_gspo.hf.weights import WeightRule
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model in Megatron's terms, read from a Hugging Face ``config.json``."""
+
+    architecture: str
+    """Hugging Face class name."""
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    """Rows of the Hugging Face embedding; rows that a layout pads on top are masked out of every softmax."""
+    num_attention_heads: int
+    num_query_groups: int
+    """Key-value heads."""
+    head_dim: int
+    ffn_hidden_size: int
+    """Of a dense layer."""
+    num_experts: int
+    """0 for a dense model."""
+    top_k: int
+    expert_hidden_size: int
+    moe_layers: tuple[bool, ...]
+    """[L]: whether each layer is a mixture of experts."""
+    rotary_base: float
+    norm_epsilon: float
+    tied_embeddings: bool
+    max_positions: int
+    megatron: dict[str, Any]
+    """Further ``TransformerConfig`` settings of the family (router, qk-norm, activation)."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One Hugging Face architecture."""
+
+    architecture: str
+    shape: Callable[[dict[str, Any]], ModelShape]
+    """``config.json`` -> ModelShape; raises ConfigError for a feature that is not supported."""
+    rules: Callable[[ModelShape], Sequence[WeightRule]]

@@ -1,0 +1,158 @@
+"""What Megatron-Core asks of CUDA, answered by a process that has none.
+
+Megatron-Core runs on gloo and CPU tensors without a changed line, as long as the names in this file answer. They are
+replaced in the running process by ``install``, which is called once before the process groups are made and does
+nothing where CUDA is available. Each entry says who asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+_installed = False
+
+
+def install() -> None:
+    """Installs every stand-in of this file, once. Does nothing where CUDA is available."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    for name, replacement in _CUDA_NAMES.items():
+        setattr(torch.cuda, name, replacement)
+    for name in ("zeros", "ones", "empty", "tensor", "arange", "full"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign, assignment]
+    _install_in_megatron()
+
+
+class _Stream:
+    """A stream on which everything has already happened (the all-to-all token dispatcher makes a side stream)."""
+
+    def wait_stream(self, stream: _Stream) -> None: ...
+
+    def wait_event(self, event: _Event) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+
+class _Event:
+    """An event that has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, stream: _Stream | None = None) -> None: ...
+
+    def wait(self, stream: _Stream | None = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+_CPU_STREAM = _Stream()
+
+
+@contextlib.contextmanager
+def _stream(stream: _Stream | None) -> Iterator[None]:
+    yield
+
+
+def _new_stream(*args: Any, **kwargs: Any) -> _Stream:
+    return _CPU_STREAM
+
+
+_CUDA_NAMES: dict[str, Any] = {
+    "current_device": lambda: CPU,  # every buffer is made on torch.cuda.current_device()
+    "synchronize": lambda device=None: None,  # pipeline send and receive
+    "empty_cache": lambda: None,  # the optimizer's offload path
+    "current_stream": lambda device=None: _CPU_STREAM,  # token dispatcher, gradient buckets
+    "default_stream": lambda device=None: _CPU_STREAM,
+    "Stream": _new_stream,  # token dispatcher
+    "stream": _stream,
+    "Event": _Event,  # token dispatcher
+    "get_rng_state": lambda device="cuda": torch.get_rng_state(),  # random-state tracker, recompute
+    "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
+    "manual_seed": torch.manual_seed,
+}
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``device="cuda"`` means the CPU, and pinned memory does not exist (schedules, distributed optimizer, DDP)."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+_CUDA_TYPES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.float64: "torch.cuda.FloatTensor",  # the distributed optimizer knows no doubles; its fp32 branch keeps them
+    torch.float16: "torch.cuda.HalfTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+}
+
+
+def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The distributed optimizer and gradient clipping compare ``tensor.type()`` with the names of CUDA types."""
+
+    def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None and self.dtype in _CUDA_TYPES:
+            return _CUDA_TYPES[self.dtype]
+        return original(self) if dtype is None else original(self, dtype, *args, **kwargs)
+
+    return type_
+
+
+def _install_in_megatron() -> None:
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    # Recompute and the random-state tracker keep the "CUDA" generator's state: here it is the CPU's.
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # Never defined without Transformer Engine in 0.16.1; None selects the plain matmul.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        """A tensor that is on the CPU already stays a tensor there, but gloo's all_to_all_single wants numpy."""
+        if as_numpy and torch.is_tensor(tensor):
+            return tensor.numpy()
+        return move(tensor, as_numpy=as_numpy, record_stream=record_stream)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+@contextlib.contextmanager
+def keep_float64() -> Iterator[None]:
+    """Within it ``Tensor.float`` leaves float64 as it is: the distributed optimizer casts gradients with it."""
+    original = torch.Tensor.float
+
+    def float_(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self if self.dtype == torch.float64 else original(self, *args, **kwargs)
+
+    torch.Tensor.float = float_  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.float = original  # type: ignore[method-assign]

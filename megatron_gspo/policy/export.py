@@ -1,0 +1,63 @@
+"""The policy's weights and gradients in Hugging Face names, streamed: a gather over tensor ranks a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_gspo.hf.family import Family
+from megatron_gspo.hf.weights import put_together
+from megatron_gspo.parallel.exchange import gather_pieces
+from megatron_gspo.policy.model import PolicyModel
+
+
+def weight_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return parameter.data
+
+
+def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The accumulated gradient, in DDP's buffer; whole only after ``complete_gradients``."""
+    return parameter.main_grad  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def stream_tensors(
+    model: PolicyModel, family: Family, value: Callable[[torch.nn.Parameter], torch.Tensor] = weight_of
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, CPU tensor) on the rank that owns each tensor, nothing elsewhere; every rank must exhaust it.
+
+    The owner is the first of the ranks that hold the same parameter: tensor rank 0 of data rank 0 of its pipeline
+    stage, and for an expert, rank 0 of those that hold the same expert.
+    """
+    groups = model.groups
+    for parameter, named in model.rules(family):
+        if model.shape.tied_embeddings and named.hf_names == ("model.embed_tokens.weight",):
+            if not model.pre_process:
+                continue  # the tied head of a last stage is the embedding of the first
+        expert = named.rule.is_expert
+        tensor = groups.megatron.expt_tp if expert else groups.tensor
+        replicas = groups.expert_data if expert else groups.data
+        if replicas.rank() != 0:
+            continue  # all tensor ranks of a replica skip alike
+        for name, piece in zip(named.hf_names, named.rule.split(value(parameter)), strict=True):
+            pieces = [piece] if named.rule.cut == "whole" else gather_pieces(piece, tensor)
+            whole = put_together(pieces, named.rule.cut, model.shape.vocab_size)
+            if tensor.rank() == 0:
+                yield name, whole.to("cpu", copy=True).contiguous()  # never a view of live memory
+
+
+@torch.no_grad()
+def complete_gradients(ddp: DistributedDataParallel) -> None:
+    """Makes every rank's gradient buffers whole.
+
+    The distributed optimizer leaves each data-parallel rank with the reduced gradients of its own share of a bucket
+    and unreduced ones elsewhere; an all-gather of the shares puts the rest right.
+    """
+    for group in (*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups):
+        ranks = group.intra_distributed_optimizer_instance_group
+        for bucket in group.buckets:
+            share = bucket.grad_data.view(ranks.size(), -1)[ranks.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, share, group=ranks)

@@ -1,0 +1,123 @@
+"""Process groups, made once, in a frozen object whose every field is set.
+
+``make_groups`` is the only caller of Megatron's ``initialize_model_parallel``; everything else gets its groups from
+the object. None never stands for a group: torch reads None as the whole world.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_gspo.config import ParallelConfig
+from megatron_gspo.policy import cpu
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of one rank, and its place in each. Ranks are ordered tensor, context, data, pipeline."""
+
+    world: dist.ProcessGroup
+    tensor: dist.ProcessGroup
+    """Ranks that share each matrix of a layer (and, by sequence parallelism, the tokens between layers)."""
+    pipeline: dist.ProcessGroup
+    data: dist.ProcessGroup
+    """Ranks that hold the same part of the model and different sequences."""
+    expert: dist.ProcessGroup
+    expert_data: dist.ProcessGroup
+    """Ranks that hold the same experts."""
+    replica: dist.ProcessGroup
+    """tensor x pipeline: the ranks that see the same sequences; its first rank is the data-parallel leader."""
+    tensor_data: dist.ProcessGroup
+    """Ranks of one pipeline stage, across which per-token sums are completed."""
+    megatron: ProcessGroupCollection
+    """The same, as Megatron wants them."""
+
+    @property
+    def data_rank(self) -> int:
+        return self.data.rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.data.size()
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank fetches rollouts for its replica."""
+        return self.replica.rank() == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline.rank() == self.pipeline.size() - 1
+
+    @property
+    def leader_rank(self) -> int:
+        """Global rank of this replica's leader."""
+        return dist.get_global_rank(self.replica, 0)
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage of this rank's pipeline."""
+        return dist.get_global_rank(self.pipeline, self.pipeline.size() - 1)
+
+
+def device() -> torch.device:
+    """The device that this rank computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else cpu.CPU
+
+
+def start_distributed(timeout_s: float = 1800.0) -> None:
+    """Joins the world that torchrun describes: nccl with CUDA, gloo without. Does nothing when already joined."""
+    cpu.install()
+    if dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        import os
+
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+def make_groups(parallel: ParallelConfig) -> Groups:
+    """Makes the groups of a layout over the running world.
+
+    Raises LayoutError, showing the product, when the layout does not fill the world.
+    """
+    cpu.install()
+    parallel.data_size(dist.get_world_size())
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        create_gloo_process_groups=torch.cuda.is_available(),
+    )
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    return Groups(
+        world=dist.group.WORLD,
+        tensor=collection.tp,
+        pipeline=collection.pp,
+        data=collection.dp_cp,
+        expert=collection.ep,
+        expert_data=collection.expt_dp,
+        replica=collection.mp,
+        tensor_data=collection.tp_dp_cp,
+        megatron=collection,
+    )
+
+
+def destroy_groups() -> None:
+    """Ends the layout, so that another can be made over the same world (tests do)."""
+    parallel_state.destroy_model_parallel()

@@ -1,0 +1,233 @@
+"""A Hugging Face model as a Megatron ``GPTModel`` that ends in logprobs instead of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_gspo.config import ModelConfig
+from megatron_gspo.errors import WeightError
+from megatron_gspo.hf.checkpoint import HfReader
+from megatron_gspo.hf.family import Family, ModelShape
+from megatron_gspo.hf.weights import NamedRule, find_rule, padded_vocab_size, take_piece
+from megatron_gspo.parallel.logprobs import vocab_parallel_logprobs
+from megatron_gspo.policy.groups import Groups, device
+from megatron_gspo.policy.spec import block_spec
+from megatron_gspo.types import PackedBatch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class HiddenOutput(ColumnParallelLinear):
+    """An output layer that hands the hidden states through: logprobs take its weight, and no logits are made."""
+
+    def forward(  # type: ignore[override]
+        self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[torch.Tensor, None]:
+        return input_, None
+
+
+class PolicyModel(GPTModel):
+    """One pipeline stage of the policy. The last stage returns logprobs and entropies, others hidden states."""
+
+    def __init__(self, config: TransformerConfig, shape: ModelShape, groups: Groups, chunk: int) -> None:
+        offset = get_transformer_layer_offset(config, pp_rank=groups.pipeline.rank())
+        layers = config.num_layers // config.pipeline_model_parallel_size
+        super().__init__(
+            config=config,
+            transformer_layer_spec=block_spec(
+                list(shape.moe_layers[offset : offset + layers]), qk_layernorm=config.qk_layernorm
+            ),
+            vocab_size=padded_vocab_size(shape.vocab_size, groups.tensor.size()),
+            max_sequence_length=shape.max_positions,
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+            position_embedding_type="rope",
+            rotary_base=shape.rotary_base,  # type: ignore[arg-type]
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            pg_collection=groups.megatron,
+        )
+        if self.post_process:
+            self.output_layer.__class__ = HiddenOutput  # the same weight and sharding, another forward
+        self.shape, self.groups, self.chunk = shape, groups, chunk
+        self.layer_offset = offset
+
+    def logprobs(self, batch: PackedBatch, hidden_T1H: torch.Tensor, temperature: float) -> torch.Tensor:
+        """[2, T_local]: this tensor rank's slice of label logprobs and (without gradient) entropies."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logprobs, entropy = vocab_parallel_logprobs(
+            hidden_T1H,
+            self.output_layer.weight if weight is None else weight,
+            batch.labels_T,
+            group=self.groups.tensor,
+            vocab_size=self.shape.vocab_size,
+            temperature=temperature,
+            chunk=self.chunk,
+        )
+        return torch.stack([logprobs, entropy])
+
+    def forward(self, batch: PackedBatch, temperature: float = 1.0) -> torch.Tensor:  # type: ignore[override]
+        """Runs this stage on a packed micro-batch; the input of a later stage comes by ``set_input_tensor``."""
+        hidden = super().forward(
+            input_ids=batch.tokens_T[None],
+            position_ids=None,
+            attention_mask=None,
+            packed_seq_params=packed_sequence_params(batch),
+        )
+        if not self.post_process:
+            return hidden
+        # GPTModel ends in [1, T_local, H].
+        return self.logprobs(batch, hidden[0], temperature)
+
+    def rules(self, family: Family) -> Iterator[tuple[torch.nn.Parameter, NamedRule]]:
+        """Every parameter of this stage with its Hugging Face names, in an order that tensor ranks share."""
+        rules = family.rules(self.shape)
+        experts = self.shape.num_experts // self.groups.expert.size()
+        for name, parameter in self.named_parameters():
+            yield parameter, find_rule(rules, self._global_name(name, experts * self.groups.expert.rank()))
+
+    def _global_name(self, name: str, expert_offset: int) -> str:
+        """A local parameter name with its layer and expert numbered over all stages and expert ranks."""
+        parts = name.split(".")
+        for position, word in enumerate(parts[:-1]):
+            if word == "layers":
+                parts[position + 1] = str(int(parts[position + 1]) + self.layer_offset)
+            elif word == "local_experts":
+                parts[position + 1] = str(int(parts[position + 1]) + expert_offset)
+        return ".".join(parts)
+
+
+def packed_sequence_params(batch: PackedBatch) -> PackedSeqParams:
+    """THD parameters of a micro-batch.
+
+    ``max_seqlen`` is one more than the longest sequence: when it equals the end of the pack (one sequence),
+    Megatron numbers positions through the pack instead of within each sequence.
+    """
+    longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max()) + 1
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def transformer_config(model: ModelConfig, shape: ModelShape, groups: Groups) -> TransformerConfig:
+    """The shape and the layout as Megatron's configuration; everything that could change a step is named here."""
+    dtype = DTYPES[model.dtype]
+    tensor, pipeline = groups.tensor.size(), groups.pipeline.size()
+    moe = {} if not shape.num_experts else _moe_settings(model, shape)
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        layernorm_epsilon=shape.norm_epsilon,
+        normalization="RMSNorm",
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        # Dropout is 0.1 by default, and would make pi_old and pi_theta differ at equal weights.
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=tensor,
+        sequence_parallel=tensor > 1,
+        pipeline_model_parallel_size=pipeline,
+        expert_model_parallel_size=groups.expert.size(),
+        expert_tensor_parallel_size=groups.megatron.expt_tp.size(),
+        # Micro-batches are packs of uneven length: stages tell each other the shape.
+        variable_seq_lengths=True,
+        batch_p2p_comm=False,
+        # Each loss is a part of a globally normalised sum: nothing is divided by counts, micro-batches or ranks.
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        deterministic_mode=not torch.cuda.is_available(),
+        recompute_granularity="full" if model.recompute == "full" else None,
+        recompute_method="uniform" if model.recompute == "full" else None,
+        recompute_num_layers=1 if model.recompute == "full" else None,
+        **moe,
+        **{name: value for name, value in shape.megatron.items() if shape.num_experts or not name.startswith("moe_")},
+    )
+
+
+def _moe_settings(model: ModelConfig, shape: ModelShape) -> dict[str, object]:
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_router_topk": shape.top_k,
+        "moe_ffn_hidden_size": shape.expert_hidden_size,
+        "moe_layer_freq": [int(is_moe) for is_moe in shape.moe_layers],
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": False,
+        # Hugging Face configurations carry an auxiliary loss of 0.001; it would make a step depend on the layout.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_z_loss_coeff": None,
+        "moe_expert_capacity_factor": None,  # dropless
+        "moe_router_dtype": "fp64" if model.dtype == "float64" else "fp32",
+        "moe_router_fusion": False,
+        "moe_permute_fusion": False,
+    }
+
+
+def build_model(model: ModelConfig, family: Family, shape: ModelShape, groups: Groups) -> PolicyModel:
+    """This rank's stage, with uninitialised weights, on this rank's device."""
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)  # only dropout would draw, and there is none
+    config = transformer_config(model, shape, groups)
+    policy = PolicyModel(config, shape, groups, model.logprob_chunk).to(device())
+    _mark_parameters(policy, family)
+    return policy
+
+
+def _mark_parameters(policy: PolicyModel, family: Family) -> None:
+    """Sets what DDP and gradient clipping read off a parameter, and Megatron leaves out in two cases.
+
+    ``allreduce = False`` marks an expert. 0.16.1 sets it only at EP > 1; unmarked, DDP reduces experts over the wrong
+    ranks at TP > 1 and EP 1, and their gradients are silently wrong.
+    ``tensor_model_parallel`` marks a shard. Megatron sets it while it initialises weights, which we do not let it do;
+    unmarked, the gradient norm counts tensor rank 0 alone, and every clipped step is silently too long.
+    """
+    for parameter, named in policy.rules(family):
+        if named.rule.is_expert:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+        if named.rule.cut != "whole":
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            parameter.partition_dim = 1 if named.rule.cut == "columns" else 0  # type: ignore[attr-defined]
+            parameter.partition_stride = 1  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def load_weights(policy: PolicyModel, family: Family, reader: HfReader) -> None:
+    """Fills this rank's parameters from a Hugging Face directory, reading its own pieces.
+
+    Raises WeightError naming a tensor that is missing or mis-shaped.
+    """
+    for parameter, named in policy.rules(family):
+        group = policy.groups.megatron.expt_tp if named.rule.is_expert else policy.groups.tensor
+        pieces = [take_piece(reader.read(name), named.rule.cut, group.rank(), group.size()) for name in named.hf_names]
+        joined = named.rule.join(pieces)
+        if joined.shape != parameter.shape:
+            raise WeightError(
+                f"{reader.directory}: {', '.join(named.hf_names)} give {tuple(joined.shape)} on this rank, "
+                f"but config.json asks for {tuple(parameter.shape)}"
+            )
+        parameter.copy_(joined.to(parameter.dtype))

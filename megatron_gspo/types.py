@@ -1,0 +1,225 @@
+"""The nouns of the pipeline, in the order in which data flows through them.
+
+    Prompt -> Rollout -> RolloutGroup -> Sample -> PackedBatch -> TokenShard -> LossOutput -> StepReport
+
+Shape suffixes, used everywhere in this package:
+
+    _T  tokens of a packed micro-batch that this rank holds        _S  sequences of a micro-batch
+    _R  tokens of one response                                     _N  tokens of one prompt
+    _G  responses of one prompt (the group)                        _P  prompts
+    _V  vocabulary      _H  hidden      _L  layers      _K  experts chosen a token
+
+Names say who computed a thing: ``rollout_`` the inference engine, ``old_`` the trainer before the outer step's first
+update (pi_old), ``new_`` the trainer now (pi_theta), ``ref_`` the reference policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, rendered and tokenized."""
+
+    id: str
+    """Unique within its file; the seed of a rollout is derived from it."""
+    text: str
+    """After the chat template, exactly what ``token_ids`` encodes."""
+    token_ids: tuple[int, ...]
+    """[N], never empty."""
+    answer: str
+    """Reference answer, handed to the reward; empty when there is none."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Whatever else the prompt's line held."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response of the inference engine, validated on arrival."""
+
+    prompt: Prompt
+    sample: int
+    """Position in its group, 0 <= sample < G."""
+    response_ids: np.ndarray
+    """[R] int32; ends with the stop token when ``finish_reason`` is "stop"."""
+    rollout_logprobs: np.ndarray
+    """[R] float32; the engine's log mu(token | prefix) after temperature, aligned with ``response_ids``."""
+    finish_reason: FinishReason
+    """"stop": a stop token was drawn; "length": the limit cut it (truncated); "abort": the server gave up."""
+    weight_versions: tuple[int, ...]
+    """Distinct weight versions that produced the tokens, in order; more than one means a mixed-version response."""
+    text: str = ""
+    """``response_ids`` decoded without special tokens; what rewards read."""
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The surviving responses of one prompt, with their rewards."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    """G_p survivors, at least two."""
+    rewards_G: np.ndarray
+    """[G_p] float64 in [0, 1]."""
+    token_rewards_G: tuple[np.ndarray, ...] | None = None
+    """Per-token rewards, each [R] float64 in [0, 1]; None when the reward gave one number a response."""
+    dropped: int = 0
+    """Responses of this prompt that were dropped (empty, aborted, mixed versions, or by configuration)."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response as training sees it: the unit that packing places and data-parallel ranks exchange."""
+
+    group: int
+    """Index of its prompt in the outer step's batch; orders samples the same way on every rank."""
+    sample: int
+    """Position in its group."""
+    prompt_ids: np.ndarray
+    """[N] int32."""
+    response_ids: np.ndarray
+    """[R] int32, R >= 1."""
+    rollout_logprobs: np.ndarray
+    """[R] float32."""
+    advantage: float
+    """A_i, the group-relative advantage of the response."""
+    token_advantages: np.ndarray
+    """[R] float64; A_i repeated unless the reward was per token."""
+    weight: float
+    """1 / (P * G_p): the response's share of the mini-batch (design: each prompt 1/P, each survivor 1/G_p)."""
+    reward: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model sees: prompt and response."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch: sequences laid end to end, no padding between them (Megatron's THD format).
+
+    Alignment: position t predicts token t + 1. ``labels_T[t]`` is ``tokens_T[t + 1]`` inside a sequence, and
+    ``mask_T[t]`` is True where that label is a response token (the stop token included). So a response of R tokens
+    after a prompt of N owns positions N - 1 ... N + R - 2 of its sequence, and the last position owns nothing.
+
+    T is a multiple of what sharding needs; the tail is a padding sequence of its own whose tokens are 0 and whose
+    mask is False. It is not counted in S, but it has an entry in ``cu_seqlens``.
+    """
+
+    tokens_T: torch.Tensor
+    """[T] int64."""
+    labels_T: torch.Tensor
+    """[T] int64; 0 where there is nothing to predict."""
+    mask_T: torch.Tensor
+    """[T] bool."""
+    sequence_T: torch.Tensor
+    """[T] int64 in [0, S]; S marks padding."""
+    cu_seqlens: torch.Tensor
+    """[S + 1] int32, or [S + 2] when there is a padding tail; starts at 0, ends at T."""
+    rollout_logprobs_T: torch.Tensor
+    """[T] float32; 0 where the mask is False."""
+    advantages_T: torch.Tensor
+    """[T] in the run's loss dtype; 0 where the mask is False."""
+    advantages_S: torch.Tensor
+    """[S] in the run's loss dtype (float32; float64 in a float64 run)."""
+    weights_S: torch.Tensor
+    """[S] in the run's loss dtype; all 0 in a dummy micro-batch."""
+    lengths_S: torch.Tensor
+    """[S] int64: response tokens |y_i| of the whole sequence, over all ranks."""
+    samples: tuple[tuple[int, int], ...]
+    """S pairs (group, sample): which response each sequence is; empty pairs (-1, -1) in a dummy micro-batch."""
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.samples)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens_T.numel()
+
+
+@dataclass(frozen=True)
+class TokenShard:
+    """The part of a PackedBatch whose per-token tensors one rank stores: its slice of T over tensor ranks.
+
+    Per-token fields hold the rank's own T_local = T / tensor positions; per-sequence fields are whole on every rank.
+    Without tensor parallelism a shard is the batch.
+    """
+
+    labels_T: torch.Tensor
+    mask_T: torch.Tensor
+    sequence_T: torch.Tensor
+    rollout_logprobs_T: torch.Tensor
+    advantages_T: torch.Tensor
+    advantages_S: torch.Tensor
+    weights_S: torch.Tensor
+    lengths_S: torch.Tensor
+    samples: tuple[tuple[int, int], ...]
+    old_logprobs_T: torch.Tensor | None = None
+    """[T_local]; set by the pi_old pass."""
+    ref_logprobs_T: torch.Tensor | None = None
+    """[T_local]; set when a KL to the reference is in use."""
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.samples)
+
+
+class SequenceSum(Protocol):
+    """Sums per-token tensors over each sequence: [..., T_local] -> [..., S], complete on every rank.
+
+    Leading dimensions are summed independently, so that several sums share one call (and one collective).
+
+    The single-process form is ``algorithm.ratios.segment_sum``; the sharded one, with the mathematics of its
+    backward, is ``parallel.sequence.ShardedSequenceSum``.
+    """
+
+    def __call__(self, values_T: torch.Tensor, sequence_T: torch.Tensor, num_sequences: int) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a policy loss returns for one micro-batch."""
+
+    loss: torch.Tensor
+    """Scalar to differentiate: this micro-batch's part of the globally normalised sum."""
+    loss_S: torch.Tensor
+    """[S] detached: each sequence's part of ``loss``, complete on every rank."""
+    log_ratio_S: torch.Tensor
+    """[S] detached: log s_i, the length-normalised sequence log-ratio (for every loss, whether it uses it or not)."""
+    log_ratio_T: torch.Tensor
+    """[T_local] detached: log w_t = new - old; 0 where the mask is False."""
+    clipped_low_T: torch.Tensor
+    """[T_local] bool: response tokens on the clipped branch with the ratio below 1 - clip_low."""
+    clipped_high_T: torch.Tensor
+    """[T_local] bool: response tokens on the clipped branch with the ratio above 1 + clip_high."""
+    clipped_S: torch.Tensor
+    """[S] bool: the sequence has a token on the clipped branch, on whichever rank."""
+
+
+@dataclass
+class StepReport:
+    """One optimizer step, as a line of ``metrics.jsonl``."""
+
+    step: int
+    """Optimizer steps taken before this one, from 0."""
+    outer_step: int
+    minibatch: int
+    """Position in the outer step, from 0; the first one's ratios are exactly 1."""
+    metrics: dict[str, float]
+    """Metric name (docs/metrics.md) -> value."""
+
+    def as_record(self) -> dict[str, float]:
+        return {"step": self.step, "outer_step": self.outer_step, "minibatch": self.minibatch, **self.metrics}
