@@ -1,0 +1,15 @@
+"""Reward functions: the interface, the built-in ones, and scoring."""
+
+from megatron_gspo.rewards.interface import RewardFunction, TokenRewards
+from megatron_gspo.rewards.registry import BUILTIN_REWARDS, Reward, resolve_reward
+from megatron_gspo.rewards.scoring import GroupRewards, score_groups
+
+__all__ = [
+    "BUILTIN_REWARDS",
+    "GroupRewards",
+    "Reward",
+    "RewardFunction",
+    "TokenRewards",
+    "resolve_reward",
+    "score_groups",
+]

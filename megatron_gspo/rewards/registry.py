@@ -1,0 +1,101 @@
+"""Reward functions by name: the built-in table, import paths and files."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from megatron_gspo.config import RewardConfig
+from megatron_gspo.errors import ConfigError
+from megatron_gspo.rewards.interface import RewardFunction
+
+BUILTIN_REWARDS: dict[str, str] = {
+    "exact": "megatron_gspo.rewards.exact:exact",
+    "arithmetic": "megatron_gspo.rewards.arithmetic:arithmetic",
+    "gsm8k": "megatron_gspo.rewards.gsm8k:gsm8k",
+}
+"""Name -> ``module:function``. Adding a reward is one file here and one entry."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward function, ready to be called, and how it is called."""
+
+    name: str
+    """As the configuration names it; what errors show."""
+    function: RewardFunction
+    timeout_s: float = 30.0
+    concurrency: int = 64
+
+
+def resolve_reward(config: RewardConfig) -> Reward:
+    """Finds ``config.function`` and binds ``config.options`` to it as keyword arguments.
+
+    A built-in name, ``package.module:function``, or ``path/to/file.py:function`` (relative to the working directory;
+    the way that needs nothing on the import path, so it works the same under torchrun).
+    Raises ConfigError when it cannot be found or imported, is not callable, or does not take the options.
+    """
+    name = config.function
+    function = _find(name)
+    try:
+        inspect.signature(function).bind(None, None, **config.options)
+    except TypeError as error:
+        options = ", ".join(f"{key}={value!r}" for key, value in config.options.items()) or "none"
+        raise ConfigError(
+            f"reward.function = {name!r} cannot be called with (prompt, response) and the options {options}: {error}"
+        ) from None
+    except ValueError:
+        pass  # a callable written in C may have no signature to look at
+    bound = functools.partial(function, **config.options) if config.options else function
+    return Reward(name, bound, config.timeout_s, config.concurrency)
+
+
+def _find(name: str) -> Callable[..., Any]:
+    where, colon, attribute = BUILTIN_REWARDS.get(name, name).rpartition(":")
+    if not (colon and where and attribute):
+        raise ConfigError(
+            f"reward.function = {name!r} is unknown: use {', '.join(BUILTIN_REWARDS)}, package.module:function or "
+            f"path/to/file.py:function"
+        )
+    try:
+        module = _module_of_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except Exception as error:  # importing runs the user's code, which may raise anything
+        hint = "" if where.endswith(".py") else " (a file works too: path/to/file.py:function)"
+        raise ConfigError(f"reward.function = {name!r}: {type(error).__name__}: {error}{hint}") from error
+    function = module
+    for part in attribute.split("."):
+        if not hasattr(function, part):
+            raise ConfigError(f"reward.function = {name!r}: {where} has no {attribute!r}")
+        function = getattr(function, part)
+    if not callable(function):
+        raise ConfigError(f"reward.function = {name!r} is a {type(function).__name__}, not a function")
+    return function
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    """Imports a file by its path, once a process, under a name that no package can have."""
+    path = path.resolve()
+    name = f"megatron_gspo_reward:{path}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

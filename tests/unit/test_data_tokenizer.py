@@ -1,0 +1,161 @@
+"""Tokenizers of a model directory, Hugging Face's and SentencePiece's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from megatron_gspo.data import load_tokenizer
+from megatron_gspo.errors import DataError
+
+TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}[assistant]"
+
+
+def config(directory: Path, name: str = "config.json", **settings: Any) -> None:
+    (directory / name).write_text(json.dumps({"model_type": "qwen3_moe", **settings}))
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    """Words "0" ... "9", "[user]", "[assistant]", then <eos> = 12, <end> = 13, <bos> = 14."""
+    words = [*"0123456789", "[user]", "[assistant]", "<eos>", "<end>", "<bos>"]
+    backend = Backend(models.WordLevel({word: i for i, word in enumerate(words)}))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", chat_template=TEMPLATE)
+    tokenizer.save_pretrained(tmp_path)
+    config(tmp_path, vocab_size=16)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["Natalia sold 48 clips in April, and then half as many in May."] * 3),
+        model_prefix=str(directory / "tokenizer"),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        bos_id=-1,
+        unk_id=0,
+        eos_id=1,
+        minloglevel=2,
+    )
+    config(directory, vocab_size=300)
+    return directory
+
+
+def test_text_makes_a_round_trip_and_special_tokens_can_be_shown(hf: Path) -> None:
+    tokenizer = load_tokenizer(hf)
+    assert tokenizer.encode("4 2 <eos>") == [4, 2, 12]
+    assert tokenizer.decode([4, 2, 12]) == "4 2"
+    assert tokenizer.decode([4, 2, 12], skip_special=False) == "4 2 <eos>"
+
+
+def test_stop_ids_are_the_union_of_three_places(hf: Path) -> None:
+    assert load_tokenizer(hf).stop_ids == (12,)
+    config(hf, vocab_size=16, eos_token_id=14)
+    config(hf, "generation_config.json", eos_token_id=[13, 12])
+    tokenizer = load_tokenizer(hf)
+    assert (tokenizer.eos_id, tokenizer.stop_ids) == (12, (12, 13, 14))
+
+
+def test_the_softmax_may_be_wider_than_the_tokenizer_but_not_narrower(hf: Path) -> None:
+    tokenizer = load_tokenizer(hf)
+    assert (tokenizer.vocab_size, len(tokenizer)) == (16, 15)
+    config(hf, vocab_size=14)
+    with pytest.raises(DataError, match=r"highest id is 14, but config.vocab_size = 14"):
+        load_tokenizer(hf)
+
+
+def test_a_stop_id_outside_the_vocabulary_is_refused(hf: Path) -> None:
+    config(hf, vocab_size=16, eos_token_id=16)
+    with pytest.raises(DataError, match="stop token's highest id is 16"):
+        load_tokenizer(hf)
+
+
+def test_the_template_is_applied_when_asked_and_needed_by_messages(hf: Path) -> None:
+    tokenizer = load_tokenizer(hf)
+    chat = [{"role": "user", "content": "4 2"}]
+    assert tokenizer.render("4 2", True) == tokenizer.render(chat, True) == "[user] 4 2 [assistant]"
+    assert tokenizer.render("4 2", False) == "4 2"
+    with pytest.raises(DataError, match=r"need data\.chat_template = true"):
+        tokenizer.render(chat, False)
+
+
+def test_messages_without_a_template_are_refused(hf: Path) -> None:
+    (hf / "chat_template.jinja").unlink()
+    tokenizer = load_tokenizer(hf)
+    assert tokenizer.render("4 2", True) == "4 2"
+    with pytest.raises(DataError, match="no chat template"):
+        tokenizer.render([{"role": "user", "content": "4"}], True)
+
+
+def test_a_tokenizer_that_puts_a_begin_token_shows_it_in_the_text(hf: Path) -> None:
+    backend = Backend.from_file(str(hf / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 14)])
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>").save_pretrained(hf)
+    tokenizer = load_tokenizer(hf)
+    assert tokenizer.render("4 2", False) == "<bos>4 2"
+    assert tokenizer.encode(tokenizer.render("4 2", False)) == [14, 4, 2]
+    assert tokenizer.encode("4 2") == [4, 2]
+
+
+def test_a_character_without_a_token_is_an_error(hf: Path) -> None:
+    with pytest.raises(DataError, match="cannot encode '4 x'"):
+        load_tokenizer(hf).encode("4 x")
+
+
+TEXT = "  Natalia sold 48\n\nclips \u20ac in  May. "
+
+
+def test_a_lone_sentencepiece_model_gives_text_back_exactly(pieces: Path) -> None:
+    for path in (pieces, pieces / "tokenizer.model"):
+        tokenizer = load_tokenizer(path)
+        ids = tokenizer.encode(TEXT)
+        assert tokenizer.decode([*ids, tokenizer.eos_id]) == TEXT
+        assert tokenizer.decode([*ids, 1, *ids], skip_special=False) == f"{TEXT}</s>{TEXT}"
+        assert (tokenizer.eos_id, tokenizer.stop_ids, tokenizer.vocab_size) == (1, (1,), 300)
+
+
+def test_a_sentencepiece_model_has_no_chat_template(pieces: Path) -> None:
+    assert load_tokenizer(pieces).render("hi", True) == "hi"
+    with pytest.raises(DataError, match="no chat template"):
+        load_tokenizer(pieces).render([{"role": "user", "content": "hi"}], True)
+
+
+def test_a_sentencepiece_model_wider_than_the_softmax_is_refused(pieces: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((pieces / "tokenizer.model").read_bytes())
+    config(tmp_path, vocab_size=299)
+    with pytest.raises(DataError, match=r"highest id is 299, but config.vocab_size = 299"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_directory_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such model directory"):
+        load_tokenizer(tmp_path / "none")
+    with pytest.raises(DataError, match=r"no tokenizer: expected tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_text("not a model")
+    with pytest.raises(DataError, match="not a SentencePiece model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="transformers cannot load the tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_model_that_could_never_stop_is_refused(hf: Path) -> None:
+    backend = Backend.from_file(str(hf / "tokenizer.json"))
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(hf)
+    with pytest.raises(DataError, match="no usable end-of-sequence token"):
+        load_tokenizer(hf)
