@@ -1,0 +1,112 @@
+"""What training asks of an inference engine, and which engines there are.
+
+Adding an engine is one file with a class that satisfies ``Engine`` (and one that starts its servers on this machine),
+and one entry in ``ENGINES``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from megatron_gspo.config import RolloutConfig
+from megatron_gspo.types import Prompt, Rollout
+
+Progress = Callable[[Sequence[Rollout]], None]
+"""Called with each group as it completes, in the order of completion."""
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, without special tokens."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn: plain sampling at a temperature, since training needs the sampled distribution."""
+
+    group_size: int
+    """Responses a prompt."""
+    temperature: float
+    max_tokens: int
+    """Response tokens, the stop token included; a longer response is cut (``finish_reason`` "length")."""
+    stop_token_ids: tuple[int, ...]
+    """Every token that ends a response; the model's own end-of-sequence tokens must be among them."""
+    seed: int | None = None
+    """Run seed of repeatable sampling; None leaves the draw to the engine."""
+    outer_step: int = 0
+    """Enters the seeds: the same prompt is answered anew in another outer step."""
+    greedy: bool = False
+    """Argmax instead of a draw; for evaluation only (the logprobs are those at temperature 1)."""
+
+
+class Engine(Protocol):
+    """Draws responses. Used by one rank a data-parallel group, within one event loop."""
+
+    version: str
+    """The engine's own version, for the manifest."""
+    repeatable: bool
+    """Whether equal seeds give equal tokens, whatever else is in the batch."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+    async def rollout_groups(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, weight_version: int, progress: Progress | None = None
+    ) -> list[list[Rollout]]:
+        """Draws ``sampling.group_size`` responses for each prompt: groups in the order of ``prompts``, by sample.
+
+        Every response is validated. Truncated, aborted and mixed-version ones are returned and told apart by their
+        fields (``rollout.policy.apply_policies`` handles them). Raises EngineUnavailableError when a server is gone,
+        EngineReplyError when a reply breaks the contract or comes from other weights than ``weight_version``, and
+        RolloutError when a server refuses a request.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """An engine by name; each field is ``module:class``, imported on use."""
+
+    engine: str
+    """Called with (urls, rollout_config, vocab_size=..., decode=...)."""
+    servers: str
+    """A context manager that starts servers on this machine; called as ``sglang``'s ``LocalServers``."""
+
+
+ENGINES = {
+    "sglang": EngineEntry(
+        "megatron_gspo.rollout.sglang_client:SGLangEngine", "megatron_gspo.rollout.launcher:LocalServers"
+    ),
+}
+
+
+def make_engine(urls: Sequence[str], config: RolloutConfig, *, vocab_size: int, decode: Decode | None = None) -> Engine:
+    """The configured engine over the servers at ``urls``, to be entered with ``async with``.
+
+    ``vocab_size`` is the Hugging Face ``config.vocab_size``: prompts and replies must lie within it. ``decode`` fills
+    ``Rollout.text``.
+    """
+    engine: Engine = _resolve(ENGINES[config.engine].engine)(urls, config, vocab_size=vocab_size, decode=decode)
+    return engine
+
+
+def local_servers(config: RolloutConfig) -> Any:
+    """The class that starts servers of the configured engine on this machine."""
+    return _resolve(ENGINES[config.engine].servers)
+
+
+def rollout_seed(run_seed: int, outer_step: int, prompt_id: str, sample: int) -> int:
+    """The seed of one response, in [0, 2**31): a hash, so that no two responses of a run share a stream by design."""
+    key = json.dumps([run_seed, outer_step, prompt_id, sample]).encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
+
+
+def _resolve(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

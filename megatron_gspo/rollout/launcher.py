@@ -1,0 +1,267 @@
+"""SGLang servers on this machine, started with a run and gone with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Literal, Self
+
+import psutil
+
+from megatron_gspo.config import RolloutConfig
+from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
+
+Device = Literal["cpu", "cuda"]
+
+SERVER_PYTHON = "MEGATRON_GSPO_SGLANG_PYTHON"
+SERVER_SCRIPT = Path(__file__).with_name("sglang_server.py")
+GRACE_S = {"cpu": 1.0, "cuda": 30.0}
+"""Seconds between asking servers to stop and killing them. SGLang takes 10 to stop by itself, which a CPU server has no
+reason to; a scheduler that is killed while it holds device memory may leave it held."""
+POLL_S = 0.25
+LOG_TAIL_LINES = 30
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no business on this machine
+
+
+class LocalServers:
+    """Starts ``config.local_servers`` servers, waits until all are healthy, and stops them on exit.
+
+    A server also ends by itself, within a second, when this process is gone (even killed). ``urls`` is set on entry;
+    logs go to ``log_dir/sglang-0.log`` and so on. Raises DependencyError without an environment that holds sglang,
+    EngineUnavailableError with the end of the log when a server dies or is not healthy in time.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        model_path: str | Path,
+        log_dir: str | Path,
+        *,
+        device: Device,
+        dtype: str,
+        seed: int = 0,
+    ) -> None:
+        self.urls: tuple[str, ...] = ()
+        self._config = config
+        self._model_path = Path(model_path)
+        self._log_dir = Path(log_dir)
+        self._device: Device = device
+        self._dtype = dtype
+        self._seed = seed
+        self._servers: list[_Server] = []
+
+    def __enter__(self) -> Self:
+        python = find_server_python(self._config.server_python)
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        ports = free_ports(self._config.local_servers)
+        try:
+            for index, port in enumerate(ports):
+                arguments = server_arguments(
+                    self._config,
+                    self._model_path,
+                    port,
+                    device=self._device,
+                    dtype=self._dtype,
+                    seed=self._seed + index,
+                    gpu=index,
+                )
+                log = self._log_dir / f"sglang-{index}.log"
+                self._servers.append(_Server(python, arguments, f"http://127.0.0.1:{port}", log, self._device))
+            deadline = time.monotonic() + self._config.server_start_s
+            for server in self._servers:
+                server.wait_until_healthy(deadline)
+        except BaseException:
+            self.stop()
+            raise
+        self.urls = tuple(server.url for server in self._servers)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def check(self) -> None:
+        """Raises EngineUnavailableError when a server has died."""
+        for server in self._servers:
+            server.check()
+
+    def stop(self) -> None:
+        """Ends every process of every server: asks, waits ``GRACE_S``, kills. Safe to call again."""
+        for server in self._servers:
+            server.terminate()
+        deadline = time.monotonic() + GRACE_S[self._device]
+        for server in self._servers:
+            server.stop(deadline)
+        self._servers.clear()
+
+
+class _Server:
+    """One server: a process group of its own (HTTP server, scheduler, detokenizer)."""
+
+    def __init__(self, python: Path, arguments: list[str], url: str, log: Path, device: Device) -> None:
+        self.url = url
+        self._log_path = log
+        self._log: IO[bytes] = log.open("wb")
+        self._process = subprocess.Popen(
+            [str(python), "-P", str(SERVER_SCRIPT), *arguments],  # -P: this directory's modules are not the server's
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=server_environment(os.environ, device),
+            start_new_session=True,
+        )
+
+    def wait_until_healthy(self, deadline: float) -> None:
+        while not self._healthy():
+            self.check()
+            if time.monotonic() > deadline:
+                raise EngineUnavailableError(
+                    f"{self.url} was not healthy within rollout.server_start_s; {self._log_tail()}"
+                )
+            time.sleep(POLL_S)
+
+    def check(self) -> None:
+        status = self._process.poll()
+        if status is not None:
+            raise EngineUnavailableError(f"the rollout server of {self.url} exited with {status}; {self._log_tail()}")
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def stop(self, deadline: float) -> None:
+        group = self._process.pid
+        while _group_members(group) and time.monotonic() < deadline:
+            self._process.poll()  # reaps it
+            time.sleep(POLL_S)
+        while _group_members(group):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+            time.sleep(POLL_S)
+        self._process.wait()
+        self._log.close()
+
+    def _healthy(self) -> bool:
+        try:
+            with _DIRECT.open(f"{self.url}/health_generate", timeout=5) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _log_tail(self) -> str:
+        lines = self._log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return "\n".join([f"the end of {self._log_path}:", *lines])
+
+
+def server_arguments(
+    config: RolloutConfig,
+    model_path: str | Path,
+    port: int,
+    *,
+    device: Device,
+    dtype: str,
+    seed: int = 0,
+    gpu: int = 0,
+) -> list[str]:
+    """SGLang's command line for one server; ``config.server_args`` come last and win.
+
+    Weights start as version 0. Without a tokenizer: token ids go in and come out.
+    """
+    seeded = (device == "cpu") if config.seeded is None else config.seeded
+    response = config.max_prompt_tokens + config.max_response_tokens
+    arguments = {
+        "--model-path": str(model_path),
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--device": device,
+        "--dtype": "float32" if dtype == "float64" else dtype,  # the engine has no float64
+        "--weight-version": "0",
+        "--random-seed": str(seed),
+    }
+    flags = ["--skip-tokenizer-init", "--skip-server-warmup"]
+    if seeded:
+        flags.append("--enable-deterministic-inference")
+    if device == "cpu":
+        arguments |= {
+            "--attention-backend": "torch_native",
+            "--sampling-backend": "pytorch",
+            "--grammar-backend": "none",
+            "--max-running-requests": "64",
+            "--max-total-tokens": str(max(16384, 16 * response)),
+            "--mem-fraction-static": "0.1",
+        }
+        # --sleep-on-idle: an idle scheduler polls, and takes a whole core from the trainer.
+        flags += ["--disable-cuda-graph", "--disable-overlap-schedule", "--sleep-on-idle"]
+    else:
+        arguments |= {"--base-gpu-id": str(gpu), "--mem-fraction-static": "0.4"}  # the trainer shares the device
+    return [word for pair in arguments.items() for word in pair] + flags + list(config.server_args)
+
+
+def server_environment(environment: Mapping[str, str], device: Device) -> dict[str, str]:
+    """Its environment variables: its parent, one thread on a CPU, and nothing of torchrun's or this Python's."""
+    drop = {*TORCHRUN_VARIABLES, "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    kept = {key: value for key, value in environment.items() if key not in drop and not key.startswith("TORCHELASTIC")}
+    kept["MEGATRON_GSPO_PARENT_PID"] = str(os.getpid())
+    if device == "cpu":
+        kept["OMP_NUM_THREADS"] = "1"  # before torch is imported: its threads spin, 10 to 30 times slower on few cores
+    return kept
+
+
+def find_server_python(configured: str = "") -> Path:
+    """The Python that holds sglang: the setting, the environment variable, or ``.venv-sglang`` here or in the checkout.
+
+    Raises ConfigError when a named one does not exist, DependencyError when none is found.
+    """
+    for source, value in (("rollout.server_python", configured), (f"${SERVER_PYTHON}", os.environ.get(SERVER_PYTHON))):
+        if value:
+            if not Path(value).is_file():
+                raise ConfigError(f"{source} = {value}: no such file; it is the Python of the environment with sglang")
+            return Path(value)
+    checkout = Path(__file__).resolve().parents[2]
+    candidates = [root / ".venv-sglang" / "bin" / "python" for root in (Path.cwd(), checkout)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise DependencyError(
+        f"no environment with sglang at {' or '.join(map(str, dict.fromkeys(candidates)))}: run `make install` in the "
+        f"checkout, set rollout.server_python or ${SERVER_PYTHON}, or name running servers in rollout.servers"
+    )
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct free ports below the usual ephemeral range: a server binds its port only after some 20 seconds, and no
+    outgoing connection may take it meanwhile."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(20000, 32000), 200):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise EngineUnavailableError(f"found {len(ports)} of {count} free ports in 20000-31999 on 127.0.0.1")
+
+
+def _group_members(group: int) -> list[int]:
+    """Living processes of a process group (a zombie has nothing left to stop)."""
+    members = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if process.info["status"] != psutil.STATUS_ZOMBIE and os.getpgid(process.pid) == group:
+                members.append(process.pid)
+        except ProcessLookupError:
+            continue
+    return members

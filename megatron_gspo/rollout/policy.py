@@ -1,0 +1,85 @@
+"""What becomes of responses that are truncated, aborted, empty, or of mixed weight versions. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+import numpy as np
+
+from megatron_gspo.config import RolloutConfig
+from megatron_gspo.errors import RolloutError
+from megatron_gspo.types import Rollout
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Responses that left a batch, each counted once under its first reason; they add up over ranks."""
+
+    aborted: int = 0
+    """The server gave up on them, retries included."""
+    empty: int = 0
+    """They have no token."""
+    mixed_version: int = 0
+    truncated: int = 0
+    lonely: int = 0
+    """Sound ones whose group had fewer than two survivors, which leaves nothing to compare with."""
+    groups: int = 0
+    """Groups (prompts) that left the batch, not responses."""
+
+    def __add__(self, other: Dropped) -> Dropped:
+        return Dropped(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def responses(self) -> int:
+        return self.aborted + self.empty + self.mixed_version + self.truncated + self.lonely
+
+
+def apply_policies(groups: Sequence[Sequence[Rollout]], config: RolloutConfig) -> tuple[list[list[Rollout]], Dropped]:
+    """Groups of at least two survivors, in order, and the counts of what was dropped.
+
+    ``on_truncated = "zero"`` keeps a response here; ``zero_truncated`` takes its reward.
+    Raises RolloutError for a mixed-version response under ``on_mixed_version = "error"``.
+    """
+    counts = dict.fromkeys(("aborted", "empty", "mixed_version", "truncated", "lonely", "groups"), 0)
+    kept = []
+    for group in groups:
+        survivors = []
+        for rollout in group:
+            reason = _reason_to_drop(rollout, config)
+            if reason is None:
+                survivors.append(rollout)
+            else:
+                counts[reason] += 1
+        if len(survivors) >= 2:
+            kept.append(survivors)
+        else:
+            counts["lonely"] += len(survivors)
+            counts["groups"] += 1
+    return kept, Dropped(**counts)
+
+
+def zero_truncated(rollouts: Sequence[Rollout], rewards_G: np.ndarray, config: RolloutConfig) -> np.ndarray:
+    """[G] rewards, with 0 for truncated responses when ``on_truncated`` is "zero"."""
+    if config.on_truncated != "zero":
+        return rewards_G
+    truncated_G = np.array([rollout.truncated for rollout in rollouts], dtype=bool)
+    return np.where(truncated_G, 0.0, rewards_G)
+
+
+def _reason_to_drop(rollout: Rollout, config: RolloutConfig) -> str | None:
+    if rollout.finish_reason == "abort":
+        return "aborted"
+    if len(rollout.response_ids) == 0:
+        return "empty"
+    if len(rollout.weight_versions) > 1 and config.on_mixed_version != "keep":
+        if config.on_mixed_version == "error":
+            raise RolloutError(
+                f"prompt {rollout.prompt.id!r}, sample {rollout.sample}: tokens from weight versions "
+                f"{list(rollout.weight_versions)}; weights changed while it was generated "
+                f'(rollout.on_mixed_version = "drop" would drop it)'
+            )
+        return "mixed_version"
+    if rollout.truncated and config.on_truncated == "drop":
+        return "truncated"
+    return None

@@ -1,0 +1,148 @@
+"""SGLang's ``/generate``: the request of one response, and the validation of its reply. Pure functions, no HTTP."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from megatron_gspo.errors import EngineReplyError
+from megatron_gspo.rollout.engine import Decode, Sampling, rollout_seed
+from megatron_gspo.types import Prompt, Rollout
+
+LOGPROB_EPSILON = 1e-6
+"""A logprob may exceed 0 by this much: rounding of a log-softmax."""
+
+
+def generation_request(prompt: Prompt, sample: int, sampling: Sampling) -> dict[str, Any]:
+    """The body of POST ``/generate`` for one response."""
+    parameters: dict[str, Any] = {
+        "temperature": 0.0 if sampling.greedy else sampling.temperature,
+        "max_new_tokens": sampling.max_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+    }
+    if sampling.seed is not None:
+        parameters["sampling_seed"] = rollout_seed(sampling.seed, sampling.outer_step, prompt.id, sample)
+    return {"input_ids": list(prompt.token_ids), "sampling_params": parameters, "return_logprob": True}
+
+
+def parse_generation(
+    reply: Any,
+    prompt: Prompt,
+    sample: int,
+    sampling: Sampling,
+    *,
+    vocab_size: int,
+    weight_version: int,
+    decode: Decode | None = None,
+) -> Rollout:
+    """One validated response from a decoded reply.
+
+    Raises EngineReplyError, with the values, unless the reply holds: token ids in [0, vocab_size), one finite logprob
+    <= 0 for each and for the same id, a known finish reason that fits the tokens (the stop token at the end and
+    nowhere else; exactly ``max_tokens`` when cut), counts that agree, and ``weight_version``.
+    """
+    try:
+        meta = reply["meta_info"]
+        ids = _token_ids(reply["output_ids"], vocab_size)
+        logprobs = _logprobs(meta["output_token_logprobs"], ids)
+        _check_counts(meta, prompt, ids)
+        finish_reason = _finish_reason(meta["finish_reason"], ids, sampling)
+        versions = _weight_versions(meta, weight_version)
+    except EngineReplyError as error:
+        raise EngineReplyError(f"prompt {prompt.id!r}, sample {sample}: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineReplyError(
+            f"prompt {prompt.id!r}, sample {sample}: not a reply of /generate "
+            f"({type(error).__name__}: {error}): {shorten(reply)}"
+        ) from None
+    return Rollout(
+        prompt=prompt,
+        sample=sample,
+        response_ids=np.asarray(ids, dtype=np.int32),
+        rollout_logprobs=np.asarray(logprobs, dtype=np.float32),
+        finish_reason=finish_reason,  # type: ignore[arg-type]  # checked against the three names
+        weight_versions=versions,
+        text=decode(ids) if decode else "",
+    )
+
+
+def shorten(value: Any, limit: int = 300) -> str:
+    """The value's text, cut to what fits in an error message."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise EngineReplyError(message)
+
+
+def _token_ids(ids: Any, vocab_size: int) -> list[int]:
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise EngineReplyError(f"output_ids are not integers: {shorten(ids)}")
+    outside = [i for i in ids if not 0 <= i < vocab_size]
+    _require(not outside, f"output_ids outside the vocabulary [0, {vocab_size}): {outside[:5]}")
+    return ids
+
+
+def _logprobs(entries: Any, ids: list[int]) -> list[float]:
+    _require(isinstance(entries, list), f"output_token_logprobs are not a list: {shorten(entries)}")
+    _require(len(entries) == len(ids), f"{len(entries)} logprobs for {len(ids)} tokens")
+    for position, (token, (logprob, logprob_token, *_)) in enumerate(zip(ids, entries, strict=True)):
+        _require(
+            token == logprob_token, f"token {position} is {token}, but its logprob is that of token {logprob_token}"
+        )
+        _require(
+            type(logprob) in (float, int) and math.isfinite(logprob) and logprob <= LOGPROB_EPSILON,
+            f"the logprob of token {position} (id {token}) is {logprob!r}, which is no logarithm of a probability",
+        )
+    return [entry[0] for entry in entries]
+
+
+def _check_counts(meta: dict[str, Any], prompt: Prompt, ids: list[int]) -> None:
+    for key, count in (("prompt_tokens", len(prompt.token_ids)), ("completion_tokens", len(ids))):
+        _require(meta[key] == count, f"{key} is {meta[key]!r}, but {count} tokens were sent or received")
+
+
+def _finish_reason(reason: Any, ids: list[int], sampling: Sampling) -> str:
+    kind = reason["type"]
+    stops = sampling.stop_token_ids
+    _require(kind in ("stop", "length", "abort"), f"unknown finish reason {shorten(reason)}")
+    _require(len(ids) <= sampling.max_tokens, f"{len(ids)} tokens, more than max_tokens = {sampling.max_tokens}")
+    body = ids[:-1] if kind == "stop" else ids
+    early = [position for position, token in enumerate(body) if token in stops]
+    _require(not early, f"stop token at position {early[:1]} of {len(ids)}, but generation went on to {kind!r}")
+    if kind == "stop":
+        matched = reason["matched"]
+        _require(
+            matched in stops,
+            f"the server stopped at {matched!r}, which is not in stop_token_ids {list(stops)}: the model's own "
+            f"end-of-sequence tokens must be among them",
+        )
+        _require(bool(ids) and ids[-1] == matched, f"stopped at token {matched}, but the response ends in {ids[-3:]}")
+    if kind == "length":
+        _require(
+            len(ids) == sampling.max_tokens,
+            f"cut at {len(ids)} tokens, before max_tokens = {sampling.max_tokens}: the server's context or token pool "
+            f"is too small",
+        )
+    return str(kind)
+
+
+def _weight_versions(meta: dict[str, Any], expected: int) -> tuple[int, ...]:
+    """Distinct versions in the order of the tokens; one that is not ``expected`` must share the response with it."""
+    names = [span["version"] for span in meta.get("weight_versions") or ()] or [meta["weight_version"]]
+    try:
+        versions = tuple(dict.fromkeys(int(name) for name in names))
+    except (TypeError, ValueError):
+        raise EngineReplyError(
+            f"weight version {names!r} is none of a trainer's: no sync has reached the server, or one failed halfway"
+        ) from None
+    _require(
+        expected in versions,
+        f"answered with weights of version {', '.join(map(str, versions))}, expected {expected}: "
+        f"the server missed a weight sync",
+    )
+    return versions

@@ -1,0 +1,164 @@
+"""Runs one SGLang server; on a machine without CUDA it first answers what SGLang asks of an accelerator.
+
+Executed by path with the Python of the environment that holds sglang, where megatron_gspo is not installed:
+
+    .venv-sglang/bin/python megatron_gspo/rollout/sglang_server.py --model-path DIR --port 30000 ...
+
+The arguments are SGLang's own (``rollout.launcher.server_arguments`` writes them). SGLang's scheduler and detokenizer
+are spawned processes that import this file again, so the stand-ins are installed at import, not under ``__main__``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import types
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+CPU_ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "1",  # selects SGLang's CPU platform
+    "OMP_NUM_THREADS": "1",  # threads of three processes spinning on few cores: 10 to 30 times slower when unset
+    "TORCHDYNAMO_DISABLE": "1",  # the sampler is torch.compiled, and compiling it takes longer than running it
+}
+PARENT = "MEGATRON_GSPO_PARENT_PID"
+
+
+def serve(arguments: list[str]) -> None:
+    """Serves until it is told to stop."""
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    server_args = prepare_server_args(arguments)
+    try:
+        run_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def die_with(parent: int) -> None:
+    """Kills this server's process group within a second of ``parent`` going away, however it went."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def install_cpu_stand_ins() -> None:
+    """Installs every entry of ``STAND_INS``."""
+    for install in STAND_INS:
+        install()
+
+
+def _torchvision_operators() -> None:
+    """torchvision's wheel is a CUDA build: its import registers fake kernels for operators that it then lacks."""
+    import torch
+
+    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def _sgl_kernel() -> None:
+    """sgl_kernel has no CPU wheel. Its names are imported unconditionally and never called: they raise if they are."""
+    module = types.ModuleType("sgl_kernel")
+    module.__path__ = []  # a package, so that ``import sgl_kernel.x`` fails as for any missing submodule
+
+    def missing(name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def call(*args: object, **kwargs: object) -> object:
+            raise RuntimeError(f"sgl_kernel.{name} was called, and there is no sgl_kernel for this CPU")
+
+        return call
+
+    module.__getattr__ = missing  # type: ignore[method-assign]
+    sys.modules["sgl_kernel"] = module
+
+
+def _pinned_memory() -> None:
+    """Capturing routed experts registers its host buffer with the CUDA runtime."""
+    import torch
+
+    success = types.SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0)
+    torch.cuda.cudart = lambda: success
+
+
+def _deterministic_attention() -> None:
+    """``sampling_seed`` needs deterministic inference, which does not list torch_native (one thread is repeatable)."""
+    from sglang.srt.arg_groups import choices
+
+    choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES.append("torch_native")
+
+
+def _batch_invariance() -> None:
+    """Deterministic inference replaces operators by Triton kernels; on a CPU they stay as they are."""
+    from sglang.srt import batch_invariant_ops
+
+    batch_invariant_ops.enable_batch_invariant_mode = lambda *args, **kwargs: None
+
+
+def _seeded_hash() -> None:
+    """The seeded sampler's hash is a Triton kernel, or an operator of sgl_kernel on a CPU: here it is torch."""
+    import torch
+
+    torch.library.define("sgl_kernel::murmur_hash32_cpu", "(Tensor seed, Tensor positions, Tensor columns) -> Tensor")
+    torch.library.impl("sgl_kernel::murmur_hash32_cpu", "CPU", murmur_hash32)
+
+
+STAND_INS = (
+    _torchvision_operators,
+    _sgl_kernel,
+    _pinned_memory,
+    # Seeded sampling:
+    _deterministic_attention,
+    _batch_invariance,
+    _seeded_hash,
+)
+
+
+def murmur_hash32(seed_N: torch.Tensor, positions_N: torch.Tensor, columns_M: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3 (x86, 32 bits) of the 16 bytes (seed 64, position 32, column 32): [N, M] uint32.
+
+    Integer products wrap modulo 2**64, which leaves the low 32 bits right.
+    """
+    import torch
+
+    low = 0xFFFFFFFF
+    seed_N1 = seed_N.to(torch.int64)[:, None]
+    position_N1 = positions_N.to(torch.int64)[:, None]
+
+    def rotate(x: torch.Tensor, bits: int) -> torch.Tensor:
+        return ((x << bits) | (x >> (32 - bits))) & low
+
+    h = torch.zeros_like(seed_N1)
+    for block in (seed_N1 & low, (seed_N1 >> 32) & low, position_N1 & low, columns_M.to(torch.int64) & low):
+        k = rotate(block * 0xCC9E2D51 & low, 15) * 0x1B873593 & low
+        h = (rotate(h ^ k, 13) * 5 + 0xE6546B64) & low
+    h = h ^ 16
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h = (h ^ (h >> shift)) * factor & low
+    return (h ^ (h >> 16)).to(torch.uint32)
+
+
+def _without_cuda() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+if __name__ in ("__main__", "__mp_main__") and _without_cuda():  # the server, or a process that it spawned
+    for name, value in CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    install_cpu_stand_ins()
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is a local directory
+    if PARENT in os.environ:
+        threading.Thread(target=die_with, args=(int(os.environ[PARENT]),), daemon=True).start()
+    serve(sys.argv[1:])

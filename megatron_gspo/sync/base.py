@@ -1,0 +1,182 @@
+"""Weight sync: the trainer's weights, in Hugging Face names, onto every rollout server."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from safetensors import safe_open
+
+from megatron_gspo.config import SyncConfig
+from megatron_gspo.errors import SyncError
+from megatron_gspo.sync.peers import Peers
+from megatron_gspo.sync.servers import Servers
+
+NamedTensor = tuple[str, torch.Tensor]
+"""A Hugging Face name and its whole tensor, on the CPU."""
+Names = list[str]
+R = TypeVar("R")
+
+METHODS = {
+    "disk": "megatron_gspo.sync.disk:DiskSync",
+    "tensor": "megatron_gspo.sync.tensor:TensorSync",
+}
+"""Adding a method is one file with a subclass of ``BucketSync`` and one entry here (and in ``SyncConfig``)."""
+
+
+class WeightSync(Protocol):
+    """Called by all trainer ranks."""
+
+    def push(self, tensors: Iterator[NamedTensor], version: int) -> None:
+        """Replaces the servers' weights by ``tensors`` and their version by ``version``.
+
+        ``tensors`` yields on the rank that owns a tensor, once over all ranks, and is exhausted on every rank, since
+        producing it may be collective. No rank holds more than a bucket. Raises SyncError on all ranks if anything
+        failed on one; the servers then hold weights whose version no rollout accepts, or still the ones before.
+        """
+        ...
+
+    def close(self) -> None:
+        """Removes what the method keeps between pushes."""
+        ...
+
+
+def make_weight_sync(
+    config: SyncConfig,
+    urls: Sequence[str],
+    peers: Peers,
+    *,
+    model_path: str | Path,
+    expected_names: Collection[str] | None = None,
+) -> WeightSync:
+    """The configured method.
+
+    ``model_path`` is the Hugging Face directory that the servers started from (its ``config.json`` goes beside the
+    weights of "disk"). One push must cover ``expected_names`` exactly; when absent, the names in ``model_path``'s
+    safetensors files. A server ignores a tensor whose name it does not know, and keeps the old weights of one that it
+    is not sent; neither is an error to it.
+    """
+    module, _, name = METHODS[config.method].partition(":")
+    sync: WeightSync = getattr(importlib.import_module(module), name)(config, urls, peers, model_path, expected_names)
+    return sync
+
+
+class BucketSync:
+    """The order of every method: rank 0 begins, every rank sends its tensors in buckets, rank 0 finishes.
+
+    Each of the three ends in a collective that spreads failures, so that no rank waits for one that has raised.
+    """
+
+    def __init__(
+        self,
+        config: SyncConfig,
+        urls: Sequence[str],
+        peers: Peers,
+        model_path: str | Path,
+        expected_names: Collection[str] | None,
+    ) -> None:
+        self.config = config
+        self.peers = peers
+        self.servers = Servers(urls)
+        self.model_path = Path(model_path)
+        self.expected_names = frozenset(checkpoint_names(model_path) if expected_names is None else expected_names)
+
+    def push(self, tensors: Iterator[NamedTensor], version: int) -> None:
+        """See ``WeightSync.push``."""
+        limit = self.config.bucket_mb * 1_000_000
+        try:
+            place = self.peers.together(lambda: self._begin(version) if self.peers.lead else "")[0]
+            sent = self.peers.together(lambda: send_all(tensors, limit, lambda bucket: self._send(place, bucket)))
+            self.peers.together(lambda: self._complete(place, version, sent) if self.peers.lead else None)
+        except SyncError:
+            if self.peers.lead:
+                self._abandon()
+            raise
+
+    def close(self) -> None:
+        """See ``WeightSync.close``."""
+
+    def _complete(self, place: str, version: int, sent: list[list[tuple[Names, str]]]) -> None:
+        check_names([name for rank in sent for names, _ in rank for name in names], self.expected_names)
+        self._finish(place, version, sent)
+        self.servers.check_version(str(version))
+
+    def _begin(self, version: int) -> str:
+        """On rank 0, with generation idle; the result reaches ``_send`` on every rank."""
+        raise NotImplementedError
+
+    def _send(self, place: str, bucket: list[NamedTensor]) -> str:
+        """On the owner; the result reaches ``_finish`` with the bucket's names."""
+        raise NotImplementedError
+
+    def _finish(self, place: str, version: int, sent: list[list[tuple[Names, str]]]) -> None:
+        """On rank 0, when every rank has sent its tensors; ``sent[rank]`` holds (names, ``_send``'s result)."""
+        raise NotImplementedError
+
+    def _abandon(self) -> None:
+        """On rank 0, after a failure: leaves the servers able to begin again."""
+
+
+def send_all(
+    tensors: Iterable[NamedTensor], limit: int, send: Callable[[list[NamedTensor]], R]
+) -> list[tuple[Names, R]]:
+    """Sends buckets of at most ``limit`` bytes; returns each one's names and result.
+
+    A failure to send is raised only when ``tensors`` is exhausted: other ranks take part in producing them.
+    """
+    sent: list[tuple[Names, R]] = []
+    failure: Exception | None = None
+    for bucket in buckets(tensors, limit):
+        if failure is None:
+            try:
+                sent.append(([name for name, _ in bucket], send(bucket)))
+            except Exception as error:
+                failure = error
+    if failure is not None:
+        raise failure
+    return sent
+
+
+def buckets(tensors: Iterable[NamedTensor], limit: int) -> Iterator[list[NamedTensor]]:
+    """Consecutive tensors, at most ``limit`` bytes together; a larger tensor is a bucket of its own."""
+    bucket: list[NamedTensor] = []
+    size = 0
+    for name, tensor in tensors:
+        if bucket and size + tensor.nbytes > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, _own_storage(tensor)))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def checkpoint_names(model_path: str | Path) -> Iterator[str]:
+    """Names of the tensors in a Hugging Face directory's safetensors files (headers only are read)."""
+    for path in sorted(Path(model_path).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            yield from file.keys()
+
+
+def check_names(names: Sequence[str], expected: frozenset[str]) -> None:
+    """Raises SyncError for a name sent twice, and for names that differ from ``expected``."""
+    distinct = set(names)
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise SyncError(f"{len(twice)} tensors were sent by more than one owner, first {twice[0]}")
+    if distinct != expected:
+        missing, unknown = sorted(expected - distinct), sorted(distinct - expected)
+        raise SyncError(
+            f"the trainer sent {len(names)} tensors, the servers' model has {len(expected)}: "
+            f"missing {missing[:3]}, unknown {unknown[:3]}"
+        )
+
+
+def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, contiguous in a storage of its own size: pickle writes a view's whole storage."""
+    tensor = tensor.detach().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -1,0 +1,53 @@
+"""Weight sync through safetensors files in a directory that the servers can read (shared memory, by default)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from megatron_gspo.sync.base import BucketSync, NamedTensor, Names
+
+
+class DiskSync(BucketSync):
+    """Every owner writes its buckets as files; rank 0 writes the index and tells the servers to load the directory.
+
+    One version exists at a time: the one before is removed when the next begins (the servers hold it in memory).
+    """
+
+    _directory: tempfile.TemporaryDirectory[str] | None = None
+    _files = 0
+
+    def close(self) -> None:
+        if self._directory is not None:
+            self._directory.cleanup()
+            self._directory = None
+
+    def _begin(self, version: int) -> str:
+        self.servers.flush_when_idle()
+        self.close()
+        self._directory = tempfile.TemporaryDirectory(prefix="megatron-gspo-", dir=self.config.directory)
+        os.chmod(self._directory.name, 0o755)  # servers may run as another user
+        place = Path(self._directory.name) / f"version-{version}"
+        place.mkdir()
+        shutil.copyfile(self.model_path / "config.json", place / "config.json")
+        return str(place)
+
+    def _send(self, place: str, bucket: list[NamedTensor]) -> str:
+        self._files += 1
+        path = Path(place) / f"rank-{self.peers.rank:05}-{self._files:05}.safetensors"
+        partial = path.with_suffix(".partial")
+        save_file(dict(bucket), partial, metadata={"format": "pt"})
+        partial.rename(path)
+        return path.name
+
+    def _finish(self, place: str, version: int, sent: list[list[tuple[Names, str]]]) -> None:
+        weight_map = {name: file for rank in sent for names, file in rank for name in names}
+        index = Path(place) / "model.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        body = {"model_path": place, "weight_version": str(version), "flush_cache": True}
+        self.servers.post("/update_weights_from_disk", body)

@@ -1,0 +1,75 @@
+"""The control endpoints of SGLang servers, called on all servers at once."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from megatron_gspo.errors import SyncError
+
+TIMEOUT_S = 600.0
+IDLE_S = 30
+"""Seconds that a server may take to finish what it is doing before an update."""
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # servers are reached directly, as by rollouts
+
+
+class Servers:
+    """Blocking calls, each to every server in parallel. A refusal or a dead server is a SyncError naming the URL."""
+
+    def __init__(self, urls: Sequence[str], timeout_s: float = TIMEOUT_S) -> None:
+        if not urls:
+            raise SyncError("weight sync has no server to send to")
+        self._urls = tuple(url.rstrip("/") for url in urls)
+        self._timeout_s = timeout_s
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> None:
+        """POSTs the same JSON to every server; raises unless all succeed."""
+        data = json.dumps(body or {}).encode()
+        self._all(path, [data] * len(self._urls))
+
+    def post_tensors(self, payload: str) -> None:
+        """One bucket (base64) in an open update session; each tensor-parallel rank of a server reads a copy."""
+        if not hasattr(self, "_ranks"):
+            self._ranks = [info["tp_size"] for info in self._get("/server_info")]
+        bodies = [
+            json.dumps({"serialized_named_tensors": [payload] * ranks, "flush_cache": False}).encode()
+            for ranks in self._ranks
+        ]
+        self._all("/update_weights_from_tensor", bodies)
+
+    def flush_when_idle(self) -> None:
+        """Empties the prefix caches. A server that still generates after ``IDLE_S`` refuses, and so does this."""
+        self.post(f"/flush_cache?timeout={IDLE_S}")
+
+    def set_version(self, version: str) -> None:
+        self.post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
+
+    def check_version(self, version: str) -> None:
+        """Raises SyncError unless every server reports ``version``."""
+        reported = [info.get("weight_version") for info in self._get("/model_info")]
+        wrong = [f"{url} {got!r}" for url, got in zip(self._urls, reported, strict=True) if got != version]
+        if wrong:
+            raise SyncError(f"servers do not hold weight version {version} after the sync: {', '.join(wrong)}")
+
+    def _get(self, path: str) -> list[dict[str, Any]]:
+        return [json.loads(text) for text in self._all(path, [None] * len(self._urls))]
+
+    def _all(self, path: str, bodies: Sequence[bytes | None]) -> list[str]:
+        with ThreadPoolExecutor(len(self._urls)) as pool:
+            return list(pool.map(lambda url, body: self._call(url + path, body), self._urls, bodies))
+
+    def _call(self, url: str, body: bytes | None) -> str:
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        try:
+            with _DIRECT.open(request, timeout=self._timeout_s) as response:
+                return str(response.read().decode())
+        except urllib.error.HTTPError as error:
+            message = error.read().decode(errors="replace")[:500]
+            raise SyncError(f"{url} refused (HTTP {error.code}): {message}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise SyncError(f"{url} did not answer: {type(error).__name__}: {error}") from None

@@ -1,0 +1,43 @@
+"""Trainer ranks as threads: ``Peers`` asks for one collective, and a barrier over a list is one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from megatron_gspo.sync.peers import Peers
+
+
+def run_ranks(world_size: int, rank_main: Callable[[Peers], Any]) -> None:
+    """Runs ``rank_main`` on every rank and raises the first rank's failure."""
+    for failure in collect_failures(world_size, rank_main):
+        if failure is not None:
+            raise failure
+
+
+def collect_failures(world_size: int, rank_main: Callable[[Peers], Any]) -> list[BaseException | None]:
+    """Runs ``rank_main`` on every rank and returns what each raised."""
+    barrier = threading.Barrier(world_size, timeout=60)
+    slots: list[Any] = [None] * world_size
+    failures: list[BaseException | None] = [None] * world_size
+
+    def run(rank: int) -> None:
+        def all_gather(value: Any) -> list[Any]:
+            slots[rank] = value
+            barrier.wait()
+            values = list(slots)
+            barrier.wait()
+            return values
+
+        try:
+            rank_main(Peers(rank, world_size, all_gather))
+        except BaseException as error:
+            failures[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return failures

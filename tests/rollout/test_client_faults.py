@@ -1,0 +1,239 @@
+"""The client against a server that fails on demand. (What a real server does is in test_sglang.py.)"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from megatron_gspo.config import RolloutConfig
+from megatron_gspo.errors import ConfigError, DataError, EngineReplyError, EngineUnavailableError, RolloutError
+from megatron_gspo.rollout import sglang_client
+from megatron_gspo.rollout.engine import Sampling, make_engine
+from megatron_gspo.types import Prompt, Rollout
+from tests.rollout.cases import SAMPLING, STOP, prompt, reply
+
+Answer = Callable[[web.Request, dict[str, Any], int], Awaitable[web.StreamResponse]]
+"""(request, its body, how often this very body came before) -> answer."""
+SOUND = reply([9, 8, STOP])
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang_client, "FIRST_PAUSE_S", 0.001)
+
+
+class StandIn:
+    """A server whose /generate is ``answer``; it keeps the bodies it was sent."""
+
+    def __init__(self, answer: Answer, deterministic: bool = True) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self._seen: Counter[str] = Counter()
+        self._answer = answer
+        self._deterministic = deterministic
+        self.running = self.most_running = 0
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        key = repr(body)
+        self._seen[key] += 1
+        self.running += 1
+        self.most_running = max(self.running, self.most_running)
+        try:
+            return await self._answer(request, body, self._seen[key] - 1)
+        finally:
+            self.running -= 1
+
+    async def server_info(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": "0.5.23", "enable_deterministic_inference": self._deterministic})
+
+    def serve(self) -> TestServer:
+        app = web.Application()
+        app.router.add_post("/generate", self.generate)
+        app.router.add_get("/server_info", self.server_info)
+        return TestServer(app)
+
+
+def draw(
+    *stand_ins: StandIn,
+    prompts: tuple[Prompt, ...] = (prompt(),),
+    sampling: Sampling = SAMPLING,
+    progress: Any = None,
+    **settings: Any,
+) -> list[list[Rollout]]:
+    async def main() -> list[list[Rollout]]:
+        servers = [stand_in.serve() for stand_in in stand_ins]
+        for server in servers:
+            await server.start_server()
+        try:
+            urls = [str(server.make_url("/")) for server in servers]
+            async with make_engine(urls, RolloutConfig(**settings), vocab_size=64) as engine:
+                return await engine.rollout_groups(prompts, sampling, weight_version=7, progress=progress)
+        finally:
+            for server in servers:
+                await server.close()
+
+    return asyncio.run(main())
+
+
+def always(answer: Any, status: int = 200) -> Answer:
+    async def respond(request: web.Request, body: dict[str, Any], seen: int) -> web.Response:
+        return web.json_response(answer, status=status)
+
+    return respond
+
+
+def at_first(failure: Answer, times: int, then: Any = SOUND) -> Answer:
+    async def respond(request: web.Request, body: dict[str, Any], seen: int) -> web.StreamResponse:
+        return await failure(request, body, seen) if seen < times else web.json_response(then)
+
+    return respond
+
+
+async def drop_connection(request: web.Request, body: dict[str, Any], seen: int) -> web.StreamResponse:
+    assert request.transport is not None
+    request.transport.close()
+    return web.Response()
+
+
+async def half_a_body(request: web.Request, body: dict[str, Any], seen: int) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Length": "1000"})
+    await response.prepare(request)
+    await response.write(b'{"output_ids": [9, 8')
+    assert request.transport is not None
+    request.transport.close()
+    return response
+
+
+async def half_json(request: web.Request, body: dict[str, Any], seen: int) -> web.StreamResponse:
+    return web.Response(text='{"output_ids": [9, 8')
+
+
+FAILURES = {
+    "503": always({"error": "busy"}, status=503),
+    "dropped connection": drop_connection,
+    "half a body": half_a_body,
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_passing_failure_is_tried_again_with_the_same_request(failure: str) -> None:
+    stand_in = StandIn(at_first(FAILURES[failure], times=2))
+    [group] = draw(stand_in, sampling=Sampling(2, 1.0, 4, (STOP,), seed=1), retries=2)
+    assert [rollout.response_ids.tolist() for rollout in group] == [[9, 8, STOP]] * 2
+    assert len(stand_in.bodies) == 6
+    assert len({body["sampling_params"]["sampling_seed"] for body in stand_in.bodies}) == 2
+
+
+@pytest.mark.parametrize(
+    ("failure", "last"), [("503", "HTTP 503.*busy"), ("dropped connection", "Disconnected"), ("half a body", "Payload")]
+)
+def test_a_lasting_failure_names_the_server_and_the_last_cause(failure: str, last: str) -> None:
+    stand_in = StandIn(FAILURES[failure])
+    with pytest.raises(
+        EngineUnavailableError, match=rf"(?s)http://127.0.0.1:\d+/generate failed 3 times, at last with .*{last}"
+    ):
+        draw(stand_in, sampling=Sampling(1, 1.0, 4, (STOP,)), retries=2)
+    assert len(stand_in.bodies) == 3
+
+
+def test_a_refusal_is_shown_in_the_servers_words_and_not_repeated() -> None:
+    stand_in = StandIn(always({"error": {"message": "The input (600 tokens) is longer"}}, status=400))
+    with pytest.raises(RolloutError, match=r"HTTP 400\): The input \(600 tokens\) is longer"):
+        draw(stand_in, sampling=Sampling(1, 1.0, 4, (STOP,)))
+    assert len(stand_in.bodies) == 1
+
+
+def test_a_server_that_does_not_answer_in_time_is_given_up_without_asking_again() -> None:
+    async def slow(request: web.Request, body: dict[str, Any], seen: int) -> web.Response:
+        await asyncio.sleep(2)
+        return web.json_response(SOUND)
+
+    stand_in = StandIn(slow)
+    with pytest.raises(EngineUnavailableError, match=r"did not answer within rollout\.timeout_s = 0\.2 s"):
+        draw(stand_in, sampling=Sampling(1, 1.0, 4, (STOP,)), timeout_s=0.2)
+    assert len(stand_in.bodies) == 1
+
+
+def test_a_broken_reply_is_an_error_at_once_and_names_the_server() -> None:
+    stand_in = StandIn(half_json)
+    with pytest.raises(EngineReplyError, match=r'127.0.0.1:\d+.* broken JSON .*\{"output_ids": \[9, 8'):
+        draw(stand_in, sampling=Sampling(1, 1.0, 4, (STOP,)))
+    assert len(stand_in.bodies) == 1
+    with pytest.raises(EngineReplyError, match=r"127.0.0.1:\d+: prompt 'p', sample 0: .* version 6"):
+        draw(StandIn(always(reply([9, STOP], version="6"))), sampling=Sampling(1, 1.0, 4, (STOP,)))
+
+
+def test_one_broken_reply_among_many_stops_the_whole_call_with_that_error() -> None:
+    async def mostly_sound(request: web.Request, body: dict[str, Any], seen: int) -> web.Response:
+        if body["input_ids"] == [5, 5, 5]:
+            return web.json_response(reply([99, STOP]))
+        await asyncio.sleep(0.01)
+        return web.json_response(SOUND)
+
+    prompts = tuple(prompt(str(i), (i, i, i)) for i in range(4, 12))
+    with pytest.raises(EngineReplyError, match=r"prompt '5'.*outside the vocabulary \[0, 64\): \[99\]"):
+        draw(StandIn(mostly_sound), prompts=prompts)
+
+
+def test_an_abort_is_drawn_again_and_returned_when_it_persists() -> None:
+    aborted = reply([9], "abort")
+    [group] = draw(StandIn(at_first(always(aborted), times=1)), retries=1)
+    assert [rollout.finish_reason for rollout in group] == ["stop", "stop"]
+    stand_in = StandIn(always(aborted))
+    [group] = draw(stand_in, sampling=Sampling(1, 1.0, 4, (STOP,)), retries=2)
+    assert [rollout.finish_reason for rollout in group] == ["abort"]
+    assert len(stand_in.bodies) == 3
+
+
+def test_groups_come_back_in_order_from_all_servers_within_the_limit_of_prompts_in_flight() -> None:
+    async def later_prompts_first(request: web.Request, body: dict[str, Any], seen: int) -> web.Response:
+        await asyncio.sleep(0.06 if body["input_ids"][0] % 2 else 0.03)
+        return web.json_response(reply([body["input_ids"][0], STOP], prompt_tokens=1))
+
+    stand_ins = StandIn(later_prompts_first), StandIn(later_prompts_first)
+    prompts = tuple(prompt(str(i), (i,)) for i in range(10, 30))
+    done: list[str] = []
+    groups = draw(*stand_ins, prompts=prompts, concurrency=4, progress=lambda group: done.append(group[0].prompt.id))
+    assert [[rollout.response_ids[0] for rollout in group] for group in groups] == [[i, i] for i in range(10, 30)]
+    assert [[rollout.sample for rollout in group] for group in groups] == [[0, 1]] * 20
+    assert sorted(done) == sorted(p.id for p in prompts)
+    assert done != [p.id for p in prompts]
+    assert [stand_in.most_running for stand_in in stand_ins] == [4, 4]  # 2 prompts of 2 samples each
+    for stand_in in stand_ins:
+        assert len(stand_in.bodies) >= 12
+        assert set(Counter(body["input_ids"][0] for body in stand_in.bodies).values()) == {2}  # a group stays together
+
+
+def test_seeds_are_refused_by_servers_that_would_ignore_them() -> None:
+    stand_in = StandIn(always(SOUND), deterministic=False)
+    with pytest.raises(ConfigError, match="--enable-deterministic-inference"):
+        draw(stand_in, sampling=Sampling(2, 1.0, 4, (STOP,), seed=1))
+    assert draw(stand_in)[0][0].response_ids.tolist() == [9, 8, STOP]
+
+
+def test_a_prompt_that_would_crash_the_server_is_never_sent() -> None:
+    stand_in = StandIn(always(SOUND))
+    with pytest.raises(DataError, match="prompt 'p' holds token 64, outside the model's vocabulary of 64"):
+        draw(stand_in, prompts=(prompt("p", (5, 64)),))
+    with pytest.raises(DataError, match="prompt 'p' has no tokens"):
+        draw(stand_in, prompts=(prompt("p", ()),))
+    assert stand_in.bodies == []
+
+
+def test_no_server_and_a_server_that_is_not_there_are_errors_on_entry() -> None:
+    with pytest.raises(ConfigError, match="no rollout server"):
+        draw()
+
+    async def enter() -> None:
+        async with make_engine(["http://127.0.0.1:9"], RolloutConfig(retries=1), vocab_size=64):
+            pass
+
+    with pytest.raises(EngineUnavailableError, match=r"http://127\.0\.0\.1:9/server_info failed 2 times"):
+        asyncio.run(enter())

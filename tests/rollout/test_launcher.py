@@ -1,0 +1,186 @@
+"""Local servers start, are waited for, and are gone afterwards. The server here is a script that misbehaves."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_gspo.config import RolloutConfig
+from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
+from megatron_gspo.rollout import launcher
+from megatron_gspo.rollout.launcher import (
+    LocalServers,
+    find_server_python,
+    free_ports,
+    server_arguments,
+    server_environment,
+)
+
+HEALTHY = """
+import http.server, os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health_generate" else 404)
+        self.end_headers()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def fake_python(directory: Path, script: str) -> str:
+    """A 'python' that runs ``script`` with the server's arguments, whatever it is told to run."""
+    (directory / "server.py").write_text(script)
+    python = directory / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {directory}/server.py "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+def servers(directory: Path, script: str, count: int = 1, start_s: float = 20.0) -> LocalServers:
+    config = RolloutConfig(server_python=fake_python(directory, script), local_servers=count, server_start_s=start_s)
+    return LocalServers(config, "model", directory / "logs", device="cpu", dtype="float32")
+
+
+def processes_of(group: int) -> list[int]:
+    return launcher._group_members(group)
+
+
+def test_servers_that_ignore_the_request_to_stop_are_killed_with_their_children(tmp_path: Path) -> None:
+    groups: list[int] = []
+
+    def run() -> None:
+        with servers(tmp_path, HEALTHY, count=2) as local:
+            assert len(set(local.urls)) == 2
+            groups.extend(server._process.pid for server in local._servers)
+            assert [len(processes_of(group)) for group in groups] == [2, 2]
+            local.check()
+            raise KeyError("the run fails")
+
+    with pytest.raises(KeyError, match="the run fails"):
+        run()
+    assert [processes_of(group) for group in groups] == [[], []]
+    assert (tmp_path / "logs" / "sglang-1.log").exists()
+
+
+def test_a_server_that_exits_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
+    script = "print('no such model'); raise SystemExit(3)"
+    with pytest.raises(EngineUnavailableError, match=r"(?s)exited with 3; the end of .*sglang-0.log:\nno such model"):
+        servers(tmp_path, script).__enter__()
+
+
+def test_a_server_that_never_answers_is_given_up_and_stopped(tmp_path: Path) -> None:
+    script = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    with pytest.raises(EngineUnavailableError, match=r"not healthy within rollout\.server_start_s"):
+        servers(tmp_path, script, start_s=1.0).__enter__()
+    pid = int((tmp_path / "logs" / "sglang-0.log").read_text().split()[0])
+    assert processes_of(pid) == []
+
+
+def test_a_server_that_dies_during_the_run_is_noticed_by_check(tmp_path: Path) -> None:
+    with servers(tmp_path, HEALTHY.replace("SIG_IGN", "SIG_DFL")) as local:
+        process = local._servers[0]._process
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        with pytest.raises(EngineUnavailableError, match="exited with -9"):
+            local.check()
+
+
+def test_a_server_ends_with_its_parent_even_when_it_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "orphan.py"
+    checkout = Path(launcher.__file__).resolve().parents[2]
+    script.write_text(
+        f"import os, sys, time, threading; sys.path.insert(0, {str(checkout)!r})\n"
+        "from megatron_gspo.rollout.sglang_server import die_with\n"
+        "threading.Thread(target=die_with, args=(int(os.environ['MEGATRON_GSPO_PARENT_PID']),), daemon=True).start()\n"
+        "time.sleep(600)\n"
+    )
+    parent_code = (
+        "import os, subprocess, sys, time\n"
+        "os.environ['MEGATRON_GSPO_PARENT_PID'] = str(os.getpid())\n"
+        f"p = subprocess.Popen([sys.executable, {str(script)!r}], start_new_session=True)\n"
+        "print(p.pid, flush=True); time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent_code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        group = int(parent.stdout.readline())
+        time.sleep(1.0)
+        assert processes_of(group) == [group]
+        parent.kill()
+    deadline = time.monotonic() + 5
+    while processes_of(group):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_the_python_of_the_server_is_found_in_the_documented_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(launcher.SERVER_PYTHON, raising=False)
+    monkeypatch.setattr(launcher, "__file__", str(tmp_path / "checkout" / "megatron_gspo" / "rollout" / "launcher.py"))
+    with pytest.raises(DependencyError, match="make install"):
+        find_server_python()
+    for root in (tmp_path / "checkout", tmp_path):
+        python = root / ".venv-sglang" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.touch()
+        assert find_server_python() == python
+    named = tmp_path / "named"
+    named.touch()
+    monkeypatch.setenv(launcher.SERVER_PYTHON, str(named))
+    assert find_server_python() == named
+    assert find_server_python(str(python)) == python
+    with pytest.raises(ConfigError, match=r"rollout\.server_python = /nowhere: no such file"):
+        find_server_python("/nowhere")
+
+
+def test_a_cpu_server_is_seeded_single_threaded_and_starts_at_version_0() -> None:
+    arguments = server_arguments(RolloutConfig(), "model", 1234, device="cpu", dtype="float64", seed=3)
+    pairs = dict(itertools.pairwise(arguments))
+    assert pairs["--model-path"] == "model"
+    assert pairs["--port"] == "1234"
+    assert pairs["--dtype"] == "float32"
+    assert pairs["--weight-version"] == "0"
+    assert pairs["--random-seed"] == "3"
+    assert pairs["--attention-backend"] == "torch_native"
+    assert pairs["--max-total-tokens"] == "32768"
+    assert {"--sleep-on-idle", "--skip-tokenizer-init", "--enable-deterministic-inference"} <= set(arguments)
+
+
+def test_a_gpu_server_is_seeded_only_on_request_and_the_users_arguments_come_last() -> None:
+    config = RolloutConfig(server_args=("--mem-fraction-static", "0.7"))
+    arguments = server_arguments(config, "model", 1, device="cuda", dtype="bfloat16", gpu=2)
+    assert arguments[-2:] == ["--mem-fraction-static", "0.7"]
+    assert arguments[arguments.index("--base-gpu-id") + 1] == "2"
+    assert "torch_native" not in arguments
+    assert "--enable-deterministic-inference" not in arguments
+    seeded = server_arguments(RolloutConfig(seeded=True), "model", 1, device="cuda", dtype="bfloat16")
+    assert "--enable-deterministic-inference" in seeded
+
+
+def test_a_server_inherits_nothing_of_torchrun_or_of_this_pythons_path() -> None:
+    environment = {"RANK": "1", "TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": "here", "PATH": "p", "OMP_NUM_THREADS": "8"}
+    assert server_environment(environment, "cpu") == {
+        "PATH": "p",
+        "OMP_NUM_THREADS": "1",
+        "MEGATRON_GSPO_PARENT_PID": str(os.getpid()),
+    }
+    assert server_environment(environment, "cuda")["OMP_NUM_THREADS"] == "8"
+
+
+def test_ports_are_distinct_and_free() -> None:
+    ports = free_ports(5)
+    assert len(set(ports)) == 5
+    for port in ports:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
