@@ -1,0 +1,68 @@
+"""``manifest.json``: what exactly ran."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_gspo.config import RunConfig
+
+PACKAGES = ("megatron-gspo", "torch", "megatron-core", "transformers")
+PACKAGE_DIRECTORY = Path(__file__).resolve().parent.parent
+
+
+def describe(config: RunConfig, world_size: int, engine: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The manifest of a run that starts now on ``world_size`` ranks.
+
+    ``engine``: what the rollout servers said of themselves; its "version" becomes ``versions.sglang``. No host name:
+    a manifest is something to send to others.
+    """
+    layout = config.parallel.model_dump() | {"data": config.parallel.data_size(world_size), "world_size": world_size}
+    engine = dict(engine or {})
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    low_high = None if config.algorithm.name == "sft" else config.algorithm.clip_range()
+    return {
+        "status": "running",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "algorithm": config.algorithm.name,
+        "clip_range": low_high,
+        "model": config.model.path,
+        "layout": layout,
+        "seeds": {"train": config.train.seed},
+        "engine": {"name": config.rollout.engine, **engine},
+        "versions": versions | {"sglang": engine.get("version")},
+        "git": git_state(PACKAGE_DIRECTORY),
+    }
+
+
+def git_state(package: Path) -> dict[str, Any] | None:
+    """Commit and dirtiness of the checkout that ``package`` is the top of; None when it was installed otherwise."""
+    top = _git(package, "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != package.parent:  # an environment inside somebody's repository
+        return None
+    commit = _git(package, "rev-parse", "--verify", "HEAD")
+    if commit is None:
+        return None
+    return {"commit": commit, "dirty": bool(_git(package, "status", "--porcelain", "--untracked-files=no"))}
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,261 @@
+"""The run directory: what a run leaves behind, and nothing else knows where it lies. Pure file work.
+
+    config.toml                   the configuration as resolved
+    manifest.json                 versions, layout, git commit, seeds, engine, start, end
+    metrics.jsonl                 one StepReport a line (docs/metrics.md)
+    rollouts/outer_00012.jsonl    responses to read, one a line
+    checkpoints/  tensorboard/    written by others
+    report.html                   written by ``report.html``
+
+Only the reporting rank writes. Readers take a run that is still going or crashed: a file that is missing is empty, and
+a torn last line is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from megatron_gspo.config import RunConfig, dump, load
+from megatron_gspo.errors import BatchError, ConfigError, DataError
+from megatron_gspo.report.metrics import INITIAL, Record, clean
+
+if TYPE_CHECKING:  # types imports torch, and reading a run needs none
+    from megatron_gspo.types import StepReport
+
+PER_TOKEN = ("rollout_logprobs", "old_logprobs", "new_logprobs")
+
+
+@dataclass(frozen=True)
+class RolloutRecord:
+    """One response to read; a line of ``rollouts/outer_*.jsonl``."""
+
+    prompt_id: str
+    sample: int
+    """Position in its group."""
+    prompt: str
+    response: str
+    tokens: Sequence[str]
+    """[R] the response's tokens, each decoded by itself."""
+    reward: float
+    advantage: float
+    finish_reason: str
+    ratio: float | None = None
+    """s_i at the last mini-batch that the response was trained in."""
+    clipped: bool | None = None
+    """Whether its sequence ratio (any token's, for a token-ratio loss) was clipped."""
+    rollout_logprobs: Sequence[float] | None = None
+    """[R] log mu, the engine's."""
+    old_logprobs: Sequence[float] | None = None
+    """[R] log pi_old."""
+    new_logprobs: Sequence[float] | None = None
+    """[R] log pi_theta."""
+
+    def __post_init__(self) -> None:
+        for name in PER_TOKEN:
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.tokens):
+                raise BatchError(
+                    f"response {self.prompt_id}/{self.sample}: {len(self.tokens)} tokens but {len(values)} {name}"
+                )
+
+    def as_record(self) -> Record:
+        """JSON values only; what was not recorded is left out."""
+        record = {name: value for name, value in asdict(self).items() if value is not None}
+        for name in PER_TOKEN:
+            if name in record:
+                record[name] = [round(float(value), 7) for value in record[name]]
+        for name in {"reward", "advantage", "ratio"} & record.keys():
+            record[name] = float(record[name])  # rewards and ratios arrive as numpy scalars
+        if self.clipped is not None:
+            record["clipped"] = bool(self.clipped)
+        return record | {"tokens": list(self.tokens)}
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """One run's files. ``create`` for a new run, ``open`` for one that exists."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, config: RunConfig) -> RunDirectory:
+        """Makes ``train.run_dir`` and writes ``config.toml``.
+
+        Raises ConfigError if it exists and ``train.overwrite`` is off, or if what would be replaced is not a run.
+        """
+        path = Path(config.train.run_dir)
+        if path.is_dir() and config.train.overwrite:
+            _remove_run(path)
+        elif path.exists() or path.is_symlink():
+            raise ConfigError(f"train.run_dir = {path} exists: name another, or set train.overwrite = true")
+        run = cls(path)
+        run.checkpoints.mkdir(parents=True)
+        run.rollouts.mkdir()
+        run.config_file.write_text(dump(config), encoding="utf-8")
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """A run that exists, finished or not. Raises DataError if ``path`` holds no run."""
+        path = Path(path)
+        if not path.is_dir():
+            raise DataError(f"{path}: no such run directory")
+        if not _is_run(path):
+            raise DataError(f"{path}: not a run directory (no config.toml, manifest.json or metrics.jsonl in it)")
+        return cls(path)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def manifest_file(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    def metrics_writer(self) -> MetricsWriter:
+        """Opens ``metrics.jsonl`` for appending, after cutting off a torn last line."""
+        return MetricsWriter(self.metrics_file)
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Replaces ``manifest.json`` in one move, so that no reader sees half of it."""
+        temporary = self.manifest_file.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(self.manifest_file)
+
+    def finish(self, status: str = "finished") -> None:
+        """Adds how and when the run ended ("finished" or "failed") to the manifest."""
+        ended = datetime.now(UTC).isoformat(timespec="seconds")
+        self.write_manifest({**self.manifest(), "status": status, "ended": ended})
+
+    def write_rollouts(self, outer_step: int, records: Sequence[RolloutRecord]) -> Path:
+        """Writes the responses of one outer step, replacing those of an earlier try at it."""
+        path = self.rollouts / f"outer_{outer_step:05d}.jsonl"
+        lines = [json.dumps(record.as_record(), ensure_ascii=False) + "\n" for record in records]
+        path.write_text("".join(lines), encoding="utf-8")
+        return path
+
+    def config(self) -> RunConfig | None:
+        """The run's configuration; None when it is missing or this version cannot read it."""
+        try:
+            return load(self.config_file)
+        except ConfigError:
+            return None
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest; empty when it is missing or torn."""
+        try:
+            manifest = json.loads(self.manifest_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return manifest if isinstance(manifest, dict) else {}
+
+    def metrics(self) -> list[Record]:
+        """The lines of ``metrics.jsonl`` in order of step; of a step written twice (a resumed run) the later one."""
+        records = {(line["step"], line["minibatch"]): line for line in read_lines(self.metrics_file) if _is_step(line)}
+        return [records[key] for key in sorted(records)]
+
+    def rollout_files(self) -> dict[int, Path]:
+        """Outer step -> file, in order."""
+        files = {}
+        for path in self.rollouts.glob("outer_*.jsonl"):
+            number = path.stem.removeprefix("outer_")
+            if number.isdecimal():
+                files[int(number)] = path
+        return dict(sorted(files.items()))
+
+
+class MetricsWriter:
+    """Appends to ``metrics.jsonl``; a line is on disk when ``write`` returns. A ``MetricSink``."""
+
+    def __init__(self, path: Path) -> None:
+        _cut_torn_line(path)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, report: StepReport) -> None:
+        """Writes one line. Metrics that are NaN or infinite are left out: strict JSON has no word for them."""
+        place = {"step": report.step, "outer_step": report.outer_step, "minibatch": report.minibatch}
+        self._file.write(json.dumps(place | clean(report.metrics)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def initial_evaluation(metrics: Mapping[str, float]) -> StepReport:
+    """The evaluation before any training, as a report: its step, outer step and mini-batch are -1.
+
+    Later evaluations go on the last line of the outer step that they follow. So on every line ``eval/*`` belongs to
+    the weights after that line's optimizer step.
+    """
+    from megatron_gspo.types import StepReport
+
+    return StepReport(step=INITIAL, outer_step=INITIAL, minibatch=INITIAL, metrics=dict(metrics))
+
+
+def read_lines(path: Path) -> Iterator[Record]:
+    """The objects of a JSON-lines file; nothing if it is missing; lines that are not whole objects are skipped."""
+    try:
+        text = path.read_bytes().decode("utf-8", errors="replace")
+    except OSError:
+        return
+    for line in text.split("\n"):  # not splitlines: a response may hold U+2028, which JSON does not escape
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
+
+
+def _is_step(line: Record) -> bool:
+    return all(isinstance(line.get(name), int) for name in ("step", "outer_step", "minibatch"))
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("config.toml", "manifest.json", "metrics.jsonl"))
+
+
+def _remove_run(path: Path) -> None:
+    """Removes a run directory, but nothing that a mistyped path would be missed in."""
+    if any(path.iterdir()) and not ((path / "config.toml").is_file() and (path / "checkpoints").is_dir()):
+        raise ConfigError(
+            f"train.run_dir = {path} is not a run directory (no config.toml and checkpoints/ in it), "
+            f"so train.overwrite does not replace it: remove it yourself or name another"
+        )
+    shutil.rmtree(path)
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)

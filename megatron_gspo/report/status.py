@@ -1,0 +1,141 @@
+"""``megatron-gspo status RUN``: how far a run is, how fast, and what looks wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from megatron_gspo.config import RunConfig
+from megatron_gspo.report.metrics import INITIAL, TIME_PARTS, Record, by_outer_step, seconds
+from megatron_gspo.report.rundir import RunDirectory
+from megatron_gspo.report.text import duration
+
+WINDOW = 10
+"""Outer steps that "recent" means."""
+K3_HEALTHY = 1e-3
+"""Engine gap below which trainer and engine count as the same policy (docs/metrics.md)."""
+TAIL_HEALTHY = 1e-4
+"""Share of tokens whose ratio between engine and trainer is above 2 that is still usual."""
+
+
+def summarise(run: RunDirectory | Path | str) -> dict[str, Any]:
+    """Where a run stands, as JSON values; None where nothing was recorded. Raises DataError if it is no run."""
+    run = run if isinstance(run, RunDirectory) else RunDirectory.open(run)
+    config, manifest, lines = run.config(), run.manifest(), run.metrics()
+    trained = [line for line in lines if line["outer_step"] != INITIAL]
+    outer = by_outer_step(trained)
+    recent = outer[-WINDOW:]
+    evaluations = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
+    done, total = (outer[-1]["outer_step"] + 1 if outer else 0), (config.train.outer_steps if config else None)
+    per_step = median(map(seconds, recent)) if recent else None
+    return {
+        "run": str(run.path),
+        "status": manifest.get("status"),
+        "optimizer_steps": trained[-1]["step"] + 1 if trained else 0,
+        "outer_steps": done,
+        "outer_steps_total": total,
+        "eta_s": (total - done) * per_step if total and per_step else None,
+        "reward": _mean(recent, "reward/mean"),
+        "eval_first": evaluations[0] if evaluations else None,
+        "eval_last": evaluations[-1] if evaluations else None,
+        "clip_frac_tokens": _mean(recent, "clip/frac_tokens"),
+        "clip_frac_sequences": _mean(recent, "clip/frac_sequences"),
+        "engine_k3_median": _median(trained, "kl/engine_k3"),
+        "tokens_per_s": _median(recent, "tokens_per_s"),
+        "seconds_per_outer_step": per_step,
+        "time_split": {part: _mean(recent, f"time/{part}") for part in TIME_PARTS},
+        "last_checkpoint": last_checkpoint(run),
+        "warnings": warnings(trained, config),
+    }
+
+
+def warnings(lines: list[Record], config: RunConfig | None) -> list[str]:
+    """What a reader should look at, one sentence each. ``lines``: optimizer steps, without the initial evaluation."""
+    outer = by_outer_step(lines)
+    recent = outer[-WINDOW:]
+    found = []
+    first = [line["step"] for line in lines if line["minibatch"] == 0 and line.get("clip/frac_tokens", 0.0) > 0]
+    if first:
+        found.append(f"tokens were clipped in minibatch 0 (step {first[-1]}), whose ratios must be exactly 1")
+    if unclipped := _steps_without_clipping(outer, config):
+        found.append(f"nothing was clipped for {unclipped} outer steps: the clip range is too wide, or nothing moves")
+    k3 = _median(recent, "kl/engine_k3")
+    if k3 is not None and k3 > K3_HEALTHY:
+        found.append(f"kl/engine_k3 is {k3:.2g}, above {K3_HEALTHY:g}: engine and trainer disagree")
+    tail = _median(recent, "kl/engine_tail")
+    if tail is not None and tail > TAIL_HEALTHY:
+        found.append(f"kl/engine_tail is {tail:.2g}, above {TAIL_HEALTHY:g}: tokens whose probabilities differ twofold")
+    flat = _mean(recent, "reward/zero_std_groups")
+    if flat is not None and flat > 0.5:
+        found.append(f"{flat:.0%} of the groups have equal rewards and teach nothing: prompts too easy or too hard")
+    truncated = _mean(recent, "length/truncated")
+    if truncated is not None and truncated > 0.5:
+        found.append(f"{truncated:.0%} of the responses were truncated: raise rollout.max_response_tokens")
+    return found
+
+
+def last_checkpoint(run: RunDirectory) -> str | None:
+    """Name of the checkpoint with the highest number in it; None when there is none."""
+    numbers = {path.name: re.findall(r"\d+", path.name) for path in run.checkpoints.glob("*")}
+    numbered = [(int(digits[-1]), name) for name, digits in numbers.items() if digits]
+    return max(numbered)[1] if numbered else None
+
+
+def format_status(summary: dict[str, Any]) -> str:
+    """A summary as text for the terminal."""
+    done, total = summary["outer_steps"], summary["outer_steps_total"]
+    step = f"{done}/{total}" if total else str(done)
+    eta = f", about {duration(summary['eta_s'])} left" if summary["eta_s"] and summary["status"] == "running" else ""
+    rows = [
+        ("run", f"{summary['run']} ({summary['status'] or 'no manifest'})"),
+        ("outer step", f"{step} ({summary['optimizer_steps']} optimizer steps){eta}"),
+        ("reward", f"{_text(summary['reward'], '.3f')} (last {WINDOW} outer steps)"),
+        ("eval accuracy", f"{_text(summary['eval_first'], '.3f')} -> {_text(summary['eval_last'], '.3f')}"),
+        ("clip fraction", _clip_text(summary)),
+        ("engine gap k3", f"{_text(summary['engine_k3_median'], '.2g')} (median)"),
+        ("speed", _speed_text(summary)),
+        ("checkpoint", summary["last_checkpoint"] or "none yet"),
+    ]
+    lines = [f"{name:<14} {text}" for name, text in rows]
+    return "\n".join(lines + [f"{'warning':<14} {text}" for text in summary["warnings"]])
+
+
+def _clip_text(summary: dict[str, Any]) -> str:
+    tokens, sequences = summary["clip_frac_tokens"], summary["clip_frac_sequences"]
+    return f"{_text(tokens, '.2%')} of tokens, {_text(sequences, '.2%')} of sequences"
+
+
+def _speed_text(summary: dict[str, Any]) -> str:
+    parts = [f"{part} {value:.1f}" for part, value in summary["time_split"].items() if value is not None]
+    split = f" = {' + '.join(parts)}" if parts else ""
+    rate, per_step = _text(summary["tokens_per_s"], ".0f"), _text(summary["seconds_per_outer_step"], ".1f")
+    return f"{rate} tokens/s, {per_step} s an outer step{split}"
+
+
+def _steps_without_clipping(outer: list[Record], config: RunConfig | None) -> int:
+    """Outer steps at the end of the run in which nothing was clipped; 0 when that is no news."""
+    if config is not None and (config.train.minibatches == 1 or config.algorithm.name == "sft"):
+        return 0  # with one mini-batch every ratio is 1
+    fractions = [record["clip/frac_tokens"] for record in outer if "clip/frac_tokens" in record]
+    count = next((i for i, fraction in enumerate(reversed(fractions)) if fraction > 0), len(fractions))
+    return count if count >= WINDOW else 0
+
+
+def _values(records: list[Record], name: str) -> list[float]:
+    return [record[name] for record in records if name in record]
+
+
+def _mean(records: list[Record], name: str) -> float | None:
+    values = _values(records, name)
+    return sum(values) / len(values) if values else None
+
+
+def _median(records: list[Record], name: str) -> float | None:
+    values = _values(records, name)
+    return median(values) if values else None
+
+
+def _text(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)

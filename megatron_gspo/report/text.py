@@ -1,0 +1,36 @@
+"""A run in words: what the terminal, the status and the page say alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_gspo.config import RunConfig
+
+
+def algorithm_text(config: RunConfig) -> str:
+    """``gspo, clip 1 - 0.0003 ... 1 + 0.0004``, and replay when it is on."""
+    name = config.algorithm.name
+    if name == "sft":
+        return name
+    low, high = config.algorithm.clip_range()
+    replay = "" if config.replay.mode == "off" else f", replay {config.replay.mode}"
+    return f"{name}, clip 1 - {low:g} ... 1 + {high:g}{replay}"
+
+
+def layout_text(layout: Mapping[str, int], world_size: int) -> str:
+    """``TP2 EP2 DP1 on 2 ranks``: tensor and data always, the others where they are not 1."""
+    short = {"tensor": "TP", "pipeline": "PP", "virtual_pipeline": "VPP", "context": "CP", "expert": "EP"}
+    short |= {"expert_tensor": "ETP", "data": "DP"}
+    parts = [f"{text}{layout[name]}" for name, text in short.items() if name in ("tensor", "data") or layout[name] != 1]
+    return f"{' '.join(parts)} on {world_size} rank{'s' if world_size != 1 else ''}"
+
+
+def duration(seconds_left: float) -> str:
+    """``47s``, ``12m05s``, ``3h07m``, ``2d04h``."""
+    whole = round(seconds_left)
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{minutes}m{whole % 60:02d}s"
+    return f"{hours}h{minutes % 60:02d}m" if hours < 48 else f"{days}d{hours % 24:02d}h"

@@ -1,0 +1,232 @@
+"""The report: one file, every curve's values, hostile text harmless, broken runs readable."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_runs import make_config, make_report, make_rollout, make_run
+
+from megatron_gspo.errors import ConfigError, DataError
+from megatron_gspo.report.charts import CHARTS
+from megatron_gspo.report.html import write_report
+from megatron_gspo.report.metrics import METRICS, by_outer_step
+from megatron_gspo.report.payload import rollouts_payload, to_json
+from megatron_gspo.report.rundir import RolloutRecord, RunDirectory
+
+HOSTILE = '</script><img src=x onerror="document.body.dataset.broken=1"><b>bold\u2028</b> &amp; "quoted"'
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Page(HTMLParser):
+    """The elements of a page and the text of each ``<script id=...>``, as a browser would split them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: dict[str, str] = {}
+        self._script: str | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._script = (dict(attrs).get("id") or "") if tag == "script" else None
+
+    def handle_data(self, data: str) -> None:
+        if self._script is not None:
+            self.scripts[self._script] = self.scripts.get(self._script, "") + data
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "script":
+            self._script = None
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        return json.loads(self.scripts["payload"])
+
+
+def report_of(*runs: RunDirectory) -> tuple[str, Page]:
+    out = write_report([run.path for run in runs], runs[0].path / "report.html")
+    text = out.read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def test_the_page_holds_the_values_of_every_curve(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    _, page = report_of(run)
+    (embedded,) = page.payload["runs"]
+    for view, records in (("steps", run.metrics()), ("outer", by_outer_step(run.metrics()))):
+        for name in {name for record in records for name in record}:
+            expected = [record.get(name) for record in records]
+            for value, want in zip(embedded[view][name], expected, strict=True):
+                assert value == want or value == pytest.approx(want, rel=1e-8, abs=0)
+    assert embedded["clip"] == [1e-3, 1.33e-3]
+
+
+def test_s_i_keeps_its_distance_from_1(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", outer_steps=1)
+    _, page = report_of(run)
+    embedded = page.payload["runs"][0]["steps"]["ratio/p95"][-1]
+    assert embedded - 1 == pytest.approx(make_report(0, 3).metrics["ratio/p95"] - 1, rel=1e-5)
+
+
+def test_every_metric_is_drawn_or_deliberately_not() -> None:
+    drawn = {curve.metric for chart in CHARTS for curve in chart.curves}
+    assert set(METRICS) - drawn == {"reward/std", "ratio/mean", "noise/abs_log_ratio_p50"}
+    assert drawn <= set(METRICS)
+
+
+def test_a_chart_without_data_is_left_out(tmp_path: Path) -> None:
+    _, page = report_of(make_run(tmp_path / "run"))
+    titles = [chart["title"] for chart in page.payload["charts"]]
+    assert "Routing" not in titles
+    assert titles[:3] == ["Reward and accuracy", "Held-out reward", "Clip fraction"]
+
+
+def test_the_page_asks_nothing_of_the_network(tmp_path: Path) -> None:
+    text, page = report_of(make_run(tmp_path / "run", outer_steps=2))
+    assert not re.search(r"https?://", text)
+    assert not [attrs for _, attrs in page.elements if {"src", "href"} & attrs.keys()]
+    assert len(text) < 3_000_000
+
+
+def test_several_runs_share_the_axes_and_differing_settings_are_marked(tmp_path: Path) -> None:
+    gspo = make_run(tmp_path / "gspo", outer_steps=3)
+    grpo = make_run(
+        tmp_path / "grpo", outer_steps=2, seed=1, algorithm={"name": "grpo", "clip_low": 0.2, "clip_high": 0.27}
+    )
+    text, page = report_of(gspo, grpo)
+    first, second = page.payload["runs"]
+    assert (first["label"], second["label"]) == ("gspo", "grpo")
+    assert (len(first["outer"]["step"]), len(second["outer"]["step"])) == (4, 3)
+    assert second["clip"] is None, "a token ratio's clip range has no place on the axis of s_i"
+    differing = re.findall(r'<tr class="differs"><th>([^<]+)</th>', text)
+    assert differing == ["train.run_dir", "algorithm.name", "algorithm.clip_low", "algorithm.clip_high"]
+
+
+def test_runs_of_one_name_are_told_apart_and_one_run_twice_is_refused(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "a" / "run", outer_steps=1), make_run(tmp_path / "b" / "run", outer_steps=1)
+    _, page = report_of(one, two)
+    assert [run["label"] for run in page.payload["runs"]] == ["a/run", "b/run"]
+    with pytest.raises(ConfigError, match="named twice"):
+        write_report([one.path, one.path / "."], tmp_path / "out.html")
+
+
+def test_the_summary_stands_in_the_page_without_a_script(tmp_path: Path) -> None:
+    text, _ = report_of(make_run(tmp_path / "run", outer_steps=10))
+    last = 0.6 + 0.3 * (1 - math.exp(-9 / 6))
+    assert f"<dd>0.600 → {last:.3f}</dd>" in text
+    assert "TP2 EP2 DP1 on 2 ranks" in text
+    assert "gspo, clip 1 - 0.001 ... 1 + 0.00133" in text
+    assert "sglang 0.5.23" in text
+
+
+def hostile_run(path: Path) -> RunDirectory:
+    run = make_run(path, outer_steps=2, model={"path": HOSTILE})
+    run.write_manifest(run.manifest() | {"engine": {"name": HOSTILE}})
+    record = RolloutRecord(HOSTILE, 0, HOSTILE, HOSTILE, [HOSTILE, "\n"], 1.0, 0.5, HOSTILE, 1.0, False)
+    run.write_rollouts(1, [record])
+    return run
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    text, page = report_of(hostile_run(tmp_path / "<b>run"))
+    tags = [tag for tag, _ in page.elements]
+    assert "img" not in tags
+    assert "b" not in tags
+    assert tags.count("script") == 3
+    assert "<img" not in text
+    (sample,) = page.payload["runs"][0]["rollouts"][-1]["samples"]
+    assert sample["tokens"] == [HOSTILE, "\n"]
+    assert sample["prompt"] == HOSTILE
+
+
+def test_json_in_a_script_element_cannot_end_it() -> None:
+    text = to_json({"text": HOSTILE})
+    assert not re.search("[<>&\u2028\u2029]", text)
+    assert json.loads(text) == {"text": HOSTILE}
+
+
+def test_shades_are_differences_of_the_logprobs_that_were_recorded(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", outer_steps=1)
+    record = make_rollout(2)
+    without_old = {"rollout_logprobs": [-1.0, -2.0], "new_logprobs": [-1.5, -1.0]}
+    run.write_rollouts(0, [record, RolloutRecord("p", 0, "", "ab", ["a", "b"], 0, 0, "stop", **without_old)])
+    _, page = report_of(run)
+    full, partial = page.payload["runs"][0]["rollouts"][0]["samples"]
+    assert record.new_logprobs is not None and record.old_logprobs is not None
+    expected = [new - old for new, old in zip(record.new_logprobs, record.old_logprobs, strict=True)]
+    assert full["shades"]["new − old"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert partial["shades"] == {"new − rollout": [-0.5, 1.0]}
+
+
+def test_rollouts_beyond_the_budget_are_left_out_evenly_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", outer_steps=9)
+    size = sum(path.stat().st_size for path in run.rollout_files().values())
+    monkeypatch.setattr("megatron_gspo.report.payload.ROLLOUT_BYTES", size // 4)
+    groups, left_out = rollouts_payload(run)
+    assert [group["outer_step"] for group in groups] == [3, 8]
+    assert left_out == 7
+
+
+def test_a_crashed_run_is_still_a_report(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", outer_steps=3)
+    run.manifest_file.unlink()
+    content = run.metrics_file.read_bytes()
+    run.metrics_file.write_bytes(content[:-40])
+    path = run.rollout_files()[2]
+    path.write_bytes(path.read_bytes()[:-40])
+    text, page = report_of(run)
+    (embedded,) = page.payload["runs"]
+    assert embedded["steps"]["step"] == [-1, *range(11)]
+    assert len(embedded["rollouts"][-1]["samples"]) == 3
+    assert "no manifest" in text
+
+
+def test_a_run_that_has_only_begun_is_still_a_report(tmp_path: Path) -> None:
+    _, page = report_of(RunDirectory.create(make_config(tmp_path / "run")))
+    assert page.payload["charts"] == []
+
+
+def test_a_missing_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere: no such run directory"):
+        write_report([tmp_path / "nowhere"], tmp_path / "out.html")
+
+
+def dump_dom(page: Path, profile: Path) -> str:
+    """The page's elements after its scripts have run, in a browser that is told to stay off the network."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    flags += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={profile}"]
+    command = [str(CHROMIUM), *flags, "--virtual-time-budget=20000", "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_browser_draws_every_chart_and_runs_no_hostile_script(tmp_path: Path) -> None:
+    run = hostile_run(tmp_path / "run<i>")
+    _, page = report_of(run)
+    dom = dump_dom(run.report_file, tmp_path / "profile")
+    assert f'data-drawn="{len(page.payload["charts"])}"' in dom
+    assert "data-broken" not in dom
+    assert "clip_high 0.00133" in dom, "the clip range is drawn into the chart of s_i"
+    assert '<pre class="prompt">&lt;/script&gt;&lt;img src=x onerror=' in dom
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_browser_shades_tokens_by_the_95th_percentile(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", outer_steps=1)
+    _, page = report_of(run)
+    samples = page.payload["runs"][0]["rollouts"][0]["samples"]
+    sizes = sorted(abs(value) for sample in samples for value in sample["shades"]["new − old"])
+    dom = dump_dom(run.report_file, tmp_path / "profile")
+    (shown,) = re.findall(r"full colour at a log-ratio of ±([0-9.e-]+)\. ", dom)
+    assert float(shown) == pytest.approx(sizes[int(len(sizes) * 0.95)], rel=0.05)

@@ -1,0 +1,194 @@
+"""The run directory: what is written is read back, and what is broken is survived."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report_runs import make_config, make_report, make_rollout, make_run
+
+from megatron_gspo.config import load
+from megatron_gspo.errors import BatchError, ConfigError, DataError
+from megatron_gspo.report.manifest import describe, git_state
+from megatron_gspo.report.metrics import METRICS, by_outer_step
+from megatron_gspo.report.rundir import RolloutRecord, RunDirectory, initial_evaluation, read_lines
+from megatron_gspo.types import StepReport
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run")
+    run = RunDirectory.create(config)
+    writer = run.metrics_writer()
+    reports = [make_report(0, minibatch) for minibatch in range(4)]
+    for report in reports:
+        writer.write(report)
+    writer.close()
+    again = RunDirectory.open(run.path)
+    assert again.metrics() == [report.as_record() for report in reports]
+    assert again.config() == config
+    assert load(run.config_file) == config
+    assert run.checkpoints.is_dir()
+
+
+def test_a_line_is_on_disk_when_write_returns(tmp_path: Path) -> None:
+    run = RunDirectory.create(make_config(tmp_path / "run"))
+    writer = run.metrics_writer()
+    writer.write(make_report(0, 0))
+    assert [line["step"] for line in run.metrics()] == [0]
+    writer.close()
+
+
+def test_every_line_is_strict_json_and_nan_is_left_out(tmp_path: Path) -> None:
+    run = RunDirectory.create(make_config(tmp_path / "run"))
+    writer = run.metrics_writer()
+    metrics = {"length/mean_negative": math.nan, "kl/engine_k3": math.inf, "loss": np.float32(0.5)}
+    writer.write(StepReport(step=3, outer_step=0, minibatch=3, metrics=metrics))
+    writer.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    line = json.loads(run.metrics_file.read_text(), parse_constant=refuse)
+    assert line == {"step": 3, "outer_step": 0, "minibatch": 3, "loss": 0.5}
+
+
+def test_a_torn_last_line_is_ignored_by_readers_and_cut_off_by_the_next_writer(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", outer_steps=1)
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 4, "outer_step": 1, "minib')
+    assert [line["step"] for line in run.metrics()] == [-1, 0, 1, 2, 3]
+    writer = run.metrics_writer()
+    writer.write(make_report(1, 0))
+    writer.close()
+    assert [line["step"] for line in run.metrics()] == [-1, 0, 1, 2, 3, 4]
+    assert len(run.metrics_file.read_text().splitlines()) == 6
+
+
+def test_of_a_step_written_twice_the_later_line_counts(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", outer_steps=2)
+    writer = run.metrics_writer()
+    writer.write(StepReport(step=4, outer_step=1, minibatch=0, metrics={"loss": 42.0}))
+    writer.close()
+    lines = run.metrics()
+    assert [line["step"] for line in lines] == [-1, *range(8)]
+    assert lines[5]["loss"] == 42.0
+
+
+def test_an_existing_run_is_refused_and_stays_whole(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", outer_steps=1)
+    with pytest.raises(ConfigError, match=r"run exists: name another, or set train.overwrite = true"):
+        RunDirectory.create(make_config(run.path))
+    assert len(run.metrics()) == 5
+
+
+def test_overwrite_replaces_the_whole_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", outer_steps=1)
+    again = RunDirectory.create(make_config(run.path, train={"overwrite": True}))
+    assert again.metrics() == []
+    assert again.manifest() == {}
+    assert list(again.checkpoints.iterdir()) == []
+
+
+def test_overwrite_does_not_remove_what_is_not_a_run(tmp_path: Path) -> None:
+    thesis = tmp_path / "home" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    with pytest.raises(ConfigError, match="is not a run directory"):
+        RunDirectory.create(make_config(thesis.parent, train={"overwrite": True}))
+    assert thesis.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_opening_what_is_no_run_says_so(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=name):
+        RunDirectory.open(tmp_path / name)
+
+
+def test_a_directory_with_nothing_but_metrics_is_a_run(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(make_report(0, 0).as_record()) + "\n")
+    run = RunDirectory.open(tmp_path)
+    assert (run.config(), run.manifest(), run.rollout_files()) == (None, {}, {})
+    assert len(run.metrics()) == 1
+
+
+def test_rollouts_are_read_back_with_the_separators_that_json_does_not_escape(tmp_path: Path) -> None:
+    run = RunDirectory.create(make_config(tmp_path / "run"))
+    record = RolloutRecord("p", 0, "prompt", "a\u2028b\nc", ["a\u2028b", "\nc"], np.float64(1), np.float32(0.5), "stop")
+    path = run.write_rollouts(12, [record, make_rollout(1)])
+    assert path.name == "outer_00012.jsonl"
+    first, second = read_lines(path)
+    assert first["tokens"] == ["a\u2028b", "\nc"]
+    assert (first["reward"], first["advantage"]) == (1.0, 0.5)
+    assert "new_logprobs" not in first
+    assert second["new_logprobs"] == pytest.approx(make_rollout(1).new_logprobs, abs=1e-7)
+    assert run.rollout_files() == {12: path}
+
+
+def test_logprobs_that_do_not_match_the_tokens_are_refused() -> None:
+    with pytest.raises(BatchError, match="response p7/3: 2 tokens but 1 old_logprobs"):
+        RolloutRecord("p7", 3, "", "ab", ["a", "b"], 0.0, 0.0, "stop", old_logprobs=[-1.0])
+
+
+def test_the_manifest_says_what_ran(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", train={"seed": 7})
+    manifest = describe(config, world_size=4, engine={"version": "0.5.23"})
+    assert manifest["layout"]["data"] == 2
+    assert manifest["layout"]["world_size"] == 4
+    assert manifest["versions"]["sglang"] == "0.5.23"
+    assert manifest["versions"]["torch"].startswith("2.")
+    assert manifest["seeds"] == {"train": 7}
+    assert manifest["clip_range"] == (1e-3, 1.33e-3)
+
+
+def test_finishing_keeps_the_manifest_and_adds_the_end(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", outer_steps=1)
+    before = run.manifest()
+    run.finish("failed")
+    assert run.manifest() == before | {"status": "failed", "ended": run.manifest()["ended"]}
+
+
+def test_the_commit_is_that_of_the_package_and_not_of_a_repository_around_it(tmp_path: Path) -> None:
+    package = tmp_path / "checkout" / "megatron_gspo"
+    package.mkdir(parents=True)
+    (package / "code.py").write_text("x = 1\n")
+    installed = package.parent / ".venv" / "megatron_gspo"
+    installed.mkdir(parents=True)
+    git = ["git", "-C", str(package.parent), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert git_state(package) is None  # no commit yet
+    subprocess.run([*git, "add", "megatron_gspo"], check=True)
+    subprocess.run([*git, "commit", "-q", "--no-verify", "-m", "first"], check=True)
+    state = git_state(package)
+    assert state is not None and len(state["commit"]) == 40 and not state["dirty"]
+    (package / "code.py").write_text("x = 2\n")
+    state = git_state(package)
+    assert state is not None and state["dirty"]
+    assert git_state(installed) is None
+
+
+def test_an_outer_step_means_over_minibatches_but_takes_ratios_and_times_from_the_last() -> None:
+    lines = [make_report(0, minibatch).as_record() for minibatch in range(4)]
+    (outer,) = by_outer_step(lines)
+    assert outer["clip/frac_tokens"] == pytest.approx(sum(line["clip/frac_tokens"] for line in lines) / 4)
+    assert outer["ratio/p95"] == lines[3]["ratio/p95"]
+    assert outer["time/train"] == lines[3]["time/train"]
+    assert (outer["step"], outer["outer_step"]) == (3, 0)
+
+
+def test_the_initial_evaluation_stands_before_step_0() -> None:
+    report = initial_evaluation({"eval/accuracy": 0.6})
+    assert report.as_record() == {"step": -1, "outer_step": -1, "minibatch": -1, "eval/accuracy": 0.6}
+
+
+def test_the_documentation_names_every_metric_with_its_unit_and_no_other() -> None:
+    lines = (REPOSITORY / "docs/metrics.md").read_text().splitlines()
+    rows = [line.split("|") for line in lines if line.startswith("| `")]
+    documented = {row[1].strip().strip("`"): row[2].strip() for row in rows}
+    assert documented == {name: metric.unit for name, metric in METRICS.items()}
