@@ -62,8 +62,8 @@ class AlgorithmConfig(Section):
     gspo-token take any; gspo only "paper", since its loss has no token terms."""
     kl_loss_coef: NonNegativeFloat = 0.0
     """Weight of the k3 estimate of KL(new || reference) in the loss."""
-    kl_reward_coef: NonNegativeFloat = 0.0
-    """Weight of the per-response k1 estimate of KL(rollout || reference) taken off the reward."""
+    reference: str = ""
+    """Hugging Face directory of the reference policy; ``model.path`` when empty."""
 
     def clip_range(self) -> tuple[float, float]:
         """(clip_low, clip_high), with the loss's defaults filled in."""
@@ -74,7 +74,7 @@ class AlgorithmConfig(Section):
 
     @property
     def uses_reference(self) -> bool:
-        return self.kl_loss_coef > 0 or self.kl_reward_coef > 0
+        return self.kl_loss_coef > 0
 
     @model_validator(mode="after")
     def _check(self) -> AlgorithmConfig:
@@ -237,7 +237,7 @@ class RolloutConfig(Section):
     retries: Annotated[int, Field(ge=0)] = 3
     """Further tries after a connection failure, a 5xx answer or an abort; each with the same seed."""
     seeded: bool | None = None
-    """Repeatable sampling: seed = hash(run seed, outer step, prompt, sample). Absent: on a CPU engine yes, on a GPU no."""
+    """Repeatable sampling: seed = hash(run seed, outer step, prompt, sample). Absent: on a CPU only."""
     on_truncated: Literal["keep", "drop", "zero"] = "keep"
     """Truncated responses: keep their reward, drop them, or keep them with reward 0."""
     on_mixed_version: Literal["drop", "keep", "error"] = "drop"
@@ -290,13 +290,13 @@ class RewardConfig(Section):
     """The reward function."""
 
     function: str = "exact"
-    """A built-in name ("exact", "arithmetic", "gsm8k") or ``package.module:function``."""
+    """A built-in name ("exact", "arithmetic", "gsm8k"), ``package.module:function`` or ``path/to/file.py:function``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments bound to the function."""
     timeout_s: PositiveFloat = 30.0
     """Seconds a call may take."""
     concurrency: Positive = 64
-    """Asynchronous calls in flight."""
+    """Asynchronous calls in flight; a plain function runs in at most 8 threads."""
 
 
 class EvalConfig(Section):
@@ -338,6 +338,16 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     replay: ReplayConfig = ReplayConfig()
 
+    @property
+    def minibatches(self) -> int:
+        """Optimizer steps an outer step: 1 for sft."""
+        return 1 if self.algorithm.name == "sft" else self.train.minibatches
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.train.outer_steps * self.minibatches
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         prompts, minibatches = self.train.prompts_per_step, self.train.minibatches
@@ -345,6 +355,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.prompts_per_step = {prompts} is not a multiple of train.minibatches = {minibatches}: "
                 f"a mini-batch is made of whole groups ({prompts} / {minibatches} = {prompts / minibatches:g})"
+            )
+        prompt, response = self.rollout.max_prompt_tokens, self.rollout.max_response_tokens
+        if prompt + response > self.train.microbatch_tokens:
+            raise ValueError(
+                f"rollout.max_prompt_tokens {prompt} + max_response_tokens {response} = {prompt + response} does not "
+                f"fit into train.microbatch_tokens = {self.train.microbatch_tokens}: raise it to at least the sum"
             )
         return self
 

@@ -1,13 +1,13 @@
-"""One pool of gloo ranks for every distributed test.
+"""Gloo ranks for every distributed test.
 
-Importing Megatron costs seconds of CPU a process, so the ranks are forked from one server that has imported it, live
-for the whole session, and join a fresh world of any size up to ``RANKS`` for each call.
+Importing Megatron costs seconds of CPU a process, so ranks are forked from one server that has imported it; a call
+costs tens of milliseconds a rank. They end with the call: gloo keeps a thread for every group that was ever made in a
+process, and threads of groups whose peers are gone spin.
 """
 
 from __future__ import annotations
 
 import multiprocessing as mp
-import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-RANKS = 8
+PRELOAD = ["megatron_gspo.train.loop", "transformers.models.auto.tokenization_auto", "tests.pool"]
 
 
 class RankError(AssertionError):
@@ -26,58 +26,53 @@ class RankPool:
     """``run(world, function, *args)`` calls a module-level function on ``world`` ranks and returns their results."""
 
     def __init__(self) -> None:
-        self._ranks: list[tuple[mp.process.BaseProcess, Connection]] = []
-        self._calls = 0
-        self._directory = tempfile.TemporaryDirectory(prefix="rank-pool-")
+        self._context = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOAD)
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
-        """Results in rank order. Raises RankError with the first rank's traceback; the pool starts anew after one."""
-        self._start()
-        self._calls += 1
-        store = os.path.join(self._directory.name, f"store-{self._calls}")
-        connections = [connection for _, connection in self._ranks[:world]]
-        for rank, connection in enumerate(connections):
-            connection.send((function, args, rank, world, store))
-        results: dict[int, Any] = {}
-        while len(results) < world:
-            waiting = {connection: rank for rank, connection in enumerate(connections) if rank not in results}
-            ready = wait(list(waiting), timeout)
-            if not ready:
-                self.close()
-                raise RankError(f"ranks {sorted(waiting.values())} gave no answer within {timeout:g} s")
-            for connection in ready:
-                rank = waiting[connection]  # type: ignore[index]
-                try:
-                    ok, value = connection.recv()  # type: ignore[union-attr]
-                except EOFError:
-                    ok, value = False, "the process died"
-                if not ok:
-                    self.close()
-                    raise RankError(f"rank {rank}: {value}")
-                results[rank] = value
-        return [results[rank] for rank in range(world)]
+        """Results in rank order. Raises RankError with the traceback of the first rank that fails."""
+        with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
+            ranks = [self._start(rank, world, f"{directory}/store", function, args) for rank in range(world)]
+            try:
+                return _collect([connection for _, connection in ranks], timeout)
+            finally:
+                for process, connection in ranks:
+                    connection.close()
+                    process.kill()
+                    process.join()
 
-    def close(self) -> None:
-        for process, connection in self._ranks:
-            connection.close()
-            process.kill()
-            process.join()
-        self._ranks = []
-
-    def _start(self) -> None:
-        if self._ranks:
-            return
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["megatron_gspo.policy.policy", "tests.pool"])
-        for _ in range(RANKS):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            self._ranks.append((process, ours))
+    def _start(
+        self, rank: int, world: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]
+    ) -> tuple[mp.process.BaseProcess, Connection]:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs, rank, world, store, function, args), daemon=True)
+        process.start()
+        theirs.close()
+        return process, ours
 
 
-def _serve(connection: Connection) -> None:
+def _collect(connections: list[Connection], timeout: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(connections):
+        waiting = {connection: rank for rank, connection in enumerate(connections) if rank not in results}
+        ready = wait(list(waiting), timeout)
+        if not ready:
+            raise RankError(f"ranks {sorted(waiting.values())} gave no answer within {timeout:g} s")
+        for connection in ready:
+            rank = waiting[connection]  # type: ignore[index]
+            try:
+                ok, value = connection.recv()  # type: ignore[union-attr]
+            except EOFError:
+                ok, value = False, "the process died"
+            if not ok:
+                raise RankError(f"rank {rank}: {value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(connections))]
+
+
+def _serve(
+    connection: Connection, rank: int, world: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -85,31 +80,16 @@ def _serve(connection: Connection) -> None:
 
     torch.set_num_threads(1)
     cpu.install()
-    while True:
-        try:
-            function, args, rank, world, store = connection.recv()
-        except EOFError:
-            return
-        try:
-            dist.init_process_group(
-                "gloo",
-                store=dist.FileStore(store, world),
-                rank=rank,
-                world_size=world,
-                timeout=timedelta(seconds=120),
-            )
-            result = (True, function(*args))
-        except BaseException:
-            result = (False, traceback.format_exc())
-        finally:
-            _leave()
-        connection.send(result)
-
-
-def _leave() -> None:
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, world),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=120),
+        )
+        result = (True, function(*args))
+    except BaseException:
+        result = (False, traceback.format_exc())
+    connection.send(result)
+    connection.poll(timeout=600)  # other ranks may still need this one's sockets: the end comes from outside

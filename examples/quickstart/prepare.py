@@ -110,7 +110,8 @@ def write_model(directory: Path, seed: int) -> None:
         tie_word_embeddings=False,
         router_aux_loss_coef=0.0,
         eos_token_id=VOCABULARY[EOS],
-        pad_token_id=None,  # transformers would zero its row, where RMSNorm's gradient is 1 / sqrt(eps); it can be sampled
+        # A padding token's row would be zeros, where RMSNorm's gradient is 1 / sqrt(eps), and it can be sampled.
+        pad_token_id=None,
         bos_token_id=None,
     )
     logging.disable_progress_bar()

@@ -73,9 +73,7 @@ class HfReader:
             raise WeightError(f"{single}: {error}") from None
 
 
-def buckets(
-    tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int
-) -> Iterator[dict[str, torch.Tensor]]:
+def buckets(tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
     """Groups a stream of named tensors into dictionaries of at most ``max_bytes`` (or one larger tensor)."""
     bucket: dict[str, torch.Tensor] = {}
     size = 0

@@ -6,8 +6,9 @@ gathered from the ranks' sequence-parallel slices; W_r [V_r, H] rank r's rows of
 
     forward     logprob = z_l - lse,    lse = log sum_v exp z_v,    entropy = lse - sum_v softmax(z)_v z_v
 
-Each rank computes its columns of z. A maximum and three sums over columns (of exp, of exp times z, of z at the label)
-are all-reduced over the tensor ranks, so the result is complete everywhere; each rank keeps its own slice of tokens.
+Each rank computes its columns of z. Their maximum m is all-reduced over the tensor ranks, then three sums over columns
+(of exp(z - m), of exp(z - m) (z - m), of z - m at the label), so the result is complete everywhere; each rank keeps its
+own slice of tokens. Both outputs are formed relative to m: lse, of the size of the logits, would round them.
 
     backward    dz_v = g (1[v = l] - softmax(z)_v),    dh = dz W / temperature,    dW = dz^T h / temperature
 
@@ -78,15 +79,16 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             z = _logits(h, weight_VH[:valid], temperature, dtype)
             maximum = z.amax(dim=1) if valid else z.new_full((len(h),), -torch.inf)
             _all_reduce(maximum, group, dist.ReduceOp.MAX)
-            exp = (z - maximum[:, None]).exp()
+            z -= maximum[:, None]
+            exp = z.exp()
             local, here = _local_labels(labels[:, start:stop].reshape(-1), first, valid)
             target = z.gather(1, local[:, None])[:, 0].where(here, 0) if valid else torch.zeros_like(maximum)
             sums = torch.stack([exp.sum(dim=1), (exp * z).sum(dim=1), target])
             _all_reduce(sums, group, dist.ReduceOp.SUM)
-            chunk_lse = maximum + sums[0].log()
-            lse[:, start:stop] = chunk_lse.view(ranks, -1)
-            logprobs[start:stop] = (sums[2] - chunk_lse).view(ranks, -1)[rank]
-            entropy[start:stop] = (chunk_lse - sums[1] / sums[0]).view(ranks, -1)[rank]
+            log_sum = sums[0].log()
+            lse[:, start:stop] = (maximum + log_sum).view(ranks, -1)
+            logprobs[start:stop] = (sums[2] - log_sum).view(ranks, -1)[rank]
+            entropy[start:stop] = (log_sum - sums[1] / sums[0]).view(ranks, -1)[rank]
         ctx.save_for_backward(hidden_TH, weight_VH, labels_T, lse)
         ctx.settings = (group, first, valid, temperature, chunk)
         ctx.mark_non_differentiable(entropy)

@@ -29,13 +29,25 @@ def install() -> None:
         setattr(torch.cuda, name, replacement)
     for name in ("zeros", "ones", "empty", "tensor", "arange", "full"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
-    torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]
     _install_in_megatron()
 
 
 class _Stream:
-    """A stream on which everything has already happened (the all-to-all token dispatcher makes a side stream)."""
+    """The one stream, on which everything has already happened (the all-to-all token dispatcher makes a side stream).
+
+    A class, since annotations of other packages name ``torch.cuda.Stream`` as a type.
+    """
+
+    _only: _Stream | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Stream:
+        if cls._only is None:
+            cls._only = super().__new__(cls)
+        return cls._only
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def wait_stream(self, stream: _Stream) -> None: ...
 
@@ -62,25 +74,18 @@ class _Event:
         return True
 
 
-_CPU_STREAM = _Stream()
-
-
 @contextlib.contextmanager
 def _stream(stream: _Stream | None) -> Iterator[None]:
     yield
-
-
-def _new_stream(*args: Any, **kwargs: Any) -> _Stream:
-    return _CPU_STREAM
 
 
 _CUDA_NAMES: dict[str, Any] = {
     "current_device": lambda: CPU,  # every buffer is made on torch.cuda.current_device()
     "synchronize": lambda device=None: None,  # pipeline send and receive
     "empty_cache": lambda: None,  # the optimizer's offload path
-    "current_stream": lambda device=None: _CPU_STREAM,  # token dispatcher, gradient buckets
-    "default_stream": lambda device=None: _CPU_STREAM,
-    "Stream": _new_stream,  # token dispatcher
+    "current_stream": lambda device=None: _Stream(),  # token dispatcher, gradient buckets
+    "default_stream": lambda device=None: _Stream(),
+    "Stream": _Stream,  # token dispatcher
     "stream": _stream,
     "Event": _Event,  # token dispatcher
     "get_rng_state": lambda device="cuda": torch.get_rng_state(),  # random-state tracker, recompute

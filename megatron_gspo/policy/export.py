@@ -13,6 +13,8 @@ from megatron_gspo.hf.weights import put_together
 from megatron_gspo.parallel.exchange import gather_pieces
 from megatron_gspo.policy.model import PolicyModel
 
+EMBEDDING = ("model.embed_tokens.weight",)
+
 
 def weight_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.data
@@ -34,9 +36,8 @@ def stream_tensors(
     """
     groups = model.groups
     for parameter, named in model.rules(family):
-        if model.shape.tied_embeddings and named.hf_names == ("model.embed_tokens.weight",):
-            if not model.pre_process:
-                continue  # the tied head of a last stage is the embedding of the first
+        if model.shape.tied_embeddings and named.hf_names == EMBEDDING and not model.pre_process:
+            continue  # the tied head of a last stage is the embedding of the first
         expert = named.rule.is_expert
         tensor = groups.megatron.expt_tp if expert else groups.tensor
         replicas = groups.expert_data if expert else groups.data

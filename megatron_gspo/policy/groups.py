@@ -106,7 +106,7 @@ def make_groups(parallel: ParallelConfig) -> Groups:
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     return Groups(
-        world=dist.group.WORLD,
+        world=dist.distributed_c10d._get_default_group(),
         tensor=collection.tp,
         pipeline=collection.pp,
         data=collection.dp_cp,

@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 class HiddenOutput(ColumnParallelLinear):
     """An output layer that hands the hidden states through: logprobs take its weight, and no logits are made."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[torch.Tensor, None]:
         return input_, None
@@ -50,7 +50,7 @@ class PolicyModel(GPTModel):
             pre_process=groups.is_first_stage,
             post_process=groups.is_last_stage,
             position_embedding_type="rope",
-            rotary_base=shape.rotary_base,  # type: ignore[arg-type]
+            rotary_base=shape.rotary_base,
             share_embeddings_and_output_weights=shape.tied_embeddings,
             pg_collection=groups.megatron,
         )
@@ -73,7 +73,7 @@ class PolicyModel(GPTModel):
         )
         return torch.stack([logprobs, entropy])
 
-    def forward(self, batch: PackedBatch, temperature: float = 1.0) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, batch: PackedBatch, temperature: float = 1.0) -> torch.Tensor:
         """Runs this stage on a packed micro-batch; the input of a later stage comes by ``set_input_tensor``."""
         hidden = super().forward(
             input_ids=batch.tokens_T[None],
@@ -148,8 +148,10 @@ def transformer_config(model: ModelConfig, shape: ModelShape, groups: Groups) ->
         pipeline_model_parallel_size=pipeline,
         expert_model_parallel_size=groups.expert.size(),
         expert_tensor_parallel_size=groups.megatron.expt_tp.size(),
-        # Micro-batches are packs of uneven length: stages tell each other the shape.
+        # Micro-batches are packs of uneven length: stages tell each other the shape. (Megatron then wants this
+        # dispatcher even of a dense model.)
         variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
         batch_p2p_comm=False,
         # Each loss is a part of a globally normalised sum: nothing is divided by counts, micro-batches or ranks.
         calculate_per_token_loss=True,
@@ -176,7 +178,6 @@ def _moe_settings(model: ModelConfig, shape: ModelShape) -> dict[str, object]:
         "moe_router_topk": shape.top_k,
         "moe_ffn_hidden_size": shape.expert_hidden_size,
         "moe_layer_freq": [int(is_moe) for is_moe in shape.moe_layers],
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": False,
         # Hugging Face configurations carry an auxiliary loss of 0.001; it would make a step depend on the layout.
         "moe_router_load_balancing_type": "none",
@@ -223,11 +224,16 @@ def load_weights(policy: PolicyModel, family: Family, reader: HfReader) -> None:
     """
     for parameter, named in policy.rules(family):
         group = policy.groups.megatron.expt_tp if named.rule.is_expert else policy.groups.tensor
-        pieces = [take_piece(reader.read(name), named.rule.cut, group.rank(), group.size()) for name in named.hf_names]
-        joined = named.rule.join(pieces)
-        if joined.shape != parameter.shape:
+        tensors = [reader.read(name) for name in named.hf_names]
+        try:
+            pieces = [take_piece(tensor, named.rule.cut, group.rank(), group.size()) for tensor in tensors]
+            joined = named.rule.join(pieces)
+        except (RuntimeError, IndexError):  # what torch raises for shapes that cannot be cut or joined
+            joined = None
+        if joined is None or joined.shape != parameter.shape:
+            shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(named.hf_names, tensors, strict=True))
             raise WeightError(
-                f"{reader.directory}: {', '.join(named.hf_names)} give {tuple(joined.shape)} on this rank, "
-                f"but config.json asks for {tuple(parameter.shape)}"
+                f"{reader.directory}: {shapes} cannot make this rank's {tuple(parameter.shape)}, "
+                f"which config.json asks for"
             )
         parameter.copy_(joined.to(parameter.dtype))

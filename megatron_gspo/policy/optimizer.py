@@ -64,6 +64,8 @@ class Optimizer:
         """
         for group in self.megatron.param_groups:
             group["lr"] = lr
+            # Megatron leaves this to its own scheduler; without it, norms decay like matrices.
+            group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
         with self._precision():
             self.megatron.prepare_grads()
             norm = float(self.megatron.get_grad_norm())

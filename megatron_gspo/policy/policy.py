@@ -44,7 +44,7 @@ class Policy:
         self.module: torch.nn.Module = self.model
         if trainable:
             self.module = wrap_ddp(self.model, groups)
-            self.optimizer = Optimizer(config.optimizer, self.module, groups)  # type: ignore[arg-type]
+            self.optimizer = Optimizer(config.optimizer, self.module, groups)
             self.model.config.finalize_model_grads_func = _finalize_gradients
         self.module.train()
 
@@ -85,7 +85,7 @@ class Policy:
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The accumulated gradients in Hugging Face names, streamed as ``weights`` is."""
-        complete_gradients(self.module)  # type: ignore[arg-type]
+        complete_gradients(self.module)
         return stream_tensors(self.model, self.family, gradient_of)
 
     def _trained(self) -> Optimizer:
@@ -126,4 +126,4 @@ class Policy:
 
 def _finalize_gradients(modules: list[torch.nn.Module], num_tokens: object = None, **kwargs: object) -> None:
     """Megatron's reductions without its division by a token count: the loss is normalised already."""
-    finalize_model_grads(modules, None, **kwargs)  # type: ignore[arg-type]
+    finalize_model_grads(modules, None, **kwargs)

@@ -104,7 +104,9 @@ def _positions_by_length(cu_seqlens: torch.Tensor) -> list[torch.Tensor]:
 def block_spec(moe_layers: list[bool], *, qk_layernorm: bool) -> TransformerBlockSubmodules:
     """The spec of one pipeline stage: a layer spec for each of its layers, dense or MoE."""
     dense, moe = (_layer_spec(is_moe, qk_layernorm) for is_moe in (False, True))
-    return TransformerBlockSubmodules(layer_specs=[moe if is_moe else dense for is_moe in moe_layers], layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[moe if is_moe else dense for is_moe in moe_layers], layer_norm=RMSNorm
+    )
 
 
 def _layer_spec(is_moe: bool, qk_layernorm: bool) -> ModuleSpec:

@@ -16,65 +16,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_gspo.config import RunConfig, dump, load
-from megatron_gspo.errors import BatchError, ConfigError, DataError
+from megatron_gspo.errors import ConfigError, DataError
 from megatron_gspo.report.metrics import INITIAL, Record, clean
 
 if TYPE_CHECKING:  # types imports torch, and reading a run needs none
-    from megatron_gspo.types import StepReport
-
-PER_TOKEN = ("rollout_logprobs", "old_logprobs", "new_logprobs")
-
-
-@dataclass(frozen=True)
-class RolloutRecord:
-    """One response to read; a line of ``rollouts/outer_*.jsonl``."""
-
-    prompt_id: str
-    sample: int
-    """Position in its group."""
-    prompt: str
-    response: str
-    tokens: Sequence[str]
-    """[R] the response's tokens, each decoded by itself."""
-    reward: float
-    advantage: float
-    finish_reason: str
-    ratio: float | None = None
-    """s_i at the last mini-batch that the response was trained in."""
-    clipped: bool | None = None
-    """Whether its sequence ratio (any token's, for a token-ratio loss) was clipped."""
-    rollout_logprobs: Sequence[float] | None = None
-    """[R] log mu, the engine's."""
-    old_logprobs: Sequence[float] | None = None
-    """[R] log pi_old."""
-    new_logprobs: Sequence[float] | None = None
-    """[R] log pi_theta."""
-
-    def __post_init__(self) -> None:
-        for name in PER_TOKEN:
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self.tokens):
-                raise BatchError(
-                    f"response {self.prompt_id}/{self.sample}: {len(self.tokens)} tokens but {len(values)} {name}"
-                )
-
-    def as_record(self) -> Record:
-        """JSON values only; what was not recorded is left out."""
-        record = {name: value for name, value in asdict(self).items() if value is not None}
-        for name in PER_TOKEN:
-            if name in record:
-                record[name] = [round(float(value), 7) for value in record[name]]
-        for name in {"reward", "advantage", "ratio"} & record.keys():
-            record[name] = float(record[name])  # rewards and ratios arrive as numpy scalars
-        if self.clipped is not None:
-            record["clipped"] = bool(self.clipped)
-        return record | {"tokens": list(self.tokens)}
+    from megatron_gspo.types import RolloutRecord, StepReport
 
 
 @dataclass(frozen=True)

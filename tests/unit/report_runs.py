@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_gspo.config import RunConfig, parse
 from megatron_gspo.report.manifest import describe
-from megatron_gspo.report.rundir import RolloutRecord, RunDirectory, initial_evaluation
-from megatron_gspo.types import StepReport
+from megatron_gspo.report.rundir import RunDirectory, initial_evaluation
+from megatron_gspo.types import RolloutRecord, StepReport
 
 
 def make_config(run_dir: Path, **sections: dict[str, Any]) -> RunConfig:

@@ -19,7 +19,8 @@ from megatron_gspo.report.charts import CHARTS
 from megatron_gspo.report.html import write_report
 from megatron_gspo.report.metrics import METRICS, by_outer_step
 from megatron_gspo.report.payload import rollouts_payload, to_json
-from megatron_gspo.report.rundir import RolloutRecord, RunDirectory
+from megatron_gspo.report.rundir import RunDirectory
+from megatron_gspo.types import RolloutRecord
 
 HOSTILE = '</script><img src=x onerror="document.body.dataset.broken=1"><b>bold\u2028</b> &amp; "quoted"'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -15,8 +15,8 @@ from megatron_gspo.config import load
 from megatron_gspo.errors import BatchError, ConfigError, DataError
 from megatron_gspo.report.manifest import describe, git_state
 from megatron_gspo.report.metrics import METRICS, by_outer_step
-from megatron_gspo.report.rundir import RolloutRecord, RunDirectory, initial_evaluation, read_lines
-from megatron_gspo.types import StepReport
+from megatron_gspo.report.rundir import RunDirectory, initial_evaluation, read_lines
+from megatron_gspo.types import RolloutRecord, StepReport
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

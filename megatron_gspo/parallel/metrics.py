@@ -1,0 +1,35 @@
+"""Completing metric sums over ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megatron_gspo.algorithm.metrics import MetricSums
+
+
+def reduce_metric_sums(sums: MetricSums, *, stage: dist.ProcessGroup, data: dist.ProcessGroup) -> MetricSums:
+    """The sums of the whole mini-batch, on every rank of a pipeline stage.
+
+    Args:
+        sums: this rank's.
+        stage: tensor x data ranks of the stage: tokens are cut over all of them.
+        data: data-parallel ranks: sequences are spread over these, and whole on each tensor rank.
+    """
+    token, sequence = sums.token.clone(), sums.sequence.clone()
+    dist.all_reduce(token, group=stage)
+    dist.all_reduce(sequence, group=data)
+    return MetricSums(token, sequence, _concatenate(sums.log_ratio_S, data))
+
+
+def _concatenate(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Tensors of different lengths, end to end in rank order: padded to the longest, gathered, cut."""
+    length = torch.tensor([values.numel()], device=values.device)
+    lengths = [torch.empty_like(length) for _ in range(group.size())]
+    dist.all_gather(lengths, length, group=group)
+    counts = [int(count) for count in lengths]
+    padded = values.new_zeros(max(counts))
+    padded[: values.numel()] = values
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded, group=group)
+    return torch.cat([row[:count] for row, count in zip(gathered, counts, strict=True)])

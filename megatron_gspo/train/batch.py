@@ -1,0 +1,126 @@
+"""From scored groups to packed micro-batches: who trains on what, decided alike on every rank.
+
+The unit is the outer step. Mini-batches are whole groups, cut by position; their micro-batches are planned here, once,
+so that the pi_old pass and the training pass run over exactly the same tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from megatron_gspo.algorithm.packing import dummy_batch, pack
+from megatron_gspo.algorithm.planning import Plan, plan_microbatches
+from megatron_gspo.algorithm.weights import response_weights
+from megatron_gspo.config import RunConfig
+from megatron_gspo.parallel.exchange import broadcast_object, exchange, gather_objects
+from megatron_gspo.policy.groups import Groups, device
+from megatron_gspo.types import PackedBatch, Sample
+
+Key = tuple[int, int]
+"""(group, sample) of a response."""
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """One rank's share of a mini-batch."""
+
+    batches: tuple[PackedBatch, ...]
+    """Its micro-batches; as many as on every other data-parallel rank."""
+    samples: tuple[tuple[Sample, ...], ...]
+    """What each micro-batch holds; empty for a dummy."""
+    tokens: int
+    """Tokens of the whole mini-batch, over all data-parallel ranks."""
+
+
+def place(mine: Sequence[Sample], config: RunConfig, groups: Groups) -> list[Minibatch]:
+    """Plans an outer step and moves samples to where they are trained. Collective.
+
+    Args:
+        mine: on each data-parallel leader, the samples of the groups that it fetched, with any weight; ignored
+            elsewhere. ``Sample.group`` is the prompt's position among the outer step's prompts.
+    Returns:
+        The mini-batches that have a surviving group, in order, alike in number on every rank.
+    """
+    placed: list[list[tuple[Sample, ...]]] | None = None
+    totals: list[int] = []
+    if groups.is_leader:
+        placed, totals = _exchange_samples(mine, config, groups)
+    placed, totals = broadcast_object((placed, totals), groups.leader_rank, groups.replica)
+    return [
+        Minibatch(tuple(pack_on_device(part, config, groups) for part in parts), tuple(parts), tokens)
+        for parts, tokens in zip(placed or [], totals, strict=True)
+    ]
+
+
+def pack_on_device(samples: Sequence[Sample], config: RunConfig, groups: Groups) -> PackedBatch:
+    """One micro-batch on this rank's device; a dummy when there are no samples."""
+    multiple = groups.tensor.size()
+    batch = pack(samples, multiple=multiple, loss_dtype=loss_dtype(config)) if samples else None
+    return to_device(batch or dummy_batch(multiple, loss_dtype(config)))
+
+
+def loss_dtype(config: RunConfig) -> torch.dtype:
+    """Of advantages, weights and ratios: float32, or float64 for a float64 model."""
+    return torch.float64 if config.model.dtype == "float64" else torch.float32
+
+
+def to_device(batch: PackedBatch) -> PackedBatch:
+    fields = {name: value.to(device()) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    return replace(batch, **fields)  # type: ignore[arg-type]
+
+
+def _exchange_samples(
+    mine: Sequence[Sample], config: RunConfig, groups: Groups
+) -> tuple[list[list[tuple[Sample, ...]]], list[int]]:
+    """On the leaders: plans every mini-batch from all leaders' lengths, then swaps samples for their places."""
+    described = {(s.group, s.sample): (s.length, len(s.response_ids)) for s in mine}
+    lengths: dict[Key, tuple[int, int]] = {}
+    for part in gather_objects(described, groups.data):
+        lengths |= part
+    per_minibatch = config.train.prompts_per_step // config.minibatches
+    keys_of = [
+        sorted(key for key in lengths if key[0] // per_minibatch == minibatch)
+        for minibatch in range(config.minibatches)
+    ]
+    keys_of = [keys for keys in keys_of if keys]
+    plans = [_plan([lengths[key][0] for key in keys], config, groups) for keys in keys_of]
+    weights: dict[Key, float] = {}
+    home: dict[Key, int] = {}
+    for keys, plan in zip(keys_of, plans, strict=True):
+        weights |= _weights({key: lengths[key][1] for key in keys}, config)
+        home |= dict(zip(keys, plan.rank_S.tolist(), strict=True))
+    outgoing: list[list[Sample]] = [[] for _ in range(groups.data_size)]
+    for sample in mine:
+        key = (sample.group, sample.sample)
+        outgoing[home[key]].append(replace(sample, weight=weights[key]))
+    arrived = {(s.group, s.sample): s for s in exchange(outgoing, groups.data, device())}
+    placed = [
+        [tuple(arrived[keys[index]] for index in indices) for indices in plan.microbatches(groups.data_rank)]
+        for keys, plan in zip(keys_of, plans, strict=True)
+    ]
+    return placed, [sum(lengths[key][0] for key in keys) for keys in keys_of]
+
+
+def _plan(lengths: Sequence[int], config: RunConfig, groups: Groups) -> Plan:
+    return plan_microbatches(lengths, token_budget=config.train.microbatch_tokens, num_ranks=groups.data_size)
+
+
+def _weights(response_lengths: dict[Key, int], config: RunConfig) -> dict[Key, float]:
+    """Each response's share of its mini-batch, over all data-parallel ranks."""
+    groups: dict[int, list[Key]] = {}
+    for key in response_lengths:
+        groups.setdefault(key[0], []).append(key)
+    shares = response_weights(
+        "token-mean" if config.algorithm.name == "sft" else config.algorithm.aggregation,
+        [[response_lengths[key] for key in keys] for keys in groups.values()],
+        max_response_tokens=config.rollout.max_response_tokens,
+    )
+    return {
+        key: float(share)
+        for keys, shares_G in zip(groups.values(), shares, strict=True)
+        for key, share in zip(keys, np.asarray(shares_G), strict=True)
+    }

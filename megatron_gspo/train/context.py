@@ -1,0 +1,133 @@
+"""What a run is made of, and how it is put together from a configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_gspo.algorithm.objective import Loss, resolve_loss
+from megatron_gspo.config import RunConfig
+from megatron_gspo.data.cursor import PromptCursor
+from megatron_gspo.data.prompts import PromptSet, load_prompts
+from megatron_gspo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_gspo.parallel.exchange import agree, gather_objects
+from megatron_gspo.parallel.sequence import ShardedSequenceSum
+from megatron_gspo.policy.groups import Groups
+from megatron_gspo.policy.policy import Policy
+from megatron_gspo.rewards.registry import Reward, resolve_reward
+from megatron_gspo.rollout.engine import Engine, Sampling, make_engine
+from megatron_gspo.sync.base import WeightSync, make_weight_sync
+from megatron_gspo.sync.peers import Peers
+
+
+@dataclass(frozen=True)
+class Run:
+    """One rank's view of a reinforcement-learning run; what changes lies in ``policy``, ``cursor`` and the servers."""
+
+    config: RunConfig
+    groups: Groups
+    tokenizer: Tokenizer
+    prompts: PromptSet
+    eval_prompts: PromptSet | None
+    cursor: PromptCursor
+    policy: Policy
+    reference: Policy | None
+    """The frozen reference; None unless the loss has a KL term."""
+    loss: Loss
+    sequence_sum: ShardedSequenceSum
+    engine: Engine
+    """Over this leader's share of the servers."""
+    sync: WeightSync
+    reward: Reward
+
+    @property
+    def seeded(self) -> bool:
+        """Whether rollouts are drawn from seeds."""
+        chosen = self.config.rollout.seeded
+        return not torch.cuda.is_available() if chosen is None else chosen
+
+    def sampling(self, outer_step: int, *, group_size: int | None = None, greedy: bool = False) -> Sampling:
+        """How this outer step's responses are drawn."""
+        rollout = self.config.rollout
+        return Sampling(
+            group_size=group_size or rollout.group_size,
+            temperature=rollout.temperature,
+            max_tokens=rollout.max_response_tokens,
+            stop_token_ids=self.tokenizer.stop_ids,
+            seed=self.config.train.seed if self.seeded else None,
+            outer_step=outer_step,
+            greedy=greedy,
+        )
+
+
+def build_run(config: RunConfig, groups: Groups, urls: tuple[str, ...]) -> Run:
+    """Loads data, model and weights, and connects to the servers. Collective.
+
+    Raises UserError for what the user can mend.
+    """
+    tokenizer = load_tokenizer(config.model.path)
+    load = functools.partial(
+        load_prompts,
+        tokenizer=tokenizer,
+        format=config.data.format,
+        chat_template=config.data.chat_template,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        skip_bad=config.data.skip_bad,
+    )
+    prompts = load(config.data.path, limit=config.data.limit)
+    eval_prompts = load(config.data.eval_path, limit=config.eval.prompts) if config.data.eval_path else None
+    reward = resolve_reward(config.reward)
+    policy = Policy(config, groups)
+    reference = None
+    if config.algorithm.uses_reference:
+        path = config.algorithm.reference or config.model.path
+        reference = Policy(config, groups, path=path, trainable=False)
+    run = Run(
+        config=config,
+        groups=groups,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        eval_prompts=eval_prompts,
+        cursor=PromptCursor(len(prompts), config.train.seed, config.data.shuffle),
+        policy=policy,
+        reference=reference,
+        loss=resolve_loss(config.algorithm.name),
+        sequence_sum=ShardedSequenceSum(groups.tensor),
+        engine=make_engine(
+            own_servers(urls, groups), config.rollout, vocab_size=policy.shape.vocab_size, decode=tokenizer.decode
+        ),
+        sync=make_weight_sync(config.sync, urls, make_peers(groups), model_path=config.model.path),
+        reward=reward,
+    )
+    connect(run)
+    return run
+
+
+def connect(run: Run) -> None:
+    """Each leader says hello to its servers: one that is down is found before anything is trained. Collective."""
+    error: Exception | None = None
+    if run.groups.is_leader:
+        try:
+            asyncio.run(_enter_and_leave(run.engine))
+        except Exception as caught:
+            error = caught
+    agree(error, run.groups.world)
+
+
+async def _enter_and_leave(engine: Engine) -> None:
+    async with engine:
+        pass
+
+
+def own_servers(urls: tuple[str, ...], groups: Groups) -> tuple[str, ...]:
+    """The share of the servers that this data-parallel leader draws from; one at least."""
+    return urls[groups.data_rank :: groups.data_size] or (urls[groups.data_rank % len(urls)],)
+
+
+def make_peers(groups: Groups) -> Peers:
+    """All trainer ranks, for weight sync."""
+    return Peers(dist.get_rank(), dist.get_world_size(), functools.partial(gather_objects, group=groups.world))

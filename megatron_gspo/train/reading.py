@@ -1,0 +1,116 @@
+"""Responses kept for reading: what the trainer made of a few of them, token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_gspo.parallel.exchange import broadcast_object, gather_pieces
+from megatron_gspo.train.batch import Key, Minibatch
+from megatron_gspo.train.context import Run
+from megatron_gspo.types import LossOutput, RolloutGroup, RolloutRecord, Sample, TokenShard
+
+
+@dataclass(frozen=True)
+class _Measured:
+    ratio: float
+    clipped: bool
+    old_logprobs: list[float]
+    new_logprobs: list[float]
+
+
+def read_samples(
+    run: Run,
+    minibatches: Sequence[Minibatch],
+    shards: Sequence[Sequence[TokenShard]],
+    outputs: Sequence[Sequence[tuple[torch.Tensor, LossOutput]]],
+    groups: Mapping[int, RolloutGroup],
+) -> list[RolloutRecord]:
+    """Up to ``train.save_rollouts`` responses, on the first rank; empty elsewhere. Collective over its replica.
+
+    They are among those that the first leader both fetched and trains on, spread evenly.
+    """
+    if run.groups.data_rank != 0 or not run.config.train.save_rollouts:
+        return []
+    fetched = broadcast_object(set(groups), run.groups.leader_rank, run.groups.replica)
+    chosen = _choose(minibatches, fetched, run.config.train.save_rollouts)
+    measured: dict[Key, _Measured] | None = None
+    if run.groups.is_last_stage:
+        measured = _measure(run, shards, outputs, set(chosen))
+    first_of_last_stage = run.groups.last_stage_rank - run.groups.tensor.rank()
+    measured = broadcast_object(measured, first_of_last_stage, run.groups.replica)
+    if not run.groups.is_leader:
+        return []
+    return [_record(run, groups[key[0]], chosen[key], measured[key]) for key in sorted(chosen)]
+
+
+def _choose(minibatches: Sequence[Minibatch], fetched: set[int], count: int) -> dict[Key, Sample]:
+    all_of_them = {
+        (sample.group, sample.sample): sample
+        for minibatch in minibatches
+        for samples in minibatch.samples
+        for sample in samples
+        if sample.group in fetched
+    }
+    keys = sorted(all_of_them)
+    stride = max(1, len(keys) / count)
+    picked = [keys[int(index * stride)] for index in range(min(count, len(keys)))]
+    return {key: all_of_them[key] for key in picked}
+
+
+def _measure(
+    run: Run,
+    shards: Sequence[Sequence[TokenShard]],
+    outputs: Sequence[Sequence[tuple[torch.Tensor, LossOutput]]],
+    chosen: set[Key],
+) -> dict[Key, _Measured]:
+    """On the last stage: gathers the token slices of the micro-batches that hold a chosen response."""
+    measured: dict[Key, _Measured] = {}
+    for shard, (new_T, output) in zip(
+        [s for part in shards for s in part], [o for part in outputs for o in part], strict=True
+    ):
+        if not chosen.intersection(shard.samples):
+            continue
+        assert shard.old_logprobs_T is not None
+        mask, sequence, old, new, clipped = (
+            torch.cat(gather_pieces(piece_T, run.groups.tensor)).cpu()
+            for piece_T in (
+                shard.mask_T,
+                shard.sequence_T,
+                shard.old_logprobs_T,
+                new_T,
+                output.clipped_low_T | output.clipped_high_T,
+            )
+        )
+        for index, key in enumerate(shard.samples):
+            if key in chosen:
+                own = mask & (sequence == index)
+                measured[key] = _Measured(
+                    ratio=math.exp(float(output.log_ratio_S[index])),
+                    clipped=bool(clipped[own].any()),
+                    old_logprobs=old[own].tolist(),
+                    new_logprobs=new[own].tolist(),
+                )
+    return measured
+
+
+def _record(run: Run, group: RolloutGroup, sample: Sample, measured: _Measured) -> RolloutRecord:
+    rollout = next(rollout for rollout in group.rollouts if rollout.sample == sample.sample)
+    return RolloutRecord(
+        prompt_id=group.prompt.id,
+        sample=sample.sample,
+        prompt=group.prompt.text,
+        response=rollout.text,
+        tokens=[run.tokenizer.decode([token], skip_special=False) for token in sample.response_ids.tolist()],
+        reward=sample.reward,
+        advantage=sample.advantage,
+        finish_reason=rollout.finish_reason,
+        ratio=measured.ratio,
+        clipped=measured.clipped,
+        rollout_logprobs=sample.rollout_logprobs.tolist(),
+        old_logprobs=measured.old_logprobs,
+        new_logprobs=measured.new_logprobs,
+    )

@@ -1,0 +1,88 @@
+"""Supervised fine-tuning on the same policy, packing and step: the cold start of a reinforcement-learning run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from megatron_gspo.algorithm.packing import shard_tokens
+from megatron_gspo.algorithm.sft import sft_loss
+from megatron_gspo.config import RunConfig
+from megatron_gspo.data.cursor import PromptCursor
+from megatron_gspo.data.prompts import Completion, load_completions
+from megatron_gspo.data.tokenizer import load_tokenizer
+from megatron_gspo.parallel.exchange import broadcast_object, gather_objects
+from megatron_gspo.parallel.sequence import ShardedSequenceSum
+from megatron_gspo.policy.groups import Groups
+from megatron_gspo.policy.policy import Policy
+from megatron_gspo.train.batch import Minibatch, place
+from megatron_gspo.train.clock import Clock
+from megatron_gspo.types import Sample, StepReport
+
+
+def fine_tune(config: RunConfig, groups: Groups, policy: Policy) -> Iterator[StepReport]:
+    """Takes ``train.outer_steps`` optimizer steps of ``train.prompts_per_step`` examples, a report each. Collective.
+
+    The loss is the mean negative log-likelihood over the mini-batch's completion tokens. Raises DataError.
+    """
+    tokenizer = load_tokenizer(config.model.path)
+    examples = load_completions(
+        config.data.path,
+        tokenizer=tokenizer,
+        format=config.data.format,
+        chat_template=config.data.chat_template,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        max_response_tokens=config.rollout.max_response_tokens,
+        skip_bad=config.data.skip_bad,
+        limit=config.data.limit,
+    ).completions
+    cursor = PromptCursor(len(examples), config.train.seed, config.data.shuffle)
+    for step in range(config.train.outer_steps):
+        clock = Clock()
+        drawn = enumerate(cursor.take(config.train.prompts_per_step))
+        mine = [
+            as_sample(group, examples[index]) for group, index in drawn if group % groups.data_size == groups.data_rank
+        ]
+        (minibatch,) = place(mine, config, groups)
+        with clock("train"):
+            metrics = supervised_step(config, groups, policy, minibatch, step)
+        yield StepReport(step, step, 0, metrics | clock.metrics(minibatch.tokens))
+
+
+def as_sample(group: int, example: Completion) -> Sample:
+    """A completion in the place of a response; the fields of reinforcement learning are zeros."""
+    length = len(example.completion_ids)
+    return Sample(
+        group=group,
+        sample=0,
+        prompt_ids=np.asarray(example.prompt.token_ids, dtype=np.int32),
+        response_ids=np.asarray(example.completion_ids, dtype=np.int32),
+        rollout_logprobs=np.zeros(length, dtype=np.float32),
+        advantage=0.0,
+        token_advantages=np.zeros(length),
+        weight=0.0,
+    )
+
+
+def supervised_step(
+    config: RunConfig, groups: Groups, policy: Policy, minibatch: Minibatch, step: int
+) -> dict[str, float]:
+    """One optimizer step; returns its metrics on every rank. Collective."""
+    sequence_sum = ShardedSequenceSum(groups.tensor)
+    losses: list[torch.Tensor] = []
+
+    def objective(index: int, logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
+        shard = shard_tokens(minibatch.batches[index], groups.tensor.rank(), groups.tensor.size())
+        loss = sft_loss(shard, logprobs_T, sequence_sum).sum()
+        losses.append(loss.detach())
+        return loss
+
+    policy.gradients(minibatch.batches, objective)
+    total = None
+    if groups.is_last_stage:
+        total = sum(gather_objects(sum(loss.item() for loss in losses), groups.data))
+    loss = broadcast_object(total, groups.last_stage_rank, groups.pipeline)
+    grad_norm, lr = policy.step(step, config.total_steps)  # refuses a gradient that is not finite
+    return {"loss": loss, "grad_norm": grad_norm, "lr": lr}

@@ -1,0 +1,238 @@
+"""One outer step, in the order in which data flows.
+
+prompts -> rollout -> rewards -> advantages -> packed batch -> logprobs -> sequence ratios -> loss
+        -> optimizer step -> weight sync -> report
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from megatron_gspo.algorithm.advantages import group_advantages, token_group_advantages
+from megatron_gspo.algorithm.metrics import MetricSums, finish, minibatch_sums, rollout_metrics
+from megatron_gspo.algorithm.objective import find_non_finite, policy_objective
+from megatron_gspo.algorithm.packing import shard_tokens
+from megatron_gspo.errors import NonFiniteError, RolloutError
+from megatron_gspo.parallel.exchange import agree, broadcast_object, gather_objects
+from megatron_gspo.parallel.metrics import reduce_metric_sums
+from megatron_gspo.policy.groups import device
+from megatron_gspo.rewards.scoring import GroupRewards, score_groups
+from megatron_gspo.rollout.engine import Sampling
+from megatron_gspo.rollout.policy import Dropped, apply_policies, zero_truncated
+from megatron_gspo.train.batch import Minibatch, place
+from megatron_gspo.train.clock import Clock
+from megatron_gspo.train.context import Run
+from megatron_gspo.train.noise import measure_noise
+from megatron_gspo.train.reading import read_samples
+from megatron_gspo.types import LossOutput, Prompt, Rollout, RolloutGroup, RolloutRecord, Sample, StepReport, TokenShard
+
+
+@dataclass
+class Collected:
+    """What one data-parallel leader brought home; empty on other ranks."""
+
+    groups: dict[int, RolloutGroup] = field(default_factory=dict)
+    """Position among the outer step's prompts -> its group."""
+    advantages: dict[int, np.ndarray] = field(default_factory=dict)
+    """Position -> [G_p] float64."""
+    samples: list[Sample] = field(default_factory=list)
+    dropped: Dropped = field(default_factory=Dropped)
+
+
+def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepReport], list[RolloutRecord]]:
+    """Runs one outer step; returns the report of each optimizer step and the responses kept for reading. Collective.
+
+    Args:
+        run: the run.
+        number: outer steps before this one; also the weight version that the servers are at.
+        first_step: optimizer steps before this one.
+    """
+    clock = Clock()
+    prompts = [run.prompts.prompts[index] for index in run.cursor.take(run.config.train.prompts_per_step)]
+    with clock("rollout"):
+        survivors, dropped = collect_rollouts(run, prompts, number)
+    with clock("reward"):
+        collected = score(run, survivors, dropped)
+    summary = summarise(run, collected)
+    minibatches = place(collected.samples, run.config, run.groups)
+    if not minibatches:
+        raise RolloutError(
+            f"outer step {number}: no group has two responses left ({summary['dropped/responses']:g} dropped)"
+        )
+    with clock("logprobs"):
+        shards = pi_old_pass(run, minibatches)
+        summary |= measure_noise(run, minibatches[0], shards[0], number)
+    reports, trained = [], []
+    with clock("train"):
+        for index, minibatch in enumerate(minibatches):
+            outputs, metrics = train_minibatch(run, minibatch, shards[index], first_step + index)
+            reports.append(StepReport(first_step + index, number, index, summary | metrics))
+            trained.append(outputs)
+    with clock("sync"):
+        run.sync.push(run.policy.weights(), number + 1)
+    reports[-1].metrics |= clock.metrics(sum(minibatch.tokens for minibatch in minibatches))
+    return reports, read_samples(run, minibatches, shards, trained, collected.groups)
+
+
+def collect_rollouts(run: Run, prompts: Sequence[Prompt], number: int) -> tuple[dict[int, list[Rollout]], Dropped]:
+    """Each leader draws the responses of its share of the prompts. Collective: a failure reaches every rank."""
+    error: Exception | None = None
+    survivors: dict[int, list[Rollout]] = {}
+    dropped = Dropped()
+    if run.groups.is_leader:
+        mine = prompts[run.groups.data_rank :: run.groups.data_size]
+        try:
+            drawn = asyncio.run(draw(run, mine, run.sampling(number), number)) if mine else []
+            positions = range(run.groups.data_rank, len(prompts), run.groups.data_size)
+            for position, group in zip(positions, drawn, strict=True):
+                kept, counts = apply_policies([group], run.config.rollout)
+                dropped = dropped + counts
+                if kept:
+                    (survivors[position],) = kept
+        except Exception as caught:
+            error = caught
+    agree(error, run.groups.world)
+    return survivors, dropped
+
+
+async def draw(run: Run, prompts: Sequence[Prompt], sampling: Sampling, weight_version: int) -> list[list[Rollout]]:
+    """All responses of this leader's prompts, by group."""
+    async with run.engine as engine:
+        return await engine.rollout_groups(prompts, sampling, weight_version=weight_version)
+
+
+def score(run: Run, survivors: dict[int, list[Rollout]], dropped: Dropped) -> Collected:
+    """Rewards and advantages of this leader's groups. Collective: a failing reward reaches every rank."""
+    collected = Collected(dropped=dropped)
+    error: Exception | None = None
+    try:
+        rewards = asyncio.run(score_groups(run.reward, list(survivors.values()))) if survivors else []
+        for (position, rollouts), scored in zip(survivors.items(), rewards, strict=True):
+            _add_group(run, collected, position, rollouts, scored)
+    except Exception as caught:
+        error = caught
+    agree(error, run.groups.world)
+    return collected
+
+
+def _add_group(run: Run, collected: Collected, position: int, rollouts: list[Rollout], scored: GroupRewards) -> None:
+    rewards_G = zero_truncated(rollouts, scored.rewards_G, run.config.rollout)
+    advantages_G = group_advantages(rewards_G)
+    if scored.token_rewards_G is None:
+        token_advantages_G: Sequence[np.ndarray] = [
+            np.full(len(rollout.response_ids), advantage)
+            for rollout, advantage in zip(rollouts, advantages_G, strict=True)
+        ]
+    else:
+        token_advantages_G = token_group_advantages(scored.token_rewards_G)
+    collected.groups[position] = RolloutGroup(rollouts[0].prompt, tuple(rollouts), rewards_G, scored.token_rewards_G)
+    collected.advantages[position] = advantages_G
+    for rollout, reward, advantage, token_advantages in zip(
+        rollouts, rewards_G, advantages_G, token_advantages_G, strict=True
+    ):
+        collected.samples.append(
+            Sample(
+                group=position,
+                sample=rollout.sample,
+                prompt_ids=np.asarray(rollout.prompt.token_ids, dtype=np.int32),
+                response_ids=rollout.response_ids,
+                rollout_logprobs=rollout.rollout_logprobs,
+                advantage=float(advantage),
+                token_advantages=token_advantages,
+                weight=0.0,  # known when every leader's groups are: ``place`` fills it in
+                reward=float(reward),
+            )
+        )
+
+
+def summarise(run: Run, collected: Collected) -> dict[str, float]:
+    """The rollout metrics of the outer step over all leaders; on every rank. Collective."""
+    mine = [
+        (
+            group.rewards_G,
+            collected.advantages[position],
+            np.array([len(rollout.response_ids) for rollout in group.rollouts]),
+            np.array([rollout.truncated for rollout in group.rollouts]),
+        )
+        for position, group in sorted(collected.groups.items())
+    ]
+    parts = gather_objects((mine, collected.dropped.responses), run.groups.world)
+    rows = [row for rows, _ in parts for row in rows]
+    rewards, advantages, lengths, truncated = ([row[column] for row in rows] for column in range(4))
+    return rollout_metrics(rewards, advantages, lengths, truncated, sum(dropped for _, dropped in parts))
+
+
+def pi_old_pass(run: Run, minibatches: Sequence[Minibatch]) -> list[list[TokenShard]]:
+    """Old (and reference) logprobs of every micro-batch, as the shards that this rank stores. Collective.
+
+    A forward pass of its own over exactly the micro-batches that are trained on: the first mini-batch's ratios are
+    then exactly 1 because two evaluations agree, and not because one was copied. Empty but on the last stage.
+    """
+    batches = [batch for minibatch in minibatches for batch in minibatch.batches]
+    old = run.policy.logprobs(batches)
+    ref = run.reference.logprobs(batches) if run.reference else [(None, None)] * len(old)
+    error, shards = None, []
+    tensor = run.groups.tensor
+    for batch, (old_T, _), (ref_T, _) in zip(batches if old else [], old, ref, strict=True):
+        shard = shard_tokens(batch, tensor.rank(), tensor.size())
+        error = error or non_finite_error(old_T, shard, "pi_old")
+        shards.append(replace(shard, old_logprobs_T=old_T, ref_logprobs_T=ref_T))
+    agree(error, run.groups.world)
+    counts = np.cumsum([len(minibatch.batches) for minibatch in minibatches])
+    return [shards[end - len(m.batches) : end] for m, end in zip(minibatches, counts, strict=True)]
+
+
+def train_minibatch(
+    run: Run, minibatch: Minibatch, shards: Sequence[TokenShard], step: int
+) -> tuple[list[tuple[torch.Tensor, LossOutput]], dict[str, float]]:
+    """One optimizer step; returns (new logprobs, loss output) of each micro-batch and the metrics. Collective."""
+    algorithm = run.config.algorithm
+    clip_low, clip_high = algorithm.clip_range()
+    outputs: list[tuple[torch.Tensor, LossOutput]] = []
+    sums = MetricSums.zeros(device())
+    error: NonFiniteError | None = None
+
+    def objective(index: int, new_logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
+        nonlocal sums, error
+        shard = shards[index]
+        output = policy_objective(
+            shard,
+            new_logprobs_T,
+            loss=run.loss,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            kl_loss_coef=algorithm.kl_loss_coef,
+            sequence_sum=run.sequence_sum,
+        )
+        error = error or non_finite_error(new_logprobs_T, shard, "pi_theta")
+        sums = sums + minibatch_sums(shard, output, entropy_T)
+        outputs.append((new_logprobs_T.detach(), output))
+        return output.loss
+
+    run.policy.gradients(minibatch.batches, objective)
+    agree(error, run.groups.world)  # before the optimizer moves
+    grad_norm, lr = run.policy.step(step, run.config.total_steps)
+    return outputs, minibatch_metrics(run, sums) | {"grad_norm": grad_norm, "lr": lr}
+
+
+def minibatch_metrics(run: Run, sums: MetricSums) -> dict[str, float]:
+    """The last stage's sums, completed over its ranks, as numbers on every rank. Collective."""
+    groups = run.groups
+    metrics = None
+    if groups.is_last_stage:
+        metrics = finish(reduce_metric_sums(sums, stage=groups.tensor_data, data=groups.data))
+    return broadcast_object(metrics, groups.last_stage_rank, groups.pipeline)
+
+
+def non_finite_error(values_T: torch.Tensor, shard: TokenShard, policy: str) -> NonFiniteError | None:
+    """The error of the first response with a NaN or an infinity among its logprobs; None when all are finite."""
+    found = find_non_finite(values_T, shard.mask_T, shard)
+    if found is None:
+        return None
+    group, sample = found
+    return NonFiniteError(f"prompt {group} of this outer step, response {sample}: a {policy} logprob is not finite")

@@ -1,0 +1,362 @@
+"""A checkpoint is the policy: training goes on from it, at any layout, as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from tests import oracle
+from tests.distributed import steps
+from tests.distributed.steps import LAYOUTS, Case
+from tests.pool import RankPool
+
+pytestmark = pytest.mark.distributed
+
+EXTRA = {"outer_step": 7, "cursor": {"epoch": 1, "position": [3, 5]}, "seed": 2**40}
+UPDATES = 2
+"""Steps before saving: the moments are full and Adam's bias correction is large."""
+
+
+@dataclass
+class Trained:
+    """Weights by Hugging Face name, put together from all ranks."""
+
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    """When the checkpoint was written, or loaded."""
+    next: dict[str, np.ndarray] = field(default_factory=dict)
+    """One step later."""
+    extra: list[Any] = field(default_factory=list)
+    """What each rank's load returned."""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """67 rows of vocabulary, so that two tensor ranks pad it; the first of two layers is dense, so that the first of
+    two stages has no experts."""
+    return str(oracle.make_tiny_qwen3_moe(tmp_path_factory.mktemp("moe"), layers=2, mlp_only_layers=[0]))
+
+
+@pytest.fixture(scope="module")
+def tied_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(oracle.make_tiny_qwen3_moe(tmp_path_factory.mktemp("tied"), layers=2, tie=True))
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case, str], tuple[Path, Trained]]:
+    """Trains and saves a case at a layout, once."""
+    made: dict[tuple[str, str, str], tuple[Path, Trained]] = {}
+
+    def get(case: Case, layout: str) -> tuple[Path, Trained]:
+        key = (case.path, case.dtype, layout)
+        if key not in made:
+            directory = tmp_path_factory.mktemp("saved") / "checkpoint"
+            made[key] = directory, run(ranks, train_and_save, case, layout, directory)
+        return made[key]
+
+    return get
+
+
+def case_of(path: str, dtype: str = "float64") -> Case:
+    """Gradients are not clipped: Megatron scales them by a float32 number, which would be 3e-8 of a step."""
+    optimizer = {"lr": 1e-2, "weight_decay": 0.1, "clip_grad": 0.0, "betas": [0.9, 0.95]}
+    return Case(path, tuple(oracle.random_samples(seed=3)), old=(), dtype=dtype, optimizer=optimizer)
+
+
+def run(ranks: RankPool, function: Callable[..., Trained], case: Case, layout: str, *args: Any) -> Trained:
+    world, parallel = LAYOUTS[layout]
+    plan = steps.uneven_plan(len(case.samples), steps.data_size(layout))
+    whole = Trained()
+    for part in ranks.run(world, function, case, parallel, plan, *args):
+        whole.weights |= part.weights
+        whole.next |= part.next
+        whole.extra += part.extra
+    return whole
+
+
+def error_of_step(actual: Trained, expected: Trained) -> float:
+    """The largest difference between two next steps, as a part of the longest movement that the step made."""
+    moved = max(np.abs(expected.next[name] - expected.weights[name]).max() for name in expected.next)
+    assert moved > 1e-3, "nothing moved, so nothing is compared"
+    return max(np.abs(actual.next[name] - expected.next[name]).max() for name in expected.next) / moved
+
+
+# ------------------------------------------------------------------------------------------------ what ranks do
+
+
+@contextmanager
+def policy_of(case: Case, parallel: dict[str, int]) -> Iterator[Any]:
+    # Megatron 0.16.1 writes from forked children, which a daemon, as the pool's ranks are, may not have.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    with steps.exact_router():
+        yield steps.make_policy(case, parallel)[0]
+
+
+def update(policy: Any, case: Case, plan: steps.Plan) -> None:
+    """One step on the policy-gradient loss without ratios: nothing is clipped, so every step has gradients."""
+    from megatron_gspo.algorithm.packing import shard_tokens
+
+    tensor = policy.groups.tensor
+    batches = [steps.pack_samples(case, part, tensor.size()) for part in plan[policy.groups.data_rank]]
+    shards = [shard_tokens(batch, tensor.rank(), tensor.size()) for batch in batches]
+    policy.gradients(batches, lambda i, logprobs_T, _: -(logprobs_T * shards[i].advantages_T).sum())
+    policy.step(0, 1)
+
+
+def weights_of(policy: Any) -> dict[str, np.ndarray]:
+    return {name: weight.double().numpy() for name, weight in policy.weights()}
+
+
+def train_and_save(case: Case, parallel: dict[str, int], plan: steps.Plan, directory: Path) -> Trained:
+    from megatron_gspo.policy.checkpoint import save_checkpoint
+
+    with policy_of(case, parallel) as policy:
+        for _ in range(UPDATES):
+            update(policy, case, plan)
+        save_checkpoint(policy, directory, EXTRA)
+        weights = weights_of(policy)
+        update(policy, case, plan)
+        return Trained(weights, weights_of(policy))
+
+
+def load_and_train(case: Case, parallel: dict[str, int], plan: steps.Plan, directory: Path) -> Trained:
+    from megatron_gspo.policy.checkpoint import load_checkpoint
+
+    with policy_of(case, parallel) as policy:
+        extra = load_checkpoint(policy, directory)
+        weights = weights_of(policy)
+        update(policy, case, plan)
+        return Trained(weights, weights_of(policy), [extra])
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [("float64", "TP2xPP2xEP2"), ("float32", "TP2xEP2"), ("bfloat16", "DP2"), ("bfloat16", "PP2")],
+)
+def test_training_goes_on_bitwise_from_a_checkpoint_of_the_same_layout(
+    ranks: RankPool, saved: Any, path: str, dtype: str, layout: str
+) -> None:
+    case = case_of(path, dtype)
+    directory, before = saved(case, layout)
+    after = run(ranks, load_and_train, case, layout, directory)
+    assert all(extra == EXTRA for extra in after.extra)
+    assert steps.worst(after.weights, before.weights)[0] == 0.0
+    assert steps.worst(after.next, before.next)[0] == 0.0
+    assert error_of_step(after, before) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("TP2xEP2", "PP2"),
+        ("TP1", "TP2"),  # the vocabulary gains a row of padding, experts gain a replica
+        ("TP2", "TP1"),
+        ("DP2", "TP1"),
+        ("TP1", "EP2"),
+        ("EP2", "TP2"),
+        ("TP2xPP2xEP2", "DP2"),
+    ],
+)
+def test_the_next_step_is_the_same_at_another_layout(
+    ranks: RankPool, saved: Any, path: str, source: str, target: str
+) -> None:
+    case = case_of(path)
+    directory, before = saved(case, source)
+    after = run(ranks, load_and_train, case, target, directory)
+    assert steps.worst(after.weights, before.weights)[0] == 0.0
+    assert error_of_step(after, before) < 1e-10
+
+
+@pytest.mark.parametrize(("source", "target"), [("TP1", "PP2"), ("PP2", "TP2"), ("TP2xPP2xEP2", "TP1")])
+def test_a_tied_embedding_is_one_weight_at_every_layout(
+    ranks: RankPool, saved: Any, tied_path: str, source: str, target: str
+) -> None:
+    case = case_of(tied_path)
+    directory, before = saved(case, source)
+    after = run(ranks, load_and_train, case, target, directory)
+    assert steps.worst(after.weights, before.weights)[0] == 0.0
+    assert error_of_step(after, before) < 1e-10
+
+
+def test_float32_state_gives_the_next_step_of_another_layout_to_its_own_precision(
+    ranks: RankPool, saved: Any, path: str
+) -> None:
+    case = case_of(path, "float32")
+    directory, before = saved(case, "TP2xEP2")
+    after = run(ranks, load_and_train, case, "PP2", directory)
+    assert steps.worst(after.weights, before.weights)[0] == 0.0
+    assert error_of_step(after, before) < 1e-2
+
+
+# --------------------------------------------------------------------------------------------------- its contents
+
+
+def count_steps(case: Case, parallel: dict[str, int], plan: steps.Plan, directory: Path) -> list[list[float]]:
+    """Counters of every parameter after loading, and after one more step; whether two of them share memory."""
+    from megatron_gspo.policy.checkpoint import load_checkpoint
+
+    with policy_of(case, parallel) as policy:
+        load_checkpoint(policy, directory)
+        inner = [part.optimizer for part in policy.optimizer.megatron.chained_optimizers]
+        counters = [state["step"] for one in inner for state in one.state.values()]
+        loaded = [float(counter) for counter in counters]
+        update(policy, case, plan)
+        return [loaded, [float(counter) for counter in counters]]
+
+
+def test_every_parameter_counts_its_own_steps_after_loading(ranks: RankPool, saved: Any, path: str) -> None:
+    """Counters that share one tensor advance once a parameter, and Adam's bias correction with them."""
+    case = case_of(path)
+    directory, _ = saved(case, "TP1")
+    [(loaded, stepped)] = ranks.run(1, count_steps, case, {}, steps.uneven_plan(len(case.samples), 1), directory)
+    assert len(loaded) > 20
+    assert set(loaded) == {UPDATES}
+    assert set(stepped) == {UPDATES + 1}
+
+
+def load_with_other_settings(case: Case, parallel: dict[str, int], directory: Path) -> Any:
+    from megatron_gspo.policy.checkpoint import load_checkpoint
+
+    with policy_of(case, parallel) as policy:
+        load_checkpoint(policy, directory)
+        groups = policy.optimizer.megatron.param_groups
+        return {(group["lr"], tuple(group["betas"]), group["eps"]) for group in groups}
+
+
+def test_optimizer_settings_are_those_of_the_configuration(ranks: RankPool, saved: Any, path: str) -> None:
+    case = case_of(path)
+    directory, _ = saved(case, "TP1")
+    other = replace(case, optimizer={"lr": 3e-5, "betas": [0.5, 0.6], "eps": 1e-6})
+    assert ranks.run(1, load_with_other_settings, other, {}, directory) == [{(3e-5, (0.5, 0.6), 1e-6)}]
+
+
+def save_untrained(case: Case, parallel: dict[str, int], directory: Path) -> Trained:
+    from megatron_gspo.policy.checkpoint import save_checkpoint
+
+    with policy_of(case, parallel) as policy:
+        save_checkpoint(policy, directory, {})
+        return Trained(weights_of(policy))
+
+
+def test_a_policy_saves_before_its_first_step_and_the_saving_moves_nothing(
+    ranks: RankPool, path: str, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file
+
+    case = case_of(path)
+    [before] = ranks.run(1, save_untrained, case, {}, tmp_path / "checkpoint")
+    assert steps.worst(before.weights, load_file(f"{path}/model.safetensors"))[0] == 0.0
+    plan = steps.uneven_plan(len(case.samples), 1)
+    [(loaded, stepped)] = ranks.run(1, count_steps, case, {}, plan, tmp_path / "checkpoint")
+    assert (set(loaded), set(stepped)) == ({0.0}, {1.0})
+
+
+def load_weights_alone(case: Case, parallel: dict[str, int], directory: Path) -> Trained:
+    from megatron_gspo.policy.checkpoint import load_checkpoint
+
+    with policy_of(case, parallel) as policy:
+        policy.optimizer = None  # as trainable=False leaves it
+        return Trained(extra=[load_checkpoint(policy, directory)], weights=weights_of(policy))
+
+
+def test_a_policy_that_is_not_trained_loads_the_weights(ranks: RankPool, saved: Any, path: str) -> None:
+    case = case_of(path)
+    directory, before = saved(case, "TP1")
+    [after] = ranks.run(1, load_weights_alone, case, {}, directory)
+    assert steps.worst(after.weights, before.weights)[0] == 0.0
+
+
+# -------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def save_twice_and_die(case: Case, parallel: dict[str, int], directory: Path) -> None:
+    """A second save over the first is killed while it writes; then a third succeeds."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_gspo.policy.checkpoint import load_checkpoint, save_checkpoint
+
+    def die(state: Any, target: str) -> None:
+        (Path(target) / "__0_0.distcp").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with policy_of(case, parallel) as policy:
+        save_checkpoint(policy, directory, {"save": 1})
+        with mock.patch.object(dist_checkpointing, "save", die), pytest.raises(KeyboardInterrupt):
+            save_checkpoint(policy, directory, {"save": 2})
+        assert load_checkpoint(policy, directory) == {"save": 1}
+        save_checkpoint(policy, directory, {"save": 3})
+        assert load_checkpoint(policy, directory) == {"save": 3}
+
+
+def test_a_save_that_dies_leaves_the_checkpoint_before_it(ranks: RankPool, path: str, tmp_path: Path) -> None:
+    ranks.run(1, save_twice_and_die, case_of(path), {}, tmp_path / "last")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last"]
+
+
+def refusal(case: Case, parallel: dict[str, int], directory: Path, saving: bool) -> str:
+    from megatron_gspo.errors import ConfigError, WeightError
+    from megatron_gspo.policy.checkpoint import load_checkpoint, save_checkpoint
+
+    with policy_of(case, parallel) as policy:
+        try:
+            save_checkpoint(policy, directory, {}) if saving else load_checkpoint(policy, directory)
+        except (ConfigError, WeightError) as error:
+            return str(error)
+    return "no error"
+
+
+def refusals(ranks: RankPool, case: Case, directory: Path, *, saving: bool = False) -> str:
+    """What two ranks say, each on one line that names the directory; the first rank's."""
+    messages = ranks.run(2, refusal, case, {"tensor": 2}, directory, saving)
+    for message in messages:
+        assert "\n" not in message
+        assert str(directory) in message
+    return messages[0]
+
+
+def test_a_missing_directory_is_said_to_be_missing(ranks: RankPool, path: str, tmp_path: Path) -> None:
+    assert refusals(ranks, case_of(path), tmp_path / "nowhere") == f"{tmp_path}/nowhere: no such checkpoint"
+
+
+def test_damage_is_named_on_every_rank(ranks: RankPool, saved: Any, path: str, tmp_path: Path) -> None:
+    whole, _ = saved(case_of(path), "TP1")
+    headless, missing, cut = (shutil.copytree(whole, tmp_path / name) for name in ("headless", "missing", "cut"))
+    (headless / "checkpoint.json").unlink()
+    assert "not a whole checkpoint" in refusals(ranks, case_of(path), headless)
+    (missing / "__0_1.distcp").unlink()
+    assert "__0_1.distcp" in refusals(ranks, case_of(path), missing)
+    file = cut / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert "damaged" in refusals(ranks, case_of(path), cut)
+
+
+def test_another_model_is_refused_with_both_numbers(ranks: RankPool, saved: Any, path: str, tmp_path: Path) -> None:
+    """68 rows of vocabulary are what 67 rows are padded to at two tensor ranks: Megatron alone would load them."""
+    directory, _ = saved(case_of(path), "TP1")
+    other = str(oracle.make_tiny_qwen3_moe(tmp_path / "other", layers=2, mlp_only_layers=[0], vocab=68))
+    assert "vocab_size is 67 there and 68 here" in refusals(ranks, case_of(other), directory)
+
+
+def test_a_place_that_cannot_be_written_is_named(ranks: RankPool, path: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refusals(ranks, case_of(path), tmp_path / "file" / "last", saving=True)
+
+
+def test_the_header_is_read_by_people(saved: Any, path: str) -> None:
+    directory, _ = saved(case_of(path), "TP1")
+    header = json.loads((directory / "checkpoint.json").read_text())
+    assert header["step"] == UPDATES
+    assert header["extra"] == EXTRA
+    assert header["model"]["vocab_size"] == 67

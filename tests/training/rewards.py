@@ -1,0 +1,13 @@
+"""A reward with spread on a random model's babble, so that a test's steps have gradients."""
+
+from __future__ import annotations
+
+from megatron_gspo.types import Prompt, Rollout
+
+
+def share_of_even_tokens(prompt: Prompt, response: Rollout) -> float:
+    return float((response.response_ids % 2 == 0).mean())
+
+
+def share_of_odd_tokens_then_fails(prompt: Prompt, response: Rollout) -> float:
+    return 1.5

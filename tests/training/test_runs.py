@@ -1,0 +1,230 @@
+"""Whole runs, trainer ranks and a real SGLang server: what a person who starts one may rely on."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megatron_gspo.config import RunConfig
+from megatron_gspo.errors import EngineReplyError, RewardError
+from megatron_gspo.policy.groups import make_groups
+from megatron_gspo.report.recorder import RunRecorder
+from megatron_gspo.train.context import Run, build_run
+from megatron_gspo.train.loop import train as train_with
+from megatron_gspo.train.step import collect_rollouts, outer_step
+from tests.pool import RankError, RankPool
+from tests.training.conftest import MakeConfig
+
+
+def train(config: RunConfig) -> None:
+    """A run as the command line starts it, on the pool's ranks."""
+    warnings.simplefilter("ignore")
+    train_with(config, RunRecorder)
+
+
+def metrics_of(config: RunConfig) -> list[dict[str, float]]:
+    lines = (Path(config.train.run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def steps_of(config: RunConfig) -> list[dict[str, float]]:
+    """The lines of optimizer steps, without what depends on the clock."""
+    return [
+        {name: value for name, value in line.items() if not name.startswith(("time/", "tokens_per_s"))}
+        for line in metrics_of(config)
+        if line["step"] >= 0
+    ]
+
+
+def weights_of(config: RunConfig) -> dict[str, torch.Tensor]:
+    directory = Path(config.train.run_dir) / "hf"
+    return {
+        name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
+
+
+def responses_of(config: RunConfig) -> list[dict[str, Any]]:
+    files = sorted((Path(config.train.run_dir) / "rollouts").glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def test_a_seed_repeats_a_whole_run_token_for_token_and_weight_for_weight(
+    ranks: RankPool, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    first, second, other = (
+        make_config(f'train.run_dir="{tmp_path}/{name}"', f"train.seed={seed}")
+        for name, seed in (("first", 1), ("second", 1), ("other", 2))
+    )
+    for config in (first, second, other):
+        ranks.run(2, train, config)
+    assert [r["response"] for r in responses_of(first)] == [r["response"] for r in responses_of(second)]
+    assert [r["response"] for r in responses_of(first)] != [r["response"] for r in responses_of(other)]
+    one, two, three = map(weights_of, (first, second, other))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(one[name], three[name]) for name in one)
+    initial = load_file(Path(first.model.path) / "model.safetensors")
+    moved = [name for name in one if not torch.equal(initial[name], one[name])]
+    assert len(moved) > 0.9 * len(one)  # an expert that no token chose stays
+
+
+def test_the_first_minibatch_clips_exactly_nothing_and_the_engine_agrees_with_the_trainer(
+    ranks: RankPool, make_config: MakeConfig
+) -> None:
+    config = make_config("optimizer.lr=3e-3")
+    ranks.run(2, train, config)
+    steps = steps_of(config)
+    assert [(line["outer_step"], line["minibatch"]) for line in steps] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for line in steps:
+        fresh = line["minibatch"] == 0
+        assert (line["ratio/p01"] == line["ratio/p99"] == 1.0) == fresh
+        assert (line["clip/frac_tokens"] == 0.0) == fresh
+        assert abs(line["kl/engine_k3"]) < 1e-9  # after a sync of weights that have moved
+        assert line["grad_norm"] > 0
+
+
+def test_the_same_configuration_takes_the_same_first_step_on_one_two_and_four_ranks(
+    ranks: RankPool, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    layouts = {
+        "one": "parallel={}",
+        "tensor-expert": "parallel={tensor=2, expert=2}",
+        "all": "parallel={tensor=2, pipeline=2, expert=2}",
+        "data": "parallel={data=2, expert=2}",
+    }
+    steps = {}
+    for name, layout in layouts.items():
+        key, _, value = layout.partition("=")
+        settings = [f"{key}.{item.strip()}" for item in value.strip("{}").split(",") if item]
+        reset = ["parallel.tensor=1", "parallel.expert=1"]
+        config = make_config(*reset, *settings, f'train.run_dir="{tmp_path}/{name}"', "train.outer_steps=1")
+        ranks.run(config.parallel.world_size(), train, config)
+        steps[name] = steps_of(config)
+    for name in layouts:
+        for ours, reference in zip(steps[name], steps["one"], strict=True):
+            for metric in ("reward/mean", "loss", "grad_norm", "entropy", "length/mean"):
+                assert ours[metric] == pytest.approx(reference[metric], rel=2e-4, abs=1e-7), (name, metric)
+
+
+def test_what_a_run_leaves_behind_loads_in_transformers_and_gives_the_same_logprobs(
+    ranks: RankPool, make_config: MakeConfig
+) -> None:
+    config = make_config()
+    ranks.run(2, train, config)
+    directory = Path(config.train.run_dir)
+    assert {"config.toml", "manifest.json", "metrics.jsonl", "report.html", "checkpoints", "hf"} <= {
+        path.name for path in directory.iterdir()
+    }
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest["versions"]["sglang"] == "0.5.23"
+    assert manifest["status"] == "finished"
+    model = AutoModelForCausalLM.from_pretrained(directory / "hf", dtype=torch.float32)
+    (logprobs,) = ranks.run(1, logprobs_of, config, str(directory / "hf"), list(range(10)))
+    logits = model(torch.tensor([list(range(10))])).logits[0, :-1].double()
+    expected = logits.log_softmax(-1).gather(1, torch.arange(1, 10)[:, None])[:, 0]
+    assert np.abs(logprobs - expected.detach().numpy()).max() < 1e-5
+
+
+def logprobs_of(config: RunConfig, path: str, tokens: list[int]) -> np.ndarray:
+    """The trainer's logprobs of a token sequence under the weights at ``path``, on one rank."""
+    from megatron_gspo.algorithm.packing import pack
+    from megatron_gspo.policy.policy import Policy
+    from megatron_gspo.types import Sample
+
+    single = config.model_copy(update={"parallel": type(config.parallel)()})
+    policy = Policy(single, make_groups(single.parallel), path=path, trainable=False)
+    response = np.array(tokens[1:], dtype=np.int32)
+    zeros = np.zeros(len(response))
+    sample = Sample(0, 0, np.array(tokens[:1], dtype=np.int32), response, zeros.astype(np.float32), 0.0, zeros, 1.0)
+    batch = pack([sample], multiple=1, loss_dtype=torch.float32)
+    ((logprobs, _),) = policy.logprobs([batch])
+    return logprobs[batch.mask_T].numpy()
+
+
+def test_a_skipped_sync_is_noticed_by_the_version(ranks: RankPool, make_config: MakeConfig) -> None:
+    with pytest.raises(RankError, match=EngineReplyError.__name__):
+        ranks.run(1, step_without_sync, make_config("parallel.tensor=1", "parallel.expert=1"))
+
+
+def step_without_sync(config: RunConfig) -> None:
+    run = _run(config)
+    with mock.patch.object(run.sync, "push"):
+        outer_step(run, 0, first_step=0)
+    outer_step(run, 1, first_step=2)
+
+
+def test_a_sync_that_moves_the_version_and_not_the_weights_is_noticed_by_k3(
+    ranks: RankPool, make_config: MakeConfig
+) -> None:
+    config = make_config("parallel.tensor=1", "parallel.expert=1", "optimizer.lr=3e-3")
+    ((synced, stale),) = ranks.run(1, engine_gap_after_sync, config)
+    assert synced < 1e-9
+    assert stale > 1e-6
+
+
+def engine_gap_after_sync(config: RunConfig) -> tuple[float, float]:
+    """kl/engine_k3 after an honest sync, and after one that sent the weights of an outer step before."""
+    run = _run(config)
+    outer_step(run, 0, first_step=0)
+    old = [(name, tensor.clone()) for name, tensor in run.policy.weights()]
+    reports, _ = outer_step(run, 1, first_step=2)
+    synced = reports[0].metrics["kl/engine_k3"]
+    run.sync.push(iter(old), 2)
+    reports, _ = outer_step(run, 2, first_step=4)
+    return synced, reports[0].metrics["kl/engine_k3"]
+
+
+def _run(config: RunConfig) -> Run:
+    run = build_run(config, make_groups(config.parallel), config.rollout.servers)
+    run.sync.push(run.policy.weights(), 0)
+    return run
+
+
+def test_the_disk_and_tensor_syncs_leave_the_same_weights_on_the_server(
+    ranks: RankPool, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    responses = []
+    for method in ("disk", "tensor"):
+        config = make_config(f'sync.method="{method}"', f'train.run_dir="{tmp_path}/{method}"')
+        ranks.run(2, train, config)
+        responses.append([record["response"] for record in responses_of(config)])
+        assert max(line["kl/engine_k3"] for line in steps_of(config)) < 1e-9
+    assert responses[0] == responses[1]
+
+
+def test_a_reward_outside_its_range_stops_every_rank_with_the_response_named(
+    ranks: RankPool, make_config: MakeConfig
+) -> None:
+    reward = f"{Path(__file__).with_name('rewards.py')}:share_of_odd_tokens_then_fails"
+    with pytest.raises(RankError, match=rf"{RewardError.__name__}.*1\.5"):
+        ranks.run(2, train, make_config(f'reward.function="{reward}"'))
+
+
+def test_a_failure_on_one_leader_reaches_every_rank(ranks: RankPool, make_config: MakeConfig) -> None:
+    config = make_config("parallel.tensor=1", "parallel.expert=1", "parallel.data=2")
+    assert all(ranks.run(2, collect_with_one_leader_failing, config))
+
+
+def collect_with_one_leader_failing(config: RunConfig) -> bool:
+    run = _run(config)
+    prompts = run.prompts.prompts[:4]
+    broken = run.groups.data_rank == 1
+    with (
+        mock.patch.object(run.engine, "rollout_groups", side_effect=EngineReplyError("half a JSON"))
+        if broken
+        else (mock.patch.object(run, "__doc__", create=True))
+    ):
+        try:
+            collect_rollouts(run, prompts, 0)
+        except EngineReplyError as error:
+            return "half a JSON" in str(error)
+    return False

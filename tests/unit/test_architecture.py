@@ -1,0 +1,132 @@
+"""The shape of the package, read from its imports: one direction, one home a heavy dependency, no side effects."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import megatron_gspo
+
+ROOT = Path(megatron_gspo.__file__).parent
+
+LAYERS = [
+    {"errors", "_packing"},
+    {"types"},
+    {"algorithm"},
+    {"config"},
+    {"parallel"},
+    {"rollout", "rewards", "sync", "policy", "hf", "data"},
+    {"train", "report"},
+    {"cli", "__init__", "__main__"},
+]
+"""From the bottom: a module imports from lower layers and from its own package."""
+
+EXCEPTIONS = {
+    ("policy", "hf"): "the policy reads and writes weights through hf's tables of names",
+}
+"""Edges between siblings, each with its reason."""
+
+LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    """What a file belongs to: ``policy`` for ``policy/model.py``, ``types`` for ``types.py``."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of everything that a file imports, at its top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def imports_of_ours(path: Path) -> set[str]:
+    dotted = (name.split(".") for name in imports(path))
+    return {parts[1] for parts in dotted if parts[0] == "megatron_gspo" and len(parts) > 1 and parts[1] in LEVEL}
+
+
+def importers(library: str) -> set[str]:
+    return {
+        str(path.relative_to(ROOT)) for path in MODULES if any(name.split(".")[0] == library for name in imports(path))
+    }
+
+
+def test_every_module_has_a_layer():
+    assert {name_of(path) for path in MODULES} <= set(LEVEL)
+
+
+def test_imports_run_one_way():
+    upward = [
+        f"{path.relative_to(ROOT)} imports {imported}"
+        for path in MODULES
+        for package in [name_of(path)]
+        for imported in imports_of_ours(path) - {package}
+        if LEVEL[imported] >= LEVEL[package] and (package, imported) not in EXCEPTIONS
+    ]
+    assert not upward
+
+
+def test_every_exception_is_in_use():
+    edges = {(name_of(path), imported) for path in MODULES for imported in imports_of_ours(path)}
+    assert set(EXCEPTIONS) <= edges
+
+
+def test_only_policy_imports_megatron():
+    assert {path.split("/")[0] for path in importers("megatron")} <= {"policy"}
+
+
+def test_only_the_server_launcher_imports_sglang():
+    assert importers("sglang") <= {"rollout/sglang_server.py"}
+
+
+def test_the_pure_functions_use_no_collectives():
+    pure = [path for path in MODULES if name_of(path) in {"algorithm", "types", "errors"}]
+    assert not [path for path in pure if any(name.startswith("torch.distributed") for name in imports(path))]
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("module", ["config", "errors", "algorithm.catalog"])
+def test_the_configuration_is_read_without_torch(module):
+    run(f"import megatron_gspo.{module}, sys; assert 'torch' not in sys.modules")
+
+
+def test_importing_any_module_leaves_the_process_as_it_was():
+    """Environment, default dtype and thread count. Third-party packages that set variables are imported beforehand."""
+    modules = [".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in MODULES]
+    ours = [module for module in modules if not module.endswith("__main__")]
+    third_party = sorted(
+        {
+            name.split(".")[0]
+            for path in MODULES
+            for name in imports(path)
+            if name.split(".")[0] not in {"megatron_gspo", "megatron", "sglang", *sys.stdlib_module_names}
+        }
+    )
+    run(f"""
+import importlib, os
+for name in {third_party} + ["megatron.core"]:
+    try:
+        importlib.import_module(name)
+    except ImportError:  # an extra that is not installed
+        pass
+import torch
+state = lambda: (dict(os.environ), torch.get_default_dtype(), torch.get_num_threads(), os.getcwd())
+for name in {ours}:
+    before = state()
+    importlib.import_module(name)
+    assert state() == before, name
+""")
