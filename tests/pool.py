@@ -45,7 +45,7 @@ class RankPool:
         self, rank: int, world: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]
     ) -> tuple[mp.process.BaseProcess, Connection]:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, rank, world, store, function, args), daemon=True)
+        process = self._context.Process(target=_serve, args=(theirs, rank, world, store, function, args))
         process.start()
         theirs.close()
         return process, ours
