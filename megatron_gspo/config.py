@@ -205,6 +205,7 @@ class RolloutConfig(Section):
     """Sampling from the inference engine."""
 
     engine: Literal["sglang"] = "sglang"
+    """Inference engine, an entry of ``rollout.engine.ENGINES``."""
     servers: tuple[str, ...] = ()
     """Base URLs of running servers. Empty: ``local_servers`` are started and stopped with the run."""
     local_servers: Positive = 1
@@ -387,10 +388,10 @@ def parse(tree: dict[str, Any], source: str = "configuration") -> RunConfig:
     """Validates a tree of plain values. Raises ConfigError naming ``source`` and the first setting that is wrong."""
     try:
         return RunConfig.model_validate(tree)
-    except LayoutError as error:
-        raise LayoutError(f"{source}: parallel: {error}") from None
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_first_problem(error)}") from None
+        cause = error.errors(include_url=False)[0].get("ctx", {}).get("error")
+        kind = type(cause) if isinstance(cause, ConfigError) else ConfigError
+        raise kind(f"{source}: {_first_problem(error)}") from None
 
 
 def dump(config: RunConfig) -> str:

@@ -12,8 +12,7 @@ import json
 import queue
 import shutil
 import textwrap
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.overrides import TorchFunctionMode
 
 from megatron_gspo.errors import ConfigError, WeightError
 from megatron_gspo.hf.family import ModelShape
@@ -32,11 +31,17 @@ from megatron_gspo.parallel.exchange import agree, broadcast_object
 from megatron_gspo.policy.policy import Policy
 
 HEADER = "checkpoint.json"
+STATES = ("param", "exp_avg", "exp_avg_sq")
+"""What Adam keeps of a parameter, in Megatron's names: the master weight and the two moments."""
+
+States = dict[str, torch.Tensor]
+StatesOf = Callable[[DistributedOptimizer, torch.nn.Parameter, int], States]
+"""(optimizer, parameter, its number) -> states by name; empty where this rank neither writes nor reads them."""
 
 
 @torch.no_grad()
 def save_checkpoint(policy: Policy, directory: Path, extra: Mapping[str, Any]) -> None:
-    """Writes weights, optimizer state and ``extra`` (whatever JSON can hold). Collective.
+    """Writes weights, optimizer state and the first rank's ``extra`` (whatever JSON can hold). Collective.
 
     It is written under another name and moved when it is whole; a checkpoint that was at ``directory`` is replaced.
     Weights keep the model's dtype, optimizer state is float32 (float64 in a float64 run).
@@ -46,7 +51,7 @@ def save_checkpoint(policy: Policy, directory: Path, extra: Mapping[str, Any]) -
     text = json.dumps(header, indent=2) + "\n"
     unfinished = directory.with_name(directory.name + ".unfinished")
     _on_first_rank(policy, lambda: _make_empty(unfinished))
-    state = _sharded_state(policy, loading=False)
+    state = _sharded_state(policy, _gathered_states)
     # Megatron makes a server process for this queue, which imports the main script again and outlives a killed rank.
     # A save that is not asynchronous reads and writes it in this process alone.
     filesystem_async._results_queue = filesystem_async._results_queue or queue.SimpleQueue()
@@ -68,64 +73,107 @@ def load_checkpoint(policy: Policy, directory: Path) -> dict[str, Any]:
     after an incomplete one the policy holds part of it, and must not be used.
     """
     header = _read_header(policy, directory)
-    state = _sharded_state(policy, loading=True)
+    state = _sharded_state(policy, _empty_states)
     try:
-        loaded = dist_checkpointing.load(state, str(directory))
+        loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
     except (CheckpointException, CheckpointingException) as error:
         raise WeightError(f"{directory}: the checkpoint is damaged: {_first_cause(error)}") from error
     policy.model.load_state_dict(loaded["model"])
-    for name, optimizer in _optimizers(policy).items():
-        _load_optimizer(optimizer, loaded.get(name, {}), header["step"])
+    _take_states(policy, loaded)
+    _count_steps(policy, header["step"])
     return header["extra"]
 
 
-def _sharded_state(policy: Policy, *, loading: bool) -> dict[str, Any]:
+def _sharded_state(policy: Policy, states_of: StatesOf) -> dict[str, Any]:
     """What this rank writes, or wants to read: its shards, each with its place in the whole.
 
-    Each optimizer is asked for its tensors alone. Megatron's own state dict adds the settings, which belong to the
-    configuration, and asserts a step that an expert optimizer cannot have on a pipeline stage without experts.
+    Optimizer state is laid out as Megatron's ``fully_reshardable`` is: three tensors a parameter, in the parameter's
+    shape and place. We put it together ourselves, since 0.16.1 takes the wrong elements wherever a
+    buffer has two buckets with padding between them, which a tied embedding under pipeline parallelism makes.
     """
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        # With CUDA the state is gathered in host memory, on one rank a shard, not on every device.
-        "distrib_optim_fully_reshardable_mem_efficient": torch.cuda.is_available(),
-        "dp_cp_group": policy.groups.data,
-    }
-    model = policy.model.sharded_state_dict(metadata=metadata)
-    state = {"model": model}
-    for name, optimizer in _optimizers(policy).items():
+    model = policy.model.sharded_state_dict(metadata={"dp_cp_group": policy.groups.data})
+    state: dict[str, Any] = {"model": model}
+    place_of = {shard.data: (name, shard) for name, shard in model.items()}
+    for optimizer in _optimizers(policy):
         _allocate(optimizer.optimizer)
-        with _gather_precision(policy):
-            shards = optimizer.sharded_param_state_fully_reshardable(model, loading, metadata)
-        if shards:  # none where another rank gathers this one's, or the stage has no experts
-            state[name] = shards
+        for index, parameter in enumerate(_parameters(optimizer)):
+            name, shard = place_of[parameter]
+            states = states_of(optimizer, parameter, index)
+            if states:
+                state[_entry(name)] = {key: _at_place_of(shard, key, whole) for key, whole in states.items()}
     return state
 
 
-def _optimizers(policy: Policy) -> dict[str, DistributedOptimizer]:
-    """The distributed optimizers of this rank: of dense parameters and of experts."""
-    if policy.optimizer is None:
+def _entry(name: str) -> str:
+    return f"optimizer.{name}"
+
+
+def _at_place_of(shard: ShardedTensor | ShardedTensorFactory, key: str, whole: torch.Tensor) -> Any:
+    """A state of a parameter as a shard: its only replica over data-parallel ranks, so this rank writes it."""
+    dtype = {} if isinstance(shard, ShardedTensorFactory) else {"dtype": whole.dtype}
+    replica = (*shard.replica_id[:2], 0)
+    return dataclasses.replace(shard, key=f"optimizer.state.{key}.{shard.key}", data=whole, replica_id=replica, **dtype)
+
+
+def _gathered_states(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter, index: int) -> States:
+    """[parameter's shape] master weight and moments, on one of its data-parallel ranks; they take turns at writing."""
+    ranks = optimizer.data_parallel_group
+    own = _own_states(optimizer, parameter)
+    states = {}
+    for key in STATES:
+        whole = torch.zeros(parameter.numel(), dtype=_state_dtype(parameter), device=parameter.device)
+        if own is not None:
+            piece, tensors = own
+            whole[piece] = tensors[key]
+        dist.all_reduce(whole, group=ranks)  # elsewhere it is zero
+        if index % ranks.size() == ranks.rank():
+            states[key] = whole.view(parameter.shape).cpu()
+    return states
+
+
+def _empty_states(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter, index: int) -> States:
+    """[parameter's shape] host memory to read master weight and moments into, where this rank owns a piece."""
+    if _own_states(optimizer, parameter) is None:
         return {}
-    return {f"optimizer{i}": part for i, part in enumerate(policy.optimizer.megatron.chained_optimizers)}
+    return {key: torch.zeros(parameter.shape, dtype=_state_dtype(parameter)) for key in STATES}
 
 
-def _load_optimizer(optimizer: DistributedOptimizer, shards: dict[int, Any], step: int) -> None:
-    """Takes this rank's slices of master weights and moments, and counts ``step`` steps as taken.
+def _take_states(policy: Policy, loaded: dict[str, Any]) -> None:
+    """Copies this rank's pieces of master weights and moments out of the parameters' whole ones."""
+    name_of = {parameter: name for name, parameter in policy.model.named_parameters()}
+    for optimizer in _optimizers(policy):
+        for parameter in _parameters(optimizer):
+            own = _own_states(optimizer, parameter)
+            if own is not None:
+                piece, tensors = own
+                for key in STATES:
+                    tensors[key].copy_(loaded[_entry(name_of[parameter])][key].flatten()[piece])
 
-    Megatron copies over every entry that an optimizer holds, and no ``step`` is among what it reads. Its own way of
-    supplying one is a single tensor shared by all parameters, which AdamW then advances once a parameter: each gets
-    its own here.
-    """
-    inner = optimizer.optimizer
-    counters = [state.pop("step", None) for state in inner.state.values()]
-    optimizer.load_parameter_state_from_fully_reshardable(shards)
-    for state, counter in zip(inner.state.values(), counters, strict=True):
-        if counter is not None:
-            state["step"] = torch.full_like(counter, step)
-    for group in inner.param_groups:
-        if "step" in group:  # Transformer Engine and apex count a group
-            group["step"] = step
+
+def _own_states(
+    optimizer: DistributedOptimizer, parameter: torch.nn.Parameter
+) -> tuple[slice, dict[str, torch.Tensor]] | None:
+    """(elements of the flat parameter that this rank steps, their live states), or None where it steps none."""
+    if parameter not in optimizer.model_param_gbuf_map:
+        return None
+    piece = optimizer._get_model_param_range_map(parameter)["param"]
+    return slice(piece.start, piece.end), optimizer._get_main_param_and_optimizer_states(parameter)
+
+
+def _optimizers(policy: Policy) -> list[DistributedOptimizer]:
+    """The distributed optimizers of this rank: of dense parameters, and of experts."""
+    return [] if policy.optimizer is None else policy.optimizer.megatron.chained_optimizers
+
+
+def _parameters(optimizer: DistributedOptimizer) -> Iterator[torch.nn.Parameter]:
+    """The model's parameters that an optimizer steps, in an order that its data-parallel ranks share."""
+    for buffer in optimizer.buffers:
+        yield from buffer.param_index_map
+
+
+def _state_dtype(parameter: torch.nn.Parameter) -> torch.dtype:
+    """float32, or float64 in a float64 run."""
+    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def _allocate(inner: torch.optim.Optimizer) -> None:
@@ -148,30 +196,26 @@ def _allocate(inner: torch.optim.Optimizer) -> None:
             state["step"].zero_()
 
 
+def _counters(policy: Policy) -> Iterator[dict[str, Any]]:
+    """Whatever counts steps: torch has a counter a parameter, Transformer Engine and apex one a group."""
+    for optimizer in _optimizers(policy):
+        holders = [*optimizer.optimizer.state.values(), *optimizer.optimizer.param_groups]
+        yield from (holder for holder in holders if "step" in holder)
+
+
 def _steps_taken(policy: Policy) -> int:
-    """Optimizer steps so far, from the counters of the parameters (torch) or of the groups (Transformer Engine)."""
-    steps = [0]
-    for part in _optimizers(policy).values():
-        holders = [*part.optimizer.state.values(), *part.optimizer.param_groups]
-        steps += [int(holder["step"]) for holder in holders if "step" in holder]
-    return max(steps)
+    return max((int(holder["step"]) for holder in _counters(policy)), default=0)
 
 
-def _gather_precision(policy: Policy) -> AbstractContextManager[Any]:
-    """Megatron gathers optimizer state into float32 buffers, which in a float64 run would round it."""
-    return _Float64Buffers() if policy.config.model.dtype == "float64" else nullcontext()
+def _count_steps(policy: Policy, step: int) -> None:
+    """Counts ``step`` steps as taken.
 
-
-class _Float64Buffers(TorchFunctionMode):
-    """Within it ``torch.zeros`` of float32 are zeros of float64."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func.__name__ == "zeros" and kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
+    Each parameter gets a counter of its own. Megatron's loading gives all of them one tensor, which AdamW then
+    advances once a parameter; after that its bias correction is silently that of a much later step.
+    """
+    for holder in _counters(policy):
+        tensor = torch.is_tensor(holder["step"])
+        holder["step"] = torch.full_like(holder["step"], step) if tensor else step
 
 
 def _read_header(policy: Policy, directory: Path) -> dict[str, Any]:

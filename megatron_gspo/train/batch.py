@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from megatron_gspo.algorithm.packing import dummy_batch, pack
+from megatron_gspo.algorithm.packing import check_batch, dummy_batch, pack
 from megatron_gspo.algorithm.planning import Plan, plan_microbatches
 from megatron_gspo.algorithm.weights import response_weights
 from megatron_gspo.config import RunConfig
@@ -59,8 +59,11 @@ def place(mine: Sequence[Sample], config: RunConfig, groups: Groups) -> list[Min
 def pack_on_device(samples: Sequence[Sample], config: RunConfig, groups: Groups) -> PackedBatch:
     """One micro-batch on this rank's device; a dummy when there are no samples."""
     multiple = groups.tensor.size()
-    batch = pack(samples, multiple=multiple, loss_dtype=loss_dtype(config)) if samples else None
-    return to_device(batch or dummy_batch(multiple, loss_dtype(config)))
+    if not samples:
+        return to_device(dummy_batch(multiple, loss_dtype(config)))
+    batch = pack(samples, multiple=multiple, loss_dtype=loss_dtype(config))
+    check_batch(batch)
+    return to_device(batch)
 
 
 def loss_dtype(config: RunConfig) -> torch.dtype:

@@ -63,7 +63,7 @@ class Case:
     pad_to: int = 1
     """Micro-batches are padded to a multiple of this times the tensor ranks."""
     optimizer: Mapping[str, Any] = field(
-        default_factory=lambda: {"lr": 1e-5, "weight_decay": 0.1, "clip_grad": 0.5, "betas": [0.9, 0.95]}
+        default_factory=lambda: {"lr": 1e-6, "weight_decay": 0.1, "clip_grad": 0.5, "betas": [0.9, 0.95]}
     )
     updates: int = 0
     """Optimizer steps taken, all on this mini-batch."""

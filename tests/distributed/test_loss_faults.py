@@ -26,7 +26,7 @@ from tests.pool import RankPool
 
 pytestmark = pytest.mark.distributed
 
-FAR_ABOVE_TOLERANCE = 1e-2
+FAR_ABOVE_TOLERANCE = 0.1
 """Gradients of right code are within 1e-12 (test_policy)."""
 
 

@@ -86,14 +86,14 @@ def test_a_gspo_step_is_that_of_one_process(
     assert error < MOVED, f"two updates moved {where} by {error:.1e} more or less"
 
 
-@pytest.mark.parametrize("layout", ["TP1", "TP2xPP2xDP2xEP2"])
+@pytest.mark.parametrize("layout", ["TP1", "TP2xPP2xEP2"])
 def test_an_update_is_adamw_on_clipped_gradients_with_norms_exempt_from_decay(
     ranks: RankPool, case: Case, expected: Step, layout: str
 ) -> None:
     settings = case.optimizer
     step = steps.train(ranks, replace(case, updates=1), layout)
     factor = settings["clip_grad"] / norm_of(expected.gradients.values())
-    assert factor < 0.2, "nothing is clipped"
+    assert factor < 0.5, "gradients are hardly scaled"
     moved = {}
     for name, weight in stored(case.path).items():
         gradient = expected.gradients[name] * factor
@@ -155,7 +155,7 @@ def test_the_logprob_chunk_cannot_change_a_step(ranks: RankPool, case: Case, exp
     assert_same_step(steps.train(ranks, replace(case, chunk=chunk), "TP2xPP2xEP2"), expected)
 
 
-@pytest.mark.parametrize("layout", ["TP1", "PP2", "TP2xEP2", "TP2xPP2xDP2xEP2"])
+@pytest.mark.parametrize("layout", ["TP1", "PP2", "TP2xPP2xEP2"])
 def test_full_recompute_cannot_change_a_step(ranks: RankPool, case: Case, expected: Step, layout: str) -> None:
     assert_same_step(steps.train(ranks, replace(case, recompute="full"), layout), expected)
 
@@ -181,7 +181,7 @@ def old_and_new_logprobs(case: Case, parallel: dict[str, int], plan: steps.Plan)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-@pytest.mark.parametrize("layout", ["TP1", "TP2xEP2", "TP2xPP2xDP2xEP2"])
+@pytest.mark.parametrize("layout", ["TP1", "DP2", "TP2xPP2xEP2"])
 def test_the_pi_old_pass_is_bitwise_the_first_training_forward(
     ranks: RankPool, case: Case, layout: str, dtype: str
 ) -> None:
@@ -243,7 +243,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 def test_every_loss_gives_the_step_of_one_process(ranks: RankPool, moe_dir: str, loss: str) -> None:
     case = steps.straddling_case(moe_dir, **LOSSES[loss])
     expected = steps.expected_step(case)
-    for layout in ("TP1", "TP2xPP2xEP2", "DP2"):
+    for layout in ("TP1", "TP2xPP2xEP2"):
         assert_same_step(steps.train(ranks, case, layout), expected)
 
 
@@ -291,8 +291,8 @@ def test_loading_and_exporting_gives_the_files_bytes_back(
     else:
         path = str(oracle.make_tiny_qwen3(tmp_path, dtype=getattr(torch, dtype), tie=True))
     expected = {name: fingerprint(tensor) for name, tensor in stored(path).items()}
-    layouts = LAYOUTS if maker == "mixture" else ("TP1", "TP2", "PP2", "DP2", "TP2xPP2")
-    for layout in layouts:
+    few = ("TP1", "TP2", "TP2xPP2", "DP2")
+    for layout in LAYOUTS if (maker, dtype) == ("mixture", "float32") else few:
         world, parallel = LAYOUTS[layout]
         parts = ranks.run(world, exported, path, dtype, parallel)
         assert sum(len(part) for part in parts) == len(expected), f"{layout}: a tensor has no owner, or two"

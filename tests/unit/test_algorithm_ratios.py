@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gspo.algorithm.kl import k1, k1_reward_penalty, k3
+from megatron_gspo.algorithm.kl import k3
 from megatron_gspo.algorithm.ratios import expand, masked_log_ratio, segment_sum, sequence_log_ratio
-from megatron_gspo.errors import BatchError
 
 
 @given(owners=st.lists(st.integers(0, 4), max_size=30), seed=st.integers(0, 1000))
@@ -87,19 +86,12 @@ def test_old_logprobs_are_constants() -> None:
     assert old.grad is None
 
 
-def test_kl_estimates_are_unbiased_and_k3_keeps_its_digits_near_one() -> None:
+def test_k3_is_an_unbiased_estimate_and_keeps_its_digits_near_one() -> None:
     p, q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64)
     kl = (p * (p / q).log()).sum().item()
     log_r = (q / p).log()
-    assert (p * k1(log_r)).sum().item() == pytest.approx(kl, rel=1e-12)
     assert (p * k3(log_r)).sum().item() == pytest.approx(kl, rel=1e-12)
     assert (k3(log_r) >= 0).all()
     # At log r = 1e-7, k3 is 5e-15, and exp(log r) - 1 - log r would be off by 1e-16.
     for tiny in (1e-7, -1e-7, 1e-8, 3e-8):
         assert k3(torch.tensor(tiny, dtype=torch.float64)).item() == pytest.approx(tiny**2 / 2, rel=1e-6, abs=0)
-
-
-def test_the_reward_penalty_is_the_responses_log_ratio_to_the_reference() -> None:
-    assert k1_reward_penalty([-1.0, -2.0], [-1.5, -2.25], 0.1) == pytest.approx(0.075)
-    with pytest.raises(BatchError):
-        k1_reward_penalty([-1.0], [-1.0, -2.0], 0.1)
