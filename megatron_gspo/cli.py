@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(error, USER_ERROR)
     except MegatronGspoError as error:
         return _say(error, FAILED)
+    except OSError as error:  # a file that cannot be read or written
+        return _say(error, USER_ERROR)
     except KeyboardInterrupt:
         return 130
 

@@ -357,6 +357,16 @@ class RunConfig(Section):
                 f"train.prompts_per_step = {prompts} is not a multiple of train.minibatches = {minibatches}: "
                 f"a mini-batch is made of whole groups ({prompts} / {minibatches} = {prompts / minibatches:g})"
             )
+        if self.optimizer.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"optimizer.min_lr = {self.optimizer.min_lr:g} is above optimizer.lr = {self.optimizer.lr:g}"
+            )
+        warmup, total = self.optimizer.warmup_steps, self.total_steps
+        if warmup >= total:
+            raise ValueError(f"optimizer.warmup_steps = {warmup} leaves nothing of the run's {total} optimizer steps")
+        if self.algorithm.reference and not self.algorithm.uses_reference:
+            raise ValueError("algorithm.reference is set, but algorithm.kl_loss_coef = 0 does not use it")
+        self._check_paths()
         prompt, response = self.rollout.max_prompt_tokens, self.rollout.max_response_tokens
         if prompt + response > self.train.microbatch_tokens:
             raise ValueError(
@@ -364,6 +374,21 @@ class RunConfig(Section):
                 f"fit into train.microbatch_tokens = {self.train.microbatch_tokens}: raise it to at least the sum"
             )
         return self
+
+    def _check_paths(self) -> None:
+        """A run directory is replaced under ``train.overwrite``, so nothing that the run reads may lie in it."""
+        run = Path(self.train.run_dir).resolve()
+        inputs = {
+            "model.path": self.model.path,
+            "algorithm.reference": self.algorithm.reference,
+            "data.path": self.data.path,
+            "data.eval_path": self.data.eval_path,
+        }
+        for name, path in inputs.items():
+            if path and (run == Path(path).resolve() or run in Path(path).resolve().parents):
+                raise ValueError(
+                    f"{name} = {path} lies in train.run_dir = {self.train.run_dir}: name another directory"
+                )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

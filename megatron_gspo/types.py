@@ -77,8 +77,6 @@ class RolloutGroup:
     """[G_p] float64 in [0, 1]."""
     token_rewards_G: tuple[np.ndarray, ...] | None = None
     """Per-token rewards, each [R] float64 in [0, 1]; None when the reward gave one number a response."""
-    dropped: int = 0
-    """Responses of this prompt that were dropped (empty, aborted, mixed versions, or by configuration)."""
 
 
 @dataclass(frozen=True)

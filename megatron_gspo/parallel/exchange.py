@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_gspo.errors import MegatronGspoError
+from megatron_gspo import errors
 
 Item = TypeVar("Item")
 
@@ -55,17 +55,30 @@ def exchange(items: Sequence[Sequence[Item]], group: dist.ProcessGroup, device: 
     return [item for part in lists for item in part]
 
 
+def together(action: Callable[[], Item], group: dist.ProcessGroup) -> Item:
+    """What every rank does by itself (no collectives in it): its result, or the same error on all ranks."""
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    agree(error, group)
+    return result
+
+
 def agree(error: Exception | None, group: dist.ProcessGroup) -> None:
     """Raises on every rank when any rank has an error, so that none waits for one that has stopped.
 
-    The rank that failed raises its own error; the others raise the same class where it is one of ours, with the
-    failing rank in the message.
+    The lowest rank that failed is the one reported, by its class where that is one of ours, and a rank with an error
+    of its own has it as the cause.
     """
-    reports = gather_objects(None if error is None else (type(error), str(error)), group)
+    report = None
     if error is not None:
-        raise error
-    for rank, report in enumerate(reports):
-        if report is not None:
-            kind, text = report
-            kind = kind if issubclass(kind, MegatronGspoError) else MegatronGspoError
-            raise kind(f"rank {dist.get_global_rank(group, rank)}: {text}")
+        ours = type(error).__module__ == errors.__name__  # a class of the user's need not pickle
+        text = str(error) if ours else f"{type(error).__name__}: {error}"
+        report = (type(error).__name__ if ours else errors.MegatronGspoError.__name__, text)
+    reports = [(rank, found) for rank, found in enumerate(gather_objects(report, group)) if found is not None]
+    if reports:
+        rank, (kind, text) = reports[0]
+        where = f"rank {dist.get_global_rank(group, rank)}: " if len(reports) < group.size() else ""
+        raise getattr(errors, kind)(where + text) from error

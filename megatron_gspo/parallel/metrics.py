@@ -22,6 +22,20 @@ def reduce_metric_sums(sums: MetricSums, *, stage: dist.ProcessGroup, data: dist
     return MetricSums(token, sequence, _concatenate(sums.log_ratio_S, data))
 
 
+def heaviest_expert(counts: torch.Tensor, *, stage: dist.ProcessGroup, pipeline: dist.ProcessGroup) -> float:
+    """Tokens of the most loaded expert over those of a mean one, in the worst layer of all stages; on every rank.
+
+    ``counts``: [layers of this stage, experts] of this rank's tokens; stages without an MoE layer have none.
+    """
+    worst = torch.zeros(1, dtype=torch.float64, device=counts.device)
+    if counts.numel():
+        total = counts.clone()
+        dist.all_reduce(total, group=stage)
+        worst = (total.amax(dim=1) / total.mean(dim=1)).max().reshape(1)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=pipeline)
+    return float(worst)
+
+
 def _concatenate(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Tensors of different lengths, end to end in rank order: padded to the longest, gathered, cut."""
     length = torch.tensor([values.numel()], device=values.device)

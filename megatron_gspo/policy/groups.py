@@ -6,6 +6,7 @@ the object. None never stands for a group: torch reads None as the whole world.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_gspo.config import ParallelConfig
+from megatron_gspo.errors import LayoutError
 from megatron_gspo.policy import cpu
 
 
@@ -23,6 +25,7 @@ class Groups:
     """The groups of one rank, and its place in each. Ranks are ordered tensor, context, data, pipeline."""
 
     world: dist.ProcessGroup
+    """All ranks, over gloo and without a timeout to speak of: here they wait while leaders fetch rollouts."""
     tensor: dist.ProcessGroup
     """Ranks that share each matrix of a layer (and, by sequence parallelism, the tokens between layers)."""
     pipeline: dist.ProcessGroup
@@ -81,9 +84,10 @@ def start_distributed(timeout_s: float = 1800.0) -> None:
     if dist.is_initialized():
         return
     if torch.cuda.is_available():
-        import os
-
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= devices:
+            raise LayoutError(f"rank {local} of this machine has no GPU: there are {devices}, and nccl needs one each")
+        torch.cuda.set_device(local)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
@@ -106,7 +110,7 @@ def make_groups(parallel: ParallelConfig) -> Groups:
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     return Groups(
-        world=dist.distributed_c10d._get_default_group(),
+        world=dist.new_group(backend="gloo", timeout=timedelta(days=7)),
         tensor=collection.tp,
         pipeline=collection.pp,
         data=collection.dp_cp,

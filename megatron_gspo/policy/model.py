@@ -120,7 +120,9 @@ def packed_sequence_params(batch: PackedBatch) -> PackedSeqParams:
     )
 
 
-def transformer_config(model: ModelConfig, shape: ModelShape, groups: Groups) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, shape: ModelShape, groups: Groups, *, deterministic: bool = False
+) -> TransformerConfig:
     """The shape and the layout as Megatron's configuration; everything that could change a step is named here."""
     dtype = DTYPES[model.dtype]
     tensor, pipeline = groups.tensor.size(), groups.pipeline.size()
@@ -163,7 +165,7 @@ def transformer_config(model: ModelConfig, shape: ModelShape, groups: Groups) ->
         bias_activation_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        deterministic_mode=not torch.cuda.is_available(),
+        deterministic_mode=deterministic or not torch.cuda.is_available(),
         recompute_granularity="full" if model.recompute == "full" else None,
         recompute_method="uniform" if model.recompute == "full" else None,
         recompute_num_layers=1 if model.recompute == "full" else None,
@@ -190,10 +192,12 @@ def _moe_settings(model: ModelConfig, shape: ModelShape) -> dict[str, object]:
     }
 
 
-def build_model(model: ModelConfig, family: Family, shape: ModelShape, groups: Groups) -> PolicyModel:
+def build_model(
+    model: ModelConfig, family: Family, shape: ModelShape, groups: Groups, *, deterministic: bool = False
+) -> PolicyModel:
     """This rank's stage, with uninitialised weights, on this rank's device."""
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)  # only dropout would draw, and there is none
-    config = transformer_config(model, shape, groups)
+    config = transformer_config(model, shape, groups, deterministic=deterministic)
     policy = PolicyModel(config, shape, groups, model.logprob_chunk).to(device())
     _mark_parameters(policy, family)
     return policy

@@ -9,11 +9,14 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_gspo.config import RunConfig
+from megatron_gspo.errors import WeightError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.layout import check_layout
+from megatron_gspo.parallel.exchange import agree
 from megatron_gspo.policy.export import complete_gradients, gradient_of, stream_tensors
 from megatron_gspo.policy.groups import Groups
+from megatron_gspo.policy.load import ExpertLoad
 from megatron_gspo.policy.model import build_model, load_weights
 from megatron_gspo.policy.optimizer import Optimizer, learning_rate, wrap_ddp
 from megatron_gspo.types import PackedBatch
@@ -38,9 +41,18 @@ class Policy:
         directory = path or config.model.path
         self.family, self.shape = read_model(directory)
         check_layout(config.parallel, self.shape)
-        self.model = build_model(config.model, self.family, self.shape, groups)
-        load_weights(self.model, self.family, HfReader(directory))
+        self.model = build_model(
+            config.model, self.family, self.shape, groups, deterministic=config.train.deterministic
+        )
+        self.temperature = 1.0 if config.algorithm.name == "sft" else config.rollout.temperature
+        error: Exception | None = None
+        try:
+            load_weights(self.model, self.family, HfReader(directory))
+        except WeightError as caught:  # perhaps on one stage only
+            error = caught
+        agree(error, groups.world)
         self.optimizer: Optimizer | None = None
+        self.expert_load = ExpertLoad(self.model)
         self.module: torch.nn.Module = self.model
         if trainable:
             self.module = wrap_ddp(self.model, groups)
@@ -69,6 +81,7 @@ class Policy:
         """
         self.module.zero_grad_buffer()  # type: ignore[operator]
         self._trained().megatron.zero_grad()
+        self.expert_load.start()
         self._run(batches, objective, forward_only=False)
 
     def step(self, step: int, total_steps: int) -> tuple[float, float]:
@@ -97,7 +110,7 @@ class Policy:
             stream: Iterator[tuple[int, PackedBatch]], module: torch.nn.Module
         ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, float]]]]:
             index, batch = next(stream)
-            output = module(batch, self.config.rollout.temperature)
+            output = module(batch, self.temperature)
 
             def loss_of(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
                 return objective(index, output[0], output[1]), torch.zeros((), dtype=torch.int), {}

@@ -112,6 +112,10 @@ class ConsoleSink:
         else:
             self._status.update(Text(text))
 
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        self._console.print(Text(text, style="dim"))
+
     def write(self, report: StepReport) -> None:
         place = {"step": report.step, "outer_step": report.outer_step, "minibatch": report.minibatch}
         self._pending.append(place | clean(report.metrics))

@@ -43,6 +43,10 @@ class RunRecorder:
         """What happens now, on the terminal."""
         self._console.phase(text)
 
+    def note(self, text: str) -> None:
+        """A line on the terminal."""
+        self._console.note(text)
+
     def initial(self, metrics: Mapping[str, float]) -> None:
         """The evaluation before any training."""
         self._sink.write(initial_evaluation(metrics))

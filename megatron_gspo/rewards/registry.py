@@ -67,7 +67,7 @@ def _find(name: str) -> Callable[..., Any]:
         )
     try:
         module = _module_of_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except Exception as error:  # importing runs the user's code, which may raise anything
+    except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
         hint = "" if where.endswith(".py") else " (a file works too: path/to/file.py:function)"
         raise ConfigError(f"reward.function = {name!r}: {type(error).__name__}: {error}{hint}") from error
     function = module

@@ -69,8 +69,11 @@ async def _score(reward: Reward, is_async: bool, rollout: Rollout, limit: asynci
 
 
 async def _call(reward: Reward, is_async: bool, rollout: Rollout) -> Any:
-    result = reward.function(rollout.prompt, rollout) if is_async else await _in_thread(reward, rollout)
-    return await result if inspect.isawaitable(result) else result
+    try:
+        result = reward.function(rollout.prompt, rollout) if is_async else await _in_thread(reward, rollout)
+        return await result if inspect.isawaitable(result) else result
+    except SystemExit as error:  # past this coroutine it would end the process, and the run as if it were done
+        raise RuntimeError(f"sys.exit({error.code!r})") from error
 
 
 async def _in_thread(reward: Reward, rollout: Rollout) -> Any:

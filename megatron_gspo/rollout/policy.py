@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -59,12 +59,15 @@ def apply_policies(groups: Sequence[Sequence[Rollout]], config: RolloutConfig) -
     return kept, Dropped(**counts)
 
 
-def zero_truncated(rollouts: Sequence[Rollout], rewards_G: np.ndarray, config: RolloutConfig) -> np.ndarray:
-    """[G] rewards, with 0 for truncated responses when ``on_truncated`` is "zero"."""
-    if config.on_truncated != "zero":
-        return rewards_G
-    truncated_G = np.array([rollout.truncated for rollout in rollouts], dtype=bool)
-    return np.where(truncated_G, 0.0, rewards_G)
+def zero_truncated(
+    rollouts: Sequence[Rollout], rewards_G: Iterable[np.ndarray], config: RolloutConfig
+) -> tuple[np.ndarray, ...]:
+    """Rewards by response (a number, or one a token), with zeros for truncated ones when ``on_truncated`` is "zero"."""
+    zero = config.on_truncated == "zero"
+    return tuple(
+        np.zeros_like(reward) if zero and rollout.truncated else reward
+        for rollout, reward in zip(rollouts, rewards_G, strict=True)
+    )
 
 
 def _reason_to_drop(rollout: Rollout, config: RolloutConfig) -> str | None:

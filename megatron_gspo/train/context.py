@@ -14,6 +14,8 @@ from megatron_gspo.config import RunConfig
 from megatron_gspo.data.cursor import PromptCursor
 from megatron_gspo.data.prompts import PromptSet, load_prompts
 from megatron_gspo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_gspo.errors import DataError
+from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.parallel.exchange import agree, gather_objects
 from megatron_gspo.parallel.sequence import ShardedSequenceSum
 from megatron_gspo.policy.groups import Groups
@@ -64,11 +66,25 @@ class Run:
         )
 
 
-def build_run(config: RunConfig, groups: Groups, urls: tuple[str, ...]) -> Run:
-    """Loads data, model and weights, and connects to the servers. Collective.
+@dataclass(frozen=True)
+class Inputs:
+    """What a reinforcement-learning run reads besides weights."""
 
-    Raises UserError for what the user can mend.
-    """
+    tokenizer: Tokenizer
+    prompts: PromptSet
+    eval_prompts: PromptSet | None
+    reward: Reward
+
+    def describe(self) -> str:
+        held_out = f", {len(self.eval_prompts)} held out" if self.eval_prompts else ""
+        skipped = (
+            f" ({self.prompts.skipped} skipped, first: {self.prompts.problems[0]})" if self.prompts.skipped else ""
+        )
+        return f"{len(self.prompts)} prompts{held_out}{skipped}"
+
+
+def load_inputs(config: RunConfig) -> Inputs:
+    """Reads prompts and finds the reward, before anything is started or written. Raises UserError."""
     tokenizer = load_tokenizer(config.model.path)
     load = functools.partial(
         load_prompts,
@@ -79,8 +95,17 @@ def build_run(config: RunConfig, groups: Groups, urls: tuple[str, ...]) -> Run:
         skip_bad=config.data.skip_bad,
     )
     prompts = load(config.data.path, limit=config.data.limit)
+    if len(prompts) < config.train.prompts_per_step:
+        raise DataError(
+            f"{config.data.path}: {len(prompts)} prompts, fewer than train.prompts_per_step = "
+            f"{config.train.prompts_per_step}: a prompt would be drawn twice in a step"
+        )
     eval_prompts = load(config.data.eval_path, limit=config.eval.prompts) if config.data.eval_path else None
-    reward = resolve_reward(config.reward)
+    return Inputs(tokenizer, prompts, eval_prompts, resolve_reward(config.reward))
+
+
+def build_run(config: RunConfig, groups: Groups, inputs: Inputs, urls: tuple[str, ...]) -> Run:
+    """Loads model and weights and connects to the servers. Collective. Raises UserError for what the user can mend."""
     policy = Policy(config, groups)
     reference = None
     if config.algorithm.uses_reference:
@@ -89,22 +114,37 @@ def build_run(config: RunConfig, groups: Groups, urls: tuple[str, ...]) -> Run:
     run = Run(
         config=config,
         groups=groups,
-        tokenizer=tokenizer,
-        prompts=prompts,
-        eval_prompts=eval_prompts,
-        cursor=PromptCursor(len(prompts), config.train.seed, config.data.shuffle),
+        tokenizer=inputs.tokenizer,
+        prompts=inputs.prompts,
+        eval_prompts=inputs.eval_prompts,
+        cursor=PromptCursor(len(inputs.prompts), config.train.seed, config.data.shuffle),
         policy=policy,
         reference=reference,
         loss=resolve_loss(config.algorithm.name),
         sequence_sum=ShardedSequenceSum(groups.tensor),
         engine=make_engine(
-            own_servers(urls, groups), config.rollout, vocab_size=policy.shape.vocab_size, decode=tokenizer.decode
+            own_servers(urls, groups),
+            config.rollout,
+            vocab_size=policy.shape.vocab_size,
+            decode=inputs.tokenizer.decode,
         ),
-        sync=make_weight_sync(config.sync, urls, make_peers(groups), model_path=config.model.path),
-        reward=reward,
+        sync=make_weight_sync(
+            config.sync,
+            urls,
+            make_peers(groups),
+            model_path=config.model.path,
+            expected_names=expected_names(config, policy),
+        ),
+        reward=inputs.reward,
     )
     connect(run)
     return run
+
+
+def expected_names(config: RunConfig, policy: Policy) -> set[str]:
+    """The tensors that a sync must send: those of the checkpoint. A tied head may be stored there, and is not sent."""
+    names = set(HfReader(config.model.path).names())
+    return names - {"lm_head.weight"} if policy.shape.tied_embeddings else names
 
 
 def connect(run: Run) -> None:

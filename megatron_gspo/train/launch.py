@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_gspo.config import RunConfig
+from megatron_gspo.data.rows import read_rows
 from megatron_gspo.hf.catalog import read_model
+from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.layout import check_layout
+from megatron_gspo.rewards.registry import resolve_reward
 
 
 def check_before_start(config: RunConfig) -> None:
-    """What can be said without a process group: raises ConfigError or LayoutError."""
+    """What can be said within seconds, without a process group and without a server: raises UserError."""
     _, shape = read_model(config.model.path)
     check_layout(config.parallel, shape)
+    HfReader(config.model.path)
+    next(read_rows(Path(config.data.path)), None)
+    if config.algorithm.name != "sft":
+        resolve_reward(config.reward)
+        if config.data.eval_path:
+            next(read_rows(Path(config.data.eval_path)), None)
 
 
 def launch(config_path: Path, overrides: Sequence[str], *, ranks: int) -> int:
-    """Runs ``train`` on ``ranks`` processes; returns 0, or the exit status of the rank that failed first."""
+    """Runs ``train`` on ``ranks`` processes; returns 0, the exit status of the rank that failed first, or 128 + a signal."""
     # Several ranks on few cores fight over them when each starts a thread a core.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank says itself what failed
@@ -41,6 +52,13 @@ def launch(config_path: Path, overrides: Sequence[str], *, ranks: int) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_gspo.cli", "train", str(config_path), *overrides)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # it could not say so itself
+            name = signal.Signals(-failure.exitcode).name
+            memory = ": is the machine out of memory?" if name == "SIGKILL" else ""
+            print(f"error: rank {rank} was ended by {name}{memory}", file=sys.stderr)
         return failure.exitcode if failure.exitcode in (1, 2) else 1
+    except SignalException as error:  # Ctrl-C, or a scheduler's end of the job; the ranks have been ended with it
+        print(f"error: ended by {error.sigval.name}", file=sys.stderr)
+        return 128 + error.sigval
     return 0

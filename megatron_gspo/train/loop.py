@@ -12,16 +12,16 @@ import torch.distributed as dist
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.parallel.exchange import agree, broadcast_object
+from megatron_gspo.parallel.exchange import agree, broadcast_object, together
 from megatron_gspo.policy.checkpoint import save_checkpoint
 from megatron_gspo.policy.groups import Groups, make_groups, start_distributed
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.rollout.engine import local_servers
-from megatron_gspo.train.context import Run, build_run
+from megatron_gspo.train.context import Run, build_run, load_inputs
 from megatron_gspo.train.evaluate import evaluate
 from megatron_gspo.train.recorder import MakeRecorder, Recorder, open_recorder
 from megatron_gspo.train.save import save_hugging_face
-from megatron_gspo.train.sft import fine_tune
+from megatron_gspo.train.sft import Examples, fine_tune, load_examples
 from megatron_gspo.train.step import outer_step
 
 
@@ -30,43 +30,56 @@ def train(config: RunConfig, make_recorder: MakeRecorder) -> None:
     start_distributed()
     groups = make_groups(config.parallel)
     set_determinism(config)
+    supervised = config.algorithm.name == "sft"
+    inputs = together(lambda: load_examples(config) if supervised else load_inputs(config), groups.world)
     with open_recorder(make_recorder, config, groups) as recorder:
-        if config.algorithm.name == "sft":
-            policy = Policy(config, groups)
-            for report in fine_tune(config, groups, policy):
+        if isinstance(inputs, Examples):
+            policy, steps = Policy(config, groups), config.total_steps
+            recorder.note(inputs.describe())
+            for report in fine_tune(config, groups, policy, inputs):
                 recorder.steps([report])
         else:
             with rollout_servers(config, groups, recorder) as urls:
-                run = build_run(config, groups, urls)
+                run = build_run(config, groups, inputs, urls)
                 recorder.engine({"version": run.engine.version, "seeded": run.seeded})
-                reinforce(run, recorder)
+                recorder.note(inputs.describe())
+                steps = reinforce(run, recorder)
                 policy = run.policy
-        finish(policy, config, groups, recorder)
+        finish(policy, config, groups, recorder, steps)
 
 
-def reinforce(run: Run, recorder: Recorder) -> None:
-    """The outer loop: roll out, learn, sync, report; evaluate before the first step and then periodically."""
-    config = run.config
-    run.sync.push(run.policy.weights(), 0)  # the servers' own reading of the checkpoint is not trusted
-    if config.eval.every:
-        recorder.phase("evaluating the cold start")
-        recorder.initial(evaluate(run, 0))
-    for number in range(config.train.outer_steps):
-        recorder.phase(f"outer step {number + 1} of {config.train.outer_steps}")
-        reports, records = outer_step(run, number, first_step=number * config.minibatches)
-        last = number + 1 == config.train.outer_steps
-        if config.eval.every and (last or (number + 1) % config.eval.every == 0):
-            reports[-1].metrics |= evaluate(run, number + 1)
-        recorder.steps(reports)
-        recorder.rollouts(number, records)
-    run.sync.close()
+def reinforce(run: Run, recorder: Recorder) -> int:
+    """The outer loop: roll out, learn, sync, report; evaluate before the first step and then periodically.
+
+    Returns the optimizer steps taken.
+    """
+    config, steps = run.config, 0
+    evaluating = bool(config.eval.every and run.eval_prompts)
+    try:
+        run.sync.push(run.policy.weights(), 0)  # the servers' own reading of the checkpoint is not trusted
+        if evaluating:
+            recorder.phase("evaluating the cold start")
+            recorder.initial(evaluate(run, 0))
+        for number in range(config.train.outer_steps):
+            recorder.phase(f"outer step {number + 1} of {config.train.outer_steps}")
+            reports, records = outer_step(run, number, first_step=steps)
+            steps += len(reports)
+            recorder.steps(reports[:-1])
+            recorder.rollouts(number, records)
+            last = number + 1 == config.train.outer_steps
+            if evaluating and (last or (number + 1) % config.eval.every == 0):
+                reports[-1].metrics |= evaluate(run, number + 1)
+            recorder.steps(reports[-1:])
+    finally:
+        run.sync.close()
+    return steps
 
 
-def finish(policy: Policy, config: RunConfig, groups: Groups, recorder: Recorder) -> None:
+def finish(policy: Policy, config: RunConfig, groups: Groups, recorder: Recorder, steps: int) -> None:
     """The last checkpoint, and the policy as a Hugging Face directory."""
     directory = Path(config.train.run_dir)
     recorder.phase("saving")
-    save_checkpoint(policy, directory / "checkpoints" / "last", {"step": config.total_steps})
+    save_checkpoint(policy, directory / "checkpoints" / "last", {"step": steps})
     if config.train.save_hf:
         save_hugging_face(policy, config, groups, directory / "hf")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 import warnings
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from megatron_gspo.errors import MegatronGspoError, UserError
 if TYPE_CHECKING:
     from megatron_gspo.train.recorder import MakeRecorder
 
+FIRST_RANKS_TURN_S = 1.0
+"""Seconds by which the first rank goes before the others in saying what failed."""
 MUTED_MODULES = (
     r"megatron\.core",  # says at import what it does without apex and Transformer Engine, and more at every step
     r"torch\.distributed\.c10d_logger",  # new names of collectives, which Megatron-Core calls by the old ones
@@ -29,10 +32,43 @@ def run_rank(config: RunConfig, make_recorder: MakeRecorder) -> int:
     try:
         train(config, make_recorder)
     except MegatronGspoError as error:
-        if os.environ["RANK"] == "0":  # ``parallel.exchange.agree`` has brought the failure to every rank
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        _show_the_unforeseen(error)
+        _say_once(f"error: {_line(error)}")
         return 2 if isinstance(error, UserError) else 1
-    except Exception:
-        print(f"rank {os.environ['RANK']} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    except Exception as error:
+        where = f"rank {os.environ['RANK']}"
+        _say_once(f"{traceback.format_exc()}error: {where}: {type(error).__name__}: {_line(error)}")
         return 1
     return 0
+
+
+def _say_once(text: str) -> None:
+    """Prints a failure unless another rank has: one that the ranks agree on strikes all of them, another only one,
+    and the rest then fail for the want of it."""
+    if os.environ["RANK"] != "0":
+        time.sleep(FIRST_RANKS_TURN_S)
+    if _is_first("failure"):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _show_the_unforeseen(error: MegatronGspoError) -> None:
+    """Prints the traceback of what is none of our errors, and which ``parallel.exchange.agree`` has wrapped in one."""
+    cause = error.__cause__
+    if type(error) is MegatronGspoError and cause and not isinstance(cause, OSError) and _is_first("traceback"):
+        print("".join(traceback.format_exception(cause)), end="", file=sys.stderr, flush=True)
+
+
+def _is_first(key: str) -> bool:
+    """Whether no other rank has asked before."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add(f"megatron_gspo/{key}", 1) == 1
+    except RuntimeError:  # the store went with the rank that held it
+        return True
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.hf.checkpoint import copy_companions, write_index, write_shards
@@ -36,19 +37,22 @@ def save_hugging_face(policy: Policy, config: RunConfig, groups: Groups, directo
     tensors = policy.weights()
     try:
         weight_map = write_shards(unfinished, tensors, owner=dist.get_rank(), max_bytes=SHARD_BYTES)
-    except OSError as caught:
+    except (OSError, SafetensorError) as caught:
         error = caught
         for _ in tensors:  # the others are gathering with this rank
             pass
     agree(error, groups.world)
     parts = gather_objects(weight_map, groups.world)
     if dist.get_rank() == 0:
-        write_index(unfinished, {name: file for part in parts for name, file in part.items()})
-        copy_companions(Path(config.model.path), unfinished)
-        _set_dtype(unfinished / "config.json", config.model.dtype)
-        shutil.rmtree(directory, ignore_errors=True)
-        unfinished.rename(directory)
-    dist.barrier(group=groups.world)
+        try:
+            write_index(unfinished, {name: file for part in parts for name, file in part.items()})
+            copy_companions(Path(config.model.path), unfinished)
+            _set_dtype(unfinished / "config.json", config.model.dtype)
+            shutil.rmtree(directory, ignore_errors=True)
+            unfinished.rename(directory)
+        except OSError as caught:
+            error = caught
+    agree(error, groups.world)
 
 
 def _set_dtype(path: Path, dtype: str) -> None:

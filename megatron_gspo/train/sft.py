@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,29 +23,43 @@ from megatron_gspo.train.clock import Clock
 from megatron_gspo.types import Sample, StepReport
 
 
-def fine_tune(config: RunConfig, groups: Groups, policy: Policy) -> Iterator[StepReport]:
-    """Takes ``train.outer_steps`` optimizer steps of ``train.prompts_per_step`` examples, a report each. Collective.
+@dataclass(frozen=True)
+class Examples:
+    """What supervised fine-tuning reads besides weights."""
 
-    The loss is the mean negative log-likelihood over the mini-batch's completion tokens. Raises DataError.
-    """
-    tokenizer = load_tokenizer(config.model.path)
-    examples = load_completions(
+    completions: tuple[Completion, ...]
+    skipped: int
+
+    def describe(self) -> str:
+        return f"{len(self.completions)} examples" + (f" ({self.skipped} skipped)" if self.skipped else "")
+
+
+def load_examples(config: RunConfig) -> Examples:
+    """Reads prompts and completions, before anything is started or written. Raises UserError."""
+    loaded = load_completions(
         config.data.path,
-        tokenizer=tokenizer,
+        tokenizer=load_tokenizer(config.model.path),
         format=config.data.format,
         chat_template=config.data.chat_template,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         max_response_tokens=config.rollout.max_response_tokens,
         skip_bad=config.data.skip_bad,
         limit=config.data.limit,
-    ).completions
-    cursor = PromptCursor(len(examples), config.train.seed, config.data.shuffle)
+    )
+    return Examples(loaded.completions, loaded.skipped)
+
+
+def fine_tune(config: RunConfig, groups: Groups, policy: Policy, examples: Examples) -> Iterator[StepReport]:
+    """Takes ``train.outer_steps`` optimizer steps of ``train.prompts_per_step`` examples, a report each. Collective.
+
+    The loss is the mean negative log-likelihood over the mini-batch's completion tokens.
+    """
+    completions = examples.completions
+    cursor = PromptCursor(len(completions), config.train.seed, config.data.shuffle)
     for step in range(config.train.outer_steps):
         clock = Clock()
-        drawn = enumerate(cursor.take(config.train.prompts_per_step))
-        mine = [
-            as_sample(group, examples[index]) for group, index in drawn if group % groups.data_size == groups.data_rank
-        ]
+        drawn = list(enumerate(cursor.take(config.train.prompts_per_step)))
+        mine = [as_sample(group, completions[index]) for group, index in drawn[groups.data_rank :: groups.data_size]]
         (minibatch,) = place(mine, config, groups)
         with clock("train"):
             metrics = supervised_step(config, groups, policy, minibatch, step)

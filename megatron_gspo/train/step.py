@@ -19,7 +19,7 @@ from megatron_gspo.algorithm.objective import find_non_finite, policy_objective
 from megatron_gspo.algorithm.packing import shard_tokens
 from megatron_gspo.errors import NonFiniteError, RolloutError
 from megatron_gspo.parallel.exchange import agree, broadcast_object, gather_objects
-from megatron_gspo.parallel.metrics import reduce_metric_sums
+from megatron_gspo.parallel.metrics import heaviest_expert, reduce_metric_sums
 from megatron_gspo.policy.groups import device
 from megatron_gspo.rewards.scoring import GroupRewards, score_groups
 from megatron_gspo.rollout.engine import Sampling
@@ -121,16 +121,18 @@ def score(run: Run, survivors: dict[int, list[Rollout]], dropped: Dropped) -> Co
 
 
 def _add_group(run: Run, collected: Collected, position: int, rollouts: list[Rollout], scored: GroupRewards) -> None:
-    rewards_G = zero_truncated(rollouts, scored.rewards_G, run.config.rollout)
+    rewards_G = np.array(zero_truncated(rollouts, scored.rewards_G, run.config.rollout))
     advantages_G = group_advantages(rewards_G)
+    token_rewards_G = None
     if scored.token_rewards_G is None:
         token_advantages_G: Sequence[np.ndarray] = [
             np.full(len(rollout.response_ids), advantage)
             for rollout, advantage in zip(rollouts, advantages_G, strict=True)
         ]
     else:
-        token_advantages_G = token_group_advantages(scored.token_rewards_G)
-    collected.groups[position] = RolloutGroup(rollouts[0].prompt, tuple(rollouts), rewards_G, scored.token_rewards_G)
+        token_rewards_G = zero_truncated(rollouts, scored.token_rewards_G, run.config.rollout)
+        token_advantages_G = token_group_advantages(token_rewards_G)
+    collected.groups[position] = RolloutGroup(rollouts[0].prompt, tuple(rollouts), rewards_G, token_rewards_G)
     collected.advantages[position] = advantages_G
     for rollout, reward, advantage, token_advantages in zip(
         rollouts, rewards_G, advantages_G, token_advantages_G, strict=True
@@ -221,12 +223,16 @@ def train_minibatch(
 
 
 def minibatch_metrics(run: Run, sums: MetricSums) -> dict[str, float]:
-    """The last stage's sums, completed over its ranks, as numbers on every rank. Collective."""
+    """The last stage's sums, completed over its ranks, and the routers' load; on every rank. Collective."""
     groups = run.groups
     metrics = None
     if groups.is_last_stage:
         metrics = finish(reduce_metric_sums(sums, stage=groups.tensor_data, data=groups.data))
-    return broadcast_object(metrics, groups.last_stage_rank, groups.pipeline)
+    metrics = broadcast_object(metrics, groups.last_stage_rank, groups.pipeline)
+    if run.policy.shape.num_experts:
+        load = run.policy.expert_load.stop().to(device())
+        metrics["expert/load_max"] = heaviest_expert(load, stage=groups.tensor_data, pipeline=groups.pipeline)
+    return metrics
 
 
 def non_finite_error(values_T: torch.Tensor, shard: TokenShard, policy: str) -> NonFiniteError | None:

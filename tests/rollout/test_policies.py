@@ -57,6 +57,9 @@ def test_truncated_responses_are_kept_dropped_or_kept_with_reward_zero() -> None
     group = [rollout(), rollout("length"), rollout()]
     rewards_G = np.array([0.5, 0.75, 1.0])
     assert apply_policies([group], config(on_truncated="zero")) == ([group], Dropped())
-    assert zero_truncated(group, rewards_G, config(on_truncated="zero")).tolist() == [0.5, 0.0, 1.0]
-    assert zero_truncated(group, rewards_G, config(on_truncated="keep")).tolist() == [0.5, 0.75, 1.0]
+    assert zero_truncated(group, rewards_G, config(on_truncated="zero")) == (0.5, 0.0, 1.0)
+    assert zero_truncated(group, rewards_G, config(on_truncated="keep")) == (0.5, 0.75, 1.0)
+    by_token = [np.array([0.5, 1.0]), np.array([0.75, 0.75]), np.array([1.0])]
+    zeroed = zero_truncated(group, by_token, config(on_truncated="zero"))
+    assert [tokens.tolist() for tokens in zeroed] == [[0.5, 1.0], [0.0, 0.0], [1.0]]
     assert apply_policies([group], config(on_truncated="drop"))[1] == Dropped(truncated=1)

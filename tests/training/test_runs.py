@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,19 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_gspo.config import RunConfig
-from megatron_gspo.errors import EngineReplyError, RewardError
+from megatron_gspo.config import RunConfig, load
+from megatron_gspo.errors import DataError, EngineReplyError, RewardError, WeightError
 from megatron_gspo.policy.groups import make_groups
+from megatron_gspo.policy.policy import Policy
 from megatron_gspo.report.recorder import RunRecorder
-from megatron_gspo.train.context import Run, build_run
+from megatron_gspo.train.context import Run, build_run, load_inputs
 from megatron_gspo.train.loop import train as train_with
 from megatron_gspo.train.step import collect_rollouts, outer_step
 from tests.pool import RankError, RankPool
-from tests.training.conftest import MakeConfig
+from tests.training.conftest import QUICKSTART, MakeConfig
 
 
 def train(config: RunConfig) -> None:
@@ -113,6 +115,9 @@ def test_the_same_configuration_takes_the_same_first_step_on_one_two_and_four_ra
         for ours, reference in zip(steps[name], steps["one"], strict=True):
             for metric in ("reward/mean", "loss", "grad_norm", "entropy", "length/mean"):
                 assert ours[metric] == pytest.approx(reference[metric], rel=2e-4, abs=1e-7), (name, metric)
+            # Counts; rows that pad a pack to the tensor ranks are among them.
+            assert ours["expert/load_max"] == pytest.approx(reference["expert/load_max"], rel=0.02), name
+            assert 1 < ours["expert/load_max"] < 16
 
 
 def test_what_a_run_leaves_behind_loads_in_transformers_and_gives_the_same_logprobs(
@@ -137,7 +142,6 @@ def test_what_a_run_leaves_behind_loads_in_transformers_and_gives_the_same_logpr
 def logprobs_of(config: RunConfig, path: str, tokens: list[int]) -> np.ndarray:
     """The trainer's logprobs of a token sequence under the weights at ``path``, on one rank."""
     from megatron_gspo.algorithm.packing import pack
-    from megatron_gspo.policy.policy import Policy
     from megatron_gspo.types import Sample
 
     single = config.model_copy(update={"parallel": type(config.parallel)()})
@@ -184,7 +188,7 @@ def engine_gap_after_sync(config: RunConfig) -> tuple[float, float]:
 
 
 def _run(config: RunConfig) -> Run:
-    run = build_run(config, make_groups(config.parallel), config.rollout.servers)
+    run = build_run(config, make_groups(config.parallel), load_inputs(config), config.rollout.servers)
     run.sync.push(run.policy.weights(), 0)
     return run
 
@@ -207,6 +211,38 @@ def test_a_reward_outside_its_range_stops_every_rank_with_the_response_named(
     reward = f"{Path(__file__).with_name('rewards.py')}:share_of_odd_tokens_then_fails"
     with pytest.raises(RankError, match=rf"{RewardError.__name__}.*1\.5"):
         ranks.run(2, train, make_config(f'reward.function="{reward}"'))
+
+
+def test_a_tensor_that_one_stage_misses_is_named_on_every_rank(
+    ranks: RankPool, quickstart: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    tensors = load_file(quickstart / "model" / "model.safetensors")
+    del tensors["model.norm.weight"]  # read by the last stage alone
+    shutil.copytree(quickstart / "model", tmp_path / "model")
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    layout = ["parallel.tensor=1", "parallel.expert=1", "parallel.pipeline=2"]
+    config = load(QUICKSTART / "gspo.toml", [*overrides, *layout, f'model.path="{tmp_path}/model"'])
+    assert all("no tensor model.norm.weight" in message for message in ranks.run(2, error_of_loading, config))
+
+
+def error_of_loading(config: RunConfig) -> str:
+    try:
+        Policy(config, make_groups(config.parallel))
+    except WeightError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_mistake_in_the_data_leaves_the_run_before_it_alone(
+    ranks: RankPool, overrides: list[str], tmp_path: Path
+) -> None:
+    kept = tmp_path / "run" / "checkpoints" / "kept"
+    kept.mkdir(parents=True)
+    (tmp_path / "run" / "config.toml").write_text("")
+    config = load(QUICKSTART / "gspo.toml", [*overrides, "train.overwrite=true", 'data.path="nowhere.jsonl"'])
+    with pytest.raises(RankError, match=DataError.__name__):
+        ranks.run(2, train, config)
+    assert kept.exists()
 
 
 def test_a_failure_on_one_leader_reaches_every_rank(ranks: RankPool, make_config: MakeConfig) -> None:

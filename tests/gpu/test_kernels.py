@@ -1,0 +1,172 @@
+"""On a CUDA device, log-probabilities, attention and norm are those of a naive float64 on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.test_logprobs import Problem, reference
+from tests.gpu.one_rank import needs_cuda
+
+pytestmark = needs_cuda
+
+Arrays = dict[str, np.ndarray]
+LENGTHS = (5, 1, 64, 5, 33, 20)  # two alike, one of a single token, one that fills a tile of the kernels
+HEADS, GROUPS, WIDTH = 4, 2, 16
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[dist.ProcessGroup]:
+    """A world of this process alone."""
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def norm_error(actual: Arrays, expected: Arrays) -> float:
+    """The largest |a - b| / |b| over tensors, in Frobenius norm."""
+    assert actual.keys() == expected.keys()
+    return max(float(np.linalg.norm(actual[name] - expected[name]) / np.linalg.norm(expected[name])) for name in actual)
+
+
+# ------------------------------------------------------------------------------------------------------------- logprobs
+
+
+def logprobs_on_cuda(problem: Problem, world: dist.ProcessGroup) -> Arrays:
+    from megatron_gspo.parallel.logprobs import vocab_parallel_logprobs
+
+    hidden, weight, labels, grad = (tensor.cuda() for tensor in problem.tensors())
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logprobs, entropy = vocab_parallel_logprobs(
+        hidden,
+        weight,
+        labels,
+        group=world,
+        vocab_size=problem.vocab,
+        temperature=problem.temperature,
+        chunk=problem.chunk,
+    )
+    logprobs.backward(grad)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    assert hidden.grad is not None and weight.grad is not None
+    tensors = {"logprobs": logprobs.detach(), "entropy": entropy, "d hidden": hidden.grad, "d weight": weight.grad}
+    return {name: value.double().cpu().numpy() for name, value in tensors.items()}
+
+
+def head(dtype: torch.dtype) -> Problem:
+    """An output layer of a real vocabulary's order of size; logits vary by about 2."""
+    return Problem(dtype=dtype, vocab=9999, padded=10000, hidden=64, tokens=256, chunk=48, scale=0.3)
+
+
+def test_float32_logprobs_are_those_of_float64_within_rounding(world: dist.ProcessGroup) -> None:
+    assert norm_error(logprobs_on_cuda(head(torch.float32), world), reference(head(torch.float32))) < 1e-5
+
+
+def test_bfloat16_rounds_logits_and_nothing_after_them(world: dist.ProcessGroup) -> None:
+    actual, expected = logprobs_on_cuda(head(torch.bfloat16), world), reference(head(torch.bfloat16))
+    # A logit of up to 16 is rounded by up to 2^-5, and divided by 0.7; sums over the vocabulary are fp32.
+    assert np.abs(actual["logprobs"] - expected["logprobs"]).max() < 0.1
+    assert np.abs(actual["entropy"] - expected["entropy"]).max() < 0.1
+    assert norm_error(actual, expected) < 0.02
+
+
+@pytest.mark.parametrize("value", [0.0, 1e30, float("nan")])
+def test_padding_rows_of_the_vocabulary_may_hold_anything(world: dist.ProcessGroup, value: float) -> None:
+    problem = Problem(dtype=torch.float32, padding_value=value)
+    assert norm_error(logprobs_on_cuda(problem, world), reference(problem)) < 1e-5
+
+
+# --------------------------------------------------------------------------------------------------- attention and norm
+
+
+def attention_inputs(dtype: torch.dtype) -> list[torch.Tensor]:
+    """query [T, heads, d], key and value [T, groups, d], and the gradient [T, heads * d] that arrives."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((HEADS, WIDTH), (GROUPS, WIDTH), (GROUPS, WIDTH), (HEADS * WIDTH,))
+    return [torch.randn(sum(LENGTHS), *shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def results(output: torch.Tensor, grad: torch.Tensor, inputs: dict[str, torch.Tensor]) -> Arrays:
+    """The output and, after backward, the gradients of the named inputs, as float64 arrays."""
+    gradients = torch.autograd.grad(output, list(inputs.values()), grad)
+    named = {"output": output.detach()} | {f"d {name}": g for name, g in zip(inputs, gradients, strict=True)}
+    return {name: value.double().cpu().numpy() for name, value in named.items()}
+
+
+def naive_attention(dtype: torch.dtype) -> Arrays:
+    """Head by head and row by row: softmax(q k / sqrt(d)) v over what a token may see."""
+    query, key, value, grad = (tensor.double() for tensor in attention_inputs(dtype))
+    inputs = {"query": query.requires_grad_(), "key": key.requires_grad_(), "value": value.requires_grad_()}
+    rows, start = [], 0
+    for length in LENGTHS:
+        for t in range(start, start + length):
+            for h in range(HEADS):
+                seen, g = slice(start, t + 1), h * GROUPS // HEADS
+                scores = torch.softmax(key[seen, g] @ query[t, h] / WIDTH**0.5, dim=0)
+                rows.append(scores @ value[seen, g])
+        start += length
+    return results(torch.stack(rows).reshape(len(grad), -1), grad, inputs)
+
+
+def packed_attention(dtype: torch.dtype) -> Arrays:
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_gspo.policy.spec import PackedAttention
+
+    query, key, value, grad = (tensor.cuda() for tensor in attention_inputs(dtype))
+    inputs = {"query": query.requires_grad_(), "key": key.requires_grad_(), "value": value.requires_grad_()}
+    ends = torch.tensor([0, *np.cumsum(LENGTHS).tolist()], dtype=torch.int32).cuda()
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+    attention = PackedAttention(megatron_config(dtype), 1, AttnMaskType.causal, "self")
+    return results(attention(query, key, value, None, packed_seq_params=packed), grad, inputs)
+
+
+def megatron_config(dtype: torch.dtype):  # type: ignore[no-untyped-def]  # Megatron's class, imported late
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=1, hidden_size=HEADS * WIDTH, num_attention_heads=HEADS, num_query_groups=GROUPS, params_dtype=dtype
+    )
+
+
+TOLERANCES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+
+
+@TOLERANCES
+def test_packed_attention_is_that_of_each_sequence_alone(dtype: torch.dtype, tolerance: float) -> None:
+    assert norm_error(packed_attention(dtype), naive_attention(dtype)) < tolerance
+
+
+def norm_inputs(dtype: torch.dtype) -> list[torch.Tensor]:
+    """x [T, H] of rows from 1e-3 to 1e3, weight [H] around 1, and the gradient [T, H] that arrives."""
+    generator = torch.Generator().manual_seed(1)
+    x, grad = (torch.randn(64, 128, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight = 1.0 + 0.5 * torch.rand(128, generator=generator, dtype=torch.float64)
+    return [tensor.to(dtype) for tensor in (x * torch.logspace(-3, 3, 64, dtype=torch.float64)[:, None], weight, grad)]
+
+
+def naive_norm(dtype: torch.dtype) -> Arrays:
+    x, weight, grad = (tensor.double() for tensor in norm_inputs(dtype))
+    inputs = {"x": x.requires_grad_(), "weight": weight.requires_grad_()}
+    return results(weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6), grad, inputs)
+
+
+def norm_on_cuda(dtype: torch.dtype) -> Arrays:
+    from megatron_gspo.policy.spec import RMSNorm
+
+    x, weight, grad = (tensor.cuda() for tensor in norm_inputs(dtype))
+    norm = RMSNorm(megatron_config(dtype), hidden_size=x.shape[1], eps=1e-6)
+    norm.weight.data.copy_(weight)
+    assert norm.weight.device == x.device
+    return results(norm(x.requires_grad_()), grad, {"x": x, "weight": norm.weight})
+
+
+@TOLERANCES
+def test_the_norm_is_that_of_float64(dtype: torch.dtype, tolerance: float) -> None:
+    assert norm_error(norm_on_cuda(dtype), naive_norm(dtype)) < tolerance
