@@ -35,7 +35,10 @@ def check_before_start(config: RunConfig) -> None:
 
 
 def launch(config_path: Path, overrides: Sequence[str], *, ranks: int) -> int:
-    """Runs ``train`` on ``ranks`` processes; returns 0, the exit status of the rank that failed first, or 128 + a signal."""
+    """Runs ``train`` on ``ranks`` processes.
+
+    Returns 0, the exit status (1 or 2) of the rank that failed first, or 128 + the signal that ended the run.
+    """
     # Several ranks on few cores fight over them when each starts a thread a core.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank says itself what failed

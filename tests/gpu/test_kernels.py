@@ -22,8 +22,9 @@ HEADS, GROUPS, WIDTH = 4, 2, 16
 @pytest.fixture(scope="module")
 def world() -> Iterator[dist.ProcessGroup]:
     """A world of this process alone."""
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
+    store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)  # type: ignore[attr-defined]
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
+    yield dist.distributed_c10d._get_default_group()
     dist.destroy_process_group()
 
 

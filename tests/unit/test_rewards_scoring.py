@@ -105,6 +105,20 @@ def test_a_raising_function_names_the_response_and_keeps_its_error(is_async: boo
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+def leave(prompt: Prompt, response: Rollout) -> float:
+    raise SystemExit(0)
+
+
+async def leave_async(prompt: Prompt, response: Rollout) -> float:
+    raise SystemExit(0)
+
+
+@pytest.mark.parametrize("function", [leave, leave_async])
+def test_a_function_that_exits_fails_and_does_not_end_the_process(function: Callable[..., Any]) -> None:
+    with pytest.raises(RewardError, match=r"raised RuntimeError: sys.exit\(0\) \(prompt 'a', sample 0"):
+        score(function, GROUPS)
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_hanging_function_is_given_up_in_time(is_async: bool) -> None:
     def hang(prompt: Prompt, response: Rollout) -> float:
