@@ -164,7 +164,7 @@ class TrainConfig(Section):
     """Optimizer steps an outer step; each takes prompts_per_step / minibatches whole groups."""
     microbatch_tokens: Positive = 4096
     """Token budget of a packed micro-batch (prompt and response). Memory, not mathematics: it cannot change a step."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seeds data order, rollouts and whatever else is drawn."""
     deterministic: bool = False
     """torch deterministic algorithms (always so on a CPU)."""
@@ -206,7 +206,7 @@ class RolloutConfig(Section):
 
     engine: Literal["sglang"] = "sglang"
     """Inference engine, an entry of ``rollout.engine.ENGINES``."""
-    servers: tuple[str, ...] = ()
+    servers: tuple[Annotated[str, Field(pattern=r"^https?://[^/\s]+")], ...] = ()
     """Base URLs of running servers. Empty: ``local_servers`` are started and stopped with the run."""
     local_servers: Positive = 1
     """Servers to start on this machine when ``servers`` is empty."""

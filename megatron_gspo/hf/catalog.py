@@ -17,11 +17,14 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """``config.json`` of a Hugging Face directory. Raises ConfigError when it is missing or not JSON."""
     path = Path(directory) / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: not found; model.path must be a Hugging Face directory") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: holds a {type(config).__name__}, not an object of settings")
+    return config
 
 
 def read_model(directory: str | Path) -> tuple[Family, ModelShape]:

@@ -61,9 +61,9 @@ class HfReader:
         if index.exists():
             try:
                 table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise WeightError(f"{index}: {error!r}") from None
-            return {name: self.directory / file for name, file in table.items()}
+                return {name: self.directory / file for name, file in table.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise WeightError(f"{index}: not an index of tensors: {error!r}") from None
         if not single.exists():
             raise WeightError(f"{self.directory}: neither {INDEX} nor {SINGLE}: not a Hugging Face directory")
         try:

@@ -47,9 +47,12 @@ class RunDirectory:
         elif path.exists() or path.is_symlink():
             raise ConfigError(f"train.run_dir = {path} exists: name another, or set train.overwrite = true")
         run = cls(path)
-        run.checkpoints.mkdir(parents=True)
-        run.rollouts.mkdir()
-        run.config_file.write_text(dump(config), encoding="utf-8")
+        try:
+            run.checkpoints.mkdir(parents=True)
+            run.rollouts.mkdir()
+            run.config_file.write_text(dump(config), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"train.run_dir = {path} cannot be written: {error}") from None
         return run
 
     @classmethod

@@ -114,14 +114,22 @@ class _Server:
         self.url = url
         self._log_path = log
         self._log: IO[bytes] = log.open("wb")
-        self._process = subprocess.Popen(
-            [str(python), "-P", str(SERVER_SCRIPT), *arguments],  # -P: this directory's modules are not the server's
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env=server_environment(os.environ, device),
-            start_new_session=True,
-        )
+        try:
+            self._process = subprocess.Popen(
+                [
+                    str(python),
+                    "-P",
+                    str(SERVER_SCRIPT),
+                    *arguments,
+                ],  # -P: this directory's modules are not the server's
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                env=server_environment(os.environ, device),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ConfigError(f"{python} cannot be run: {error}; see rollout.server_python") from None
 
     def wait_until_healthy(self, deadline: float) -> None:
         while not self._healthy():

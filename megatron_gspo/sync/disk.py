@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from megatron_gspo.errors import SyncError
 from megatron_gspo.sync.base import BucketSync, NamedTensor, Names
 
 
@@ -30,7 +31,10 @@ class DiskSync(BucketSync):
     def _begin(self, version: int) -> str:
         self.servers.flush_when_idle()
         self.close()
-        self._directory = tempfile.TemporaryDirectory(prefix="megatron-gspo-", dir=self.config.directory)
+        try:
+            self._directory = tempfile.TemporaryDirectory(prefix="megatron-gspo-", dir=self.config.directory)
+        except OSError as error:
+            raise SyncError(f"sync.directory = {self.config.directory} cannot be written: {error}") from None
         os.chmod(self._directory.name, 0o755)  # servers may run as another user
         place = Path(self._directory.name) / f"version-{version}"
         place.mkdir()

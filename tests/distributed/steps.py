@@ -190,7 +190,7 @@ def make_policy(case: Case, parallel: dict[str, int]) -> tuple[Any, Any]:
             "recompute": case.recompute,
         },
         "data": {"path": "unused"},
-        "train": {"run_dir": "unused"},
+        "train": {"run_dir": "nowhere"},
         "parallel": parallel,
         "optimizer": dict(case.optimizer),
         "rollout": {"temperature": case.temperature},
