@@ -80,7 +80,5 @@ def agree(error: Exception | None, group: dist.ProcessGroup) -> None:
     reports = [(rank, found) for rank, found in enumerate(gather_objects(report, group)) if found is not None]
     if reports:
         rank, (kind, text) = reports[0]
-        where = (
-            f"rank {dist.get_global_rank(group, rank)}: " if rank else ""
-        )  # what the first rank says, it says for all
+        where = f"rank {dist.get_global_rank(group, rank)}: " if rank else ""  # the first one speaks for all
         raise getattr(errors, kind)(where + text) from error
