@@ -73,15 +73,15 @@ class HfReader:
             raise WeightError(f"{single}: {error}") from None
 
 
-def buckets(tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Groups a stream of named tensors into dictionaries of at most ``max_bytes`` (or one larger tensor)."""
-    bucket: dict[str, torch.Tensor] = {}
+def buckets(tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Consecutive named tensors, at most ``max_bytes`` together; a larger tensor is a bucket of its own."""
+    bucket: list[tuple[str, torch.Tensor]] = []
     size = 0
     for name, tensor in tensors:
         if bucket and size + tensor.nbytes > max_bytes:
             yield bucket
-            bucket, size = {}, 0
-        bucket[name] = tensor
+            bucket, size = [], 0
+        bucket.append((name, tensor))
         size += tensor.nbytes
     if bucket:
         yield bucket
@@ -94,8 +94,8 @@ def write_shards(
     weight_map: dict[str, str] = {}
     for number, bucket in enumerate(buckets(tensors, max_bytes)):
         file = f"model-{owner:05d}-{number:05d}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in bucket.items()}, directory / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(bucket, file)
+        save_file({name: tensor.contiguous() for name, tensor in bucket}, directory / file, {"format": "pt"})
+        weight_map |= dict.fromkeys((name for name, _ in bucket), file)
     return weight_map
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
-from safetensors import safe_open
 
 from megatron_gspo.config import SyncConfig
 from megatron_gspo.errors import SyncError
+from megatron_gspo.hf.checkpoint import HfReader, buckets
 from megatron_gspo.sync.peers import Peers
 from megatron_gspo.sync.servers import Servers
 
@@ -83,7 +83,7 @@ class BucketSync:
         self.peers = peers
         self.servers = Servers(urls)
         self.model_path = Path(model_path)
-        self.expected_names = frozenset(checkpoint_names(model_path) if expected_names is None else expected_names)
+        self.expected_names = frozenset(HfReader(model_path).names() if expected_names is None else expected_names)
 
     def push(self, tensors: Iterator[NamedTensor], version: int) -> None:
         """See ``WeightSync.push``."""
@@ -130,7 +130,7 @@ def send_all(
     """
     sent: list[tuple[Names, R]] = []
     failure: Exception | None = None
-    for bucket in buckets(tensors, limit):
+    for bucket in buckets(((name, _own_storage(tensor)) for name, tensor in tensors), limit):
         if failure is None:
             try:
                 sent.append(([name for name, _ in bucket], send(bucket)))
@@ -139,27 +139,6 @@ def send_all(
     if failure is not None:
         raise failure
     return sent
-
-
-def buckets(tensors: Iterable[NamedTensor], limit: int) -> Iterator[list[NamedTensor]]:
-    """Consecutive tensors, at most ``limit`` bytes together; a larger tensor is a bucket of its own."""
-    bucket: list[NamedTensor] = []
-    size = 0
-    for name, tensor in tensors:
-        if bucket and size + tensor.nbytes > limit:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, _own_storage(tensor)))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
-
-
-def checkpoint_names(model_path: str | Path) -> Iterator[str]:
-    """Names of the tensors in a Hugging Face directory's safetensors files (headers only are read)."""
-    for path in sorted(Path(model_path).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            yield from file.keys()
 
 
 def check_names(names: Sequence[str], expected: frozenset[str]) -> None:

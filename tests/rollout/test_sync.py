@@ -11,7 +11,8 @@ import torch
 
 from megatron_gspo.config import SyncConfig
 from megatron_gspo.errors import SyncError
-from megatron_gspo.sync.base import NamedTensor, buckets, check_names, checkpoint_names, make_weight_sync, send_all
+from megatron_gspo.hf.checkpoint import HfReader, buckets
+from megatron_gspo.sync.base import NamedTensor, check_names, make_weight_sync, send_all
 from megatron_gspo.sync.peers import Peers
 from megatron_gspo.sync.servers import Servers
 from tests.rollout.ranks import collect_failures
@@ -20,20 +21,22 @@ from tests.rollout.ranks import collect_failures
 def test_buckets_hold_every_tensor_once_in_order_and_no_more_than_their_limit() -> None:
     sizes = [100, 100, 100, 300, 20, 250, 50]  # float32: times 4 bytes
     named = [(str(i), torch.full((size,), float(i))) for i, size in enumerate(sizes)]
-    packed = list(buckets(iter(named), limit=1000))
+    packed = list(buckets(iter(named), max_bytes=1000))
     assert [[name for name, _ in bucket] for bucket in packed] == [["0", "1"], ["2"], ["3"], ["4"], ["5"], ["6"]]
     assert all(torch.equal(got, want) for bucket in packed for (name, got) in bucket for want in [named[int(name)][1]])
 
 
 def test_a_tensor_above_the_limit_is_a_bucket_of_its_own() -> None:
     named = [("a", torch.zeros(10)), ("b", torch.zeros(1000)), ("c", torch.zeros(10))]
-    assert [[name for name, _ in bucket] for bucket in buckets(named, limit=400)] == [["a"], ["b"], ["c"]]
+    assert [[name for name, _ in bucket] for bucket in buckets(named, max_bytes=400)] == [["a"], ["b"], ["c"]]
 
 
 def test_a_slice_is_sent_without_the_tensor_it_was_cut_from() -> None:
     fused = torch.arange(80_000.0).view(8, 10_000)
     transposed = torch.arange(100.0).view(10, 10).t()
-    [bucket] = buckets([("expert", fused[3]), ("transposed", transposed)], limit=10**6)
+    buckets_sent = []
+    send_all([("expert", fused[3]), ("transposed", transposed)], 10**6, buckets_sent.append)
+    [bucket] = buckets_sent
     restored = dict(pickle.loads(pickle.dumps(bucket)))
     assert torch.equal(restored["expert"], fused[3])
     assert torch.equal(restored["transposed"], transposed)
@@ -70,7 +73,7 @@ def test_names_must_be_sent_once_and_cover_the_model_exactly() -> None:
 
 
 def test_expected_names_are_those_of_the_checkpoint(tiny_model: Path) -> None:
-    names = set(checkpoint_names(tiny_model))
+    names = set(HfReader(tiny_model).names())
     assert len(names) == 3 + 2 * (9 + 3 * 8)  # embedding, norm, head; 2 layers of 9 tensors and 8 experts of 3
     assert "model.layers.1.mlp.experts.7.down_proj.weight" in names
 

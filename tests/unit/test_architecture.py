@@ -25,6 +25,7 @@ LAYERS = [
 
 EXCEPTIONS = {
     ("policy", "hf"): "the policy reads and writes weights through hf's tables of names",
+    ("sync", "hf"): "a sync sends what a Hugging Face directory holds, in the same buckets",
 }
 """Edges between siblings, each with its reason."""
 
