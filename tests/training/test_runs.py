@@ -20,9 +20,11 @@ from megatron_gspo.errors import DataError, EngineReplyError, RewardError, Weigh
 from megatron_gspo.policy.groups import make_groups
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.report.recorder import RunRecorder
+from megatron_gspo.train.batch import place
 from megatron_gspo.train.context import Run, build_run, load_inputs
 from megatron_gspo.train.loop import train as train_with
-from megatron_gspo.train.step import collect_rollouts, outer_step
+from megatron_gspo.train.noise import measure_noise
+from megatron_gspo.train.step import collect_rollouts, outer_step, pi_old_pass, score
 from tests.pool import RankError, RankPool
 from tests.training.conftest import QUICKSTART, MakeConfig
 
@@ -120,6 +122,30 @@ def test_the_same_configuration_takes_the_same_first_step_on_one_two_and_four_ra
             assert 1 < ours["expert/load_max"] < 16
 
 
+def test_every_loss_trains_and_gspo_token_takes_gspos_steps(
+    ranks: RankPool, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    steps = {}
+    for name in ("gspo", "gspo-token", "grpo", "ppo"):
+        clip = [] if name.startswith("gspo") else ["algorithm.clip_low=0.2", "algorithm.clip_high=0.2"]
+        settings = [f'algorithm.name="{name}"', f'train.run_dir="{tmp_path}/{name}"', "train.outer_steps=1", *clip]
+        config = make_config(*settings, "eval.every=0")
+        ranks.run(2, train, config)
+        steps[name] = steps_of(config)
+    for ours, reference in zip(steps["gspo-token"], steps["gspo"], strict=True):
+        for metric in ("loss", "grad_norm", "clip/frac_tokens", "ratio/p05", "entropy"):
+            assert ours[metric] == pytest.approx(reference[metric], rel=1e-4, abs=1e-7), metric
+    assert steps["grpo"][1]["grad_norm"] != pytest.approx(steps["gspo"][1]["grad_norm"], rel=1e-2)
+
+
+def test_a_kl_to_the_reference_is_zero_at_first_and_then_pulls_back(ranks: RankPool, make_config: MakeConfig) -> None:
+    config = make_config("algorithm.kl_loss_coef=1e6", "train.outer_steps=1", "eval.every=0", "optimizer.lr=1e-4")
+    ranks.run(2, train, config)
+    first, second = steps_of(config)
+    assert abs(first["loss"]) < 1e-3  # the policy is its own reference: no KL, and advantages sum to nothing
+    assert second["loss"] > 1  # one step away, the KL is all there is
+
+
 def test_what_a_run_leaves_behind_loads_in_transformers_and_gives_the_same_logprobs(
     ranks: RankPool, make_config: MakeConfig
 ) -> None:
@@ -191,6 +217,26 @@ def _run(config: RunConfig) -> Run:
     run = build_run(config, make_groups(config.parallel), load_inputs(config), config.rollout.servers)
     run.sync.push(run.policy.weights(), 0)
     return run
+
+
+def test_the_noise_floor_is_rounding_at_equal_weights_and_sees_a_difference_that_is_none(
+    ranks: RankPool, make_config: MakeConfig
+) -> None:
+    for floor, moved in ranks.run(2, noise_at_equal_and_at_moved_weights, make_config()):
+        assert floor["noise/abs_log_ratio_p99"] < 1e-6
+        assert moved["noise/abs_log_ratio_p50"] > 1e-5
+
+
+def noise_at_equal_and_at_moved_weights(config: RunConfig) -> tuple[dict[str, float], dict[str, float]]:
+    run = _run(config)
+    survivors, dropped = collect_rollouts(run, run.prompts.prompts[: config.train.prompts_per_step], 0)
+    minibatches = place(score(run, survivors, dropped).samples, config, run.groups)
+    shards = pi_old_pass(run, minibatches)
+    floor = measure_noise(run, minibatches[0], shards[0], 0)
+    with torch.no_grad():
+        for parameter in run.policy.model.parameters():
+            parameter.mul_(1.01)
+    return floor, measure_noise(run, minibatches[0], shards[0], 0)
 
 
 def test_the_disk_and_tensor_syncs_leave_the_same_weights_on_the_server(
