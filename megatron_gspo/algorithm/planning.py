@@ -1,6 +1,6 @@
 """Which data-parallel rank and which micro-batch each sequence of a mini-batch goes to.
 
-The work is done in C++ (``csrc/packing.cpp``): a real mini-batch has 1e5 sequences, and every rank makes the plan.
+The work is done in C++ (``csrc/packing.cpp``): a real mini-batch has 1e5 sequences, and every leader makes the plan.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ A = 32 * 128, W = 63e6 a layer with its share of the output layer. Attention equ
 
 @dataclass(frozen=True)
 class Plan:
-    """A place for each of S sequences, which every rank derives alike from the lengths alone."""
+    """A place for each of S sequences, which every data-parallel leader derives alike from the lengths alone."""
 
     rank_S: npt.NDArray[np.int32]
     """[S] data-parallel rank, 0 <= rank < num_ranks."""

@@ -30,7 +30,7 @@ class RMSNorm(torch.nn.Module):
 
     ``weight.sequence_parallel`` tells Megatron that each tensor rank saw its own tokens only, so that the weight's
     gradient is summed over tensor ranks. The norms of heads see all tokens but only the rank's own heads: their
-    gradients are partial sums too, and need the same mark.
+    gradients are partial sums too, and carry the same mark (0.16.1 also knows them by name).
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:

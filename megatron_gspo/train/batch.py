@@ -1,4 +1,4 @@
-"""From scored groups to packed micro-batches: who trains on what, decided alike on every rank.
+"""From scored groups to packed micro-batches: who trains on what, decided alike by every leader.
 
 The unit is the outer step. Mini-batches are whole groups, cut by position; their micro-batches are planned here, once,
 so that the pi_old pass and the training pass run over exactly the same tensors.
