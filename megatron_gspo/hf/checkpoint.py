@@ -41,9 +41,6 @@ class HfReader:
     def names(self) -> tuple[str, ...]:
         return tuple(self._files)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, in its stored dtype. Raises WeightError naming the file and the tensor."""
         if name not in self._files:

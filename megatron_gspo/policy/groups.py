@@ -120,8 +120,3 @@ def make_groups(parallel: ParallelConfig) -> Groups:
         tensor_data=collection.tp_dp_cp,
         megatron=collection,
     )
-
-
-def destroy_groups() -> None:
-    """Ends the layout, so that another can be made over the same world (tests do)."""
-    parallel_state.destroy_model_parallel()
