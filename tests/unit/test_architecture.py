@@ -19,6 +19,7 @@ LAYERS = [
     {"parallel"},
     {"rollout", "rewards", "sync", "policy", "hf", "data"},
     {"train", "report"},
+    {"commands"},
     {"cli", "__init__", "__main__"},
 ]
 """From the bottom: a module imports from lower layers and from its own package."""

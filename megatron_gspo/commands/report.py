@@ -1,0 +1,21 @@
+"""``megatron-gspo report``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "write one HTML page for one run or several"
+EXAMPLE = "megatron-gspo report runs/a runs/b --out ab.html"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--out", type=Path, help="file to write (default: report.html in the first run)")
+
+
+def run(options: argparse.Namespace) -> int:
+    from megatron_gspo.report.html import write_report
+
+    print(write_report(options.runs, options.out or options.runs[0] / "report.html"))
+    return 0

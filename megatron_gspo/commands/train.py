@@ -1,0 +1,31 @@
+"""``megatron-gspo train``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+SUMMARY = "train a policy (or fine-tune it: algorithm.name=sft)"
+EXAMPLE = "megatron-gspo train examples/quickstart/gspo.toml parallel.tensor=2 train.seed=1"
+MORE = "Starts its own ranks on this machine; under torchrun it is one rank of the run."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="TOML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+
+
+def run(options: argparse.Namespace) -> int:
+    from megatron_gspo.config import load
+
+    config = load(options.config, options.overrides)
+    if "RANK" in os.environ:
+        from megatron_gspo.report.recorder import RunRecorder
+        from megatron_gspo.train.rank import run_rank
+
+        return run_rank(config, RunRecorder)
+    from megatron_gspo.train.launch import check_before_start, launch
+
+    check_before_start(config)
+    return launch(options.config, options.overrides, ranks=config.parallel.world_size())
