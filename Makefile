@@ -56,9 +56,14 @@ lint: $(EXTENSION_STAMP) ## check style and types
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 
+.PHONY: docs
+docs: $(EXTENSION_STAMP) ## build the documentation into build/docs
+	$(RUN) sphinx -W --keep-going -q -b html docs build/docs
+	@echo "The documentation: $(CURDIR)/build/docs/index.html"
+
 .PHONY: clean
 clean: ## remove what was built and cached; environments and runs stay
-	rm -rf build dist *.egg-info megatron_gspo/_packing*.so .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info docs/api megatron_gspo/_packing*.so .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f .venv/.extension-* .venv-latest/.packages-*
 	find megatron_gspo tests examples tools -name __pycache__ -type d -prune -exec rm -rf {} +
 

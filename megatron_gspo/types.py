@@ -140,7 +140,7 @@ class PackedBatch:
     lengths_S: torch.Tensor
     """[S] int64: response tokens |y_i| of the whole sequence, over all ranks."""
     samples: tuple[tuple[int, int], ...]
-    """S pairs (group, sample): which response each sequence is; empty pairs (-1, -1) in a dummy micro-batch."""
+    """[S] which response each sequence is, as (group, sample); (-1, -1) in a dummy micro-batch."""
 
     @property
     def num_sequences(self) -> int:

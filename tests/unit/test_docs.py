@@ -1,0 +1,58 @@
+"""The documentation says what the code does: generated pages are current, commands exist, links lead somewhere."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_gspo import cli
+from tools.config_reference import reference
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
+CODE = re.compile(r"^(?: {4}|\t)(.*)$|```\w*\n(.*?)```|`([^`\n]+)`", re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    """The arguments of every ``megatron-gspo`` line in a page's code."""
+    code = [part.replace("\\\n", " ") for parts in CODE.findall(page.read_text(encoding="utf-8")) for part in parts]
+    return [found for part in code for found in re.findall(r"^\s*megatron-gspo ([a-z].*)$", part, re.MULTILINE)]
+
+
+def test_the_configuration_reference_is_current():
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == reference(), "run: python tools/config_reference.py docs/configuration.md"
+
+
+def test_commands_are_found_in_the_readme():
+    assert any(line.startswith("train ") for line in commands(ROOT / "README.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_in_a_page_is_one_that_exists(page: Path):
+    for line in commands(page):
+        arguments = [word for word in line.split() if word not in {"...", "[--json]"}]
+        try:
+            cli._parser().parse_args(arguments)
+        except SystemExit as end:
+            if end.code:
+                pytest.fail(f"megatron-gspo {line}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file(page: Path):
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_the_documentation_builds_without_warnings(tmp_path: Path):
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", str(tmp_path / "trees")]
+    done = subprocess.run(
+        [*build, str(ROOT / "docs"), str(tmp_path / "html")], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    warnings = [line for line in done.stderr.splitlines() if "WARNING:" in line or "ERROR:" in line]
+    assert done.returncode == 0, "\n".join(warnings)
+    assert "Group Sequence Policy Optimization" in (tmp_path / "html" / "index.html").read_text(encoding="utf-8")
