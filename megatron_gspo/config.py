@@ -16,6 +16,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_gspo.algorithm.catalog import LOSSES
+from megatron_gspo.algorithm.planning import padded_length
 from megatron_gspo.errors import ConfigError, LayoutError
 
 WIDE_CLIP = 0.05
@@ -104,7 +105,7 @@ class ParallelConfig(Section):
     virtual_pipeline: Positive = 1
     """Virtual stages a pipeline rank."""
     context: Positive = 1
-    """Context-parallel ranks."""
+    """Context-parallel ranks: each holds 1/context of every sequence's tokens (load-balanced, zigzag)."""
     expert: Positive = 1
     """Expert-parallel ranks: each holds 1/expert of the experts. Drawn from tensor x context x data."""
     expert_tensor: Positive = 1
@@ -142,7 +143,7 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
-        for name in ("virtual_pipeline", "context", "expert_tensor"):
+        for name in ("virtual_pipeline", "expert_tensor"):
             if getattr(self, name) != 1:
                 raise LayoutError(f"{name} = {getattr(self, name)} is not supported yet: set parallel.{name} = 1")
         self.data_size()
@@ -163,7 +164,8 @@ class TrainConfig(Section):
     minibatches: Positive = 4
     """Optimizer steps an outer step; each takes prompts_per_step / minibatches whole groups."""
     microbatch_tokens: Positive = 4096
-    """Token budget of a packed micro-batch (prompt and response). Memory, not mathematics: it cannot change a step."""
+    """Token budget of a packed micro-batch (prompt, response, and what context parallelism fills a sequence up with),
+    of which a rank holds 1/context. Memory, not mathematics: it cannot change a step."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seeds data order, rollouts and whatever else is drawn."""
     deterministic: bool = False
@@ -368,10 +370,13 @@ class RunConfig(Section):
             raise ValueError("algorithm.reference is set, but algorithm.kl_loss_coef = 0 does not use it")
         self._check_paths()
         prompt, response = self.rollout.max_prompt_tokens, self.rollout.max_response_tokens
-        if prompt + response > self.train.microbatch_tokens:
+        longest = padded_length(prompt + response, self.parallel.context)
+        if longest > self.train.microbatch_tokens:
+            padded = f", padded to {longest} for parallel.context = {self.parallel.context},"
             raise ValueError(
-                f"rollout.max_prompt_tokens {prompt} + max_response_tokens {response} = {prompt + response} does not "
-                f"fit into train.microbatch_tokens = {self.train.microbatch_tokens}: raise it to at least the sum"
+                f"rollout.max_prompt_tokens {prompt} + max_response_tokens {response} = {prompt + response}"
+                f"{padded if longest > prompt + response else ''} does not fit into train.microbatch_tokens = "
+                f"{self.train.microbatch_tokens}: raise it to at least {longest}"
             )
         return self
 

@@ -109,14 +109,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: sequences laid end to end, no padding between them (Megatron's THD format).
+    """One micro-batch: sequences laid end to end (Megatron's THD format), the same on every rank that works on it.
 
     Alignment: position t predicts token t + 1. ``labels_T[t]`` is ``tokens_T[t + 1]`` inside a sequence, and
     ``mask_T[t]`` is True where that label is a response token (the stop token included). So a response of R tokens
     after a prompt of N owns positions N - 1 ... N + R - 2 of its sequence, and the last position owns nothing.
 
-    T is a multiple of what sharding needs; the tail is a padding sequence of its own whose tokens are 0 and whose
-    mask is False. It is not counted in S, but it has an entry in ``cu_seqlens``.
+    Padding is what sharding needs and no more; its tokens and labels are 0 and its mask is False. T is a multiple of
+    context x tensor ranks: the tail that makes it so is a sequence of its own, not counted in S, with an entry in
+    ``cu_seqlens``. Under context parallelism each sequence, the tail too, is filled up behind its last token to a
+    multiple of 2 x context, which its zigzag shards need; causal attention never looks back from a token to it.
     """
 
     tokens_T: torch.Tensor
@@ -126,9 +128,9 @@ class PackedBatch:
     mask_T: torch.Tensor
     """[T] bool."""
     sequence_T: torch.Tensor
-    """[T] int64 in [0, S]; S marks padding."""
+    """[T] int64 in [0, S]; S marks padding, behind a sequence's last token or in the tail."""
     cu_seqlens: torch.Tensor
-    """[S + 1] int32, or [S + 2] when there is a padding tail; starts at 0, ends at T."""
+    """[S + 1] int32, or [S + 2] when there is a padding tail; starts at 0, ends at T. Boundaries with padding."""
     rollout_logprobs_T: torch.Tensor
     """[T] float32; 0 where the mask is False."""
     advantages_T: torch.Tensor
@@ -152,11 +154,30 @@ class PackedBatch:
 
 
 @dataclass(frozen=True)
-class TokenShard:
-    """The part of a PackedBatch whose per-token tensors one rank stores: its slice of T over tensor ranks.
+class Shard:
+    """Which of a micro-batch's tokens a rank stores; by default all of them.
 
-    Per-token fields hold the rank's own T_local = T / tensor positions; per-sequence fields are whole on every rank.
-    Without tensor parallelism a shard is the batch.
+    The T positions are dealt to the context ranks in zigzag order (``algorithm.packing.zigzag_positions``), and a
+    context rank's share is cut into one contiguous slice a tensor rank.
+    """
+
+    tensor_rank: int = 0
+    tensor_size: int = 1
+    context_rank: int = 0
+    context_size: int = 1
+
+    @property
+    def size(self) -> int:
+        """Ranks among which the tokens are spread."""
+        return self.tensor_size * self.context_size
+
+
+@dataclass(frozen=True)
+class TokenShard:
+    """The part of a PackedBatch whose per-token tensors one rank stores, as a ``Shard`` says.
+
+    Per-token fields hold the rank's own T_local = T / (context x tensor) positions, in the order in which the model's
+    outputs come; per-sequence fields are whole on every rank. On one rank a shard is the batch.
     """
 
     labels_T: torch.Tensor

@@ -53,8 +53,9 @@ QUANTILES = {"p01": 0.01, "p05": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99}
 class MetricSums:
     """Sums of one or more micro-batches; ``+`` joins micro-batches. All float64.
 
-    Across ranks: sum ``token`` over tensor and data ranks (each holds its own slice of the tokens), sum ``sequence``
-    over data ranks only (tensor ranks hold equal copies), and concatenate ``log_ratio_S`` over data ranks only.
+    Across ranks: sum ``token`` over tensor, context and data ranks (each holds its own slice of the tokens), sum
+    ``sequence`` over data ranks only (the others hold equal copies), and concatenate ``log_ratio_S`` over data ranks
+    only.
     """
 
     token: torch.Tensor

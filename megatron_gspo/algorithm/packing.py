@@ -1,49 +1,64 @@
-"""Samples end to end in one micro-batch, and a micro-batch cut among tensor ranks."""
+"""Samples end to end in one micro-batch, and a micro-batch cut among context and tensor ranks.
+
+Context parallelism deals every sequence out in zigzag order: cut into 2n chunks of one length, rank r of n holds chunks
+r and 2n - 1 - r. Causal attention of chunk j costs (2j + 1) / (2n)^2 of the sequence's, so each rank has the same share
+of it, 1/n, exactly (contiguous slices would give the last rank 2n - 1 times the work of the first).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from megatron_gspo.algorithm.planning import padded_length
 from megatron_gspo.errors import BatchError
-from megatron_gspo.types import PackedBatch, Sample, TokenShard
+from megatron_gspo.types import PackedBatch, Sample, Shard, TokenShard
 
 
-def pack(samples: Sequence[Sample], *, multiple: int, loss_dtype: torch.dtype) -> PackedBatch:
+def pack(
+    samples: Sequence[Sample], *, loss_dtype: torch.dtype, tensor: int = 1, context: int = 1, pad_to: int = 1
+) -> PackedBatch:
     """Lays samples end to end, as ``PackedBatch`` describes it.
 
     Args:
         samples: at least one; they become sequences 0 ... S - 1 in this order.
-        multiple: T is padded up to a multiple of it, with a sequence of its own.
         loss_dtype: of advantages and weights (torch.float32, or torch.float64 in a float64 run).
+        tensor, context: ranks that the tokens will be spread over.
+        pad_to: T is padded up to ``pad_to`` times what these need (tests use it: no result may depend on padding).
     Raises:
         BatchError: no samples, an empty prompt or response, or per-token fields of another length than the response.
     """
     prompts_S, responses_S = _checked_lengths(samples)
     lengths_S = prompts_S + responses_S
-    starts_S = np.concatenate([[0], np.cumsum(lengths_S)])
-    used, total = int(starts_S[-1]), _round_up(int(starts_S[-1]), multiple)
+    boundaries = np.concatenate([[0], np.cumsum(padded_length(lengths_S, context))])
+    multiple = pad_to * _total_multiple(tensor, context)
+    total = -(-int(boundaries[-1]) // multiple) * multiple
+    if total > boundaries[-1]:
+        boundaries = np.append(boundaries, total)
+
+    # Every token's place in T, and its place in its own sequence.
+    offset = np.arange(lengths_S.sum()) - np.repeat(np.cumsum(lengths_S) - lengths_S, lengths_S)
+    place = np.repeat(boundaries[: len(samples)], lengths_S) + offset
+    ids = np.concatenate([ids for s in samples for ids in (s.prompt_ids, s.response_ids)])
+    before_last = offset < np.repeat(lengths_S - 1, lengths_S)  # the last position has nothing to predict
 
     tokens_T = np.zeros(total, dtype=np.int64)
-    tokens_T[:used] = np.concatenate([ids for s in samples for ids in (s.prompt_ids, s.response_ids)])
-    sequence_T = np.full(total, len(samples), dtype=np.int64)
-    sequence_T[:used] = np.repeat(np.arange(len(samples)), lengths_S)
-
-    position_T = np.arange(used) - np.repeat(starts_S[:-1], lengths_S)
-    first_T, last_T = np.repeat(prompts_S - 1, lengths_S), np.repeat(lengths_S - 1, lengths_S)
-    mask_T = np.zeros(total, dtype=bool)
-    mask_T[:used] = (position_T >= first_T) & (position_T < last_T)
+    tokens_T[place] = ids
     labels_T = np.zeros(total, dtype=np.int64)
-    labels_T[: used - 1] = tokens_T[1:used]
-    labels_T[starts_S[1:] - 1] = 0  # a sequence's last position would predict the next sequence's first token
+    labels_T[place] = np.where(before_last, np.append(ids[1:], 0), 0)
+    mask_T = np.zeros(total, dtype=bool)
+    mask_T[place] = before_last & (offset >= np.repeat(prompts_S - 1, lengths_S))
+    sequence_T = np.full(total, len(samples), dtype=np.int64)
+    sequence_T[place] = np.repeat(np.arange(len(samples)), lengths_S)
 
     rollout_logprobs_T = np.zeros(total, dtype=np.float32)
     rollout_logprobs_T[mask_T] = np.concatenate([s.rollout_logprobs for s in samples])
     advantages_T = np.zeros(total, dtype=np.float64)
     advantages_T[mask_T] = np.concatenate([s.token_advantages for s in samples])
-    boundaries = starts_S if used == total else np.append(starts_S, total)
     return PackedBatch(
         tokens_T=torch.from_numpy(tokens_T),
         labels_T=torch.from_numpy(labels_T),
@@ -59,21 +74,22 @@ def pack(samples: Sequence[Sample], *, multiple: int, loss_dtype: torch.dtype) -
     )
 
 
-def dummy_batch(multiple: int, loss_dtype: torch.dtype) -> PackedBatch:
+def dummy_batch(loss_dtype: torch.dtype, *, tensor: int = 1, context: int = 1) -> PackedBatch:
     """A micro-batch without a response, for a rank that has fewer micro-batches than its peers.
 
     It runs forward and backward like any other, so that every rank enters every collective, and adds exactly nothing:
-    one sequence of ``multiple`` tokens 0, weight 0, nothing in the mask.
+    one sequence of tokens 0, as short as sharding allows, weight 0, nothing in the mask.
     """
-    zeros_T = torch.zeros(multiple, dtype=torch.int64)
+    total = _total_multiple(tensor, context)
+    zeros_T = torch.zeros(total, dtype=torch.int64)
     return PackedBatch(
         tokens_T=zeros_T,
         labels_T=zeros_T.clone(),
-        mask_T=torch.zeros(multiple, dtype=torch.bool),
+        mask_T=torch.zeros(total, dtype=torch.bool),
         sequence_T=zeros_T.clone(),
-        cu_seqlens=torch.tensor([0, multiple], dtype=torch.int32),
-        rollout_logprobs_T=torch.zeros(multiple, dtype=torch.float32),
-        advantages_T=torch.zeros(multiple, dtype=loss_dtype),
+        cu_seqlens=torch.tensor([0, total], dtype=torch.int32),
+        rollout_logprobs_T=torch.zeros(total, dtype=torch.float32),
+        advantages_T=torch.zeros(total, dtype=loss_dtype),
         advantages_S=torch.zeros(1, dtype=loss_dtype),
         weights_S=torch.zeros(1, dtype=loss_dtype),
         lengths_S=torch.zeros(1, dtype=torch.int64),
@@ -81,15 +97,44 @@ def dummy_batch(multiple: int, loss_dtype: torch.dtype) -> PackedBatch:
     )
 
 
-def shard_tokens(batch: PackedBatch, index: int, count: int) -> TokenShard:
-    """The ``index``-th of ``count`` contiguous slices of T, with the per-sequence fields whole.
+def zigzag_positions(cu_seqlens: torch.Tensor, context: int, rank: int) -> torch.Tensor:
+    """The positions in T that context rank ``rank`` of ``context`` holds, in the order in which it holds them.
 
-    Raises BatchError when ``count`` does not divide T: pack with a multiple of it.
+    Of each sequence in turn, its chunk ``rank`` and then its chunk 2 * context - 1 - rank: the order that Megatron's
+    rotary embedding of packed sequences expects. One rank holds all positions, in order.
+
+    Args:
+        cu_seqlens: [S + 1] boundaries; every length is a multiple of 2 * context.
+    Returns:
+        [T / context] int64, on the device of ``cu_seqlens``.
     """
-    if batch.num_tokens % count:
-        raise BatchError(f"{batch.num_tokens} tokens do not divide among {count} ranks: pack to a multiple of {count}")
-    local = batch.num_tokens // count
-    own = slice(index * local, (index + 1) * local)
+    total = int(cu_seqlens[-1])
+    if context == 1:
+        return torch.arange(total, device=cu_seqlens.device)
+    own_lengths = cu_seqlens.diff().long() // context
+    starts, chunks = (
+        torch.repeat_interleave(values, own_lengths, output_size=total // context)
+        for values in (cu_seqlens[:-1].long(), own_lengths // 2)
+    )
+    # A rank holds 1/context of what lies before a sequence, so its own part of the sequence starts there.
+    offset = torch.arange(total // context, device=cu_seqlens.device) - starts // context
+    skipped = torch.where(offset < chunks, rank, 2 * context - 2 - rank)
+    return starts + offset + skipped * chunks
+
+
+def shard_positions(cu_seqlens: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """[T_local] int64: the positions in T of the tokens that a rank stores, in the order in which it stores them."""
+    positions = zigzag_positions(cu_seqlens, shard.context_size, shard.context_rank)
+    return positions.view(shard.tensor_size, -1)[shard.tensor_rank]
+
+
+def shard_tokens(batch: PackedBatch, shard: Shard) -> TokenShard:
+    """A rank's part of the per-token fields, with the per-sequence fields whole.
+
+    Raises BatchError when the batch was not packed for that many ranks.
+    """
+    check_divides(batch, shard)
+    own = shard_positions(batch.cu_seqlens, shard)
     return TokenShard(
         labels_T=batch.labels_T[own],
         mask_T=batch.mask_T[own],
@@ -101,6 +146,36 @@ def shard_tokens(batch: PackedBatch, index: int, count: int) -> TokenShard:
         lengths_S=batch.lengths_S,
         samples=batch.samples,
     )
+
+
+def unshard_tokens(pieces: Sequence[torch.Tensor], cu_seqlens: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """What the ranks stored, back in the order of T: the inverse of sharding.
+
+    Args:
+        pieces: [T_local] of each of the ranks among which the tokens are spread, tensor ranks first (as in
+            ``Groups.token``).
+        cu_seqlens: the micro-batch's.
+        shard: any of them; only the sizes are read.
+    """
+    ranks = [
+        replace(shard, tensor_rank=tensor, context_rank=context)
+        for context in range(shard.context_size)
+        for tensor in range(shard.tensor_size)
+    ]
+    whole_T = torch.empty_like(torch.cat(list(pieces)))
+    for piece, rank in zip(pieces, ranks, strict=True):
+        whole_T[shard_positions(cu_seqlens, rank)] = piece
+    return whole_T
+
+
+def check_divides(batch: PackedBatch, shard: Shard) -> None:
+    """Raises BatchError when a micro-batch cannot be dealt out to that many context and tensor ranks."""
+    tensor, context = shard.tensor_size, shard.context_size
+    if batch.num_tokens % (tensor * context) or (batch.cu_seqlens.diff() % padded_length(1, context)).any():
+        raise BatchError(
+            f"sequences that end at {_short(batch.cu_seqlens[1:])} do not divide among {context} context x "
+            f"{tensor} tensor ranks: pack with context={context}, tensor={tensor}"
+        )
 
 
 def check_batch(batch: PackedBatch) -> None:
@@ -117,7 +192,9 @@ def check_batch(batch: PackedBatch) -> None:
     if boundaries[0] != 0 or boundaries[-1] != tokens or (sizes <= 0).any() or len(sizes) - sequences not in (0, 1):
         raise BatchError(f"cu_seqlens {_short(boundaries)} does not cut {tokens} tokens into {sequences} sequences")
     owners = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
-    if not torch.equal(owners, batch.sequence_T):
+    padding = batch.sequence_T == sequences
+    begins_again = padding[:-1] & ~padding[1:] & (owners[:-1] == owners[1:])
+    if ((owners != batch.sequence_T) & ~padding).any() or begins_again.any():
         raise BatchError("sequence_T disagrees with cu_seqlens")
     counts = torch.bincount(batch.sequence_T[batch.mask_T], minlength=sequences)
     if counts.numel() > sequences:
@@ -145,8 +222,9 @@ def _checked_lengths(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]
     return prompts_S, np.array([len(s.response_ids) for s in samples], dtype=np.int64)
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def _total_multiple(tensor: int, context: int) -> int:
+    """What a micro-batch's length is rounded up to: whole sequences, and an equal slice for each rank."""
+    return math.lcm(padded_length(1, context), context * tensor)
 
 
 def _short(values: torch.Tensor) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_gspo.errors import BatchError, DependencyError
+
+Lengths = TypeVar("Lengths", int, npt.NDArray[np.int64])
 
 ATTENTION_COST = 6.5e-5
 """Cost of attention scores, a token pair, in units of one token's matrix multiplications.
@@ -47,6 +49,12 @@ class Plan:
         return np.split(mine[by_microbatch], np.cumsum(counts)[:-1]) if self.num_microbatches else []
 
 
+def padded_length(lengths: Lengths, context: int) -> Lengths:
+    """Tokens of a sequence as the model sees it: ``context`` ranks above 1 need two chunks of one length each."""
+    multiple = 1 if context == 1 else 2 * context
+    return -(-lengths // multiple) * multiple
+
+
 def plan_microbatches(
     lengths: Sequence[int] | npt.NDArray[Any],
     *,
@@ -58,9 +66,9 @@ def plan_microbatches(
 ) -> Plan:
     """Balances sequences over data-parallel ranks and packs each rank's share into micro-batches.
 
-    lengths: [S] tokens of each sequence, at least 1. token_budget: most tokens of a micro-batch. oversize: what
-    happens to a sequence above the budget. multiple_of: the number of micro-batches is rounded up to this (an
-    interleaved pipeline schedule wants a multiple of its stages).
+    lengths: [S] tokens of each sequence, at least 1 (under context parallelism, ``padded_length`` of them).
+    token_budget: most tokens of a micro-batch. oversize: what happens to a sequence above the budget. multiple_of: the
+    number of micro-batches is rounded up to this (an interleaved pipeline schedule wants a multiple of its stages).
 
     What holds of the plan:
 

@@ -42,7 +42,8 @@ def vocab_parallel_logprobs(
     Args:
         hidden_TH: [T / n, H] this tensor rank's slice of the hidden states after the final norm.
         weight_VH: [V_padded / n, H] this tensor rank's rows of the output layer.
-        labels_T: [T] int64, the whole micro-batch's labels in [0, vocab_size), the same on every tensor rank.
+        labels_T: [T] int64 in [0, vocab_size), the same on every tensor rank: the whole micro-batch's labels, or those
+            of this context rank's share of it (T then counts that share).
         group: the n tensor ranks. T is a multiple of n.
         vocab_size: rows of the Hugging Face embedding; rows at or above it take no probability.
         temperature: logits are divided by it, as the engine does.

@@ -13,8 +13,8 @@ def reduce_metric_sums(sums: MetricSums, *, stage: dist.ProcessGroup, data: dist
 
     Args:
         sums: this rank's.
-        stage: tensor x data ranks of the stage: tokens are cut over all of them.
-        data: data-parallel ranks: sequences are spread over these, and whole on each tensor rank.
+        stage: tensor x context x data ranks of the stage: tokens are cut over all of them.
+        data: data-parallel ranks: sequences are spread over these, and whole on each tensor and context rank.
     """
     token, sequence = sums.token.clone(), sums.sequence.clone()
     dist.all_reduce(token, group=stage)

@@ -1,14 +1,17 @@
-"""Sums over the tokens of a sequence that are spread over ranks: what makes s_i right under tensor parallelism.
+"""Sums over the tokens of a sequence that are spread over ranks: what makes s_i right under tensor and context
+parallelism.
 
-Each tensor rank stores per-token tensors (logprobs, old logprobs, masks) for its own slice of a micro-batch's tokens,
-and a sequence may lie on several slices. With x_t a value of token t and R_r the tokens of rank r,
+Each tensor and context rank stores per-token tensors (logprobs, old logprobs, masks) for its own share of a
+micro-batch's tokens (``types.Shard``), and a sequence may lie on several; under context parallelism it lies on all of
+them. With x_t a value of token t and R_r the tokens of rank r,
 
     forward     X_i = sum_r sum_{t in R_r, t in i} x_t        partial sums [S] on each rank, all-reduced over r
     backward    dL/dx_t = dL/dX_i                             for the rank's own t in i: the identity from [S] to tokens
 
 The backward needs no collective: every rank computes the same loss L from the same X, so dL/dX is on every rank
 already, and each x_t enters X with coefficient 1. (Summing dL/dX over ranks would count one loss n times.) The other
-half of the mathematics, that a token's gradient has to reach every vocabulary shard, is in ``logprobs``.
+half of the mathematics is where a token's gradient has to go: to every vocabulary shard (``logprobs``), and to the keys
+and values of other context ranks (``context``).
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from megatron_gspo.algorithm.ratios import segment_sum
 
 @dataclass(frozen=True)
 class ShardedSequenceSum:
-    """The ``SequenceSum`` of a rank whose tokens are one slice of the micro-batch."""
+    """The ``SequenceSum`` of a rank whose tokens are one share of the micro-batch."""
 
     group: dist.ProcessGroup
     """The ranks among which a sequence's tokens are spread."""

@@ -91,7 +91,7 @@ def _sharded_state(policy: Policy, states_of: StatesOf) -> dict[str, Any]:
     shape and place. We put it together ourselves, since 0.16.1 takes the wrong elements wherever a
     buffer has two buckets with padding between them, which a tied embedding under pipeline parallelism makes.
     """
-    model = policy.model.sharded_state_dict(metadata={"dp_cp_group": policy.groups.data})
+    model = policy.model.sharded_state_dict(metadata={"dp_cp_group": policy.groups.data_context})
     state: dict[str, Any] = {"model": model}
     place_of = {shard.data: (name, shard) for name, shard in model.items()}
     for optimizer in _optimizers(policy):

@@ -31,8 +31,8 @@ def stream_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, CPU tensor) on the rank that owns each tensor, nothing elsewhere; every rank must exhaust it.
 
-    The owner is the first of the ranks that hold the same parameter: tensor rank 0 of data rank 0 of its pipeline
-    stage, and for an expert, rank 0 of those that hold the same expert.
+    The owner is the first of the ranks that hold the same parameter: tensor rank 0 of context and data rank 0 of its
+    pipeline stage, and for an expert, rank 0 of those that hold the same expert.
     """
     groups = model.groups
     for parameter, named in model.rules(family):
@@ -40,7 +40,7 @@ def stream_tensors(
             continue  # the tied head of a last stage is the embedding of the first
         expert = named.rule.is_expert
         tensor = groups.megatron.expt_tp if expert else groups.tensor
-        replicas = groups.expert_data if expert else groups.data
+        replicas = groups.expert_data if expert else groups.data_context
         if replicas.rank() != 0:
             continue  # all tensor ranks of a replica skip alike
         for name, piece in zip(named.hf_names, named.rule.split(value(parameter)), strict=True):

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -18,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_gspo.config import ParallelConfig
 from megatron_gspo.errors import LayoutError
 from megatron_gspo.policy import cpu
+from megatron_gspo.types import Shard
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,19 @@ class Groups:
     pipeline: dist.ProcessGroup
     data: dist.ProcessGroup
     """Ranks that hold the same part of the model and different sequences."""
+    context: dist.ProcessGroup
+    """Ranks that hold the same part of the model and different tokens of the same sequences."""
+    data_context: dist.ProcessGroup
+    """data x context: ranks that hold the same dense parameters, over which their gradients are summed."""
+    token: dist.ProcessGroup
+    """tensor x context, tensor first: the ranks among which one micro-batch's tokens are spread."""
     expert: dist.ProcessGroup
     expert_data: dist.ProcessGroup
     """Ranks that hold the same experts."""
     replica: dist.ProcessGroup
-    """tensor x pipeline: the ranks that see the same sequences; its first rank is the data-parallel leader."""
+    """tensor x context x pipeline: the ranks that see the same sequences; the first is the data-parallel leader."""
     tensor_data: dist.ProcessGroup
-    """Ranks of one pipeline stage, across which per-token sums are completed."""
+    """All ranks of one pipeline stage (tensor x context x data), across which per-token sums are completed."""
     megatron: ProcessGroupCollection
     """The same, as Megatron wants them."""
 
@@ -48,6 +56,11 @@ class Groups:
     @property
     def data_size(self) -> int:
         return self.data.size()
+
+    @property
+    def shard(self) -> Shard:
+        """Which of a micro-batch's tokens this rank stores."""
+        return Shard(self.tensor.rank(), self.tensor.size(), self.context.rank(), self.context.size())
 
     @property
     def is_leader(self) -> bool:
@@ -71,6 +84,11 @@ class Groups:
     def last_stage_rank(self) -> int:
         """Global rank of the last stage of this rank's pipeline."""
         return dist.get_global_rank(self.pipeline, self.pipeline.size() - 1)
+
+    @property
+    def last_stage_leader_rank(self) -> int:
+        """Global rank of the first of this replica's ranks on the last stage; the same for the whole replica."""
+        return dist.get_global_rank(self.replica, self.replica.size() - self.token.size())
 
 
 def device() -> torch.device:
@@ -113,10 +131,22 @@ def make_groups(parallel: ParallelConfig) -> Groups:
         world=dist.new_group(backend="gloo", timeout=timedelta(days=7)),
         tensor=collection.tp,
         pipeline=collection.pp,
-        data=collection.dp_cp,
+        data=collection.dp,
+        context=collection.cp,
+        data_context=collection.dp_cp,
+        token=collection.tp_cp,
         expert=collection.ep,
         expert_data=collection.expt_dp,
-        replica=collection.mp,
+        replica=_replica_group(parallel),
         tensor_data=collection.tp_dp_cp,
         megatron=collection,
     )
+
+
+def _replica_group(parallel: ParallelConfig) -> dist.ProcessGroup:
+    """This rank's tensor x context x pipeline group (Megatron's "model parallel" group has no context)."""
+    data = parallel.data_size(dist.get_world_size())
+    ranks = np.arange(dist.get_world_size()).reshape(parallel.pipeline, data, parallel.context * parallel.tensor)
+    # Every rank takes part in the making of every group.
+    groups = [dist.new_group(ranks[:, replica].ravel().tolist()) for replica in range(data)]
+    return groups[dist.get_rank() // (parallel.context * parallel.tensor) % data]

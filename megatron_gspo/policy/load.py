@@ -9,7 +9,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 class ExpertLoad:
     """Counts the tokens that each of a stage's routers sends to each expert, in training passes.
 
-    Rows that pad a micro-batch are counted too: fewer than the tensor ranks, a micro-batch.
+    Rows that pad a micro-batch are counted too: a few for the ranks that it is spread over, and under context
+    parallelism up to 2 x context - 1 a sequence.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:

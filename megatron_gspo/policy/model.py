@@ -6,18 +6,19 @@ from collections.abc import Iterator
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_gspo.algorithm.packing import zigzag_positions
 from megatron_gspo.config import ModelConfig
 from megatron_gspo.errors import WeightError
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.weights import NamedRule, find_rule, padded_vocab_size, take_piece
 from megatron_gspo.parallel.logprobs import vocab_parallel_logprobs
+from megatron_gspo.policy.attention import packed_sequences
 from megatron_gspo.policy.groups import Groups, device
 from megatron_gspo.policy.spec import block_spec
 from megatron_gspo.types import PackedBatch
@@ -42,9 +43,7 @@ class PolicyModel(GPTModel):
         layers = config.num_layers // config.pipeline_model_parallel_size
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(
-                list(shape.moe_layers[offset : offset + layers]), qk_layernorm=config.qk_layernorm
-            ),
+            transformer_layer_spec=block_spec(list(shape.moe_layers[offset : offset + layers]), config),
             vocab_size=padded_vocab_size(shape.vocab_size, groups.tensor.size()),
             max_sequence_length=shape.max_positions,
             pre_process=groups.is_first_stage,
@@ -59,13 +58,17 @@ class PolicyModel(GPTModel):
         self.shape, self.groups, self.chunk = shape, groups, chunk
         self.layer_offset = offset
 
-    def logprobs(self, batch: PackedBatch, hidden_T1H: torch.Tensor, temperature: float) -> torch.Tensor:
-        """[2, T_local]: this tensor rank's slice of label logprobs and (without gradient) entropies."""
+    def logprobs(self, labels_T: torch.Tensor, hidden_TH: torch.Tensor, temperature: float) -> torch.Tensor:
+        """[2, T_local]: this rank's slice of label logprobs and (without gradient) entropies.
+
+        ``labels_T`` [T / context] are those of this context rank's tokens, ``hidden_TH`` [T_local, H] is this tensor
+        rank's slice of them.
+        """
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logprobs, entropy = vocab_parallel_logprobs(
-            hidden_T1H,
+            hidden_TH,
             self.output_layer.weight if weight is None else weight,
-            batch.labels_T,
+            labels_T,
             group=self.groups.tensor,
             vocab_size=self.shape.vocab_size,
             temperature=temperature,
@@ -75,16 +78,18 @@ class PolicyModel(GPTModel):
 
     def forward(self, batch: PackedBatch, temperature: float = 1.0) -> torch.Tensor:
         """Runs this stage on a packed micro-batch; the input of a later stage comes by ``set_input_tensor``."""
+        shard = self.groups.shard
+        own = zigzag_positions(batch.cu_seqlens, shard.context_size, shard.context_rank)
         hidden = super().forward(
-            input_ids=batch.tokens_T[None],
-            position_ids=None,
+            input_ids=batch.tokens_T[own][None],
+            position_ids=None,  # from the boundaries and the context rank, as the order of ``own`` has it
             attention_mask=None,
-            packed_seq_params=packed_sequence_params(batch),
+            packed_seq_params=packed_sequences(batch, shard, self.config),
         )
         if not self.post_process:
             return hidden
         # GPTModel ends in [1, T_local, H].
-        return self.logprobs(batch, hidden[0], temperature)
+        return self.logprobs(batch.labels_T[own], hidden[0], temperature)
 
     def rules(self, family: Family) -> Iterator[tuple[torch.nn.Parameter, NamedRule]]:
         """Every parameter of this stage with its Hugging Face names, in an order that tensor ranks share."""
@@ -102,22 +107,6 @@ class PolicyModel(GPTModel):
             elif word == "local_experts":
                 parts[position + 1] = str(int(parts[position + 1]) + expert_offset)
         return ".".join(parts)
-
-
-def packed_sequence_params(batch: PackedBatch) -> PackedSeqParams:
-    """THD parameters of a micro-batch.
-
-    ``max_seqlen`` is one more than the longest sequence: when it equals the end of the pack (one sequence),
-    Megatron numbers positions through the pack instead of within each sequence.
-    """
-    longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max()) + 1
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
 
 
 def transformer_config(
@@ -148,6 +137,7 @@ def transformer_config(
         tensor_model_parallel_size=tensor,
         sequence_parallel=tensor > 1,
         pipeline_model_parallel_size=pipeline,
+        context_parallel_size=groups.context.size(),
         expert_model_parallel_size=groups.expert.size(),
         expert_tensor_parallel_size=groups.megatron.expt_tp.size(),
         # Micro-batches are packs of uneven length: stages tell each other the shape. (Megatron then wants this

@@ -62,7 +62,7 @@ class Policy:
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[PackedBatch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(logprobs, entropy) of each micro-batch, this tensor rank's slices; empty but on the last stage."""
+        """(logprobs, entropy) of each micro-batch, the tokens of ``groups.shard``; empty but on the last stage."""
         results: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def keep(index: int, logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
@@ -75,9 +75,13 @@ class Policy:
     def gradients(self, batches: Sequence[PackedBatch], objective: Objective) -> None:
         """Accumulates the gradient of the sum of the objective over micro-batches and data-parallel ranks.
 
+        The objective is the same number on every rank of ``groups.token``, each of which differentiates it by its own
+        tokens; the parts meet in Megatron's reductions.
+
         What Megatron would scale is not scaled: with ``calculate_per_token_loss`` the schedule divides by no
-        micro-batch count and DDP by no data-parallel size, and ``_finalize_gradients`` names no token count to divide
-        by. So a loss that is normalised over the whole mini-batch gives the gradient of one process.
+        micro-batch count and multiplies by no context size, DDP divides by no data-parallel size, and
+        ``_finalize_gradients`` names no token count to divide by. So a loss that is normalised over the whole
+        mini-batch gives the gradient of one process.
         """
         self.module.zero_grad_buffer()  # type: ignore[operator]
         self._trained().megatron.zero_grad()

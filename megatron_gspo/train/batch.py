@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megatron_gspo.algorithm.packing import check_batch, dummy_batch, pack
-from megatron_gspo.algorithm.planning import Plan, plan_microbatches
+from megatron_gspo.algorithm.planning import Plan, padded_length, plan_microbatches
 from megatron_gspo.algorithm.weights import response_weights
 from megatron_gspo.config import RunConfig
 from megatron_gspo.parallel.exchange import broadcast_object, exchange, gather_objects
@@ -58,10 +58,10 @@ def place(mine: Sequence[Sample], config: RunConfig, groups: Groups) -> list[Min
 
 def pack_on_device(samples: Sequence[Sample], config: RunConfig, groups: Groups) -> PackedBatch:
     """One micro-batch on this rank's device; a dummy when there are no samples."""
-    multiple = groups.tensor.size()
+    dtype, tensor, context = loss_dtype(config), groups.tensor.size(), groups.context.size()
     if not samples:
-        return to_device(dummy_batch(multiple, loss_dtype(config)))
-    batch = pack(samples, multiple=multiple, loss_dtype=loss_dtype(config))
+        return to_device(dummy_batch(dtype, tensor=tensor, context=context))
+    batch = pack(samples, loss_dtype=dtype, tensor=tensor, context=context)
     check_batch(batch)
     return to_device(batch)
 
@@ -109,7 +109,9 @@ def _exchange_samples(
 
 
 def _plan(lengths: Sequence[int], config: RunConfig, groups: Groups) -> Plan:
-    return plan_microbatches(lengths, token_budget=config.train.microbatch_tokens, num_ranks=groups.data_size)
+    """Lengths are those that the model will see: filled up for context parallelism."""
+    padded = padded_length(np.asarray(lengths), groups.context.size())
+    return plan_microbatches(padded, token_budget=config.train.microbatch_tokens, num_ranks=groups.data_size)
 
 
 def _weights(response_lengths: dict[Key, int], config: RunConfig) -> dict[Key, float]:

@@ -121,7 +121,7 @@ def build_run(config: RunConfig, groups: Groups, inputs: Inputs, urls: tuple[str
         policy=policy,
         reference=reference,
         loss=resolve_loss(config.algorithm.name),
-        sequence_sum=ShardedSequenceSum(groups.tensor),
+        sequence_sum=ShardedSequenceSum(groups.token),
         engine=make_engine(
             own_servers(urls, groups),
             config.rollout,

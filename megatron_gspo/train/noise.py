@@ -27,7 +27,7 @@ def measure_noise(run: Run, minibatch: Minibatch, shards: Sequence[TokenShard], 
     batches = [pack_on_device(samples, run.config, run.groups) for samples in repacked]
     means: dict[tuple[int, int], float] = {}
     for batch, (logprobs_T, _) in zip(batches, run.policy.logprobs(batches), strict=False):
-        shard = shard_tokens(batch, run.groups.tensor.rank(), run.groups.tensor.size())
+        shard = shard_tokens(batch, run.groups.shard)
         means |= _mean_logprobs(run, shard, logprobs_T)
     differences = []
     for shard in shards:
@@ -38,7 +38,7 @@ def measure_noise(run: Run, minibatch: Minibatch, shards: Sequence[TokenShard], 
 
 
 def _mean_logprobs(run: Run, shard: TokenShard, logprobs_T: torch.Tensor) -> dict[tuple[int, int], float]:
-    """Mean logprob of each response, over all tensor ranks: log s_i is a difference of two of them."""
+    """Mean logprob of each response, over all ranks that hold its tokens: log s_i is a difference of two of them."""
     own_T = masked_log_ratio(logprobs_T.double(), torch.zeros_like(logprobs_T, dtype=torch.float64), shard.mask_T)
     means_S = sequence_log_ratio(own_T, shard.mask_T, shard.sequence_T, shard.num_sequences, run.sequence_sum)
     return {key: mean for key, mean in zip(shard.samples, means_S.tolist(), strict=True) if key != (-1, -1)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from megatron_gspo.algorithm.packing import unshard_tokens
 from megatron_gspo.parallel.exchange import broadcast_object, gather_pieces
 from megatron_gspo.train.batch import Key, Minibatch
 from megatron_gspo.train.context import Run
@@ -39,9 +41,8 @@ def read_samples(
     chosen = _choose(minibatches, fetched, run.config.train.save_rollouts)
     measured: dict[Key, _Measured] | None = None
     if run.groups.is_last_stage:
-        measured = _measure(run, shards, outputs, set(chosen))
-    first_of_last_stage = run.groups.last_stage_rank - run.groups.tensor.rank()
-    measured = broadcast_object(measured, first_of_last_stage, run.groups.replica)
+        measured = _measure(run, minibatches, shards, outputs, set(chosen))
+    measured = broadcast_object(measured, run.groups.last_stage_leader_rank, run.groups.replica)
     if not run.groups.is_leader:
         return []
     return [_record(run, groups[key[0]], chosen[key], measured[key]) for key in sorted(chosen)]
@@ -63,20 +64,21 @@ def _choose(minibatches: Sequence[Minibatch], fetched: set[int], count: int) -> 
 
 def _measure(
     run: Run,
+    minibatches: Sequence[Minibatch],
     shards: Sequence[Sequence[TokenShard]],
     outputs: Sequence[Sequence[tuple[torch.Tensor, LossOutput]]],
     chosen: set[Key],
 ) -> dict[Key, _Measured]:
-    """On the last stage: gathers the token slices of the micro-batches that hold a chosen response."""
+    """On the last stage: puts the micro-batches that hold a chosen response together from the ranks' tokens."""
     measured: dict[Key, _Measured] = {}
-    for shard, (new_T, output) in zip(
-        [s for part in shards for s in part], [o for part in outputs for o in part], strict=True
-    ):
+    batches = [batch for minibatch in minibatches for batch in minibatch.batches]
+    of_each = zip(batches, itertools.chain(*shards), itertools.chain(*outputs), strict=True)
+    for batch, shard, (new_T, output) in of_each:
         if not chosen.intersection(shard.samples):
             continue
         assert shard.old_logprobs_T is not None
         mask, sequence, old, new, clipped = (
-            torch.cat(gather_pieces(piece_T, run.groups.tensor)).cpu()
+            unshard_tokens(gather_pieces(piece_T, run.groups.token), batch.cu_seqlens, run.groups.shard).cpu()
             for piece_T in (
                 shard.mask_T,
                 shard.sequence_T,

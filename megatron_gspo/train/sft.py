@@ -85,11 +85,11 @@ def supervised_step(
     config: RunConfig, groups: Groups, policy: Policy, minibatch: Minibatch, step: int
 ) -> dict[str, float]:
     """One optimizer step; returns its metrics on every rank. Collective."""
-    sequence_sum = ShardedSequenceSum(groups.tensor)
+    sequence_sum = ShardedSequenceSum(groups.token)
     losses: list[torch.Tensor] = []
 
     def objective(index: int, logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
-        shard = shard_tokens(minibatch.batches[index], groups.tensor.rank(), groups.tensor.size())
+        shard = shard_tokens(minibatch.batches[index], groups.shard)
         loss = sft_loss(shard, logprobs_T, sequence_sum).sum()
         losses.append(loss.detach())
         return loss

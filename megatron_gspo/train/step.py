@@ -179,9 +179,8 @@ def pi_old_pass(run: Run, minibatches: Sequence[Minibatch]) -> list[list[TokenSh
     old = run.policy.logprobs(batches)
     ref = run.reference.logprobs(batches) if run.reference else [(None, None)] * len(old)
     error, shards = None, []
-    tensor = run.groups.tensor
     for batch, (old_T, _), (ref_T, _) in zip(batches if old else [], old, ref, strict=True):
-        shard = shard_tokens(batch, tensor.rank(), tensor.size())
+        shard = shard_tokens(batch, run.groups.shard)
         error = error or non_finite_error(old_T, shard, "pi_old")
         shards.append(replace(shard, old_logprobs_T=old_T, ref_logprobs_T=ref_T))
     agree(error, run.groups.world)

@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from megatron_gspo.types import PackedBatch, Sample, TokenShard
+from megatron_gspo.types import PackedBatch, Sample, Shard, TokenShard
 from tests import oracle
 from tests.pool import RankPool
 
@@ -31,6 +31,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "TP2xDP2xEP4": (4, {"tensor": 2, "expert": 4}),
     "TP2xPP2xEP2": (4, {"tensor": 2, "pipeline": 2, "expert": 2}),
     "TP2xPP2xDP2xEP2": (8, {"tensor": 2, "pipeline": 2, "expert": 2}),
+    "CP2": (2, {"context": 2}),
+    "CP4": (4, {"context": 4}),
+    "TP2xCP2": (4, {"tensor": 2, "context": 2}),
+    "CP2xPP2": (4, {"context": 2, "pipeline": 2}),
+    "CP2xEP2": (2, {"context": 2, "expert": 2}),  # experts over the two context ranks
+    "CP2xDP2": (4, {"context": 2}),
+    "TP2xCP2xEP2": (4, {"tensor": 2, "context": 2, "expert": 2}),
+    "TP2xCP2xPP2": (8, {"tensor": 2, "context": 2, "pipeline": 2}),
+    "CP2xDP2xEP4": (4, {"context": 2, "expert": 4}),
 }
 """Name -> (ranks, ``[parallel]``). Data-parallel ranks are what is left."""
 
@@ -61,7 +70,7 @@ class Case:
     chunk: int = 10
     """Tokens of logits at a time: fewer than a micro-batch has, and no divisor of it."""
     pad_to: int = 1
-    """Micro-batches are padded to a multiple of this times the tensor ranks."""
+    """Micro-batches are padded to a multiple of this times what their ranks need."""
     optimizer: Mapping[str, Any] = field(
         default_factory=lambda: {"lr": 1e-6, "weight_decay": 0.1, "clip_grad": 0.5, "betas": [0.9, 0.95]}
     )
@@ -113,7 +122,7 @@ def train(
 
 def data_size(layout: str) -> int:
     world, parallel = LAYOUTS[layout]
-    return world // (parallel.get("tensor", 1) * parallel.get("pipeline", 1))
+    return world // (parallel.get("tensor", 1) * parallel.get("pipeline", 1) * parallel.get("context", 1))
 
 
 def uneven_plan(samples: int, ranks: int, microbatches: int = 3) -> Plan:
@@ -128,14 +137,25 @@ def uneven_plan(samples: int, ranks: int, microbatches: int = 3) -> Plan:
     return plan
 
 
-def responses_on_two_ranks(case: Case, plan: Plan, tensor: int) -> set[Key]:
-    """The responses whose tokens lie on more than one tensor rank's slice: those that need a sharded sum."""
-    found = set()
+def ranks_of_responses(case: Case, plan: Plan, tensor: int, context: int) -> dict[Key, list[Shard]]:
+    """Which ranks' shards the tokens of each response lie on, by the definition of the zigzag, token by token."""
+    found = {}
     for indices in (part for share in plan for part in share if part):
-        batch = pack_samples(case, indices, tensor)
-        slices = response_positions(batch) // (batch.num_tokens // tensor)
-        by_response = slices.split(batch.lengths_S.tolist())
-        found |= {key for key, row in zip(batch.samples, by_response, strict=True) if len(row.unique()) > 1}
+        batch = pack_samples(case, indices, Shard(tensor_size=tensor, context_size=context))
+        starts, ends = batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist()
+        rows: list[list[int]] = [[] for _ in range(context)]  # what each context rank holds
+        for start, end in zip(starts, ends, strict=True):
+            chunks = np.split(np.arange(start, end), 2 * context) if context > 1 else [np.arange(start, end)]
+            for rank in range(context):
+                rows[rank] += [*chunks[rank], *(chunks[2 * context - 1 - rank] if context > 1 else [])]
+        owner = {
+            int(position): Shard(index * tensor // len(row), tensor, rank, context)
+            for rank, row in enumerate(rows)
+            for index, position in enumerate(row)
+        }
+        by_response = response_positions(case, batch).split(batch.lengths_S.tolist())
+        for key, positions in zip(batch.samples, by_response, strict=True):
+            found[key] = list({owner[position]: None for position in positions.tolist()})
     return found
 
 
@@ -146,8 +166,8 @@ def run_step(case: Case, parallel: dict[str, int], plan: Plan, fault: Callable[[
 
     with exact_router() if case.exact else nullcontext(), (fault or nullcontext)():
         policy, groups = make_policy(case, parallel)
-        batches = [pack_samples(case, part, groups.tensor.size()) for part in plan[groups.data_rank]]
-        shards = [with_old_logprobs(case, batch, groups.tensor) for batch in batches]
+        batches = [pack_samples(case, part, groups.shard) for part in plan[groups.data_rank]]
+        shards = [with_old_logprobs(case, batch, groups.shard) for batch in batches]
         loss, result = resolve_loss(case.loss), Step()
 
         def objective(index: int, logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
@@ -158,10 +178,10 @@ def run_step(case: Case, parallel: dict[str, int], plan: Plan, fault: Callable[[
                 clip_low=case.clip_low,
                 clip_high=case.clip_high,
                 kl_loss_coef=case.kl_loss_coef,
-                sequence_sum=ShardedSequenceSum(groups.tensor),
+                sequence_sum=ShardedSequenceSum(groups.token),
             )
             if not result.grad_norms:
-                note(result, batches[index], groups.tensor, logprobs_T, entropy_T, output)
+                note(result, case, batches[index], groups, logprobs_T, entropy_T, output)
             return output.loss
 
         before = {name: weight.numpy() for name, weight in policy.weights()}
@@ -200,21 +220,23 @@ def make_policy(case: Case, parallel: dict[str, int]) -> tuple[Any, Any]:
     return Policy(settings, groups), groups
 
 
-def pack_samples(case: Case, indices: Sequence[int], tensor: int) -> PackedBatch:
+def pack_samples(case: Case, indices: Sequence[int], shard: Shard) -> PackedBatch:
+    """Samples packed for that many tensor and context ranks."""
     from megatron_gspo.algorithm import packing
 
     dtype = torch.float64 if case.dtype == "float64" else torch.float32
+    ranks = {"tensor": shard.tensor_size, "context": shard.context_size}
     if not indices:
-        return packing.dummy_batch(tensor, dtype)
-    return packing.pack([case.samples[i] for i in indices], multiple=tensor * case.pad_to, loss_dtype=dtype)
+        return packing.dummy_batch(dtype, **ranks)
+    return packing.pack([case.samples[i] for i in indices], loss_dtype=dtype, pad_to=case.pad_to, **ranks)
 
 
-def with_old_logprobs(case: Case, batch: PackedBatch, tensor: Any) -> TokenShard:
-    """This tensor rank's shard, with the case's old (and reference) log-probabilities laid over its tokens."""
-    from megatron_gspo.algorithm.packing import shard_tokens
+def with_old_logprobs(case: Case, batch: PackedBatch, place: Shard) -> TokenShard:
+    """This rank's shard, with the case's old (and reference) log-probabilities laid over its tokens."""
+    from megatron_gspo.algorithm.packing import shard_positions, shard_tokens
 
     index_of = {(s.group, s.sample): i for i, s in enumerate(case.samples)}
-    shard = shard_tokens(batch, tensor.rank(), tensor.size())
+    shard = shard_tokens(batch, place)
 
     def own(values: Sequence[np.ndarray] | None) -> torch.Tensor | None:
         if values is None:
@@ -222,31 +244,41 @@ def with_old_logprobs(case: Case, batch: PackedBatch, tensor: Any) -> TokenShard
         whole_T = batch.advantages_T.new_full((batch.num_tokens,), torch.nan)  # masked positions must not matter
         rows = [torch.from_numpy(values[index_of[key]]) for key in batch.samples if key in index_of]
         if rows:
-            whole_T[response_positions(batch)] = torch.cat(rows).to(whole_T.dtype)
-        return whole_T.view(tensor.size(), -1)[tensor.rank()]
+            whole_T[response_positions(case, batch)] = torch.cat(rows).to(whole_T.dtype)
+        return whole_T[shard_positions(batch.cu_seqlens, place)]
 
     return replace(shard, old_logprobs_T=own(case.old), ref_logprobs_T=own(case.ref))
 
 
-def response_positions(batch: PackedBatch) -> torch.Tensor:
+def response_positions(case: Case, batch: PackedBatch) -> torch.Tensor:
     """[sum of R] the positions that predict response tokens, worked out from lengths alone (not from the mask)."""
-    ends = batch.cu_seqlens[1 : batch.num_sequences + 1].tolist()
-    return torch.cat(
-        [torch.arange(end - 1 - r, end - 1) for end, r in zip(ends, batch.lengths_S.tolist(), strict=True)]
-    )
+    sample_of = {(s.group, s.sample): s for s in case.samples}
+    positions = []
+    for start, key in zip(batch.cu_seqlens.tolist(), batch.samples, strict=False):
+        prompt, response = len(sample_of[key].prompt_ids), len(sample_of[key].response_ids)
+        positions.append(torch.arange(start + prompt - 1, start + prompt + response - 1))
+    return torch.cat(positions)
 
 
 def note(
-    result: Step, batch: PackedBatch, tensor: Any, logprobs_T: torch.Tensor, entropy_T: torch.Tensor, output: Any
+    result: Step,
+    case: Case,
+    batch: PackedBatch,
+    groups: Any,
+    logprobs_T: torch.Tensor,
+    entropy_T: torch.Tensor,
+    output: Any,
 ) -> None:
-    """Records a micro-batch's results, on tensor rank 0 of the last stage."""
+    """Records a micro-batch's results, on the first token rank of the last stage."""
+    from megatron_gspo.algorithm.packing import unshard_tokens
     from megatron_gspo.parallel.exchange import gather_pieces
 
-    whole = [torch.cat(gather_pieces(piece.detach(), tensor)) for piece in (logprobs_T, entropy_T)]
-    if tensor.rank() or batch.samples == ((-1, -1),):
+    pieces = [gather_pieces(piece.detach(), groups.token) for piece in (logprobs_T, entropy_T)]
+    if groups.token.rank() or batch.samples == ((-1, -1),):
         assert batch.samples != ((-1, -1),) or float(output.loss) == 0.0
         return
-    positions, lengths = response_positions(batch), batch.lengths_S.tolist()
+    whole = [unshard_tokens(piece, batch.cu_seqlens, groups.shard) for piece in pieces]
+    positions, lengths = response_positions(case, batch), batch.lengths_S.tolist()
     for values, into in zip(whole, (result.logprobs, result.entropy), strict=True):
         rows = values[positions].double().split(lengths)
         into.update({key: row.numpy() for key, row in zip(batch.samples, rows, strict=True)})

@@ -105,9 +105,9 @@ def update(policy: Any, case: Case, plan: steps.Plan) -> None:
     """One step on the policy-gradient loss without ratios: nothing is clipped, so every step has gradients."""
     from megatron_gspo.algorithm.packing import shard_tokens
 
-    tensor = policy.groups.tensor
-    batches = [steps.pack_samples(case, part, tensor.size()) for part in plan[policy.groups.data_rank]]
-    shards = [shard_tokens(batch, tensor.rank(), tensor.size()) for batch in batches]
+    groups = policy.groups
+    batches = [steps.pack_samples(case, part, groups.shard) for part in plan[groups.data_rank]]
+    shards = [shard_tokens(batch, groups.shard) for batch in batches]
     policy.gradients(batches, lambda i, logprobs_T, _: -(logprobs_T * shards[i].advantages_T).sum())
     policy.step(0, 1)
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_gspo.types import PackedBatch
+from megatron_gspo.types import PackedBatch, Shard
 from tests import oracle
 from tests.distributed import steps
 from tests.distributed.steps import Case, Step
@@ -188,11 +188,13 @@ def masks_are_shifted_by_one() -> Iterator[None]:
     """The response's own positions instead of those that predict it, for old and new log-probabilities alike."""
     pack, positions = steps.pack_samples, steps.response_positions
 
-    def shifted(case: Case, indices: Any, tensor: int) -> PackedBatch:
-        batch = pack(case, indices, tensor)
+    def shifted(case: Case, indices: Any, shard: Shard) -> PackedBatch:
+        batch = pack(case, indices, shard)
         return replace(batch, mask_T=batch.mask_T.roll(1))
 
-    with mock.patch.multiple(steps, pack_samples=shifted, response_positions=lambda batch: positions(batch) + 1):
+    with mock.patch.multiple(
+        steps, pack_samples=shifted, response_positions=lambda case, batch: positions(case, batch) + 1
+    ):
         yield
 
 

@@ -76,14 +76,21 @@ def one_rank(ranks: RankPool, case: Case) -> Step:
 def test_a_gspo_step_is_that_of_one_process(
     ranks: RankPool, case: Case, expected: Step, one_rank: Step, layout: str
 ) -> None:
-    if tensor := LAYOUTS[layout][1].get("tensor"):
-        spread = steps.responses_on_two_ranks(case, steps.uneven_plan(12, steps.data_size(layout)), tensor)
-        assert not all(expected.clipped[key] for key in spread), "no gradient depends on a sharded sum"
+    assert_sums_over_ranks_matter(case, expected, layout)
     step = steps.train(ranks, replace(case, updates=2), layout)
     assert_same_step(step, expected)
     assert step.grad_norms == pytest.approx(one_rank.grad_norms, rel=NORM)
     error, where = steps.worst(step.moved, one_rank.moved)
     assert error < MOVED, f"two updates moved {where} by {error:.1e} more or less"
+
+
+def assert_sums_over_ranks_matter(case: Case, expected: Step, layout: str) -> None:
+    """On each axis that cuts tokens, an unclipped response lies on more than one rank."""
+    sizes = [LAYOUTS[layout][1].get(axis, 1) for axis in ("tensor", "context")]
+    homes = steps.ranks_of_responses(case, steps.uneven_plan(12, steps.data_size(layout)), *sizes)
+    unclipped = [ranks for key, ranks in homes.items() if not expected.clipped[key]]
+    for size, rank in zip(sizes, ("tensor_rank", "context_rank"), strict=True):
+        assert max(len({getattr(home, rank) for home in ranks}) for ranks in unclipped) == size
 
 
 @pytest.mark.parametrize("layout", ["TP1", "TP2xPP2xEP2"])
@@ -166,7 +173,7 @@ def test_full_recompute_cannot_change_a_step(ranks: RankPool, case: Case, expect
 def old_and_new_logprobs(case: Case, parallel: dict[str, int], plan: steps.Plan) -> list[tuple[bool, int]]:
     """Of each micro-batch on the last stage: whether the pi_old pass equals training's forward, and its tokens."""
     policy, groups = steps.make_policy(case, parallel)
-    batches = [steps.pack_samples(case, part, groups.tensor.size()) for part in plan[groups.data_rank]]
+    batches = [steps.pack_samples(case, part, groups.shard) for part in plan[groups.data_rank]]
     old = policy.logprobs(batches)
     equal = []
 
@@ -254,7 +261,7 @@ def logprobs_with_padding_row(case: Case, parallel: dict[str, int], value: float
     assert padding == 1
     if groups.tensor.rank() == groups.tensor.size() - 1:
         policy.model.output_layer.weight.data[-padding:] = value
-    batch = steps.pack_samples(case, range(len(case.samples)), groups.tensor.size())
+    batch = steps.pack_samples(case, range(len(case.samples)), groups.shard)
     return [values.numpy() for pair in policy.logprobs([batch]) for values in pair]
 
 

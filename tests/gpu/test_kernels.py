@@ -9,14 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.attention import GROUPS, HEADS, WIDTH, Arrays, attention_of_ranks, naive_attention, padded, results
 from tests.distributed.test_logprobs import Problem, reference
 from tests.gpu.one_rank import needs_cuda
 
 pytestmark = needs_cuda
-
-Arrays = dict[str, np.ndarray]
-LENGTHS = (5, 1, 64, 5, 33, 20)  # two alike, one of a single token, one that fills a tile of the kernels
-HEADS, GROUPS, WIDTH = 4, 2, 16
 
 
 @pytest.fixture(scope="module")
@@ -85,49 +82,6 @@ def test_padding_rows_of_the_vocabulary_may_hold_anything(world: dist.ProcessGro
 # --------------------------------------------------------------------------------------------------- attention and norm
 
 
-def attention_inputs(dtype: torch.dtype) -> list[torch.Tensor]:
-    """query [T, heads, d], key and value [T, groups, d], and the gradient [T, heads * d] that arrives."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((HEADS, WIDTH), (GROUPS, WIDTH), (GROUPS, WIDTH), (HEADS * WIDTH,))
-    return [torch.randn(sum(LENGTHS), *shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-
-
-def results(output: torch.Tensor, grad: torch.Tensor, inputs: dict[str, torch.Tensor]) -> Arrays:
-    """The output and, after backward, the gradients of the named inputs, as float64 arrays."""
-    gradients = torch.autograd.grad(output, list(inputs.values()), grad)
-    named = {"output": output.detach()} | {f"d {name}": g for name, g in zip(inputs, gradients, strict=True)}
-    return {name: value.double().cpu().numpy() for name, value in named.items()}
-
-
-def naive_attention(dtype: torch.dtype) -> Arrays:
-    """Head by head and row by row: softmax(q k / sqrt(d)) v over what a token may see."""
-    query, key, value, grad = (tensor.double() for tensor in attention_inputs(dtype))
-    inputs = {"query": query.requires_grad_(), "key": key.requires_grad_(), "value": value.requires_grad_()}
-    rows, start = [], 0
-    for length in LENGTHS:
-        for t in range(start, start + length):
-            for h in range(HEADS):
-                seen, g = slice(start, t + 1), h * GROUPS // HEADS
-                scores = torch.softmax(key[seen, g] @ query[t, h] / WIDTH**0.5, dim=0)
-                rows.append(scores @ value[seen, g])
-        start += length
-    return results(torch.stack(rows).reshape(len(grad), -1), grad, inputs)
-
-
-def packed_attention(dtype: torch.dtype) -> Arrays:
-    from megatron.core.packed_seq_params import PackedSeqParams
-    from megatron.core.transformer.enums import AttnMaskType
-
-    from megatron_gspo.policy.spec import PackedAttention
-
-    query, key, value, grad = (tensor.cuda() for tensor in attention_inputs(dtype))
-    inputs = {"query": query.requires_grad_(), "key": key.requires_grad_(), "value": value.requires_grad_()}
-    ends = torch.tensor([0, *np.cumsum(LENGTHS).tolist()], dtype=torch.int32).cuda()
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
-    attention = PackedAttention(megatron_config(dtype), 1, AttnMaskType.causal, "self")
-    return results(attention(query, key, value, None, packed_seq_params=packed), grad, inputs)
-
-
 def megatron_config(dtype: torch.dtype):  # type: ignore[no-untyped-def]  # Megatron's class, imported late
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -139,9 +93,26 @@ def megatron_config(dtype: torch.dtype):  # type: ignore[no-untyped-def]  # Mega
 TOLERANCES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
 
 
+@pytest.mark.parametrize("context", [1, 2])
 @TOLERANCES
-def test_packed_attention_is_that_of_each_sequence_alone(dtype: torch.dtype, tolerance: float) -> None:
-    assert norm_error(packed_attention(dtype), naive_attention(dtype)) < tolerance
+def test_sdpa_of_all_ranks_is_the_attention_of_each_sequence_alone(
+    dtype: torch.dtype, tolerance: float, context: int
+) -> None:
+    from megatron_gspo.policy.attention import Sdpa
+
+    actual = attention_of_ranks(Sdpa, dtype, context, "cuda")
+    assert norm_error(actual, naive_attention(dtype, padded(context))) < tolerance
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_torchs_variable_length_kernel_agrees_with_sdpa(context: int) -> None:
+    from megatron_gspo.policy.attention import Sdpa, Varlen
+
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("flash attention needs compute capability 8.0")
+    actual, other = (attention_of_ranks(kernel, torch.bfloat16, context, "cuda") for kernel in (Varlen, Sdpa))
+    assert norm_error(actual, other) < 0.01
+    assert norm_error(actual, naive_attention(torch.bfloat16, padded(context))) < 0.01
 
 
 def norm_inputs(dtype: torch.dtype) -> list[torch.Tensor]:

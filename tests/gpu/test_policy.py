@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_gspo.types import Shard
 from tests import oracle
 from tests.distributed import steps
 from tests.distributed.steps import Case, Step
@@ -48,9 +49,9 @@ def take_step(case: Case, deterministic: bool = False) -> Taken:
     from megatron_gspo.train.batch import to_device
 
     policy, groups = deterministic_policy(case) if deterministic else steps.make_policy(case, {})
-    packed = [steps.pack_samples(case, part, 1) for part in PLAN]
+    packed = [steps.pack_samples(case, part, Shard()) for part in PLAN]
     batches = [to_device(batch) for batch in packed]
-    shards: list[Any] = [steps.with_old_logprobs(case, batch, groups.tensor) for batch in packed]
+    shards: list[Any] = [steps.with_old_logprobs(case, batch, Shard()) for batch in packed]
     shards = [to_device(shard) for shard in shards]
     loss, result = resolve_loss(case.loss), Step()
 
@@ -62,10 +63,10 @@ def take_step(case: Case, deterministic: bool = False) -> Taken:
             clip_low=case.clip_low,
             clip_high=case.clip_high,
             kl_loss_coef=0.0,
-            sequence_sum=ShardedSequenceSum(groups.tensor),
+            sequence_sum=ShardedSequenceSum(groups.token),
         )
         own_T, own_entropy_T = scored[index]
-        steps.note(result, packed[index], groups.tensor, own_T.cpu(), own_entropy_T.cpu(), output)
+        steps.note(result, case, packed[index], groups, own_T.cpu(), own_entropy_T.cpu(), output)
         return output.loss
 
     scored = policy.logprobs(batches)
@@ -97,7 +98,7 @@ def pi_old_is_the_training_forward(case: Case) -> list[bool]:
     from megatron_gspo.train.batch import to_device
 
     policy, _ = deterministic_policy(case)
-    batches = [to_device(steps.pack_samples(case, part, 1)) for part in PLAN]
+    batches = [to_device(steps.pack_samples(case, part, Shard())) for part in PLAN]
     old, equal = policy.logprobs(batches), []
 
     def objective(index: int, logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
@@ -120,7 +121,7 @@ def peak_bytes(case: Case, train: bool) -> int:
     from megatron_gspo.train.batch import to_device
 
     policy, _ = steps.make_policy(case, {})
-    batches = [to_device(steps.pack_samples(case, range(len(case.samples)), 1))]
+    batches = [to_device(steps.pack_samples(case, range(len(case.samples)), Shard()))]
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

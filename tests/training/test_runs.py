@@ -175,7 +175,7 @@ def logprobs_of(config: RunConfig, path: str, tokens: list[int]) -> np.ndarray:
     response = np.array(tokens[1:], dtype=np.int32)
     zeros = np.zeros(len(response))
     sample = Sample(0, 0, np.array(tokens[:1], dtype=np.int32), response, zeros.astype(np.float32), 0.0, zeros, 1.0)
-    batch = pack([sample], multiple=1, loss_dtype=torch.float32)
+    batch = pack([sample], loss_dtype=torch.float32)
     ((logprobs, _),) = policy.logprobs([batch])
     return logprobs[batch.mask_T].numpy()
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from megatron_gspo.algorithm.packing import pack, shard_tokens
-from megatron_gspo.types import Sample, TokenShard
+from megatron_gspo.types import Sample, Shard, TokenShard
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def shard_of(
     multiple: int = 1,
     masked_value: float = 0.0,
 ) -> tuple[TokenShard, torch.Tensor]:
-    batch = pack(samples, multiple=multiple, loss_dtype=torch.float64)
+    batch = pack(samples, tensor=multiple, loss_dtype=torch.float64)
     new_T, old_T, ref_T = (spread(values, batch.mask_T, masked_value) for values in (new, old, ref))
     shard = replace(
-        shard_tokens(batch, 0, 1),
+        shard_tokens(batch, Shard()),
         old_logprobs_T=old_T,
         ref_logprobs_T=ref_T,
         rollout_logprobs_T=batch.rollout_logprobs_T.masked_fill(~batch.mask_T, masked_value),

@@ -16,7 +16,7 @@ from megatron_gspo.algorithm.packing import dummy_batch, shard_tokens
 from megatron_gspo.algorithm.ratios import segment_sum
 from megatron_gspo.algorithm.sft import sft_loss
 from megatron_gspo.errors import BatchError, ConfigError
-from megatron_gspo.types import LossOutput, TokenShard
+from megatron_gspo.types import LossOutput, Shard, TokenShard
 from tests.oracle import NaiveLoss, naive_kl, naive_loss
 from tests.unit.algorithm_cases import Case, cases, shard_of
 
@@ -209,8 +209,8 @@ def test_any_split_into_micro_batches_and_any_padding_gives_the_same_step(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dummy_micro_batch_runs_backward_and_adds_exactly_nothing(name: str) -> None:
-    batch = dummy_batch(8, torch.float64)
-    shard = replace(shard_tokens(batch, 0, 1), old_logprobs_T=torch.zeros(8), ref_logprobs_T=torch.zeros(8))
+    batch = dummy_batch(torch.float64, tensor=8)
+    shard = replace(shard_tokens(batch, Shard()), old_logprobs_T=torch.zeros(8), ref_logprobs_T=torch.zeros(8))
     new_T = torch.randn(8, dtype=torch.float64, requires_grad=True)
     output = policy_objective(
         shard,

@@ -23,7 +23,7 @@ from megatron_gspo.algorithm.metrics import (
 from megatron_gspo.algorithm.objective import resolve_loss
 from megatron_gspo.algorithm.packing import dummy_batch, shard_tokens
 from megatron_gspo.algorithm.ratios import segment_sum
-from megatron_gspo.types import LossOutput, TokenShard
+from megatron_gspo.types import LossOutput, Shard, TokenShard
 from tests.oracle import naive_loss
 from tests.unit.algorithm_cases import Case, cases, shard_of
 
@@ -96,7 +96,9 @@ def test_micro_batches_and_dummies_add_up_to_the_whole(name: str, case: Case, da
     for part in (slice(None, cut), slice(cut, None)):
         pieces = (values[part] for values in (case.samples, case.new, case.old, case.ref))
         total += sums_of(*shard_of(*pieces, 16), case, name)
-    dummy = replace(shard_tokens(dummy_batch(4, torch.float64), 0, 1), old_logprobs_T=torch.full((4,), float("nan")))
+    dummy = replace(
+        shard_tokens(dummy_batch(torch.float64, tensor=4), Shard()), old_logprobs_T=torch.full((4,), float("nan"))
+    )
     total += sums_of(dummy, torch.zeros(4, dtype=torch.float64), case, name)
     assert whole["clip/frac_tokens"] > 0
     assert finish(total) == {key: pytest.approx(value, rel=1e-12, abs=1e-14) for key, value in whole.items()}
@@ -146,7 +148,7 @@ def test_garbage_at_masked_positions_reaches_no_metric(case: Case) -> None:
 
 def test_the_engine_gap_keeps_its_digits_at_1e_7() -> None:
     shard = replace(
-        shard_tokens(dummy_batch(2, torch.float64), 0, 1),
+        shard_tokens(dummy_batch(torch.float64, tensor=2), Shard()),
         mask_T=torch.tensor([True, True]),
         weights_S=torch.ones(1, dtype=torch.float64),
         rollout_logprobs_T=torch.tensor([0.0, 0.0]),

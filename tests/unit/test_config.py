@@ -80,6 +80,14 @@ def test_a_ppo_sized_clip_range_for_a_sequence_ratio_needs_to_be_asked_for(name:
         ({"algorithm": {"aggregation": "token-mean"}}, r"gspo has one term a sequence"),
         ({"train": {"minibatches": 3}}, r"prompts_per_step = 16 .*minibatches = 3.*16 / 3 = 5\.333"),
         ({"train": {"microbatch_tokens": 1500}}, r"1024 \+ max_response_tokens 1024 = 2048 does not fit .* 1500"),
+        (
+            {
+                "rollout": {"max_prompt_tokens": 10, "max_response_tokens": 7},
+                "train": {"microbatch_tokens": 19},
+                "parallel": {"context": 2},
+            },
+            r"= 17, padded to 20 for parallel.context = 2, does not fit .* 19: raise it to at least 20",
+        ),
         ({"optimizer": {"lr": 1e-3, "min_lr": 1e-2}}, r"min_lr = 0\.01 is above .*lr = 0\.001"),
         ({"optimizer": {"warmup_steps": 400}}, r"warmup_steps = 400 leaves nothing of the run's 400 optimizer steps"),
         ({"algorithm": {"reference": "ref"}}, r"kl_loss_coef = 0 does not use it"),
@@ -98,10 +106,15 @@ def test_a_wrong_setting_is_one_line_with_its_value(settings: dict[str, Any], me
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("axis", ["context", "virtual_pipeline", "expert_tensor"])
+@pytest.mark.parametrize("axis", ["virtual_pipeline", "expert_tensor"])
 def test_an_axis_that_is_not_there_yet_is_refused(axis: str) -> None:
     with pytest.raises(LayoutError, match=f"{axis} = 2 is not supported yet"):
         parse(tree(parallel={axis: 2}))
+
+
+def test_context_ranks_multiply_the_world_and_can_hold_experts() -> None:
+    layout = parse(tree(parallel={"tensor": 2, "context": 2, "pipeline": 2, "expert": 4})).parallel
+    assert (layout.world_size(), layout.data_size(16)) == (8, 2)
 
 
 def test_a_layout_that_does_not_fill_the_world_shows_the_product() -> None:

@@ -1,0 +1,41 @@
+"""Gathering what every context rank needs of every other: keys and values, by all-gather.
+
+With x_r the rows of context rank r of n, and L the loss that all ranks compute alike,
+
+    forward     y = [x_0; x_1; ...; x_(n-1)]                  on every rank
+    backward    dL/dx_r = sum over ranks q of (dL/dy on q)_r   reduce-scatter
+
+Each rank's queries attend to all of y, so each rank knows only the part of dL/dy that its own queries gave: the parts
+are summed, and each rank keeps its own rows. A local slice in place of the sum would leave out what other ranks'
+queries say of this rank's keys; logprobs and loss stay right, and only gradients show it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[T / n, ...] on each rank of the group -> [T, ...] on all of them, in rank order; differentiable."""
+    return rows if group.size() == 1 else _GatherRows.apply(rows, group)
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather forward, reduce-scatter backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        whole = rows.new_empty(group.size() * rows.shape[0], *rows.shape[1:])
+        dist.all_gather_into_tensor(whole, rows.contiguous(), group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        whole = grads[0].contiguous()
+        own = whole.new_empty(whole.shape[0] // ctx.group.size(), *whole.shape[1:])
+        dist.reduce_scatter_tensor(own, whole, group=ctx.group)
+        return own, None

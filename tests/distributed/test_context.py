@@ -1,0 +1,109 @@
+"""Attention over context ranks is that of each sequence alone, whichever kernel computes it."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.attention import Arrays, attention_of_ranks, naive_attention, padded
+from tests.distributed.steps import worst
+from tests.pool import RankPool
+
+pytestmark = pytest.mark.distributed
+
+
+def sdpa(context: int) -> Arrays:
+    from megatron_gspo.policy.attention import Sdpa
+
+    return attention_of_ranks(Sdpa, torch.float64, context)
+
+
+def varlen_by_definition(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    **options: Any,
+) -> torch.Tensor:
+    """What torch documents of ``varlen_attn``, a query at a time; flash attention aligns the mask to the last key."""
+    assert options == {"scale": None, "window_size": (-1, 0), "enable_gqa": True}
+    assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
+    assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key)) and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    rows = []
+    for run in range(len(cu_seq_q) - 1):
+        queries, keys = query[cu_seq_q[run] : cu_seq_q[run + 1]], slice(cu_seq_k[run], cu_seq_k[run + 1])
+        k, v = (x[keys].repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        for index, q in enumerate(queries):
+            seen = len(k) - len(queries) + index + 1
+            scores = torch.einsum("khd,hd->hk", k[:seen], q) / q.shape[-1] ** 0.5
+            rows.append(torch.einsum("hk,khd->hd", scores.softmax(-1), v[:seen]))
+    return torch.stack(rows)
+
+
+def varlen(context: int) -> Arrays:
+    from torch.nn.attention import varlen as module
+
+    from megatron_gspo.policy.attention import Varlen
+
+    with mock.patch.object(module, "varlen_attn", varlen_by_definition):
+        return attention_of_ranks(Varlen, torch.float64, context)
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 4])
+def test_the_ranks_attention_put_together_is_that_of_each_sequence_alone(ranks: RankPool, context: int) -> None:
+    (actual,) = ranks.run(1, sdpa, context)
+    error, where = worst(actual, naive_attention(torch.float64, padded(context)))
+    assert error < 1e-13, f"{where} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("context", [1, 3])
+def test_the_variable_length_kernel_is_told_which_keys_each_run_of_queries_sees(ranks: RankPool, context: int) -> None:
+    """The flash kernel runs on a GPU only (tests/gpu); its definition stands in for it here, its arguments are ours."""
+    (actual,) = ranks.run(1, varlen, context)
+    error, where = worst(actual, naive_attention(torch.float64, padded(context)))
+    assert error < 1e-13, f"{where} is off by {error:.1e}"
+
+
+def groups_of_a_rank(parallel: dict[str, int]) -> dict[str, list[int]]:
+    import torch.distributed as dist
+
+    from megatron_gspo.config import ParallelConfig
+    from megatron_gspo.policy.groups import make_groups
+
+    groups = make_groups(ParallelConfig(**parallel))
+    names = ("tensor", "context", "token", "data", "data_context", "replica", "tensor_data", "pipeline")
+    members = {name: dist.get_process_group_ranks(getattr(groups, name)) for name in names}
+    return members | {"leader": [groups.leader_rank], "last": [groups.last_stage_leader_rank]}
+
+
+def test_every_rank_is_in_the_groups_of_its_coordinates(ranks: RankPool) -> None:
+    """Ranks are numbered tensor first, then context, data, pipeline."""
+    for tensor, context, data, pipeline in ((2, 2, 1, 2), (1, 2, 2, 2), (2, 2, 2, 1)):
+        parallel = {"tensor": tensor, "context": context, "pipeline": pipeline}
+        places = [
+            (t, c, d, p) for p in range(pipeline) for d in range(data) for c in range(context) for t in range(tensor)
+        ]
+
+        def alike(place: tuple[int, ...], *axes: int, places: Any = places) -> list[int]:
+            """Ranks that agree with it on these axes."""
+            return [rank for rank, other in enumerate(places) if all(other[a] == place[a] for a in axes)]
+
+        for place, groups in zip(places, ranks.run(len(places), groups_of_a_rank, parallel), strict=True):
+            assert groups == {
+                "tensor": alike(place, 1, 2, 3),
+                "context": alike(place, 0, 2, 3),
+                "token": alike(place, 2, 3),
+                "data": alike(place, 0, 1, 3),
+                "data_context": alike(place, 0, 3),
+                "replica": alike(place, 2),
+                "tensor_data": alike(place, 3),
+                "pipeline": alike(place, 0, 1, 2),
+                "leader": alike(place, 2)[:1],
+                "last": [rank for rank in alike(place, 2) if places[rank][3] == pipeline - 1][:1],
+            }, place
