@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_gspo.algorithm.packing import zigzag_positions
 from megatron_gspo.parallel.context import gather_rows
-from megatron_gspo.types import PackedBatch, Shard
+from megatron_gspo.types import Shard
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
 """(query [T_own, heads, d], key and value [T, groups, d] as gathered, scale) -> [T_own, heads, d]."""
@@ -63,21 +63,22 @@ def core_attention(config: TransformerConfig) -> type[torch.nn.Module]:
     return TEDotProductAttention
 
 
-def packed_sequences(batch: PackedBatch, shard: Shard, config: TransformerConfig) -> PackedSequences:
-    """What a micro-batch's layers need to know of it. Reads the lengths from the device, once.
+def packed_sequences(
+    cu_seqlens: torch.Tensor, shard: Shard, config: TransformerConfig, device: torch.device
+) -> PackedSequences:
+    """What a micro-batch's layers need to know of it, from its boundaries [S + 1] on the host.
 
-    Boundaries stay on the host: Megatron's rotary embedding reads them there in every layer. (Transformer Engine wants
-    them on the device.) ``max_seqlen`` is one more than the longest sequence: when it equals the end of the pack (one
-    sequence), Megatron numbers positions through the pack instead of within each sequence.
+    They stay there, where Megatron's rotary embedding reads them in every layer. (Transformer Engine wants them on the
+    device.) ``max_seqlen`` is one more than the longest sequence: when it equals the end of the pack (one sequence),
+    Megatron numbers positions through the pack instead of within each sequence.
     """
-    kernel, boundaries = attention_kernel(config), batch.cu_seqlens.cpu()
-    longest = int(boundaries.diff().max()) + 1
+    kernel, longest = attention_kernel(config), int(cu_seqlens.diff().max()) + 1
+    boundaries = cu_seqlens.to(device) if kernel == "transformer_engine" else cu_seqlens
     attend = None
     if kernel != "transformer_engine":
-        runs = query_runs(boundaries, shard.context_size, shard.context_rank)
+        runs = query_runs(cu_seqlens, shard.context_size, shard.context_rank)
         make: Callable[[QueryRuns, torch.device], Attend] = Sdpa if kernel == "sdpa" else Varlen
-        attend = make(runs, batch.tokens_T.device)
-    boundaries = batch.cu_seqlens if kernel == "transformer_engine" else boundaries
+        attend = make(runs, device)
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=boundaries,

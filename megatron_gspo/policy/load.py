@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_gspo.policy.model import PolicyModel
+
 
 class ExpertLoad:
     """Counts the tokens that each of a stage's routers sends to each expert, in training passes.
 
-    Rows that pad a micro-batch are counted too: a few for the ranks that it is spread over, and under context
-    parallelism up to 2 x context - 1 a sequence.
+    Only tokens of real responses count, each once: neither padding, nor dummies, nor a recompute.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: PolicyModel) -> None:
+        self._model = model
         routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
         self._counts: list[torch.Tensor | None] = [None] * len(routers)
         self._counting = False
@@ -32,8 +34,9 @@ class ExpertLoad:
 
     def _hook(self, layer: int):  # type: ignore[no-untyped-def]  # torch's hook type is not public
         def count(module: torch.nn.Module, inputs: object, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-            if self._counting:
-                tokens = outputs[1].detach().sum(dim=0)
+            counted_T = self._model.counted_T
+            if self._counting and counted_T is not None:
+                tokens = (outputs[1].detach() & counted_T[:, None]).sum(dim=0)
                 before = self._counts[layer]
                 self._counts[layer] = tokens if before is None else before + tokens
 

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_gspo.algorithm.packing import zigzag_positions
+from megatron_gspo.algorithm.ratios import expand
 from megatron_gspo.config import ModelConfig
 from megatron_gspo.errors import WeightError
 from megatron_gspo.hf.checkpoint import HfReader
@@ -57,6 +58,8 @@ class PolicyModel(GPTModel):
             self.output_layer.__class__ = HiddenOutput  # the same weight and sharding, another forward
         self.shape, self.groups, self.chunk = shape, groups, chunk
         self.layer_offset = offset
+        self.counted_T: torch.Tensor | None = None
+        """[T_local] bool, while ``forward`` runs: this rank's tokens that are neither padding nor a dummy's."""
 
     def logprobs(self, labels_T: torch.Tensor, hidden_TH: torch.Tensor, temperature: float) -> torch.Tensor:
         """[2, T_local]: this rank's slice of label logprobs and (without gradient) entropies.
@@ -79,13 +82,17 @@ class PolicyModel(GPTModel):
     def forward(self, batch: PackedBatch, temperature: float = 1.0) -> torch.Tensor:
         """Runs this stage on a packed micro-batch; the input of a later stage comes by ``set_input_tensor``."""
         shard = self.groups.shard
-        own = zigzag_positions(batch.cu_seqlens, shard.context_size, shard.context_rank)
+        boundaries = batch.cu_seqlens.cpu()  # the one read of a micro-batch's lengths
+        own = zigzag_positions(boundaries, shard.context_size, shard.context_rank).to(batch.tokens_T.device)
+        counted_T = expand(batch.weights_S > 0, batch.sequence_T)[own]
+        self.counted_T = counted_T.view(shard.tensor_size, -1)[shard.tensor_rank]
         hidden = super().forward(
             input_ids=batch.tokens_T[own][None],
             position_ids=None,  # from the boundaries and the context rank, as the order of ``own`` has it
             attention_mask=None,
-            packed_seq_params=packed_sequences(batch, shard, self.config),
+            packed_seq_params=packed_sequences(boundaries, shard, self.config, own.device),
         )
+        self.counted_T = None
         if not self.post_process:
             return hidden
         # GPTModel ends in [1, T_local, H].

@@ -143,7 +143,7 @@ def load_and_train(case: Case, parallel: dict[str, int], plan: steps.Plan, direc
 
 @pytest.mark.parametrize(
     ("dtype", "layout"),
-    [("float64", "TP2xPP2xEP2"), ("float32", "TP2xEP2"), ("bfloat16", "DP2"), ("bfloat16", "PP2")],
+    [("float64", "TP2xPP2xEP2"), ("float32", "TP2xEP2"), ("float32", "CP2"), ("bfloat16", "DP2"), ("bfloat16", "PP2")],
 )
 def test_training_goes_on_bitwise_from_a_checkpoint_of_the_same_layout(
     ranks: RankPool, saved: Any, path: str, dtype: str, layout: str
@@ -167,6 +167,8 @@ def test_training_goes_on_bitwise_from_a_checkpoint_of_the_same_layout(
         ("TP1", "EP2"),
         ("EP2", "TP2"),
         ("TP2xPP2xEP2", "DP2"),
+        ("TP2xCP2xEP2", "PP2"),
+        ("TP1", "CP2xPP2"),
     ],
 )
 def test_the_next_step_is_the_same_at_another_layout(

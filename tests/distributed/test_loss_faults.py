@@ -6,9 +6,11 @@ are untouched, of the gradient norm) can catch it. Without a fault the same comp
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,6 +224,100 @@ def padding_rows_take_probability() -> Iterator[None]:
         yield
 
 
+# ------------------------------------------------------------------------------------------------- context parallelism
+
+
+@contextmanager
+def megatron_multiplies_by_context_ranks() -> Iterator[None]:
+    """What the schedule does to a loss that comes without a token count."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import schedules
+
+    calc_loss = schedules.forward_step_calc_loss
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        loss, num_tokens = calc_loss(*args, **kwargs)
+        return loss * parallel_state.get_context_parallel_world_size(), num_tokens
+
+    with mock.patch.object(schedules, "forward_step_calc_loss", scaled):
+        yield
+
+
+@contextmanager
+def the_zigzag_turns_one_position_late() -> Iterator[None]:
+    """``<=`` for ``<`` where the front chunk ends, wherever positions are dealt out."""
+    from megatron_gspo.algorithm import packing
+    from megatron_gspo.policy import attention, model
+
+    right = packing.zigzag_positions
+
+    def late(cu_seqlens: torch.Tensor, context: int, rank: int) -> torch.Tensor:
+        positions, start = right(cu_seqlens, context, rank).clone(), 0
+        for length in (cu_seqlens.diff() // context).tolist():
+            positions[start + length // 2] = positions[start + length // 2 - 1] + 1
+            start += length
+        return positions
+
+    with contextlib.ExitStack() as stack:
+        for module in (packing, attention, model):
+            stack.enter_context(mock.patch.object(module, "zigzag_positions", late))
+        yield
+
+
+@contextmanager
+def labels_are_dealt_out_one_rank_off() -> Iterator[None]:
+    """The model's tokens are the next context rank's; attention and shards are right."""
+    from megatron_gspo.policy import model
+
+    right = model.zigzag_positions
+    with mock.patch.object(model, "zigzag_positions", lambda cu, n, rank: right(cu, n, (rank + 1) % n)):
+        yield
+
+
+@contextmanager
+def key_gradients_stay_local() -> Iterator[None]:
+    """The backward of gathering keys and values is a slice: what other ranks' queries say of them is lost."""
+    from megatron_gspo.parallel import context
+
+    def own_slice(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad.chunk(ctx.group.size())[ctx.group.rank()], None
+
+    with mock.patch.object(context._GatherRows, "backward", own_slice):
+        yield
+
+
+@contextmanager
+def sequence_sums_are_over_tensor_ranks_only() -> Iterator[None]:
+    """s_i and the token counts are each context rank's own."""
+    from megatron.core import parallel_state
+
+    from megatron_gspo.parallel import sequence
+
+    all_reduce = sequence._AllReduceSum.forward
+
+    def over_tensor_ranks(ctx: Any, partial: torch.Tensor, group: Any) -> torch.Tensor:
+        return all_reduce(ctx, partial, parallel_state.get_tensor_model_parallel_group())
+
+    with mock.patch.object(sequence._AllReduceSum, "forward", over_tensor_ranks):
+        yield
+
+
+@contextmanager
+def gradients_are_summed_over_data_ranks_only() -> Iterator[None]:
+    """Context ranks keep what their own tokens gave to the parameters that they all hold."""
+    from megatron_gspo.policy import policy
+
+    build = policy.wrap_ddp
+
+    def wrap(model: Any, groups: Any) -> Any:
+        collection = copy(groups.megatron)
+        collection.dp_cp = collection.intra_dp_cp = collection.dp
+        return build(model, replace(groups, megatron=collection))
+
+    with mock.patch.object(policy, "wrap_ddp", wrap):
+        yield
+
+
 FAULTS: list[tuple[Callable[[], Any], str, str]] = [
     (sequence_sums_stay_local, "TP2xEP2", "model.norm.weight"),
     (sequence_sum_backward_is_summed, "TP2xEP2", "model.norm.weight"),
@@ -234,11 +330,21 @@ FAULTS: list[tuple[Callable[[], Any], str, str]] = [
     (experts_are_unmarked, "TP2", "model.layers.1.mlp.experts.3.down_proj.weight"),
     (masks_are_shifted_by_one, "TP1", "lm_head.weight"),
     (padding_rows_take_probability, "TP2xEP2", "lm_head.weight"),
+    (sequence_sums_stay_local, "CP2", "model.norm.weight"),
+    (sequence_sum_backward_is_summed, "CP2", "model.norm.weight"),
+    (sequence_sums_are_over_tensor_ranks_only, "TP2xCP2", "model.norm.weight"),
+    (megatron_multiplies_by_context_ranks, "CP2", "lm_head.weight"),
+    (the_zigzag_turns_one_position_late, "CP2", "lm_head.weight"),
+    (labels_are_dealt_out_one_rank_off, "CP2", "lm_head.weight"),
+    (key_gradients_stay_local, "CP2", "model.layers.0.self_attn.k_proj.weight"),
+    (gradients_are_summed_over_data_ranks_only, "CP2", "model.norm.weight"),
 ]
 """(fault, a layout where it bites, a tensor whose gradient must show it)."""
 
 
-@pytest.mark.parametrize(("fault", "layout", "name"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS])
+@pytest.mark.parametrize(
+    ("fault", "layout", "name"), FAULTS, ids=[f"{fault.__name__}-{where}" for fault, where, _ in FAULTS]
+)
 def test_a_fault_shows_in_a_gradient(
     ranks: RankPool, case: Case, expected: Step, fault: Callable[[], Any], layout: str, name: str
 ) -> None:
@@ -258,6 +364,15 @@ def test_a_local_slice_backward_loses_tens_of_percent_of_the_head_and_nothing_of
     assert broken.loss == pytest.approx(expected.loss, rel=1e-10)
 
 
+def test_a_local_slice_of_key_gradients_leaves_the_forward_pass_right(
+    ranks: RankPool, case: Case, expected: Step
+) -> None:
+    broken = steps.train(ranks, case, "CP2", fault=key_gradients_stay_local)
+    assert steps.worst(broken.gradients, expected.gradients)[0] > FAR_ABOVE_TOLERANCE
+    assert steps.worst(broken.log_ratio, expected.log_ratio)[0] < 1e-9
+    assert broken.loss == pytest.approx(expected.loss, rel=1e-10)
+
+
 def test_an_unmarked_shard_shows_in_the_norm_alone(ranks: RankPool, case: Case, expected: Step) -> None:
     right, broken = (steps.train(ranks, case, "TP2xEP2", fault=fault) for fault in (None, shards_are_unmarked))
     assert steps.worst(broken.gradients, expected.gradients)[0] < 1e-12
@@ -273,5 +388,5 @@ def test_a_tied_matrix_needs_the_gradients_of_both_ends(ranks: RankPool, tmp_pat
 
 
 def test_without_a_fault_the_comparison_is_exact(ranks: RankPool, case: Case, expected: Step) -> None:
-    for layout in ("TP1", "TP2", "DP2", "TP2xEP2"):
+    for layout in ("TP1", "TP2", "DP2", "TP2xEP2", "CP2", "TP2xCP2"):
         assert steps.worst(steps.train(ranks, case, layout).gradients, expected.gradients)[0] < 1e-12

@@ -135,7 +135,7 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("layout", ["TP1", "TP2xPP2xEP2"])
+@pytest.mark.parametrize("layout", ["TP1", "CP2", "TP2xPP2xEP2"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_splitting_and_packing_cannot_change_a_step(
     ranks: RankPool, case: Case, expected: Step, layout: str, plan: str
@@ -144,7 +144,7 @@ def test_splitting_and_packing_cannot_change_a_step(
 
 
 @pytest.mark.parametrize("pad_to", [16, 96])
-@pytest.mark.parametrize("layout", ["TP1", "TP2xPP2xEP2"])
+@pytest.mark.parametrize("layout", ["TP1", "CP2", "TP2xPP2xEP2"])
 def test_a_padding_tail_cannot_change_a_step(
     ranks: RankPool, case: Case, expected: Step, layout: str, pad_to: int
 ) -> None:
@@ -162,7 +162,7 @@ def test_the_logprob_chunk_cannot_change_a_step(ranks: RankPool, case: Case, exp
     assert_same_step(steps.train(ranks, replace(case, chunk=chunk), "TP2xPP2xEP2"), expected)
 
 
-@pytest.mark.parametrize("layout", ["TP1", "PP2", "TP2xPP2xEP2"])
+@pytest.mark.parametrize("layout", ["TP1", "PP2", "CP2xPP2", "TP2xPP2xEP2"])
 def test_full_recompute_cannot_change_a_step(ranks: RankPool, case: Case, expected: Step, layout: str) -> None:
     assert_same_step(steps.train(ranks, replace(case, recompute="full"), layout), expected)
 
@@ -188,7 +188,7 @@ def old_and_new_logprobs(case: Case, parallel: dict[str, int], plan: steps.Plan)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-@pytest.mark.parametrize("layout", ["TP1", "DP2", "TP2xPP2xEP2"])
+@pytest.mark.parametrize("layout", ["TP1", "DP2", "TP2xCP2", "TP2xPP2xEP2"])
 def test_the_pi_old_pass_is_bitwise_the_first_training_forward(
     ranks: RankPool, case: Case, layout: str, dtype: str
 ) -> None:
@@ -250,7 +250,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 def test_every_loss_gives_the_step_of_one_process(ranks: RankPool, moe_dir: str, loss: str) -> None:
     case = steps.straddling_case(moe_dir, **LOSSES[loss])
     expected = steps.expected_step(case)
-    for layout in ("TP1", "TP2xPP2xEP2"):
+    for layout in ("TP1", "CP2xEP2", "TP2xPP2xEP2"):
         assert_same_step(steps.train(ranks, case, layout), expected)
 
 
@@ -324,6 +324,7 @@ def refusal(path: str, parallel: dict[str, int]) -> tuple[str, str]:
         (3, {"tensor": 3}, "4 attention heads / parallel.tensor 3 = 1.33333"),
         (4, {"tensor": 4}, "2 key-value heads / parallel.tensor 4 = 0.5"),
         (3, {"pipeline": 3}, "4 layers / parallel.pipeline 3 = 1.33333"),
+        (3, {"context": 2}, "tensor 1 x pipeline 1 x context 2 x data 1 = 2 ranks, but the world has 3"),
         (3, {"expert": 3}, "8 experts / parallel.expert 3 = 2.66667"),
         (3, {"tensor": 2}, "tensor 2 x pipeline 1 x context 1 x data 1 = 2 ranks, but the world has 3"),
         (2, {"expert": 4}, "expert 4 x expert_tensor 1 = 4 does not divide tensor 1 x context 1 x data 2 = 2"),

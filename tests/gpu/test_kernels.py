@@ -9,7 +9,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.attention import GROUPS, HEADS, WIDTH, Arrays, attention_of_ranks, naive_attention, padded, results
+from tests.attention import (
+    GROUPS,
+    HEADS,
+    LENGTHS,
+    WIDTH,
+    Arrays,
+    attention_inputs,
+    attention_of_ranks,
+    naive_attention,
+    padded,
+    results,
+)
 from tests.distributed.test_logprobs import Problem, reference
 from tests.gpu.one_rank import needs_cuda
 
@@ -113,6 +124,38 @@ def test_torchs_variable_length_kernel_agrees_with_sdpa(context: int) -> None:
     actual, other = (attention_of_ranks(kernel, torch.bfloat16, context, "cuda") for kernel in (Varlen, Sdpa))
     assert norm_error(actual, other) < 0.01
     assert norm_error(actual, naive_attention(torch.bfloat16, padded(context))) < 0.01
+
+
+def transformer_engine_attention(world: dist.ProcessGroup) -> Arrays:
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_gspo.policy.attention import core_attention
+
+    config = megatron_config(torch.bfloat16)
+    attention = core_attention(config)(
+        config, 1, AttnMaskType.causal, "self", pg_collection=ProcessGroupCollection(tp=world, cp=world)
+    )
+    query, key, value, grad = (tensor.cuda() for tensor in attention_inputs(torch.bfloat16))
+    inputs = {"query": query.requires_grad_(), "key": key.requires_grad_(), "value": value.requires_grad_()}
+    ends = torch.tensor([0, *np.cumsum(LENGTHS).tolist()], dtype=torch.int32).cuda()
+    longest = max(LENGTHS)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+    output = attention(*inputs.values(), None, AttnMaskType.causal, packed_seq_params=packed)
+    return results(output.reshape(len(grad), -1), grad, inputs)
+
+
+def test_transformer_engines_attention_agrees_with_sdpa(world: dist.ProcessGroup) -> None:
+    from megatron_gspo.policy.attention import Sdpa, attention_kernel
+
+    if attention_kernel(megatron_config(torch.bfloat16)) != "transformer_engine":
+        pytest.skip("Transformer Engine is not installed")
+    actual = transformer_engine_attention(world)
+    assert norm_error(actual, attention_of_ranks(Sdpa, torch.bfloat16, 1, "cuda")) < 0.01
+    assert norm_error(actual, naive_attention(torch.bfloat16)) < 0.01
 
 
 def norm_inputs(dtype: torch.dtype) -> list[torch.Tensor]:
