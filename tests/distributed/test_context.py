@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_gspo.types import Sample
 from tests.attention import Arrays, attention_of_ranks, naive_attention, padded
 from tests.distributed.steps import worst
 from tests.pool import RankPool
@@ -68,6 +70,40 @@ def test_the_variable_length_kernel_is_told_which_keys_each_run_of_queries_sees(
     (actual,) = ranks.run(1, varlen, context)
     error, where = worst(actual, naive_attention(torch.float64, padded(context)))
     assert error < 1e-13, f"{where} is off by {error:.1e}"
+
+
+def placed_tokens(parallel: dict[str, int], budget: int) -> list[list[int]]:
+    """The tokens of each micro-batch, with padding, of twelve responses of five tokens that the first leader drew."""
+    from megatron_gspo.config import parse
+    from megatron_gspo.policy.groups import make_groups
+    from megatron_gspo.train.batch import place
+
+    tree = {
+        "model": {"path": "unused"},
+        "data": {"path": "unused"},
+        "train": {"run_dir": "nowhere", "prompts_per_step": 3, "minibatches": 1, "microbatch_tokens": budget},
+        "rollout": {"max_prompt_tokens": 2, "max_response_tokens": 3},
+        "parallel": parallel,
+    }
+    config = parse(tree)
+    groups = make_groups(config.parallel)
+    samples = [five_tokens(group, index) for group in range(3) for index in range(4)] if groups.is_leader else []
+    (minibatch,) = place(samples if groups.data_rank == 0 else [], config, groups)
+    assert all(batch.num_tokens % groups.shard.size == 0 for batch in minibatch.batches)
+    return [batch.tokens_T.tolist() for batch in minibatch.batches]
+
+
+def five_tokens(group: int, index: int) -> Sample:
+    prompt, response = np.full(2, group + 1, np.int32), np.full(3, index + 1, np.int32)
+    return Sample(group, index, prompt, response, np.zeros(3, np.float32), 0.0, np.zeros(3), 0.0)
+
+
+def test_the_token_budget_counts_what_context_parallelism_fills_up_and_its_ranks_get_the_same(ranks: RankPool) -> None:
+    # Without context ranks three sequences of 5 fit into 16 tokens; filled up to 8, two do.
+    assert [len(batch) for batch in ranks.run(1, placed_tokens, {}, 16)[0]] == [15] * 4
+    first, second = ranks.run(2, placed_tokens, {"context": 2}, 16)
+    assert [len(batch) for batch in first] == [16] * 6
+    assert first == second
 
 
 def groups_of_a_rank(parallel: dict[str, int]) -> dict[str, list[int]]:
