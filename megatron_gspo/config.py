@@ -42,8 +42,22 @@ class ModelConfig(Section):
     """Parameters and activations. float64 is for proofs on a CPU."""
     logprob_chunk: Positive = 1024
     """Tokens whose logits exist at one time while logprobs are computed (per tensor rank group)."""
-    recompute: Literal["off", "full"] = "off"
-    """Activation recompute: "full" keeps only each layer's input and runs the layer again in backward."""
+    recompute: Literal["off", "selective", "full"] = "off"
+    """Activation recompute, for memory; it cannot change a step. "selective" runs ``recompute_modules`` again in
+    backward; "full" keeps only each layer's input and runs the whole layer again."""
+    recompute_modules: tuple[Literal["core_attn", "mlp", "moe"], ...] = ("mlp", "moe")
+    """What "selective" runs again: attention scores, dense MLPs, mixtures of experts (with their routing)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.recompute == "selective" and not self.recompute_modules:
+            raise ValueError('recompute = "selective" with recompute_modules = [] recomputes nothing: use "off"')
+        if self.recompute != "selective" and self.recompute_modules != ("mlp", "moe"):
+            raise ValueError(
+                f"recompute_modules = {list(self.recompute_modules)} has no effect with recompute = "
+                f'"{self.recompute}": use "selective"'
+            )
+        return self
 
 
 class AlgorithmConfig(Section):
@@ -103,13 +117,18 @@ class ParallelConfig(Section):
     pipeline: Positive = 1
     """Pipeline stages."""
     virtual_pipeline: Positive = 1
-    """Virtual stages a pipeline rank."""
+    """Virtual stages a pipeline rank: it holds every ``pipeline``-th of pipeline x virtual_pipeline pieces of the
+    model, which shortens the time that stages wait at the ends of a step. Micro-batches come in multiples of
+    ``pipeline``; where there are fewer, dummies fill up."""
+    stage_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Layers of each of the pipeline x virtual_pipeline virtual stages, in the model's order. Absent: alike, and where
+    they do not divide, the first ones have one more (the last one also has the output layer)."""
     context: Positive = 1
     """Context-parallel ranks: each holds 1/context of every sequence's tokens (load-balanced, zigzag)."""
     expert: Positive = 1
     """Expert-parallel ranks: each holds 1/expert of the experts. Drawn from tensor x context x data."""
     expert_tensor: Positive = 1
-    """Tensor-parallel ranks within an expert."""
+    """Tensor-parallel ranks within an expert; 1 whatever ``tensor`` is, unless set."""
     data: Positive | None = None
     """Data-parallel ranks. Absent: what is left of the world under torchrun, else the fewest that hold the experts."""
 
@@ -141,11 +160,23 @@ class ParallelConfig(Section):
             )
         return data
 
+    @property
+    def microbatch_multiple(self) -> int:
+        """Micro-batches of a mini-batch come in multiples of this: virtual stages take turns a round of stages long."""
+        return self.pipeline if self.virtual_pipeline > 1 else 1
+
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
-        for name in ("virtual_pipeline", "expert_tensor"):
-            if getattr(self, name) != 1:
-                raise LayoutError(f"{name} = {getattr(self, name)} is not supported yet: set parallel.{name} = 1")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise LayoutError(
+                f"virtual_pipeline = {self.virtual_pipeline} cuts the stages of a pipeline, and pipeline = 1 has none"
+            )
+        stages = self.pipeline * self.virtual_pipeline
+        if self.stage_layers is not None and len(self.stage_layers) != stages:
+            raise LayoutError(
+                f"stage_layers = {list(self.stage_layers)} names {len(self.stage_layers)} virtual stages, but "
+                f"pipeline {self.pipeline} x virtual_pipeline {self.virtual_pipeline} = {stages}"
+            )
         self.data_size()
         return self
 
@@ -166,6 +197,8 @@ class TrainConfig(Section):
     microbatch_tokens: Positive = 4096
     """Token budget of a packed micro-batch (prompt, response, and what context parallelism fills a sequence up with),
     of which a rank holds 1/context. Memory, not mathematics: it cannot change a step."""
+    oversize: Literal["error", "own"] = "error"
+    """A sequence above the budget: an error, or a micro-batch of its own."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seeds data order, rollouts and whatever else is drawn."""
     deterministic: bool = False
@@ -371,12 +404,12 @@ class RunConfig(Section):
         self._check_paths()
         prompt, response = self.rollout.max_prompt_tokens, self.rollout.max_response_tokens
         longest = padded_length(prompt + response, self.parallel.context)
-        if longest > self.train.microbatch_tokens:
+        if self.train.oversize == "error" and longest > self.train.microbatch_tokens:
             padded = f", padded to {longest} for parallel.context = {self.parallel.context},"
             raise ValueError(
                 f"rollout.max_prompt_tokens {prompt} + max_response_tokens {response} = {prompt + response}"
                 f"{padded if longest > prompt + response else ''} does not fit into train.microbatch_tokens = "
-                f"{self.train.microbatch_tokens}: raise it to at least {longest}"
+                f'{self.train.microbatch_tokens}: raise it to at least {longest}, or set train.oversize = "own"'
             )
         return self
 

@@ -120,7 +120,7 @@ def _refuse_oversize(lengths_S: npt.NDArray[np.int64], token_budget: int) -> Non
         more = f" (and {over.size - 1} more)" if over.size > 1 else ""
         raise BatchError(
             f"sequence {over[0]} has {lengths_S[over[0]]} tokens, above the micro-batch's {token_budget}{more}: "
-            f"raise train.microbatch_tokens or lower rollout.max_response_tokens"
+            f'raise train.microbatch_tokens, lower rollout.max_response_tokens, or set train.oversize = "own"'
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether a layout divides what it shards, checked from ``config.json`` alone."""
+"""Whether a layout divides what it shards, and how layers fall on pipeline stages; from ``config.json`` alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from megatron_gspo.hf.family import ModelShape
 
 
 def check_layout(parallel: ParallelConfig, model: ModelShape) -> None:
-    """Raises LayoutError, showing the division that fails."""
+    """Raises LayoutError, showing the division or the sum that fails."""
     rows = [
         (model.num_attention_heads, "attention heads", parallel.tensor, "tensor"),
         (model.num_query_groups, "key-value heads", parallel.tensor, "tensor"),
-        (model.num_layers, "layers", parallel.pipeline, "pipeline"),
     ]
     if not all(model.moe_layers):
         rows.append((model.ffn_hidden_size, "rows of an MLP", parallel.tensor, "tensor"))
@@ -22,5 +21,32 @@ def check_layout(parallel: ParallelConfig, model: ModelShape) -> None:
     for count, noun, ranks, name in rows:
         if count % ranks:
             raise LayoutError(f"{count} {noun} / parallel.{name} {ranks} = {count / ranks:g}: it must divide")
-    if parallel.expert > 1 and not model.num_experts:
-        raise LayoutError(f"parallel.expert = {parallel.expert}, but {model.architecture} has no experts")
+    for name in ("expert", "expert_tensor"):
+        if getattr(parallel, name) > 1 and not model.num_experts:
+            raise LayoutError(f"parallel.{name} = {getattr(parallel, name)}, but {model.architecture} has no experts")
+    stage_layers(parallel, model.num_layers)
+
+
+def stage_layers(parallel: ParallelConfig, layers: int) -> tuple[int, ...]:
+    """Layers of each virtual stage, in the model's order; stage s is on pipeline rank s % ``parallel.pipeline``.
+
+    ``parallel.stage_layers`` where it is set. Else every stage has layers // stages, and the first layers % stages one
+    more: the last also has the output layer, and ranks differ by one layer at most.
+
+    Raises LayoutError when the layers are fewer than the stages, or are not what ``stage_layers`` adds up to.
+    """
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    if parallel.stage_layers is not None:
+        if sum(parallel.stage_layers) != layers:
+            terms = " + ".join(map(str, parallel.stage_layers))
+            raise LayoutError(
+                f"parallel.stage_layers: {terms} = {sum(parallel.stage_layers)}, but the model has {layers} layers"
+            )
+        return parallel.stage_layers
+    if layers < stages:
+        raise LayoutError(
+            f"{layers} layers over pipeline {parallel.pipeline} x virtual_pipeline {parallel.virtual_pipeline} = "
+            f"{stages} stages leave some without a layer: use fewer, or say so with parallel.stage_layers"
+        )
+    share, more = divmod(layers, stages)
+    return tuple(share + (stage < more) for stage in range(stages))

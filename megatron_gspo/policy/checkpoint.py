@@ -8,6 +8,7 @@ caller wants back.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import queue
 import shutil
@@ -78,7 +79,8 @@ def load_checkpoint(policy: Policy, directory: Path) -> dict[str, Any]:
         loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
     except (CheckpointException, CheckpointingException) as error:
         raise WeightError(f"{directory}: the checkpoint is damaged: {_first_cause(error)}") from error
-    policy.model.load_state_dict(loaded["model"])
+    for index, chunk in enumerate(policy.chunks):
+        chunk.load_state_dict(loaded[_chunk_entry(index)])
     _take_states(policy, loaded)
     _count_steps(policy, header["step"])
     return header["extra"]
@@ -91,9 +93,15 @@ def _sharded_state(policy: Policy, states_of: StatesOf) -> dict[str, Any]:
     shape and place. We put it together ourselves, since 0.16.1 takes the wrong elements wherever a
     buffer has two buckets with padding between them, which a tied embedding under pipeline parallelism makes.
     """
-    model = policy.model.sharded_state_dict(metadata={"dp_cp_group": policy.groups.data_context})
-    state: dict[str, Any] = {"model": model}
-    place_of = {shard.data: (name, shard) for name, shard in model.items()}
+    state: dict[str, Any] = {
+        _chunk_entry(index): chunk.sharded_state_dict(metadata={"dp_cp_group": policy.groups.data_context})
+        for index, chunk in enumerate(policy.chunks)
+    }
+    place_of = {
+        shard.data: (f"{index}.{name}", shard)
+        for index in range(len(policy.chunks))
+        for name, shard in state[_chunk_entry(index)].items()
+    }
     for optimizer in _optimizers(policy):
         _allocate(optimizer.optimizer)
         for index, parameter in enumerate(_parameters(optimizer)):
@@ -104,7 +112,12 @@ def _sharded_state(policy: Policy, states_of: StatesOf) -> dict[str, Any]:
     return state
 
 
+def _chunk_entry(index: int) -> str:
+    return f"model{index}"
+
+
 def _entry(name: str) -> str:
+    """Of a parameter's optimizer state; ``name`` starts with the number of its chunk on this rank."""
     return f"optimizer.{name}"
 
 
@@ -140,7 +153,8 @@ def _empty_states(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter
 
 def _take_states(policy: Policy, loaded: dict[str, Any]) -> None:
     """Copies this rank's pieces of master weights and moments out of the parameters' whole ones."""
-    name_of = {parameter: name for name, parameter in policy.model.named_parameters()}
+    named = [chunk.named_parameters(prefix=str(index)) for index, chunk in enumerate(policy.chunks)]
+    name_of = {parameter: name for name, parameter in itertools.chain(*named)}
     for optimizer in _optimizers(policy):
         for parameter in _parameters(optimizer):
             own = _own_states(optimizer, parameter)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 CPU = torch.device("cpu")
 
@@ -29,6 +30,7 @@ def install() -> None:
         setattr(torch.cuda, name, replacement)
     for name in ("zeros", "ones", "empty", "tensor", "arange", "full"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
+    dist.all_gather, dist.reduce_scatter = _uneven_all_gather(dist.all_gather), _uneven_reduce_scatter
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]
     _install_in_megatron()
@@ -124,6 +126,43 @@ def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self) if dtype is None else original(self, dtype, *args, **kwargs)
 
     return type_
+
+
+def _uneven_all_gather(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Pieces of different lengths: expert-tensor ranks gather the tokens that each was sent. nccl takes them as they
+    are, gloo wants one length; here each rank broadcasts its piece.
+    """
+
+    @functools.wraps(original)
+    def all_gather(
+        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if len({piece.shape for piece in tensor_list}) == 1:
+            return original(tensor_list, tensor, group=group, async_op=async_op)
+        assert not async_op, "no caller in Megatron gathers uneven pieces without waiting for them"
+        for rank, piece in enumerate(tensor_list):
+            whole = tensor.contiguous() if rank == dist.get_rank(group) else torch.empty(piece.shape, dtype=piece.dtype)
+            dist.broadcast(whole, group=group, group_src=rank)
+            piece.copy_(whole)
+        return None
+
+    return all_gather
+
+
+def _uneven_reduce_scatter(
+    output: torch.Tensor,
+    input_list: list[torch.Tensor],
+    op: Any = dist.ReduceOp.SUM,
+    group: Any = None,
+    async_op: bool = False,
+) -> None:
+    """The backward of an uneven gather, which gloo lacks: every piece is reduced to its rank."""
+    assert not async_op, "no caller in Megatron reduces uneven pieces without waiting for them"
+    for rank, piece in enumerate(input_list):
+        sum_ = piece.clone(memory_format=torch.contiguous_format)
+        dist.reduce(sum_, group=group, group_dst=rank, op=op)
+        if rank == dist.get_rank(group):
+            output.copy_(sum_)
 
 
 def _install_in_megatron() -> None:

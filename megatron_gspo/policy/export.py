@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -27,13 +27,20 @@ def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 @torch.no_grad()
 def stream_tensors(
-    model: PolicyModel, family: Family, value: Callable[[torch.nn.Parameter], torch.Tensor] = weight_of
+    chunks: Sequence[PolicyModel], family: Family, value: Callable[[torch.nn.Parameter], torch.Tensor] = weight_of
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, CPU tensor) on the rank that owns each tensor, nothing elsewhere; every rank must exhaust it.
 
     The owner is the first of the ranks that hold the same parameter: tensor rank 0 of context and data rank 0 of its
     pipeline stage, and for an expert, rank 0 of those that hold the same expert.
     """
+    for chunk in chunks:
+        yield from _stream_chunk(chunk, family, value)
+
+
+def _stream_chunk(
+    model: PolicyModel, family: Family, value: Callable[[torch.nn.Parameter], torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
     groups = model.groups
     for parameter, named in model.rules(family):
         if model.shape.tied_embeddings and named.hf_names == EMBEDDING and not model.pre_process:

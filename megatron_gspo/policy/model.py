@@ -8,15 +8,17 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_gspo.algorithm.packing import zigzag_positions
 from megatron_gspo.algorithm.ratios import expand
-from megatron_gspo.config import ModelConfig
+from megatron_gspo.config import ModelConfig, ParallelConfig
 from megatron_gspo.errors import WeightError
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.family import Family, ModelShape
+from megatron_gspo.hf.layout import stage_layers
 from megatron_gspo.hf.weights import NamedRule, find_rule, padded_vocab_size, take_piece
 from megatron_gspo.parallel.logprobs import vocab_parallel_logprobs
 from megatron_gspo.policy.attention import packed_sequences
@@ -25,6 +27,14 @@ from megatron_gspo.policy.spec import block_spec
 from megatron_gspo.types import PackedBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+RECOMPUTE: dict[str, dict[str, object]] = {
+    "off": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""``model.recompute`` in Megatron's words."""
 
 
 class HiddenOutput(ColumnParallelLinear):
@@ -37,22 +47,27 @@ class HiddenOutput(ColumnParallelLinear):
 
 
 class PolicyModel(GPTModel):
-    """One pipeline stage of the policy. The last stage returns logprobs and entropies, others hidden states."""
+    """One virtual pipeline stage of the policy. The last returns logprobs and entropies, others hidden states."""
 
-    def __init__(self, config: TransformerConfig, shape: ModelShape, groups: Groups, chunk: int) -> None:
-        offset = get_transformer_layer_offset(config, pp_rank=groups.pipeline.rank())
-        layers = config.num_layers // config.pipeline_model_parallel_size
+    def __init__(
+        self, config: TransformerConfig, shape: ModelShape, groups: Groups, chunk: int, vp_stage: int | None = None
+    ) -> None:
+        rank = groups.pipeline.rank()
+        offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=rank)
+        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=rank)
+        last = (config.virtual_pipeline_model_parallel_size or 1) - 1
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(list(shape.moe_layers[offset : offset + layers]), config),
             vocab_size=padded_vocab_size(shape.vocab_size, groups.tensor.size()),
             max_sequence_length=shape.max_positions,
-            pre_process=groups.is_first_stage,
-            post_process=groups.is_last_stage,
+            pre_process=groups.is_first_stage and vp_stage in (None, 0),
+            post_process=groups.is_last_stage and vp_stage in (None, last),
             position_embedding_type="rope",
             rotary_base=shape.rotary_base,
             share_embeddings_and_output_weights=shape.tied_embeddings,
             pg_collection=groups.megatron,
+            vp_stage=vp_stage,
         )
         if self.post_process:
             self.output_layer.__class__ = HiddenOutput  # the same weight and sharding, another forward
@@ -117,11 +132,11 @@ class PolicyModel(GPTModel):
 
 
 def transformer_config(
-    model: ModelConfig, shape: ModelShape, groups: Groups, *, deterministic: bool = False
+    model: ModelConfig, parallel: ParallelConfig, shape: ModelShape, groups: Groups, *, deterministic: bool = False
 ) -> TransformerConfig:
     """The shape and the layout as Megatron's configuration; everything that could change a step is named here."""
     dtype = DTYPES[model.dtype]
-    tensor, pipeline = groups.tensor.size(), groups.pipeline.size()
+    tensor = groups.tensor.size()
     moe = {} if not shape.num_experts else _moe_settings(model, shape)
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -143,7 +158,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=tensor,
         sequence_parallel=tensor > 1,
-        pipeline_model_parallel_size=pipeline,
+        **_pipeline_settings(parallel, shape.num_layers),
         context_parallel_size=groups.context.size(),
         expert_model_parallel_size=groups.expert.size(),
         expert_tensor_parallel_size=groups.megatron.expt_tp.size(),
@@ -163,12 +178,25 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         deterministic_mode=deterministic or not torch.cuda.is_available(),
-        recompute_granularity="full" if model.recompute == "full" else None,
-        recompute_method="uniform" if model.recompute == "full" else None,
-        recompute_num_layers=1 if model.recompute == "full" else None,
+        **RECOMPUTE[model.recompute],
+        recompute_modules=list(model.recompute_modules),
         **moe,
         **{name: value for name, value in shape.megatron.items() if shape.num_experts or not name.startswith("moe_")},
     )
+
+
+def _pipeline_settings(parallel: ParallelConfig, num_layers: int) -> dict[str, object]:
+    """Stages with their layers spelled out, so that even, uneven and virtual ones are one case."""
+    if parallel.pipeline == 1:
+        return {"pipeline_model_parallel_size": 1}
+    stages = [["decoder"] * layers for layers in stage_layers(parallel, num_layers)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return {
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        "pipeline_model_parallel_layout": stages,
+    }
 
 
 def _moe_settings(model: ModelConfig, shape: ModelShape) -> dict[str, object]:
@@ -189,15 +217,23 @@ def _moe_settings(model: ModelConfig, shape: ModelShape) -> dict[str, object]:
     }
 
 
-def build_model(
-    model: ModelConfig, family: Family, shape: ModelShape, groups: Groups, *, deterministic: bool = False
-) -> PolicyModel:
-    """This rank's stage, with uninitialised weights, on this rank's device."""
+def build_chunks(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    family: Family,
+    shape: ModelShape,
+    groups: Groups,
+    *,
+    deterministic: bool = False,
+) -> list[PolicyModel]:
+    """This rank's virtual stages in the model's order, with uninitialised weights, on this rank's device."""
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)  # only dropout would draw, and there is none
-    config = transformer_config(model, shape, groups, deterministic=deterministic)
-    policy = PolicyModel(config, shape, groups, model.logprob_chunk).to(device())
-    _mark_parameters(policy, family)
-    return policy
+    config = transformer_config(model, parallel, shape, groups, deterministic=deterministic)
+    virtual: list[int | None] = list(range(parallel.virtual_pipeline)) if parallel.virtual_pipeline > 1 else [None]
+    chunks = [PolicyModel(config, shape, groups, model.logprob_chunk, stage).to(device()) for stage in virtual]
+    for chunk in chunks:
+        _mark_parameters(chunk, family)
+    return chunks
 
 
 def _mark_parameters(policy: PolicyModel, family: Family) -> None:

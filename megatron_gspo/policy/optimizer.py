@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -32,8 +33,8 @@ def wrap_ddp(model: PolicyModel, groups: Groups) -> DistributedDataParallel:
 class Optimizer:
     """AdamW over sharded states; refuses to move on a gradient that is not finite."""
 
-    def __init__(self, config: OptimizerConfig, model: DistributedDataParallel, groups: Groups) -> None:
-        dtype = model.config.params_dtype
+    def __init__(self, config: OptimizerConfig, models: Sequence[DistributedDataParallel], groups: Groups) -> None:
+        dtype = models[0].config.params_dtype
         settings = MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
@@ -52,7 +53,7 @@ class Optimizer:
         with self._precision():
             self.megatron: MegatronOptimizer = get_megatron_optimizer(
                 settings,
-                [model],
+                list(models),
                 use_gloo_process_groups=torch.cuda.is_available(),
                 pg_collection=groups.megatron,
             )

@@ -9,7 +9,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_gspo.config import RunConfig
-from megatron_gspo.errors import WeightError
+from megatron_gspo.errors import BatchError, WeightError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.layout import check_layout
@@ -17,8 +17,9 @@ from megatron_gspo.parallel.exchange import agree
 from megatron_gspo.policy.export import complete_gradients, gradient_of, stream_tensors
 from megatron_gspo.policy.groups import Groups
 from megatron_gspo.policy.load import ExpertLoad
-from megatron_gspo.policy.model import build_model, load_weights
+from megatron_gspo.policy.model import build_chunks, load_weights
 from megatron_gspo.policy.optimizer import Optimizer, learning_rate, wrap_ddp
+from megatron_gspo.policy.pipeline import stage_communicator
 from megatron_gspo.types import PackedBatch
 
 Objective = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -28,6 +29,9 @@ globally normalised loss. Called on the last pipeline stage only; must not raise
 
 class Policy:
     """This rank's share of the model, and the collective operations on the whole.
+
+    ``chunks`` are its virtual pipeline stages in the model's order (one, without virtual stages); ``modules`` are the
+    same as they are run, under DDP where the policy is trained.
 
     Every method is collective: all ranks of the layout call it with the same number of micro-batches.
     """
@@ -41,24 +45,27 @@ class Policy:
         directory = path or config.model.path
         self.family, self.shape = read_model(directory)
         check_layout(config.parallel, self.shape)
-        self.model = build_model(
-            config.model, self.family, self.shape, groups, deterministic=config.train.deterministic
+        self.chunks = build_chunks(
+            config.model, config.parallel, self.family, self.shape, groups, deterministic=config.train.deterministic
         )
         self.temperature = 1.0 if config.algorithm.name == "sft" else config.rollout.temperature
         error: Exception | None = None
         try:
-            load_weights(self.model, self.family, HfReader(directory))
+            reader = HfReader(directory)
+            for chunk in self.chunks:
+                load_weights(chunk, self.family, reader)
         except WeightError as caught:  # perhaps on one stage only
             error = caught
         agree(error, groups.world)
         self.optimizer: Optimizer | None = None
-        self.expert_load = ExpertLoad(self.model)
-        self.module: torch.nn.Module = self.model
+        self.expert_load = ExpertLoad(self.chunks)
+        self.modules: Sequence[torch.nn.Module] = self.chunks
         if trainable:
-            self.module = wrap_ddp(self.model, groups)
-            self.optimizer = Optimizer(config.optimizer, self.module, groups)
-            self.model.config.finalize_model_grads_func = _finalize_gradients
-        self.module.train()
+            self.modules = [wrap_ddp(chunk, groups) for chunk in self.chunks]
+            self.optimizer = Optimizer(config.optimizer, self.modules, groups)
+            self.chunks[0].config.finalize_model_grads_func = _finalize_gradients
+        for module in self.modules:
+            module.train()
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[PackedBatch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -83,7 +90,8 @@ class Policy:
         ``_finalize_gradients`` names no token count to divide by. So a loss that is normalised over the whole
         mini-batch gives the gradient of one process.
         """
-        self.module.zero_grad_buffer()  # type: ignore[operator]
+        for module in self.modules:
+            module.zero_grad_buffer()  # type: ignore[operator]
         self._trained().megatron.zero_grad()
         self.expert_load.start()
         self._run(batches, objective, forward_only=False)
@@ -98,18 +106,25 @@ class Policy:
 
         Every rank must exhaust the iterator: making a tensor gathers it over tensor ranks.
         """
-        return stream_tensors(self.model, self.family)
+        return stream_tensors(self.chunks, self.family)
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The accumulated gradients in Hugging Face names, streamed as ``weights`` is."""
-        complete_gradients(self.module)
-        return stream_tensors(self.model, self.family, gradient_of)
+        for module in self.modules:
+            complete_gradients(module)
+        return stream_tensors(self.chunks, self.family, gradient_of)
 
     def _trained(self) -> Optimizer:
         assert self.optimizer is not None, "this policy was built with trainable=False"
         return self.optimizer
 
     def _run(self, batches: Sequence[PackedBatch], objective: Objective, *, forward_only: bool) -> None:
+        if len(batches) % self.config.parallel.microbatch_multiple:
+            raise BatchError(
+                f"{len(batches)} micro-batches over parallel.pipeline = {self.config.parallel.pipeline} with virtual "
+                f"stages: their number must be a multiple of the stages; fill up with dummy_batch"
+            )
+
         def forward_step(
             stream: Iterator[tuple[int, PackedBatch]], module: torch.nn.Module
         ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, float]]]]:
@@ -123,22 +138,15 @@ class Policy:
 
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(enumerate(batches)),
-            model=[self.module],
+            data_iterator=[iter(enumerate(batches)) for _ in self.modules],
+            model=list(self.modules),
             num_microbatches=len(batches),
             seq_length=0,  # shapes travel with the tensors
             micro_batch_size=1,
             forward_only=forward_only,
             pg_collection=self.groups.megatron,
-            p2p_communicator=self._p2p(),
+            p2p_communicator=stage_communicator(self.groups, self.chunks[0].config),
         )
-
-    def _p2p(self) -> object | None:
-        if self.groups.pipeline.size() == 1:
-            return None
-        from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-
-        return P2PCommunicator(pp_group=self.groups.pipeline, config=self.model.config)
 
 
 def _finalize_gradients(modules: list[torch.nn.Module], num_tokens: object = None, **kwargs: object) -> None:

@@ -110,8 +110,13 @@ def _exchange_samples(
 
 def _plan(lengths: Sequence[int], config: RunConfig, groups: Groups) -> Plan:
     """Lengths are those that the model will see: filled up for context parallelism."""
-    padded = padded_length(np.asarray(lengths), groups.context.size())
-    return plan_microbatches(padded, token_budget=config.train.microbatch_tokens, num_ranks=groups.data_size)
+    return plan_microbatches(
+        padded_length(np.asarray(lengths), groups.context.size()),
+        token_budget=config.train.microbatch_tokens,
+        num_ranks=groups.data_size,
+        oversize=config.train.oversize,
+        multiple_of=config.parallel.microbatch_multiple,
+    )
 
 
 def _weights(response_lengths: dict[Key, int], config: RunConfig) -> dict[Key, float]:

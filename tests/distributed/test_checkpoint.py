@@ -47,6 +47,13 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
+def deep_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Five layers, the first one dense, and one matrix for embedding and head: no two stages are alike."""
+    directory = tmp_path_factory.mktemp("deep")
+    return str(oracle.make_tiny_qwen3_moe(directory, layers=5, mlp_only_layers=[0], tie=True))
+
+
+@pytest.fixture(scope="module")
 def tied_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(oracle.make_tiny_qwen3_moe(tmp_path_factory.mktemp("tied"), layers=2, tie=True))
 
@@ -74,7 +81,7 @@ def case_of(path: str, dtype: str = "float64") -> Case:
 
 def run(ranks: RankPool, function: Callable[..., Trained], case: Case, layout: str, *args: Any) -> Trained:
     world, parallel = LAYOUTS[layout]
-    plan = steps.uneven_plan(len(case.samples), steps.data_size(layout))
+    plan = steps.filled_up(steps.uneven_plan(len(case.samples), steps.data_size(layout)), parallel)
     whole = Trained()
     for part in ranks.run(world, function, case, parallel, plan, *args):
         whole.weights |= part.weights
@@ -175,6 +182,24 @@ def test_the_next_step_is_the_same_at_another_layout(
     ranks: RankPool, saved: Any, path: str, source: str, target: str
 ) -> None:
     case = case_of(path)
+    directory, before = saved(case, source)
+    after = run(ranks, load_and_train, case, target, directory)
+    assert steps.worst(after.weights, before.weights)[0] == 0.0
+    assert error_of_step(after, before) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("PP2xVPP2", "TP2xETP2"),
+        ("TP2xETP2", "PP3"),
+        ("DP2xETP2", "PP2xVPP2"),
+    ],
+)
+def test_virtual_stages_and_cut_experts_are_saved_by_their_place_in_the_whole(
+    ranks: RankPool, saved: Any, deep_path: str, source: str, target: str
+) -> None:
+    case = case_of(deep_path)
     directory, before = saved(case, source)
     after = run(ranks, load_and_train, case, target, directory)
     assert steps.worst(after.weights, before.weights)[0] == 0.0

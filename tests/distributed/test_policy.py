@@ -19,32 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from tests import oracle
 from tests.distributed import steps
+from tests.distributed.checks import MOVED, NORM, assert_same_step, norm_of
 from tests.distributed.steps import LAYOUTS, Case, Step
 from tests.pool import RankPool
 
 pytestmark = pytest.mark.distributed
-
-LOGPROBS, GRADIENTS = 1e-12, 1e-12
-LOG_RATIO = 1e-9  # a difference of log-probabilities a thousand times its size
-NORM = 1e-6  # Megatron keeps norms and clip factors in float32
-MOVED = 1e-6  # of the largest move of a tensor
-
-
-def assert_same_step(step: Step, expected: Step) -> None:
-    """Log-probabilities, entropies, s_i, clipping, loss and every gradient; and the norm, when a step was taken."""
-    for name, tolerance in (("logprobs", LOGPROBS), ("entropy", LOGPROBS), ("log_ratio", LOG_RATIO)):
-        error, where = steps.worst(getattr(step, name), getattr(expected, name))
-        assert error < tolerance, f"{name} of response {where} is off by {error:.1e}"
-    assert step.clipped == expected.clipped
-    assert step.loss == pytest.approx(expected.loss, rel=1e-10)
-    error, where = steps.worst(step.gradients, expected.gradients)
-    assert error < GRADIENTS, f"the gradient of {where} is off by {error:.1e}"
-    if step.grad_norms:
-        assert step.grad_norms[0] == pytest.approx(norm_of(expected.gradients.values()), rel=NORM)
-
-
-def norm_of(gradients: Any) -> float:
-    return float(np.sqrt(sum((gradient**2).sum() for gradient in gradients)))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +114,7 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("layout", ["TP1", "CP2", "TP2xPP2xEP2"])
+@pytest.mark.parametrize("layout", ["TP1", "CP2", "TP2xPP2xEP2", "PP2xVPP2"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_splitting_and_packing_cannot_change_a_step(
     ranks: RankPool, case: Case, expected: Step, layout: str, plan: str
@@ -162,11 +141,6 @@ def test_the_logprob_chunk_cannot_change_a_step(ranks: RankPool, case: Case, exp
     assert_same_step(steps.train(ranks, replace(case, chunk=chunk), "TP2xPP2xEP2"), expected)
 
 
-@pytest.mark.parametrize("layout", ["TP1", "PP2", "CP2xPP2", "TP2xPP2xEP2"])
-def test_full_recompute_cannot_change_a_step(ranks: RankPool, case: Case, expected: Step, layout: str) -> None:
-    assert_same_step(steps.train(ranks, replace(case, recompute="full"), layout), expected)
-
-
 # --------------------------------------------------------------------------------------------------------------- pi_old
 
 
@@ -188,13 +162,14 @@ def old_and_new_logprobs(case: Case, parallel: dict[str, int], plan: steps.Plan)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-@pytest.mark.parametrize("layout", ["TP1", "DP2", "TP2xCP2", "TP2xPP2xEP2"])
+@pytest.mark.parametrize("layout", ["TP1", "DP2", "TP2xCP2", "TP2xPP2xEP2", "PP2xVPP2"])
 def test_the_pi_old_pass_is_bitwise_the_first_training_forward(
     ranks: RankPool, case: Case, layout: str, dtype: str
 ) -> None:
     case = replace(case, dtype=dtype, recompute="full" if dtype == "float32" else "off")
     world, parallel = LAYOUTS[layout]
-    results = ranks.run(world, old_and_new_logprobs, case, parallel, steps.uneven_plan(12, steps.data_size(layout)))
+    plan = steps.filled_up(steps.uneven_plan(12, steps.data_size(layout)), parallel)
+    results = ranks.run(world, old_and_new_logprobs, case, parallel, plan)
     compared = [entry for result in results for entry in result]
     assert sum(tokens for _, tokens in compared) >= sum(sample.length for sample in case.samples)
     assert all(equal for equal, _ in compared)
@@ -257,10 +232,10 @@ def test_every_loss_gives_the_step_of_one_process(ranks: RankPool, moe_dir: str,
 def logprobs_with_padding_row(case: Case, parallel: dict[str, int], value: float) -> list[np.ndarray]:
     """Log-probabilities after the vocabulary's padding rows, on the last tensor rank, are set to ``value``."""
     policy, groups = steps.make_policy(case, parallel)
-    padding = policy.model.output_layer.weight.shape[0] * groups.tensor.size() - policy.shape.vocab_size
+    padding = policy.chunks[-1].output_layer.weight.shape[0] * groups.tensor.size() - policy.shape.vocab_size
     assert padding == 1
     if groups.tensor.rank() == groups.tensor.size() - 1:
-        policy.model.output_layer.weight.data[-padding:] = value
+        policy.chunks[-1].output_layer.weight.data[-padding:] = value
     batch = steps.pack_samples(case, range(len(case.samples)), groups.shard)
     return [values.numpy() for pair in policy.logprobs([batch]) for values in pair]
 
@@ -323,8 +298,10 @@ def refusal(path: str, parallel: dict[str, int]) -> tuple[str, str]:
     [
         (3, {"tensor": 3}, "4 attention heads / parallel.tensor 3 = 1.33333"),
         (4, {"tensor": 4}, "2 key-value heads / parallel.tensor 4 = 0.5"),
-        (3, {"pipeline": 3}, "4 layers / parallel.pipeline 3 = 1.33333"),
         (3, {"context": 2}, "tensor 1 x pipeline 1 x context 2 x data 1 = 2 ranks, but the world has 3"),
+        (5, {"pipeline": 5}, "4 layers over pipeline 5 x virtual_pipeline 1 = 5 stages leave some without a layer"),
+        (2, {"pipeline": 2, "stage_layers": [2, 3]}, "2 + 3 = 5, but the model has 4 layers"),
+        (5, {"expert_tensor": 5}, "24 rows of an expert / parallel.expert_tensor 5 = 4.8"),
         (3, {"expert": 3}, "8 experts / parallel.expert 3 = 2.66667"),
         (3, {"tensor": 2}, "tensor 2 x pipeline 1 x context 1 x data 1 = 2 ranks, but the world has 3"),
         (2, {"expert": 4}, "expert 4 x expert_tensor 1 = 4 does not divide tensor 1 x context 1 x data 2 = 2"),
@@ -340,8 +317,9 @@ def test_a_layout_that_does_not_divide_is_refused_with_the_division(
 
 def test_experts_over_ranks_are_refused_for_a_dense_model(ranks: RankPool, tmp_path: Path) -> None:
     path = str(oracle.make_tiny_qwen3(tmp_path))
-    for kind, text in ranks.run(2, refusal, path, {"expert": 2}):
-        assert (kind, text) == ("LayoutError", "parallel.expert = 2, but Qwen3ForCausalLM has no experts")
+    for axis in ("expert", "expert_tensor"):
+        for kind, text in ranks.run(2, refusal, path, {axis: 2}):
+            assert (kind, text) == ("LayoutError", f"parallel.{axis} = 2, but Qwen3ForCausalLM has no experts")
 
 
 def test_a_tensor_that_is_missing_or_misshapen_is_named(ranks: RankPool, moe_dir: str, tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def noise_at_equal_and_at_moved_weights(config: RunConfig) -> tuple[dict[str, fl
     shards = pi_old_pass(run, minibatches)
     floor = measure_noise(run, minibatches[0], shards[0], 0)
     with torch.no_grad():
-        for parameter in run.policy.model.parameters():
+        for parameter in run.policy.chunks[0].parameters():
             parameter.mul_(1.01)
     return floor, measure_noise(run, minibatches[0], shards[0], 0)
 

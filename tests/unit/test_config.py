@@ -106,12 +106,6 @@ def test_a_wrong_setting_is_one_line_with_its_value(settings: dict[str, Any], me
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("axis", ["virtual_pipeline", "expert_tensor"])
-def test_an_axis_that_is_not_there_yet_is_refused(axis: str) -> None:
-    with pytest.raises(LayoutError, match=f"{axis} = 2 is not supported yet"):
-        parse(tree(parallel={axis: 2}))
-
-
 def test_context_ranks_multiply_the_world_and_can_hold_experts() -> None:
     layout = parse(tree(parallel={"tensor": 2, "context": 2, "pipeline": 2, "expert": 4})).parallel
     assert (layout.world_size(), layout.data_size(16)) == (8, 2)
@@ -158,7 +152,7 @@ def tiny_shape() -> ModelShape:
     [
         ({"tensor": 8}, r"4 key-value heads / parallel\.tensor 8 = 0\.5"),
         ({"tensor": 3}, r"8 attention heads / parallel\.tensor 3 = 2\.66667"),
-        ({"pipeline": 4}, r"6 layers / parallel\.pipeline 4 = 1\.5"),
+        ({"pipeline": 8}, r"6 layers over pipeline 8 x virtual_pipeline 1 = 8 stages"),
         ({"expert": 4}, r"6 experts / parallel\.expert 4 = 1\.5"),
     ],
 )
