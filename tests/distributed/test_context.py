@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from megatron_gspo.types import Sample
+from tests import oracle
 from tests.attention import Arrays, attention_of_ranks, naive_attention, padded
 from tests.distributed.steps import worst
 from tests.pool import RankPool
@@ -104,6 +106,36 @@ def test_the_token_budget_counts_what_context_parallelism_fills_up_and_its_ranks
     first, second = ranks.run(2, placed_tokens, {"context": 2}, 16)
     assert [len(batch) for batch in first] == [16] * 6
     assert first == second
+
+
+def fine_tuned(path: str, parallel: dict[str, int]) -> dict[str, float]:
+    """The metrics of one supervised step."""
+    from megatron_gspo.config import parse
+    from megatron_gspo.policy.groups import make_groups
+    from megatron_gspo.policy.policy import Policy
+    from megatron_gspo.train.batch import place
+    from megatron_gspo.train.sft import supervised_step
+
+    tree = {
+        "model": {"path": path, "dtype": "float64"},
+        "data": {"path": "unused"},
+        "algorithm": {"name": "sft"},
+        "train": {"run_dir": "nowhere", "prompts_per_step": 12},
+        "parallel": parallel,
+    }
+    config = parse(tree)
+    groups = make_groups(config.parallel)
+    samples = oracle.random_samples(groups=12, group_size=1) if groups.is_leader else []
+    (minibatch,) = place(samples, config, groups)
+    return supervised_step(config, groups, Policy(config, groups), minibatch, 0)
+
+
+def test_a_supervised_step_is_that_of_one_rank(ranks: RankPool, tmp_path: Path) -> None:
+    path = str(oracle.make_tiny_qwen3_moe(tmp_path, layers=2))
+    (alone,) = ranks.run(1, fine_tuned, path, {})
+    for metrics in ranks.run(4, fine_tuned, path, {"tensor": 2, "context": 2}):
+        assert metrics["loss"] == pytest.approx(alone["loss"], rel=1e-7)  # Megatron's float32 router
+        assert metrics["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-6)
 
 
 def groups_of_a_rank(parallel: dict[str, int]) -> dict[str, list[int]]:
