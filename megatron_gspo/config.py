@@ -52,7 +52,8 @@ class ModelConfig(Section):
     def _check(self) -> ModelConfig:
         if self.recompute == "selective" and not self.recompute_modules:
             raise ValueError('recompute = "selective" with recompute_modules = [] recomputes nothing: use "off"')
-        if self.recompute != "selective" and self.recompute_modules != ("mlp", "moe"):
+        default = type(self).model_fields["recompute_modules"].default
+        if self.recompute != "selective" and self.recompute_modules != default:
             raise ValueError(
                 f"recompute_modules = {list(self.recompute_modules)} has no effect with recompute = "
                 f'"{self.recompute}": use "selective"'

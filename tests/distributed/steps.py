@@ -41,6 +41,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "TP2xCP2xPP2": (8, {"tensor": 2, "context": 2, "pipeline": 2}),
     "CP2xDP2xEP4": (4, {"context": 2, "expert": 4}),
     "PP2xVPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "PP2xVPP2xDP2xEP2": (4, {"pipeline": 2, "virtual_pipeline": 2, "expert": 2}),
     "PP2xVPP2xTP2xEP2": (4, {"pipeline": 2, "virtual_pipeline": 2, "tensor": 2, "expert": 2}),
     "PP3": (3, {"pipeline": 3}),  # stages of 2, 1 and 1 layers
     "TP2xETP2": (2, {"tensor": 2, "expert_tensor": 2}),
