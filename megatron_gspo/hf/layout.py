@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_gspo.config import ParallelConfig
-from megatron_gspo.errors import LayoutError
+from megatron_gspo.config import ModelConfig, ParallelConfig
+from megatron_gspo.errors import ConfigError, LayoutError
 from megatron_gspo.hf.family import ModelShape
 
 
@@ -25,6 +25,16 @@ def check_layout(parallel: ParallelConfig, model: ModelShape) -> None:
         if getattr(parallel, name) > 1 and not model.num_experts:
             raise LayoutError(f"parallel.{name} = {getattr(parallel, name)}, but {model.architecture} has no experts")
     stage_layers(parallel, model.num_layers)
+
+
+def check_recompute(settings: ModelConfig, model: ModelShape) -> None:
+    """Raises ConfigError when ``model.recompute_modules`` names nothing that the model has."""
+    there = {"core_attn"} | {"moe" if is_moe else "mlp" for is_moe in model.moe_layers}
+    if settings.recompute == "selective" and not there & set(settings.recompute_modules):
+        raise ConfigError(
+            f"model.recompute_modules = {list(settings.recompute_modules)} would recompute nothing: "
+            f"{model.architecture} with these layers has {', '.join(sorted(there))}"
+        )
 
 
 def stage_layers(parallel: ParallelConfig, layers: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import BatchError, WeightError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
-from megatron_gspo.hf.layout import check_layout
+from megatron_gspo.hf.layout import check_layout, check_recompute
 from megatron_gspo.parallel.exchange import agree
 from megatron_gspo.policy.export import complete_gradients, gradient_of, stream_tensors
 from megatron_gspo.policy.groups import Groups
@@ -45,6 +45,7 @@ class Policy:
         directory = path or config.model.path
         self.family, self.shape = read_model(directory)
         check_layout(config.parallel, self.shape)
+        check_recompute(config.model, self.shape)
         self.chunks = build_chunks(
             config.model, config.parallel, self.family, self.shape, groups, deterministic=config.train.deterministic
         )

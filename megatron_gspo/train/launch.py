@@ -18,7 +18,7 @@ from megatron_gspo.config import RunConfig
 from megatron_gspo.data.rows import read_rows
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
-from megatron_gspo.hf.layout import check_layout
+from megatron_gspo.hf.layout import check_layout, check_recompute
 from megatron_gspo.rewards.registry import resolve_reward
 
 
@@ -26,6 +26,7 @@ def check_before_start(config: RunConfig) -> None:
     """What can be said within seconds, without a process group and without a server: raises UserError."""
     _, shape = read_model(config.model.path)
     check_layout(config.parallel, shape)
+    check_recompute(config.model, shape)
     HfReader(config.model.path)
     next(read_rows(Path(config.data.path)), None)
     if config.algorithm.name != "sft":

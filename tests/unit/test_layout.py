@@ -8,7 +8,8 @@ import pytest
 
 from megatron_gspo.config import ModelConfig, ParallelConfig, RunConfig, parse
 from megatron_gspo.errors import ConfigError, LayoutError
-from megatron_gspo.hf.layout import stage_layers
+from megatron_gspo.hf.catalog import FAMILIES
+from megatron_gspo.hf.layout import check_recompute, stage_layers
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,22 @@ def test_virtual_stages_want_rounds_of_micro_batches() -> None:
 def test_a_recompute_that_does_nothing_or_cannot_be_is_refused(model: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tree(model=model)
+
+
+def test_a_recompute_of_modules_that_the_model_lacks_is_refused() -> None:
+    dense = FAMILIES["Qwen3ForCausalLM"].shape(
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "vocab_size": 67,
+        }
+    )
+    check_recompute(ModelConfig(path="model", recompute="selective"), dense)
+    with pytest.raises(ConfigError, match=r"\['moe'\] would recompute nothing: .* has core_attn, mlp"):
+        check_recompute(ModelConfig(path="model", recompute="selective", recompute_modules=("moe",)), dense)
 
 
 def test_a_resolved_recompute_setting_reads_back() -> None:
