@@ -219,7 +219,7 @@ def test_a_recompute_of_other_inputs_shows_in_a_gradient(
 
 def expert_load(case: Case, parallel: dict[str, int]) -> np.ndarray:
     policy, _ = steps.make_policy(case, parallel)
-    batches = [steps.pack_samples(case, part, 1) for part in ([0, 1, 2], [3, 4])]
+    batches = [steps.pack_samples(case, part, policy.groups.shard) for part in ([0, 1, 2], [3, 4])]
     policy.gradients(batches, lambda index, logprobs_T, entropy_T: logprobs_T.sum())
     return policy.expert_load.stop().numpy()
 
@@ -285,7 +285,7 @@ def bytes_of_states(case: Case, parallel: dict[str, int]) -> tuple[int, int]:
     """(bytes of this rank's moments and master weights, elements of its parameters)."""
     policy, _ = steps.make_policy(case, parallel)
     plan = steps.uneven_plan(len(case.samples), policy.groups.data_size)
-    batches = [steps.pack_samples(case, part, 1) for part in plan[policy.groups.data_rank]]
+    batches = [steps.pack_samples(case, part, policy.groups.shard) for part in plan[policy.groups.data_rank]]
     policy.gradients(batches, lambda index, logprobs_T, entropy_T: logprobs_T.sum())
     policy.step(0, 1)
     inner = [part.optimizer for part in policy.optimizer.megatron.chained_optimizers]
