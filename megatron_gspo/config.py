@@ -41,7 +41,8 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Parameters and activations. float64 is for proofs on a CPU."""
     logprob_chunk: Positive = 1024
-    """Tokens whose logits exist at one time while logprobs are computed (per tensor rank group)."""
+    """Tokens (per tensor rank group) whose logprobs are computed at one time, over a tile of 8,192 vocabulary rows at
+    a time: memory is two such tiles."""
     recompute: Literal["off", "selective", "full"] = "off"
     """Activation recompute, for memory; it cannot change a step. "selective" runs ``recompute_modules`` again in
     backward; "full" keeps only each layer's input and runs the whole layer again."""

@@ -25,6 +25,8 @@ class Problem:
     tokens: int = 24
     temperature: float = 0.7
     chunk: int = 7
+    columns: int = 3
+    """Vocabulary rows of a tile: several tiles a rank, and a last one that is not full."""
     dtype: torch.dtype = torch.float64
     scale: float = 1.0
     padding_value: float = 50.0
@@ -68,14 +70,15 @@ def on_a_rank(problem: Problem) -> dict[str, np.ndarray]:
     """This rank's slice of tokens and rows, computed by the product."""
     from torch.distributed import group as groups
 
-    from megatron_gspo.parallel.logprobs import vocab_parallel_logprobs
+    from megatron_gspo.parallel import logprobs as product
 
+    product.COLUMNS = problem.columns  # in this rank, which ends with the call
     tensor = groups.WORLD
     assert tensor is not None
     hidden_TH, weight_VH, labels_T, grad_T = problem.tensors()
     mine = [x.chunk(tensor.size())[tensor.rank()] for x in (hidden_TH, weight_VH, grad_T)]
     hidden, weight = mine[0].clone().requires_grad_(), mine[1].clone().requires_grad_()
-    logprobs, entropy = vocab_parallel_logprobs(
+    logprobs, entropy = product.vocab_parallel_logprobs(
         hidden,
         weight,
         labels_T,
@@ -93,6 +96,34 @@ def on_a_rank(problem: Problem) -> dict[str, np.ndarray]:
     return {name: value.double().numpy() for name, value in tensors.items()}
 
 
+def into_main_grad(problem: Problem, **attributes: bool) -> dict[str, np.ndarray]:
+    """Two backwards of a head that Megatron's DDP wraps: what they add to ``main_grad``, and what autograd is given."""
+    from torch.distributed import group as groups
+
+    from megatron_gspo.parallel import logprobs as product
+
+    product.COLUMNS = problem.columns
+    tensor = groups.WORLD
+    assert tensor is not None
+    hidden, weight, labels, grad = problem.tensors()
+    weight.requires_grad_()
+    weight.main_grad = torch.full_like(weight, 3.0, dtype=grad.dtype)  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    for name, value in attributes.items():
+        setattr(weight, name, value)
+    for _ in range(2):
+        logprobs, _ = product.vocab_parallel_logprobs(
+            hidden, weight, labels, group=tensor, vocab_size=problem.vocab, temperature=problem.temperature, chunk=7
+        )
+        logprobs.backward(grad)
+    assert weight.grad is not None
+    return {
+        "added": (weight.main_grad - 3.0).double().numpy(),  # type: ignore[attr-defined]
+        "returned": weight.grad.double().numpy(),
+        "told": np.array(weight.grad_added_to_main_grad),  # type: ignore[attr-defined]
+    }
+
+
 def error(ranks: RankPool, tensor: int, problem: Problem) -> float:
     parts = ranks.run(tensor, on_a_rank, problem)
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -103,6 +134,12 @@ def error(ranks: RankPool, tensor: int, problem: Problem) -> float:
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_values_entropies_and_gradients_are_those_of_log_softmax(ranks: RankPool, tensor: int, chunk: int) -> None:
     assert error(ranks, tensor, Problem(chunk=chunk)) < 1e-13
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4, 5, 16, 10_000])
+def test_the_width_of_a_tile_changes_nothing(ranks: RankPool, columns: int) -> None:
+    for tensor in (1, 2, 4):
+        assert error(ranks, tensor, Problem(columns=columns)) < 1e-13
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 2.5])
@@ -154,3 +191,27 @@ def test_bfloat16_rounds_logits_and_nothing_after_them(ranks: RankPool) -> None:
 def test_a_rank_with_a_single_token_is_enough(ranks: RankPool) -> None:
     for tensor in (1, 2, 4):
         assert error(ranks, tensor, replace(Problem(), tokens=4, chunk=1)) < 1e-13
+
+
+def test_a_buffer_of_megatrons_ddp_is_added_to_in_place(ranks: RankPool) -> None:
+    (result,) = ranks.run(1, into_main_grad, Problem())
+    np.testing.assert_allclose(result["added"], 2 * reference(Problem())["d weight"], rtol=0, atol=1e-13)
+    assert result["told"], "DDP's hook would add what is returned as well"
+
+
+def test_beside_bfloat16_the_buffer_takes_sums_of_products_that_are_rounded_once(ranks: RankPool) -> None:
+    problem = Problem(dtype=torch.bfloat16, vocab=99, padded=100, hidden=32, tokens=64, columns=40, scale=0.3)
+    (result,) = ranks.run(1, into_main_grad, problem)
+    plain = 2 * ranks.run(1, on_a_rank, problem)[0]["d weight"]
+    expected = 2 * reference(problem)["d weight"]
+    assert np.linalg.norm(result["added"] - expected) < 0.9 * np.linalg.norm(plain - expected)
+
+
+def test_a_head_tied_to_the_embedding_returns_its_gradient_for_ddp_to_add(ranks: RankPool) -> None:
+    result = ranks.run(1, into_main_grad_of_a_tied_head)[0]
+    np.testing.assert_allclose(result["returned"], 2 * reference(Problem())["d weight"], rtol=0, atol=1e-13)
+    assert not result["added"].any() and not result["told"]
+
+
+def into_main_grad_of_a_tied_head() -> dict[str, np.ndarray]:
+    return into_main_grad(Problem(), zero_out_wgrad=True)

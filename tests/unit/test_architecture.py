@@ -19,6 +19,7 @@ LAYERS = [
     {"parallel"},
     {"rollout", "rewards", "sync", "policy", "hf", "data"},
     {"train", "report"},
+    {"bench"},
     {"commands"},
     {"cli", "__init__", "__main__"},
 ]

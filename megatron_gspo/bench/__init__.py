@@ -1,0 +1,1 @@
+"""Benchmarks of what this package says is fast or small. ``megatron-gspo bench NAME`` runs one."""
