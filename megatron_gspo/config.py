@@ -187,9 +187,14 @@ class TrainConfig(Section):
     """The outer loop."""
 
     run_dir: str
-    """Where the run writes; must not exist unless ``overwrite``."""
+    """Where the run writes; must not exist unless ``resume`` or ``overwrite``."""
     overwrite: bool = False
     """Replaces an existing run directory."""
+    resume: bool = False
+    """Continues from ``checkpoints/latest`` in ``run_dir``; starts afresh where there is no checkpoint yet, so that a
+    job can be queued again unchanged."""
+    resume_changes: tuple[str, ...] = ()
+    """Settings that may differ from the checkpoint's although that makes it another experiment: ["optimizer.lr"]."""
     outer_steps: Positive = 100
     """Rollout-train-sync rounds; for sft, optimizer steps."""
     prompts_per_step: Positive = 16
@@ -201,6 +206,14 @@ class TrainConfig(Section):
     of which a rank holds 1/context. Memory, not mathematics: it cannot change a step."""
     oversize: Literal["error", "own"] = "error"
     """A sequence above the budget: an error, or a micro-batch of its own."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 10
+    """Outer steps between checkpoints; the end always has one, and 0 is only there."""
+    keep_last: Positive = 2
+    """Newest checkpoints that stay."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints whose number of outer steps this divides stay as well; 0 none."""
+    checkpoint_async: bool = False
+    """Writes checkpoints while training goes on, from copies in host memory (weights, moments: this rank's share)."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seeds data order, rollouts and whatever else is drawn."""
     deterministic: bool = False
@@ -215,6 +228,14 @@ class TrainConfig(Section):
     """Writes TensorBoard events."""
     wandb: bool = False
     """Also logs to Weights & Biases (the ``wandb`` extra)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.resume and self.overwrite:
+            raise ValueError(
+                "resume = true continues the run in run_dir, overwrite = true removes it: set train.overwrite = false"
+            )
+        return self
 
 
 class OptimizerConfig(Section):

@@ -60,3 +60,7 @@ class NonFiniteError(MegatronGspoError, ArithmeticError):
 
 class BatchError(MegatronGspoError, ValueError):
     """A batch is inconsistent with itself or with the layout (lengths, masks, budgets)."""
+
+
+class RunStopped(MegatronGspoError):
+    """The run was asked to stop (SIGTERM) and has saved a checkpoint: it can be resumed."""

@@ -1,8 +1,9 @@
 """Checkpoints of the policy, weights and optimizer, in Megatron-Core's sharded format (``torch_dist``).
 
 Ranks write their own shards, and every tensor is addressed by its place in the whole model, so a checkpoint of one
-layout loads at any other. Beside Megatron's files lies ``checkpoint.json``: the step, the model's shape, and what the
-caller wants back.
+layout loads at any other. Beside Megatron's files lies ``checkpoint.json``: the step, the model's shape, a hash of each
+file, and what the caller wants back. ``checkpoint_write`` is how a checkpoint reaches the disk, ``checkpoint_files``
+the rules of its files.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import queue
-import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,16 +21,16 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_gspo.errors import ConfigError, WeightError
+from megatron_gspo.errors import WeightError
 from megatron_gspo.hf.family import ModelShape
-from megatron_gspo.parallel.exchange import agree, broadcast_object
+from megatron_gspo.parallel.exchange import broadcast_object, together
+from megatron_gspo.policy.checkpoint_files import check_metadata, read_header, verify
+from megatron_gspo.policy.checkpoint_write import PendingSave, address
 from megatron_gspo.policy.policy import Policy
 
-HEADER = "checkpoint.json"
 STATES = ("param", "exp_avg", "exp_avg_sq")
 """What Adam keeps of a parameter, in Megatron's names: the master weight and the two moments."""
 
@@ -44,41 +43,41 @@ StatesOf = Callable[[DistributedOptimizer, torch.nn.Parameter, int], States]
 def save_checkpoint(policy: Policy, directory: Path, extra: Mapping[str, Any]) -> None:
     """Writes weights, optimizer state and the first rank's ``extra`` (whatever JSON can hold). Collective.
 
-    It is written under another name and moved when it is whole; a checkpoint that was at ``directory`` is replaced.
-    Weights keep the model's dtype, optimizer state is float32 (float64 in a float64 run).
-    Raises ConfigError when the directory cannot be written, TypeError when ``extra`` is not JSON.
+    It is written under another name, hashed, synced to disk and moved when it is whole; a checkpoint that was at
+    ``directory`` is replaced. Weights keep the model's dtype, optimizer state is float32 (float64 in a float64 run).
+    Raises ConfigError, on every rank, when a rank cannot write its share; TypeError when ``extra`` is not JSON.
+    """
+    begin_save(policy, directory, extra).finish()
+
+
+@torch.no_grad()
+def begin_save(policy: Policy, directory: Path, extra: Mapping[str, Any], *, background: bool = False) -> PendingSave:
+    """Starts ``save_checkpoint`` and returns while a thread of each rank writes. Collective.
+
+    Nothing has its name before ``finish`` of what is returned. With ``background`` training may go on meanwhile: what
+    is written are copies in host memory, made here.
     """
     header = {"step": _steps_taken(policy), "model": _plain(policy.shape), "extra": dict(extra)}
-    text = json.dumps(header, indent=2) + "\n"
-    unfinished = directory.with_name(directory.name + ".unfinished")
-    _on_first_rank(policy, lambda: _make_empty(unfinished))
-    state = _sharded_state(policy, _gathered_states)
-    # Megatron makes a server process for this queue, which imports the main script again and outlives a killed rank.
-    # A save that is not asynchronous reads and writes it in this process alone.
-    filesystem_async._results_queue = filesystem_async._results_queue or queue.SimpleQueue()
-    dist_checkpointing.save(state, str(unfinished))
-
-    def publish() -> None:
-        (unfinished / HEADER).write_text(text, encoding="utf-8")
-        _replace(directory, unfinished)
-
-    _on_first_rank(policy, publish)
+    json.dumps(header)
+    tensors = (tensor for chunk in policy.chunks for tensor in (*chunk.parameters(), *chunk.buffers()))
+    live = frozenset(map(address, tensors if background else ()))
+    return PendingSave(_sharded_state(policy, _gathered_states), directory, header, policy.groups.world, live)
 
 
 @torch.no_grad()
 def load_checkpoint(policy: Policy, directory: Path) -> dict[str, Any]:
     """Fills the policy from a checkpoint of any layout and returns its ``extra``. Collective.
 
-    Learning rate, betas and weight decay stay those of the configuration. A policy that is not trained loads its
-    weights only. Raises WeightError, on every rank, when the checkpoint is missing, incomplete or of another model;
-    after an incomplete one the policy holds part of it, and must not be used.
+    Every file is held against the hash that was written with it before it is read; ranks share the work. Learning
+    rate, betas and weight decay stay those of the configuration. A policy that is not trained loads its weights only.
+    Raises WeightError, on every rank, when the checkpoint is missing, damaged or of another model.
     """
-    header = _read_header(policy, directory)
+    header = _verified_header(policy, directory)
     state = _sharded_state(policy, _empty_states)
     try:
         loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
     except (CheckpointException, CheckpointingException) as error:
-        raise WeightError(f"{directory}: the checkpoint is damaged: {_first_cause(error)}") from error
+        raise WeightError(f"{directory}: the checkpoint cannot be read: {_first_cause(error)}") from error
     for index, chunk in enumerate(policy.chunks):
         chunk.load_state_dict(loaded[_chunk_entry(index)])
     _take_states(policy, loaded)
@@ -232,32 +231,26 @@ def _count_steps(policy: Policy, step: int) -> None:
         holder["step"] = torch.full_like(holder["step"], step) if tensor else step
 
 
-def _read_header(policy: Policy, directory: Path) -> dict[str, Any]:
-    """``checkpoint.json``, read and checked by the first rank. Raises WeightError on every rank."""
-    header, error = None, None
-    if dist.get_rank() == 0:
-        try:
-            header = _checked_header(directory, policy.shape)
-        except WeightError as caught:
-            error = caught
-    agree(error, policy.groups.world)
-    return broadcast_object(header, 0, policy.groups.world)
+def _verified_header(policy: Policy, directory: Path) -> dict[str, Any]:
+    """``checkpoint.json``, once every file that it lists was verified, on every rank. Raises WeightError on all."""
+    world = policy.groups.world
+    first = dist.get_rank() == 0
+    header = together(lambda: _header_of_model(directory, policy.shape) if first else None, world)
+    header = broadcast_object(header, 0, world)
+    together(lambda: verify(directory, header["files"][dist.get_rank() :: dist.get_world_size()]), world)
+    together(lambda: check_metadata(directory) if first else None, world)
+    return header
 
 
-def _checked_header(directory: Path, shape: ModelShape) -> dict[str, Any]:
-    if not directory.is_dir():
-        raise WeightError(f"{directory}: no such checkpoint")
-    try:
-        header = json.loads((directory / HEADER).read_text(encoding="utf-8"))
-        saved, step, extra = header["model"], header["step"], header["extra"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightError(f"{directory}: not a whole checkpoint: {HEADER}: {error!r}") from error
+def _header_of_model(directory: Path, shape: ModelShape) -> dict[str, Any]:
+    header = read_header(directory)
     for name, mine in _plain(shape).items():
-        if saved.get(name) != mine:
+        if header["model"].get(name) != mine:
             raise WeightError(
-                f"{directory}: a checkpoint of another model: {name} is {saved.get(name)} there and {mine} here"
+                f"{directory}: a checkpoint of another model: "
+                f"{name} is {header['model'].get(name)} there and {mine} here"
             )
-    return {"step": step, "extra": extra}
+    return header
 
 
 def _plain(shape: ModelShape) -> dict[str, Any]:
@@ -271,32 +264,3 @@ def _first_cause(error: BaseException) -> str:
         rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
         return textwrap.shorten(f"rank {rank}: {cause}", 300)
     return textwrap.shorten(str(error), 300)
-
-
-def _on_first_rank(policy: Policy, action: Callable[[], None]) -> None:
-    """Touches the file system on one rank while the others wait. Raises ConfigError on every rank."""
-    error: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except OSError as caught:
-            error = ConfigError(f"the checkpoint cannot be written: {caught}")
-    agree(error, policy.groups.world)
-
-
-def _make_empty(directory: Path) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)
-    directory.mkdir(parents=True)
-
-
-def _replace(directory: Path, whole: Path) -> None:
-    """Moves ``whole`` to ``directory``. What lay there is moved away first: only whole checkpoints have the name."""
-    old = directory.with_name(directory.name + ".replaced")
-    if old.exists():
-        shutil.rmtree(old)
-    if directory.exists():
-        directory.rename(old)
-    whole.rename(directory)
-    if old.exists():
-        shutil.rmtree(old)

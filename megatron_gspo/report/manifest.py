@@ -40,6 +40,20 @@ def describe(config: RunConfig, world_size: int, engine: Mapping[str, Any] | Non
     }
 
 
+def with_start(
+    manifest: Mapping[str, Any], previous: Mapping[str, Any], continued: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """A manifest that goes on from the one of the run so far (empty for a new run).
+
+    ``starts`` lists each start with its outer step, what it continued from and with which changes, and how it ended: a
+    start that was killed could not say so itself.
+    """
+    earlier = [{**start, "status": "killed"} if "ended" not in start else start for start in previous.get("starts", [])]
+    start = {"started": manifest["started"], "outer_step": 0, "layout": manifest["layout"], **(continued or {})}
+    first = previous.get("started", manifest["started"])
+    return {**manifest, "started": first, "starts": [*earlier, start]}
+
+
 def git_state(package: Path) -> dict[str, Any] | None:
     """Commit and dirtiness of the checkout that ``package`` is the top of; None when it was installed otherwise."""
     top = _git(package, "rev-parse", "--show-toplevel")

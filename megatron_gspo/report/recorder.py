@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from megatron_gspo.config import RunConfig
+from megatron_gspo.errors import RunStopped
 from megatron_gspo.report.console import ConsoleSink
 from megatron_gspo.report.html import write_report
-from megatron_gspo.report.manifest import describe
+from megatron_gspo.report.manifest import describe, with_start
+from megatron_gspo.report.metrics import INITIAL
 from megatron_gspo.report.rundir import RunDirectory, initial_evaluation
 from megatron_gspo.report.sink import Fanout, MetricSink
 from megatron_gspo.report.tensorboard import TensorBoardSink
@@ -20,24 +23,50 @@ if TYPE_CHECKING:
     from megatron_gspo.types import RolloutRecord, StepReport
 
 
-class RunRecorder:
-    """The ``Recorder`` of the one rank that reports. Raises ConfigError when the run directory exists."""
+class Continued(Protocol):
+    """A checkpoint that a run goes on from."""
 
-    def __init__(self, config: RunConfig, world_size: int) -> None:
+    @property
+    def directory(self) -> Path: ...
+
+    @property
+    def changes(self) -> dict[str, tuple[Any, Any]]: ...
+
+    @property
+    def outer_steps(self) -> int: ...
+
+
+class RunRecorder:
+    """The ``Recorder`` of the one rank that reports.
+
+    Raises ConfigError when the run directory exists and is not continued, or when another process writes it.
+    """
+
+    def __init__(self, config: RunConfig, world_size: int, continued: Continued | None = None) -> None:
         self._config, self._world_size = config, world_size
-        self._directory = RunDirectory.create(config)
-        self._directory.write_manifest(describe(config, world_size))
+        purge_step = None
+        if continued is None:
+            self._directory = RunDirectory.create(config)
+            self._lock = self._directory.lock()
+        else:
+            self._directory = RunDirectory.open(config.train.run_dir)
+            self._lock = self._directory.lock()
+            self._directory.cut_back(config, continued.outer_steps)
+            purge_step = max([line["step"] for line in self._directory.metrics()], default=INITIAL) + 1
+        self._manifest = with_start(describe(config, world_size), self._directory.manifest(), _as_record(continued))
+        self._directory.write_manifest(self._manifest)
         self._console = ConsoleSink(config, world_size)
         sinks: list[MetricSink] = [self._directory.metrics_writer(), self._console]
         if config.train.tensorboard:
-            sinks.append(TensorBoardSink(self._directory.tensorboard))
+            sinks.append(TensorBoardSink(self._directory.tensorboard, purge_step))
         if config.train.wandb:
             sinks.append(WandbSink(self._directory, config))
         self._sink = Fanout(sinks)
 
     def engine(self, description: Mapping[str, Any]) -> None:
         """What the rollout servers said of themselves, for the manifest."""
-        self._directory.write_manifest(describe(self._config, self._world_size, description))
+        own = {name: self._manifest[name] for name in ("started", "starts")}
+        self._directory.write_manifest(describe(self._config, self._world_size, description) | own)
 
     def phase(self, text: str) -> None:
         """What happens now, on the terminal."""
@@ -67,6 +96,15 @@ class RunRecorder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._sink.close()
-        self._directory.finish("finished" if error is None else "failed")
+        ended = "finished" if error is None else "stopped" if isinstance(error, RunStopped) else "failed"
+        self._directory.finish(ended)
         with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
             write_report([self._directory.path], self._directory.report_file)
+        self._lock.close()
+
+
+def _as_record(continued: Continued | None) -> dict[str, Any] | None:
+    if continued is None:
+        return None
+    changes = {name: list(pair) for name, pair in continued.changes.items()}
+    return {"outer_step": continued.outer_steps, "checkpoint": continued.directory.name, "changes": changes}

@@ -6,6 +6,7 @@
     rollouts/outer_00012.jsonl    responses to read, one a line
     checkpoints/  tensorboard/    written by others
     report.html                   written by ``report.html``
+    .lock                         locked by the one process that writes, as long as it lives
 
 Only the reporting rank writes. Readers take a run that is still going or crashed: a file that is missing is empty, and
 a torn last line is ignored.
@@ -13,6 +14,7 @@ a torn last line is ignored.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +30,8 @@ from megatron_gspo.report.metrics import INITIAL, Record, clean
 if TYPE_CHECKING:  # types imports torch, and reading a run needs none
     from megatron_gspo.types import RolloutRecord, StepReport
 
+UNFINISHED = ".unfinished"
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -37,23 +41,29 @@ class RunDirectory:
 
     @classmethod
     def create(cls, config: RunConfig) -> RunDirectory:
-        """Makes ``train.run_dir`` and writes ``config.toml``.
+        """Makes ``train.run_dir`` with ``config.toml`` in it; it is there with both or not at all.
 
-        Raises ConfigError if it exists and ``train.overwrite`` is off, or if what would be replaced is not a run.
+        Replaces a run under ``train.overwrite``, and under ``train.resume`` (where there was no checkpoint to continue
+        from). Raises ConfigError if it exists otherwise, is being written, or if what would be replaced is not a run.
         """
         path = Path(config.train.run_dir)
-        if path.is_dir() and config.train.overwrite:
+        if path.is_dir() and (config.train.overwrite or config.train.resume):
             _remove_run(path)
         elif path.exists() or path.is_symlink():
-            raise ConfigError(f"train.run_dir = {path} exists: name another, or set train.overwrite = true")
-        run = cls(path)
+            raise ConfigError(
+                f"train.run_dir = {path} exists: name another, or set train.resume = true to continue the run in it, "
+                f"or train.overwrite = true to replace it"
+            )
+        unfinished = cls(path.with_name(path.name + UNFINISHED))
         try:
-            run.checkpoints.mkdir(parents=True)
-            run.rollouts.mkdir()
-            run.config_file.write_text(dump(config), encoding="utf-8")
+            shutil.rmtree(unfinished.path, ignore_errors=True)
+            unfinished.checkpoints.mkdir(parents=True)
+            unfinished.rollouts.mkdir()
+            unfinished.config_file.write_text(dump(config), encoding="utf-8")
+            unfinished.path.rename(path)
         except OSError as error:
             raise ConfigError(f"train.run_dir = {path} cannot be written: {error}") from None
-        return run
+        return cls(path)
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
@@ -93,20 +103,75 @@ class RunDirectory:
     def report_file(self) -> Path:
         return self.path / "report.html"
 
+    @property
+    def lock_file(self) -> Path:
+        return self.path / ".lock"
+
+    def lock(self) -> TextIO:
+        """Makes this process the one that writes, until it ends (however) or the result is closed.
+
+        Raises ConfigError when another one is. A file system without locks takes any.
+        """
+        try:
+            file = self.lock_file.open("w", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"train.run_dir = {self.path} cannot be written: {error}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ConfigError(f"train.run_dir = {self.path} is being written by another process") from None
+        except OSError:
+            pass
+        return file
+
+    def is_locked(self) -> bool | None:
+        """Whether a living process writes this run; None when that cannot be known."""
+        try:
+            with self.lock_file.open(encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return None
+        return False
+
+    def status(self) -> str | None:
+        """The manifest's, but "killed" for a run that says "running" and that no process writes any more."""
+        status = self.manifest().get("status")
+        return "killed" if status == "running" and self.is_locked() is False else status
+
+    def cut_back(self, config: RunConfig, outer_steps: int) -> None:
+        """Leaves what a run had written after ``outer_steps`` outer steps, with ``config`` as its configuration.
+
+        Raises ConfigError when the directory cannot be written.
+        """
+        try:
+            kept = [line for line in read_lines(self.metrics_file) if line.get("outer_step", 0) < outer_steps]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            _replace_text(self.metrics_file, text)
+            for number, path in self.rollout_files().items():
+                if number >= outer_steps:
+                    path.unlink()
+            _replace_text(self.config_file, dump(config))
+        except OSError as error:
+            raise ConfigError(f"train.run_dir = {self.path} cannot be written: {error}") from None
+
     def metrics_writer(self) -> MetricsWriter:
         """Opens ``metrics.jsonl`` for appending, after cutting off a torn last line."""
         return MetricsWriter(self.metrics_file)
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Replaces ``manifest.json`` in one move, so that no reader sees half of it."""
-        temporary = self.manifest_file.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self.manifest_file)
+        _replace_text(self.manifest_file, json.dumps(manifest, indent=2) + "\n")
 
     def finish(self, status: str = "finished") -> None:
-        """Adds how and when the run ended ("finished" or "failed") to the manifest."""
-        ended = datetime.now(UTC).isoformat(timespec="seconds")
-        self.write_manifest({**self.manifest(), "status": status, "ended": ended})
+        """Adds how and when the run ended ("finished", "failed" or "stopped") to the manifest and its last start."""
+        end = {"status": status, "ended": datetime.now(UTC).isoformat(timespec="seconds")}
+        manifest = {**self.manifest(), **end}
+        if manifest.get("starts"):
+            manifest["starts"] = [*manifest["starts"][:-1], {**manifest["starts"][-1], **end}]
+        self.write_manifest(manifest)
 
     def write_rollouts(self, outer_step: int, records: Sequence[RolloutRecord]) -> Path:
         """Writes the responses of one outer step, replacing those of an earlier try at it."""
@@ -196,12 +261,21 @@ def _is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in ("config.toml", "manifest.json", "metrics.jsonl"))
 
 
+def _replace_text(path: Path, text: str) -> None:
+    """Replaces a file in one move."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def _remove_run(path: Path) -> None:
-    """Removes a run directory, but nothing that a mistyped path would be missed in."""
+    """Removes a run directory, but nothing that a mistyped path would be missed in, and no run that is going on."""
+    if RunDirectory(path).is_locked():
+        raise ConfigError(f"train.run_dir = {path} is being written by another process")
     if any(path.iterdir()) and not ((path / "config.toml").is_file() and (path / "checkpoints").is_dir()):
         raise ConfigError(
             f"train.run_dir = {path} is not a run directory (no config.toml and checkpoints/ in it), "
-            f"so train.overwrite does not replace it: remove it yourself or name another"
+            f"so nothing replaces it: remove it yourself or name another"
         )
     shutil.rmtree(path)
 

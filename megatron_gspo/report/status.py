@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from statistics import median
@@ -32,7 +33,8 @@ def summarise(run: RunDirectory | Path | str) -> dict[str, Any]:
     per_step = median(map(seconds, recent)) if recent else None
     return {
         "run": str(run.path),
-        "status": manifest.get("status"),
+        "status": run.status(),
+        "starts": len(manifest.get("starts", [])) or None,
         "optimizer_steps": trained[-1]["step"] + 1 if trained else 0,
         "outer_steps": done,
         "outer_steps_total": total,
@@ -77,7 +79,9 @@ def warnings(lines: list[Record], config: RunConfig | None) -> list[str]:
 
 
 def last_checkpoint(run: RunDirectory) -> str | None:
-    """Name of the checkpoint with the highest number in it; None when there is none."""
+    """The checkpoint to continue from: what ``latest`` names, else the highest number; None when there is none."""
+    with contextlib.suppress(OSError):
+        return (run.checkpoints / "latest").read_text(encoding="utf-8").strip()
     numbers = {path.name: re.findall(r"\d+", path.name) for path in run.checkpoints.glob("*")}
     numbered = [(int(digits[-1]), name) for name, digits in numbers.items() if digits]
     return max(numbered)[1] if numbered else None
@@ -89,7 +93,7 @@ def format_status(summary: dict[str, Any]) -> str:
     step = f"{done}/{total}" if total else str(done)
     eta = f", about {duration(summary['eta_s'])} left" if summary["eta_s"] and summary["status"] == "running" else ""
     rows = [
-        ("run", f"{summary['run']} ({summary['status'] or 'no manifest'})"),
+        ("run", f"{summary['run']} ({_state_text(summary)})"),
         ("outer step", f"{step} ({summary['optimizer_steps']} optimizer steps){eta}"),
         ("reward", f"{_text(summary['reward'], '.3f')} (last {WINDOW} outer steps)"),
         ("eval accuracy", f"{_text(summary['eval_first'], '.3f')} -> {_text(summary['eval_last'], '.3f')}"),
@@ -100,6 +104,11 @@ def format_status(summary: dict[str, Any]) -> str:
     ]
     lines = [f"{name:<14} {text}" for name, text in rows]
     return "\n".join(lines + [f"{'warning':<14} {text}" for text in summary["warnings"]])
+
+
+def _state_text(summary: dict[str, Any]) -> str:
+    resumed = (summary["starts"] or 1) - 1
+    return (summary["status"] or "no manifest") + (f", resumed {resumed}x" if resumed else "")
 
 
 def _clip_text(summary: dict[str, Any]) -> str:

@@ -13,15 +13,20 @@ if TYPE_CHECKING:
 
 
 class TensorBoardSink:
-    """One scalar a metric, under the metric's own name, at ``step`` (the initial evaluation at -1)."""
+    """One scalar a metric, under the metric's own name, at ``step`` (the initial evaluation at -1).
 
-    def __init__(self, directory: Path) -> None:
+    ``purge_step``: the first step that is written again; TensorBoard forgets what it had from there.
+    """
+
+    def __init__(self, directory: Path, purge_step: int | None = None) -> None:
         try:
             from tensorboard.summary import Writer  # type: ignore[import-untyped]
         except ImportError as error:
             raise DependencyError(
                 f"TensorBoard is not installed ({error}): pip install tensorboard, or set train.tensorboard = false"
             ) from error
+        if purge_step is not None:
+            _purge(directory, purge_step)
         self._writer = Writer(str(directory))
 
     def write(self, report: StepReport) -> None:
@@ -31,3 +36,12 @@ class TensorBoardSink:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _purge(directory: Path, step: int) -> None:
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
+
+    writer = EventFileWriter(str(directory))
+    writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+    writer.close()

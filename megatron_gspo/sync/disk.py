@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -13,26 +16,36 @@ from safetensors.torch import save_file
 from megatron_gspo.errors import SyncError
 from megatron_gspo.sync.base import BucketSync, NamedTensor, Names
 
+PREFIX = "megatron-gspo-"
+SETTLED_S = 60.0
+"""Age in seconds from which a directory that nobody locks is abandoned."""
+
 
 class DiskSync(BucketSync):
     """Every owner writes its buckets as files; rank 0 writes the index and tells the servers to load the directory.
 
-    One version exists at a time: the one before is removed when the next begins (the servers hold it in memory).
+    One version exists at a time: the one before is removed when the next begins (the servers hold it in memory). The
+    directory is locked as long as this process lives, so that what a killed run left is told from what is in use.
     """
 
     _directory: tempfile.TemporaryDirectory[str] | None = None
+    _lock = -1
     _files = 0
 
     def close(self) -> None:
         if self._directory is not None:
             self._directory.cleanup()
+            os.close(self._lock)
             self._directory = None
 
     def _begin(self, version: int) -> str:
         self.servers.flush_when_idle()
         self.close()
+        remove_abandoned(Path(self.config.directory))
         try:
-            self._directory = tempfile.TemporaryDirectory(prefix="megatron-gspo-", dir=self.config.directory)
+            self._directory = tempfile.TemporaryDirectory(prefix=PREFIX, dir=self.config.directory)
+            self._lock = os.open(self._directory.name, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         except OSError as error:
             raise SyncError(f"sync.directory = {self.config.directory} cannot be written: {error}") from None
         os.chmod(self._directory.name, 0o755)  # servers may run as another user
@@ -55,3 +68,17 @@ class DiskSync(BucketSync):
         index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         body = {"model_path": place, "weight_version": str(version), "flush_cache": True}
         self.servers.post("/update_weights_from_disk", body)
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Removes what runs that were killed left in ``directory``: directories of ours that no living process locks."""
+    for path in directory.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, in use, or gone
+            if time.time() - path.stat().st_mtime < SETTLED_S:
+                continue  # perhaps made just now, and not locked yet
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+            finally:
+                os.close(descriptor)

@@ -24,6 +24,7 @@ from megatron_gspo.rewards.registry import Reward, resolve_reward
 from megatron_gspo.rollout.engine import Engine, Sampling, make_engine
 from megatron_gspo.sync.base import WeightSync, make_weight_sync
 from megatron_gspo.sync.peers import Peers
+from megatron_gspo.train.progress import fingerprint
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,14 @@ class Inputs:
             f" ({self.prompts.skipped} skipped, first: {self.prompts.problems[0]})" if self.prompts.skipped else ""
         )
         return f"{len(self.prompts)} prompts{held_out}{skipped}"
+
+    def fingerprints(self) -> dict[str, str]:
+        """Setting -> fingerprint of what was read through it."""
+        sets = {"data.path": self.prompts, "data.eval_path": self.eval_prompts}
+        return {
+            name: fingerprint((p.id, p.token_ids, p.answer, p.metadata) for p in (loaded.prompts if loaded else ()))
+            for name, loaded in sets.items()
+        }
 
 
 def load_inputs(config: RunConfig) -> Inputs:

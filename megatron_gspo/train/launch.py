@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -9,7 +10,9 @@ import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
+import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -38,7 +41,8 @@ def check_before_start(config: RunConfig) -> None:
 def launch(config_path: Path, overrides: Sequence[str], *, ranks: int) -> int:
     """Runs ``train`` on ``ranks`` processes.
 
-    Returns 0, the exit status (1 or 2) of the rank that failed first, or 128 + the signal that ended the run.
+    SIGTERM goes on to the ranks, which finish their outer step, save and stop. Returns 0, the exit status (1, 2, or 75
+    when stopped so) of the rank that failed first, or 128 + the signal that ended the run.
     """
     # Several ranks on few cores fight over them when each starts a thread a core.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -52,17 +56,31 @@ def launch(config_path: Path, overrides: Sequence[str], *, ranks: int) -> int:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         monitor_interval=0.1,
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # on SIGTERM it would kill the ranks 30 s later, in their step
     )
+    signal.signal(signal.SIGTERM, _pass_on)
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_gspo.cli", "train", str(config_path), *overrides)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # it could not say so itself
+            if failure.exitcode == -signal.SIGTERM:  # before it could take it as a request
+                return _ended_by(signal.SIGTERM)
             name = signal.Signals(-failure.exitcode).name
             memory = ": is the machine out of memory?" if name == "SIGKILL" else ""
             print(f"error: rank {rank} was ended by {name}{memory}", file=sys.stderr)
-        return failure.exitcode if failure.exitcode in (1, 2) else 1
+        return failure.exitcode if failure.exitcode in (1, 2, os.EX_TEMPFAIL) else 1
     except SignalException as error:  # Ctrl-C, or a scheduler's end of the job; the ranks have been ended with it
-        print(f"error: ended by {error.sigval.name}", file=sys.stderr)
-        return 128 + error.sigval
+        return _ended_by(error.sigval)
     return 0
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    for rank in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
+
+
+def _ended_by(number: signal.Signals) -> int:
+    print(f"error: ended by {number.name}", file=sys.stderr)
+    return 128 + number

@@ -5,83 +5,142 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_gspo.config import RunConfig
-from megatron_gspo.errors import ConfigError
+from megatron_gspo.data.cursor import PromptCursor
+from megatron_gspo.errors import ConfigError, RunStopped
 from megatron_gspo.parallel.exchange import agree, broadcast_object, together
-from megatron_gspo.policy.checkpoint import save_checkpoint
 from megatron_gspo.policy.groups import Groups, make_groups, start_distributed
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.rollout.engine import local_servers
-from megatron_gspo.train.context import Run, build_run, load_inputs
+from megatron_gspo.train.checkpoints import Checkpoints
+from megatron_gspo.train.context import Inputs, Run, build_run, load_inputs
 from megatron_gspo.train.evaluate import evaluate
+from megatron_gspo.train.progress import Progress, seed_generators
 from megatron_gspo.train.recorder import MakeRecorder, Recorder, open_recorder
+from megatron_gspo.train.resume import Resumption, find_resumption, identify
 from megatron_gspo.train.save import save_hugging_face
 from megatron_gspo.train.sft import Examples, fine_tune, load_examples
 from megatron_gspo.train.step import outer_step
+from megatron_gspo.train.stopping import StopRequest
 
 
 def train(config: RunConfig, make_recorder: MakeRecorder) -> None:
-    """Trains as the configuration says; every rank of the world calls it. Raises MegatronGspoError."""
+    """Trains as the configuration says; every rank of the world calls it.
+
+    Raises MegatronGspoError; RunStopped, once a checkpoint is saved, when SIGTERM asked a rank to stop.
+    """
     start_distributed()
     groups = make_groups(config.parallel)
     set_determinism(config)
     supervised = config.algorithm.name == "sft"
     inputs = together(lambda: load_examples(config) if supervised else load_inputs(config), groups.world)
-    with open_recorder(make_recorder, config, groups) as recorder:
-        if isinstance(inputs, Examples):
-            policy, steps = Policy(config, groups), config.total_steps
-            recorder.note(inputs.describe())
-            for report in fine_tune(config, groups, policy, inputs):
-                recorder.steps([report])
-        else:
-            with rollout_servers(config, groups, recorder) as urls:
-                run = build_run(config, groups, inputs, urls)
-                recorder.engine({"version": run.engine.version, "seeded": run.seeded})
+    identity = identify(config, inputs.fingerprints())
+    resumption = find_resumption(config, identity, groups)
+    with StopRequest() as stop:
+        try:
+            with open_recorder(make_recorder, config, groups, resumption) as recorder:
                 recorder.note(inputs.describe())
-                steps = reinforce(run, recorder)
-                policy = run.policy
-        finish(policy, config, groups, recorder, steps)
+                if resumption is not None:
+                    recorder.note(resumption.describe())
+                session = Session(config, groups, identity, resumption, stop, recorder)
+                policy = supervise(session, inputs) if isinstance(inputs, Examples) else reinforce(session, inputs)
+                if config.train.save_hf:
+                    recorder.phase("saving")
+                    save_hugging_face(policy, config, groups, Path(config.train.run_dir) / "hf")
+        except RunStopped:
+            dist.barrier(groups.world)  # torchrun ends the ranks that are left when one exits
+            raise
 
 
-def reinforce(run: Run, recorder: Recorder) -> int:
+@dataclass(frozen=True)
+class Session:
+    """One start of a run, fresh or resumed, before there is a policy."""
+
+    config: RunConfig
+    groups: Groups
+    identity: dict[str, Any]
+    resumption: Resumption | None
+    stop: StopRequest
+    recorder: Recorder
+
+    def restore(self, policy: Policy, progress: Progress) -> Checkpoints:
+        """The run's checkpoints, after ``policy`` and ``progress`` were brought to the one to continue from."""
+        checkpoints = Checkpoints(self.config, policy, self.identity)
+        if self.resumption is not None:
+            self.recorder.phase("loading the checkpoint")
+            checkpoints.restore(self.resumption, progress)
+        return checkpoints
+
+    def end_step(self, progress: Progress, checkpoints: Checkpoints) -> None:
+        """Saves if it is time. Collective. Raises RunStopped when a rank was asked to stop."""
+        total = self.config.train.outer_steps
+        stopping = self.stop.asked(self.groups.world)
+        checkpoints.after_step(progress, last=stopping or progress.outer_steps == total)
+        if stopping and progress.outer_steps < total:
+            raise RunStopped(
+                f"stopped by SIGTERM after outer step {progress.outer_steps} of {total}, which is saved: "
+                f"train.resume = true continues"
+            )
+
+
+def supervise(session: Session, inputs: Examples) -> Policy:
+    """Supervised fine-tuning from its first or next step to the last; returns the policy."""
+    config, groups = session.config, session.groups
+    policy = Policy(config, groups)
+    progress = Progress(PromptCursor(len(inputs.completions), config.train.seed, config.data.shuffle))
+    checkpoints = session.restore(policy, progress)
+    for report in fine_tune(config, groups, policy, inputs, progress):
+        session.recorder.steps([report])
+        session.end_step(progress, checkpoints)
+    return policy
+
+
+def reinforce(session: Session, inputs: Inputs) -> Policy:
+    """Builds what a run needs, brings it to the checkpoint if there is one, and trains; returns the policy."""
+    config, recorder = session.config, session.recorder
+    with rollout_servers(config, session.groups, recorder) as urls:
+        run = build_run(config, session.groups, inputs, urls)
+        recorder.engine({"version": run.engine.version, "seeded": run.seeded})
+        progress = Progress(run.cursor)
+        checkpoints = session.restore(run.policy, progress)
+        try:
+            for _ in outer_steps(run, progress, recorder):
+                session.end_step(progress, checkpoints)
+        finally:
+            run.sync.close()
+    return run.policy
+
+
+def outer_steps(run: Run, progress: Progress, recorder: Recorder) -> Iterator[None]:
     """The outer loop: roll out, learn, sync, report; evaluate before the first step and then periodically.
 
-    Returns the optimizer steps taken.
+    Yields after each outer step, with ``progress`` at its end.
     """
-    config, steps = run.config, 0
+    config = run.config
     evaluating = bool(config.eval.every and run.eval_prompts)
-    try:
-        run.sync.push(run.policy.weights(), 0)  # the servers' own reading of the checkpoint is not trusted
-        if evaluating:
-            recorder.phase("evaluating the cold start")
-            recorder.initial(evaluate(run, 0))
-        for number in range(config.train.outer_steps):
-            recorder.phase(f"outer step {number + 1} of {config.train.outer_steps}")
-            reports, records = outer_step(run, number, first_step=steps)
-            steps += len(reports)
-            recorder.steps(reports[:-1])
-            recorder.rollouts(number, records)
-            last = number + 1 == config.train.outer_steps
-            if evaluating and (last or (number + 1) % config.eval.every == 0):
-                reports[-1].metrics |= evaluate(run, number + 1)
-            recorder.steps(reports[-1:])
-    finally:
-        run.sync.close()
-    return steps
-
-
-def finish(policy: Policy, config: RunConfig, groups: Groups, recorder: Recorder, steps: int) -> None:
-    """The last checkpoint, and the policy as a Hugging Face directory."""
-    directory = Path(config.train.run_dir)
-    recorder.phase("saving")
-    save_checkpoint(policy, directory / "checkpoints" / "last", {"step": steps})
-    if config.train.save_hf:
-        save_hugging_face(policy, config, groups, directory / "hf")
+    run.sync.push(run.policy.weights(), progress.outer_steps)  # the servers' own reading is not trusted
+    if evaluating and progress.outer_steps == 0:
+        recorder.phase("evaluating the cold start")
+        recorder.initial(evaluate(run, 0))
+    for number in range(progress.outer_steps, config.train.outer_steps):
+        recorder.phase(f"outer step {number + 1} of {config.train.outer_steps}")
+        seed_generators(config.train.seed, number)
+        reports, records = outer_step(run, number, first_step=progress.optimizer_steps)
+        recorder.steps(reports[:-1])
+        recorder.rollouts(number, records)
+        last = number + 1 == config.train.outer_steps
+        if evaluating and (last or (number + 1) % config.eval.every == 0):
+            reports[-1].metrics |= evaluate(run, number + 1)
+        recorder.steps(reports[-1:])
+        progress.outer_steps, progress.optimizer_steps = number + 1, progress.optimizer_steps + len(reports)
+        yield
 
 
 @contextlib.contextmanager

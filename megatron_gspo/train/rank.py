@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import signal
 import sys
 import time
 import traceback
@@ -10,13 +13,17 @@ import warnings
 from typing import TYPE_CHECKING
 
 from megatron_gspo.config import RunConfig
-from megatron_gspo.errors import MegatronGspoError, UserError
+from megatron_gspo.errors import MegatronGspoError, RunStopped, UserError
 
 if TYPE_CHECKING:
     from megatron_gspo.train.recorder import MakeRecorder
 
+STOPPED = os.EX_TEMPFAIL
+"""Exit status (75) of a run that SIGTERM stopped after saving: queue it again with train.resume = true."""
 FIRST_RANKS_TURN_S = 1.0
 """Seconds by which the first rank goes before the others in saying what failed."""
+PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 MUTED_MODULES = (
     r"megatron\.core",  # says at import what it does without apex and Transformer Engine, and more at every step
     r"torch\.distributed\.c10d_logger",  # new names of collectives, which Megatron-Core calls by the old ones
@@ -25,12 +32,16 @@ MUTED_MODULES = (
 
 def run_rank(config: RunConfig, make_recorder: MakeRecorder) -> int:
     """Trains as one rank; returns the process's exit status."""
+    _die_with_parent()
     for module in MUTED_MODULES:
         warnings.filterwarnings("ignore", module=module)
     from megatron_gspo.train.loop import train
 
     try:
         train(config, make_recorder)
+    except RunStopped as stopped:
+        _say_once(str(stopped))
+        return STOPPED
     except MegatronGspoError as error:
         _show_the_unforeseen(error)
         _say_once(f"error: {_line(error)}")
@@ -40,6 +51,14 @@ def run_rank(config: RunConfig, make_recorder: MakeRecorder) -> int:
         _say_once(f"{traceback.format_exc()}error: {where}: {type(error).__name__}: {_line(error)}")
         return 1
     return 0
+
+
+def _die_with_parent() -> None:
+    """Asks Linux to kill this rank when its launcher is killed: else it would go on, and servers and GPUs with it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return  # started by hand: its parent may be a shell that is left
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _say_once(text: str) -> None:

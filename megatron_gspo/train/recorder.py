@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_gspo.config import RunConfig
 from megatron_gspo.parallel.exchange import agree
 from megatron_gspo.policy.groups import Groups
+from megatron_gspo.train.resume import Resumption
 from megatron_gspo.types import RolloutRecord, StepReport
 
 
@@ -36,8 +37,8 @@ class Recorder(Protocol):
     ) -> None: ...
 
 
-MakeRecorder = Callable[[RunConfig, int], Recorder]
-"""(configuration, world size) -> the recorder of the rank that reports."""
+MakeRecorder = Callable[[RunConfig, int, Resumption | None], Recorder]
+"""(configuration, world size, what the run continues from) -> the recorder of the rank that reports."""
 
 
 class Silent:
@@ -63,13 +64,13 @@ class Silent:
     ) -> None: ...
 
 
-def open_recorder(make: MakeRecorder, config: RunConfig, groups: Groups) -> Recorder:
+def open_recorder(make: MakeRecorder, config: RunConfig, groups: Groups, resumption: Resumption | None) -> Recorder:
     """The first rank's recorder, and silence elsewhere. Collective: a failure to make it reaches every rank."""
     recorder: Recorder = Silent()
     error: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            recorder = make(config, dist.get_world_size())
+            recorder = make(config, dist.get_world_size(), resumption)
         except Exception as caught:
             error = caught
     agree(error, groups.world)

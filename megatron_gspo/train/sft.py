@@ -11,7 +11,6 @@ import torch
 from megatron_gspo.algorithm.packing import shard_tokens
 from megatron_gspo.algorithm.sft import sft_loss
 from megatron_gspo.config import RunConfig
-from megatron_gspo.data.cursor import PromptCursor
 from megatron_gspo.data.prompts import Completion, load_completions
 from megatron_gspo.data.tokenizer import load_tokenizer
 from megatron_gspo.parallel.exchange import broadcast_object, gather_objects
@@ -20,6 +19,7 @@ from megatron_gspo.policy.groups import Groups
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.train.batch import Minibatch, place
 from megatron_gspo.train.clock import Clock
+from megatron_gspo.train.progress import Progress, fingerprint, seed_generators
 from megatron_gspo.types import Sample, StepReport
 
 
@@ -32,6 +32,11 @@ class Examples:
 
     def describe(self) -> str:
         return f"{len(self.completions)} examples" + (f" ({self.skipped} skipped)" if self.skipped else "")
+
+    def fingerprints(self) -> dict[str, str]:
+        """Setting -> fingerprint of what was read through it."""
+        rows = ((c.prompt.id, c.prompt.token_ids, c.completion_ids) for c in self.completions)
+        return {"data.path": fingerprint(rows)}
 
 
 def load_examples(config: RunConfig) -> Examples:
@@ -49,20 +54,24 @@ def load_examples(config: RunConfig) -> Examples:
     return Examples(loaded.completions, loaded.skipped)
 
 
-def fine_tune(config: RunConfig, groups: Groups, policy: Policy, examples: Examples) -> Iterator[StepReport]:
-    """Takes ``train.outer_steps`` optimizer steps of ``train.prompts_per_step`` examples, a report each. Collective.
+def fine_tune(
+    config: RunConfig, groups: Groups, policy: Policy, examples: Examples, progress: Progress
+) -> Iterator[StepReport]:
+    """Takes optimizer steps of ``train.prompts_per_step`` examples up to ``train.outer_steps``. Collective.
 
-    The loss is the mean negative log-likelihood over the mini-batch's completion tokens.
+    Yields a report after each, with ``progress`` at its end. The loss is the mean negative log-likelihood over the
+    mini-batch's completion tokens.
     """
     completions = examples.completions
-    cursor = PromptCursor(len(completions), config.train.seed, config.data.shuffle)
-    for step in range(config.train.outer_steps):
+    for step in range(progress.outer_steps, config.train.outer_steps):
         clock = Clock()
-        drawn = list(enumerate(cursor.take(config.train.prompts_per_step)))
+        seed_generators(config.train.seed, step)
+        drawn = list(enumerate(progress.cursor.take(config.train.prompts_per_step)))
         mine = [as_sample(group, completions[index]) for group, index in drawn[groups.data_rank :: groups.data_size]]
         (minibatch,) = place(mine, config, groups)
         with clock("train"):
             metrics = supervised_step(config, groups, policy, minibatch, step)
+        progress.outer_steps = progress.optimizer_steps = step + 1
         yield StepReport(step, step, 0, metrics | clock.metrics(minibatch.tokens))
 
 

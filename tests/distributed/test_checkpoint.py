@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import multiprocessing
+import os
+import resource
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +22,7 @@ import pytest
 from tests import oracle
 from tests.distributed import steps
 from tests.distributed.steps import LAYOUTS, Case
-from tests.pool import RankPool
+from tests.pool import RankError, RankPool
 
 pytestmark = pytest.mark.distributed
 
@@ -102,8 +106,7 @@ def error_of_step(actual: Trained, expected: Trained) -> float:
 
 @contextmanager
 def policy_of(case: Case, parallel: dict[str, int]) -> Iterator[Any]:
-    # Megatron 0.16.1 writes from forked children, which a daemon, as the pool's ranks are, may not have.
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+
     with steps.exact_router():
         yield steps.make_policy(case, parallel)[0]
 
@@ -308,28 +311,138 @@ def test_a_policy_that_is_not_trained_loads_the_weights(ranks: RankPool, saved: 
 # -------------------------------------------------------------------------------------------------- what goes wrong
 
 
-def save_twice_and_die(case: Case, parallel: dict[str, int], directory: Path) -> None:
-    """A second save over the first is killed while it writes; then a third succeeds."""
-    from megatron.core import dist_checkpointing
+def save_twice_and_die(case: Case, parallel: dict[str, int], root: Path, at: str) -> None:
+    """A second save is killed at a point of it, on every rank."""
+    from megatron_gspo.policy import checkpoint_files, checkpoint_write
+    from megatron_gspo.policy.checkpoint import save_checkpoint
 
-    from megatron_gspo.policy.checkpoint import load_checkpoint, save_checkpoint
+    def die(*args: Any, **kwargs: Any) -> None:
+        if at == "within a file":
+            Path(args[1][0]).write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    def die(state: Any, target: str) -> None:
-        (Path(target) / "__0_0.distcp").write_bytes(b"half")
-        raise KeyboardInterrupt
-
+    points = {
+        "before any file": (checkpoint_write, "save_preprocess"),
+        "within a file": (checkpoint_write, "_write_file"),
+        "before the description": (checkpoint_write.PendingSave, "_publish"),
+        "before the name": (checkpoint_files.Path, "rename"),
+    }
     with policy_of(case, parallel) as policy:
-        save_checkpoint(policy, directory, {"save": 1})
-        with mock.patch.object(dist_checkpointing, "save", die), pytest.raises(KeyboardInterrupt):
-            save_checkpoint(policy, directory, {"save": 2})
-        assert load_checkpoint(policy, directory) == {"save": 1}
-        save_checkpoint(policy, directory, {"save": 3})
-        assert load_checkpoint(policy, directory) == {"save": 3}
+        save_checkpoint(policy, root / "outer_00001", {"save": 1})
+        with mock.patch.object(*points[at], die):
+            save_checkpoint(policy, root / "outer_00002", {"save": 2})
 
 
-def test_a_save_that_dies_leaves_the_checkpoint_before_it(ranks: RankPool, path: str, tmp_path: Path) -> None:
-    ranks.run(1, save_twice_and_die, case_of(path), {}, tmp_path / "last")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["last"]
+@pytest.mark.parametrize("at", ["before any file", "within a file", "before the description", "before the name"])
+def test_a_kill_while_saving_leaves_the_checkpoint_before_it_and_no_half_one(
+    ranks: RankPool, path: str, tmp_path: Path, at: str
+) -> None:
+    from megatron_gspo.policy.checkpoint_files import checkpoints_in, clear_leftovers, latest_in
+
+    case = case_of(path)
+    with pytest.raises(RankError, match="the process died"):
+        ranks.run(2, save_twice_and_die, case, {"tensor": 2}, tmp_path, at)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["outer_00001", "outer_00002.unfinished"]
+    assert latest_in(tmp_path) == tmp_path / "outer_00001"
+    clear_leftovers(tmp_path)
+    assert list(checkpoints_in(tmp_path)) == [1]
+    after = run(ranks, load_and_train, case, "TP2", tmp_path / "outer_00001")
+    assert after.extra == [{"save": 1}] * 2
+
+
+def save_with_little_room(case: Case, parallel: dict[str, int], root: Path, full: str, background: bool) -> list[str]:
+    """What each save says: the first while a file of more than 64 KB cannot be written where ``full`` says."""
+    from megatron_gspo.errors import ConfigError
+    from megatron_gspo.policy import checkpoint_write
+    from megatron_gspo.policy.checkpoint import begin_save, save_checkpoint
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said = []
+
+    def fill_up() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limit[1]))
+
+    def fill_up_and_publish(self: Any, parts: Any) -> None:
+        fill_up()
+        publish(self, parts)
+
+    publish = checkpoint_write.PendingSave._publish
+    with policy_of(case, parallel) as policy:
+        save_checkpoint(policy, root / "outer_00001", {"save": 1})
+        with contextlib.ExitStack() as stack:
+            if full == "description":
+                stack.enter_context(mock.patch.object(checkpoint_write.PendingSave, "_publish", fill_up_and_publish))
+            elif policy.groups.world.rank() == 1:
+                fill_up()
+            try:
+                begin_save(policy, root / "outer_00002", {"save": 2}, background=background).finish()
+            except ConfigError as error:
+                said.append(str(error))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        save_checkpoint(policy, root / "outer_00003", {"save": 3})
+    return said
+
+
+@pytest.mark.parametrize(("full", "background"), [("shard", False), ("shard", True), ("description", False)])
+def test_a_disk_that_is_full_on_one_rank_is_one_error_on_all_and_the_next_save_succeeds(
+    ranks: RankPool, path: str, tmp_path: Path, full: str, background: bool
+) -> None:
+    (first,), (second,) = ranks.run(2, save_with_little_room, case_of(path), {"tensor": 2}, tmp_path, full, background)
+    assert "outer_00002: the checkpoint cannot be written: [Errno 27] File too large" in first
+    assert first == second
+    assert first.startswith("rank 1: ") == (full == "shard")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["outer_00001", "outer_00003"]
+    assert run(ranks, load_and_train, case_of(path), "TP2", tmp_path / "outer_00001").extra == [{"save": 1}] * 2
+
+
+def save_while_training(case: Case, parallel: dict[str, int], plan: steps.Plan, directory: Path) -> Trained:
+    """Training moves every weight and moment before a byte of the checkpoint is written."""
+    from megatron_gspo.policy import checkpoint_write
+    from megatron_gspo.policy.checkpoint import begin_save
+
+    trained = threading.Event()
+    write = checkpoint_write._write_file
+
+    def write_late(*args: Any) -> Any:
+        assert trained.wait(60)
+        return write(*args)
+
+    with policy_of(case, parallel) as policy, mock.patch.object(checkpoint_write, "_write_file", write_late):
+        update(policy, case, plan)
+        weights = weights_of(policy)
+        pending = begin_save(policy, directory, {}, background=True)
+        update(policy, case, plan)
+        assert not pending.written()
+        assert not directory.exists()
+        trained.set()
+        pending.finish()
+        return Trained(weights, weights_of(policy))
+
+
+@pytest.mark.parametrize("layout", ["TP1", "DP2"])
+def test_a_save_in_the_background_holds_the_weights_and_moments_of_when_it_began(
+    ranks: RankPool, path: str, tmp_path: Path, layout: str
+) -> None:
+    case = case_of(path)
+    before = run(ranks, save_while_training, case, layout, tmp_path / "outer_00001")
+    after = run(ranks, load_and_train, case, layout, tmp_path / "outer_00001")
+    assert steps.worst(after.weights, before.weights)[0] == 0.0
+    assert error_of_step(after, before) == 0.0
+
+
+def addresses_of_host_tensors(case: Case) -> list[bool]:
+    """Whether a live tensor, and one that nobody else has, keep their memory on their way into a file."""
+    import torch
+
+    from megatron_gspo.policy.checkpoint_write import _on_host, address
+
+    live, own = torch.ones(3), torch.ones(3)
+    _, _, (_, tensors) = _on_host(("file", "key", ([], [(None, live), (None, own)])), {address(live)})
+    return [address(ours) == address(theirs) for (_, ours), theirs in zip(tensors, (live, own), strict=True)]
+
+
+def test_what_training_changes_is_copied_and_what_is_a_copy_is_not_copied_again(ranks: RankPool, path: str) -> None:
+    assert ranks.run(1, addresses_of_host_tensors, case_of(path)) == [[False, True]]
 
 
 def refusal(case: Case, parallel: dict[str, int], directory: Path, saving: bool) -> str:
@@ -357,16 +470,25 @@ def test_a_missing_directory_is_said_to_be_missing(ranks: RankPool, path: str, t
     assert refusals(ranks, case_of(path), tmp_path / "nowhere") == f"{tmp_path}/nowhere: no such checkpoint"
 
 
-def test_damage_is_named_on_every_rank(ranks: RankPool, saved: Any, path: str, tmp_path: Path) -> None:
+def test_damage_is_named_on_every_rank_whichever_found_it(
+    ranks: RankPool, saved: Any, path: str, tmp_path: Path
+) -> None:
     whole, _ = saved(case_of(path), "TP1")
-    headless, missing, cut = (shutil.copytree(whole, tmp_path / name) for name in ("headless", "missing", "cut"))
+    headless, missing, cut, altered = (
+        shutil.copytree(whole, tmp_path / name) for name in ("headless", "missing", "cut", "altered")
+    )
     (headless / "checkpoint.json").unlink()
-    assert "not a whole checkpoint" in refusals(ranks, case_of(path), headless)
+    assert "checkpoint.json: FileNotFoundError" in refusals(ranks, case_of(path), headless)
     (missing / "__0_1.distcp").unlink()
-    assert "__0_1.distcp" in refusals(ranks, case_of(path), missing)
+    assert "__0_1.distcp: it is missing" in refusals(ranks, case_of(path), missing)
     file = cut / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    assert "damaged" in refusals(ranks, case_of(path), cut)
+    assert "__0_0.distcp: it has" in refusals(ranks, case_of(path), cut)
+    file = altered / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert "__0_0.distcp: it was altered" in refusals(ranks, case_of(path), altered)
 
 
 def test_another_model_is_refused_with_both_numbers(ranks: RankPool, saved: Any, path: str, tmp_path: Path) -> None:

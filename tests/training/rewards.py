@@ -11,3 +11,14 @@ def share_of_even_tokens(prompt: Prompt, response: Rollout) -> float:
 
 def share_of_odd_tokens_then_fails(prompt: Prompt, response: Rollout) -> float:
     return 1.5
+
+
+async def share_of_even_tokens_and_chance(prompt: Prompt, response: Rollout) -> float:
+    """Draws from every global generator, in one event loop, so in a fixed order."""
+    import random
+
+    import numpy as np
+    import torch
+
+    chance = (random.random() + float(np.random.rand()) + float(torch.rand(()))) / 3
+    return 0.5 * share_of_even_tokens(prompt, response) + 0.5 * chance

@@ -229,3 +229,8 @@ def test_help_shows_an_example() -> None:
         done = command(name, "--help")
         assert done.returncode == 0
         assert f"example: megatron-gspo {name}" in done.stdout
+
+
+def test_resuming_and_replacing_a_run_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"resume = true .* overwrite = true .*: set train\.overwrite = false"):
+        parse(tree(train={"resume": True, "overwrite": True}))

@@ -13,7 +13,7 @@ from report_runs import make_config, make_report, make_rollout, make_run
 
 from megatron_gspo.config import load
 from megatron_gspo.errors import BatchError, ConfigError, DataError
-from megatron_gspo.report.manifest import describe, git_state
+from megatron_gspo.report.manifest import describe, git_state, with_start
 from megatron_gspo.report.metrics import METRICS, by_outer_step
 from megatron_gspo.report.rundir import RunDirectory, initial_evaluation, read_lines
 from megatron_gspo.types import RolloutRecord, StepReport
@@ -82,7 +82,7 @@ def test_of_a_step_written_twice_the_later_line_counts(tmp_path: Path) -> None:
 
 def test_an_existing_run_is_refused_and_stays_whole(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", outer_steps=1)
-    with pytest.raises(ConfigError, match=r"run exists: name another, or set train.overwrite = true"):
+    with pytest.raises(ConfigError, match=r"run exists: .*train\.resume = true .*train\.overwrite = true"):
         RunDirectory.create(make_config(run.path))
     assert len(run.metrics()) == 5
 
@@ -102,6 +102,56 @@ def test_overwrite_does_not_remove_what_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a run directory"):
         RunDirectory.create(make_config(thesis.parent, train={"overwrite": True}))
     assert thesis.read_text() == "years of work"
+
+
+def test_one_process_writes_a_run_and_a_living_one_is_not_replaced(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", outer_steps=1)
+    held = run.lock()
+    with pytest.raises(ConfigError, match="is being written by another process"):
+        run.lock()
+    with pytest.raises(ConfigError, match="is being written by another process"):
+        RunDirectory.create(make_config(run.path, train={"overwrite": True}))
+    assert len(run.metrics()) == 5
+    held.close()
+    run.lock().close()
+
+
+def test_a_run_that_says_it_is_running_while_nobody_writes_it_was_killed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", outer_steps=1)
+    run.write_manifest(run.manifest() | {"status": "running"})
+    assert run.status() == "running"  # without a lock file nothing is known
+    with run.lock():
+        assert run.status() == "running"
+    assert run.status() == "killed"
+    run.finish()
+    assert run.status() == "finished"
+
+
+def test_cutting_back_leaves_what_was_there_at_the_checkpoint(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", outer_steps=4)
+    before = run.metrics_file.read_text().splitlines()
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 16, "outer')
+    run.cut_back(make_config(run.path, train={"outer_steps": 99}), 2)
+    assert run.metrics_file.read_text().splitlines() == before[:9]  # the first evaluation, and two of 4 mini-batches
+    assert list(run.rollout_files()) == [0, 1]
+    assert load(run.config_file).train.outer_steps == 99
+
+
+def test_the_manifest_lists_every_start_and_one_that_did_not_end_was_killed(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run")
+    first = with_start(describe(config, 2) | {"started": "then"}, {}, None)
+    assert first["starts"] == [{"started": "then", "outer_step": 0, "layout": first["layout"]}]
+    run = RunDirectory.create(config)
+    continued = {"outer_step": 4, "checkpoint": "outer_00004", "changes": {"parallel.tensor": [2, 1]}}
+    run.write_manifest(with_start(describe(config, 4), first, continued))
+    run.finish("stopped")
+    manifest = run.manifest()
+    assert manifest["started"] == "then"
+    assert manifest["starts"][0]["status"] == "killed"
+    second = manifest["starts"][1]
+    assert (second["status"], second["outer_step"], second["layout"]["world_size"]) == ("stopped", 4, 4)
+    assert second["changes"] == {"parallel.tensor": [2, 1]}
 
 
 @pytest.mark.parametrize("name", ["missing", "empty"])

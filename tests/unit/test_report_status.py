@@ -76,6 +76,13 @@ def test_the_last_checkpoint_is_the_one_with_the_highest_number(tmp_path: Path) 
     assert last_checkpoint(run) == "step_100"
 
 
+def test_the_last_checkpoint_is_what_latest_names(tmp_path: Path) -> None:
+    run = RunDirectory.create(make_config(tmp_path / "run"))
+    (run.checkpoints / "outer_00008").mkdir()
+    (run.checkpoints / "latest").write_text("outer_00004\n")
+    assert last_checkpoint(run) == "outer_00004"
+
+
 def test_a_healthy_run_warns_of_nothing() -> None:
     assert warnings(lines_with(), None) == []
 

@@ -1,0 +1,207 @@
+"""The files of checkpoints: hashed, synced to disk, given their name when they are whole, removed by a rule.
+
+    checkpoints/
+      outer_00008/             a whole checkpoint: Megatron's files, and checkpoint.json, which lists and hashes them
+      outer_00012/
+      latest                   the name of the one to continue from; moved last
+      outer_00016.unfinished/  being written, or left by a kill; ``clear_leftovers`` removes it
+
+The number is the outer steps done. No collectives here: who calls what on which rank is ``policy.checkpoint``'s part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_gspo.errors import WeightError
+
+HEADER = "checkpoint.json"
+LATEST = "latest"
+METADATA = ".metadata"
+UNFINISHED, REPLACED, REMOVED = ".unfinished", ".replaced", ".removed"
+NAME = re.compile(r"outer_(\d{5,})")
+UNPICKLED = re.compile(
+    r"torch\.distributed\.checkpoint\.(metadata|planner)\.\w+|torch\.distributed\.checkpoint\.filesystem\._StorageInfo"
+    r"|torch\.(Size|b?float\d+|u?int\d+|bool)|torch\.serialization\._get_layout"
+)
+"""Classes that Megatron's description of a checkpoint is made of."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file as ``checkpoint.json`` lists it."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+def name_of(outer_steps: int) -> str:
+    """The directory of the checkpoint after ``outer_steps`` outer steps."""
+    return f"outer_{outer_steps:05d}"
+
+
+def checkpoints_in(root: Path) -> dict[int, Path]:
+    """Outer steps done -> whole checkpoint, in order."""
+    matches = [(NAME.fullmatch(path.name), path) for path in root.glob("outer_*")]
+    found = {int(match[1]): path for match, path in matches if match and (path / HEADER).is_file()}
+    return dict(sorted(found.items()))
+
+
+def latest_in(root: Path) -> Path | None:
+    """What ``latest`` names, there or not; without that file the newest checkpoint; None when there is none."""
+    try:
+        name = (root / LATEST).read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return next(reversed(checkpoints_in(root).values()), None)
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeightError(f"{root / LATEST} cannot be read: {error}") from None
+    if not NAME.fullmatch(name):
+        raise WeightError(f"{root / LATEST} holds {name[:80]!r}, which names no checkpoint{_others(root / LATEST)}")
+    return root / name
+
+
+def move_latest(directory: Path) -> None:
+    """Makes ``latest`` name ``directory``, in one move."""
+    latest = directory.parent / LATEST
+    temporary = latest.with_name(latest.name + UNFINISHED)
+    temporary.write_text(directory.name + "\n", encoding="utf-8")
+    sync(temporary)
+    temporary.replace(latest)
+    sync(latest.parent)
+
+
+def retire(newest: Path, *, keep_last: int, keep_every: int) -> None:
+    """Removes what the rule does not keep: the ``keep_last`` newest, and each whose number ``keep_every`` divides.
+
+    Numbers above ``newest``'s belong to a history that was given up (somebody set ``latest`` back) and go too.
+    """
+    found = checkpoints_in(newest.parent)
+    numbers = [number for number, path in found.items() if path.name <= newest.name]
+    kept = set(numbers[-keep_last:]) | {number for number in numbers if keep_every and number % keep_every == 0}
+    for number in found.keys() - kept:
+        removed = found[number].with_name(found[number].name + REMOVED)
+        found[number].rename(removed)  # a kill while files go must not leave half a checkpoint under its name
+        shutil.rmtree(removed)
+
+
+def clear_leftovers(root: Path) -> None:
+    """Removes what a kill left behind. Nothing else may write into ``root`` meanwhile."""
+    for suffix in (UNFINISHED, REPLACED, REMOVED):
+        for path in root.glob(f"*{suffix}"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def make_empty(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+
+
+def describe(path: Path) -> FileEntry:
+    """Hashes a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileEntry(path.name, path.stat().st_size, digest)
+
+
+def publish(unfinished: Path, directory: Path, header: Mapping[str, Any], files: Iterable[FileEntry]) -> None:
+    """Writes ``checkpoint.json`` and moves ``unfinished`` to ``directory``; one that lay there is replaced.
+
+    The hash of ``checkpoint.json`` is in itself: of everything else in it.
+    """
+    content = {**header, "files": [asdict(entry) for entry in sorted(files, key=lambda entry: entry.name)]}
+    text = json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n"
+    (unfinished / HEADER).write_text(text, encoding="utf-8")
+    for path in unfinished.iterdir():
+        sync(path)
+    sync(unfinished)
+    replaced = directory.with_name(directory.name + REPLACED)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    if directory.exists():
+        directory.rename(replaced)
+    unfinished.rename(directory)
+    sync(directory.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def read_header(directory: Path) -> dict[str, Any]:
+    """``checkpoint.json``. Raises WeightError when it is missing, torn or altered."""
+    if not directory.is_dir():
+        raise WeightError(f"{directory}: no such checkpoint{_others(directory)}")
+    try:
+        header = json.loads((directory / HEADER).read_text(encoding="utf-8"))
+        written = header.pop("sha256")
+        [FileEntry(**entry) for entry in header["files"]]
+        header["step"], header["model"], header["extra"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(directory, HEADER, f"{type(error).__name__}: {error}") from None
+    if written != _digest(header):
+        raise _damaged(directory, HEADER, "it was altered: its sha256 is not that of its content")
+    return header
+
+
+def verify(directory: Path, files: Iterable[Mapping[str, Any]]) -> None:
+    """Holds files against the entries of ``checkpoint.json``: presence, size, hash. Raises WeightError."""
+    for expected in files:
+        path = directory / expected["name"]
+        if not path.is_file():
+            raise _damaged(directory, path.name, "it is missing")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise _damaged(directory, path.name, f"it has {size} bytes and was written with {expected['bytes']}")
+        found = describe(path).sha256
+        if found != expected["sha256"]:
+            raise _damaged(directory, path.name, f"it was altered: sha256 {found[:12]}..., not what was written")
+
+
+def check_metadata(directory: Path) -> None:
+    """Raises WeightError unless ``.metadata``, which torch unpickles, is made of descriptions alone: no code runs."""
+    try:
+        with (directory / METADATA).open("rb") as file:
+            _Descriptions(file).load()
+    except Exception as error:  # whatever pickle raises on a file that somebody made
+        raise _damaged(directory, METADATA, f"{type(error).__name__}: {error}") from None
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a directory's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Descriptions(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if not UNPICKLED.fullmatch(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a description of tensors")
+        return super().find_class(module, name)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(directory: Path, name: str, what: str) -> WeightError:
+    return WeightError(f"{directory}: the checkpoint is damaged: {name}: {what}{_others(directory)}")
+
+
+def _others(directory: Path) -> str:
+    """What else there is to continue from."""
+    others = [path.name for path in checkpoints_in(directory.parent).values() if path.name != directory.name]
+    if not others:
+        return ""
+    return f"; also there: {', '.join(others)} (write a name into {directory.parent / LATEST} to continue from it)"
