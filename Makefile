@@ -43,12 +43,20 @@ quickstart: install ## install, then train a tiny mixture of experts with GSPO a
 	@echo; echo "The report: $(CURDIR)/runs/quickstart/report.html"
 
 .PHONY: test
-test: install ## install, then run all tests
+test: install browser ## install, then run all tests
 	OMP_NUM_THREADS=1 $(RUN) pytest -q --durations=15
 
 .PHONY: test-latest
-test-latest: $(LATEST_STAMP) $(SGLANG_STAMP) ## run all tests on Python 3.12 and the newest Megatron-Core (PYTHON_LATEST=...)
+test-latest: $(LATEST_STAMP) $(SGLANG_STAMP) browser ## run all tests on Python 3.12 and the newest Megatron-Core (PYTHON_LATEST=...)
 	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -q --durations=15
+
+.PHONY: browser
+browser: ## find a Chromium for the tests of the report, or install Debian's (CHROMIUM=...)
+	@$(find_browser) || $(install_browser) || echo "no Chromium: the report will not be tested in a browser; apt-get install chromium as root, or name one: make CHROMIUM=/path/to/chromium test" >&2
+
+find_browser = { command -v "$${CHROMIUM:-chromium}" || command -v chromium-browser || command -v google-chrome; } >/dev/null
+as_root = $$([ "$$(id -u)" = 0 ] || echo sudo -n) env DEBIAN_FRONTEND=noninteractive
+install_browser = { echo "Installing Chromium with apt-get" && { $(as_root) apt-get update && $(as_root) apt-get install -y --no-install-recommends chromium fonts-dejavu-core; } >/dev/null 2>&1; }
 
 .PHONY: lint
 lint: $(EXTENSION_STAMP) ## check style and types

@@ -1,4 +1,4 @@
-"""The charts of the report, in reading order: one entry a chart, drawn by ``templates/report.js``.
+"""The charts of the report, in reading order: one entry a chart, drawn by ``templates/charts.js``.
 
 A chart whose metrics no run has is left out, so an entry here costs nothing to runs that do not record it.
 """
@@ -34,121 +34,167 @@ class Chart:
     """"ratio": bands of s_i - 1 with the clip range; "time": stacked seconds of an outer step."""
 
 
-CHARTS = (
-    Chart(
-        "Reward and accuracy",
-        "reward, accuracy (0 to 1)",
+@dataclass(frozen=True)
+class Section:
+    question: str
+    """What its charts answer; their heading."""
+    charts: tuple[Chart, ...]
+
+
+SECTIONS = (
+    Section(
+        "Is it learning?",
         (
-            Curve("reward/mean", "reward, training prompts"),
-            Curve("eval/accuracy", "accuracy, held-out, sampled", markers=True),
-            Curve("eval/greedy_accuracy", "accuracy, held-out, greedy", markers=True),
-        ),
-        "Evaluations belong to the weights after the step they stand at; the first one is before any training.",
-    ),
-    Chart(
-        "Held-out reward",
-        "reward, share (0 to 1)",
-        (Curve("eval/reward", "mean reward", markers=True), Curve("eval/rewarded", "any reward", markers=True)),
-        "Differs from the accuracy where a reward has parts, as for a well-formed answer that is wrong.",
-    ),
-    Chart(
-        "Clip fraction",
-        "share clipped (log)",
-        (
-            Curve("clip/frac_tokens", "tokens"),
-            Curve("clip/frac_sequences", "sequences"),
-            Curve("clip/frac_tokens_nonzero_adv", "tokens, advantage ≠ 0"),
-        ),
-        "Zero, as in every first mini-batch, lies below a log axis and leaves a gap.",
-        log=True,
-    ),
-    Chart(
-        "Sequence ratio",
-        "s_i − 1",
-        (
-            Curve("ratio/p50", "median"),
-            Curve("ratio/p01", "p01"),
-            Curve("ratio/p05", "p05"),
-            Curve("ratio/p95", "p95"),
-            Curve("ratio/p99", "p99"),
-            Curve("noise/abs_log_ratio_p99", "noise floor, p99"),
-        ),
-        "Bands hold 98% and 90% of the sequences. What lies outside the clip range may be clipped; a clip range inside "
-        "the noise floor clips rounding errors.",
-        kind="ratio",
-    ),
-    Chart(
-        "Clipped below and above",
-        "share clipped (log)",
-        (Curve("clip/frac_low", "below 1 − clip_low"), Curve("clip/frac_high", "above 1 + clip_high")),
-        log=True,
-    ),
-    Chart("Entropy", "nats per token", (Curve("entropy", "entropy"),)),
-    Chart(
-        "Engine gap",
-        "nats/token; share (log)",
-        (
-            Curve("kl/engine_k3", "k3"),
-            Curve("kl/engine_k1", "|k1|", magnitude=True),
-            Curve("kl/engine_tail", "share with ratio above 2"),
-        ),
-        "How far the trainer's π_old is from what the engine sampled; k3 below 1e-3 is usually taken as healthy.",
-        log=True,
-    ),
-    Chart("Gradient norm", "norm before clipping", (Curve("grad_norm", "gradient norm"),), zero=True),
-    Chart("Learning rate", "learning rate", (Curve("lr", "learning rate"),), zero=True),
-    Chart("Loss", "loss", (Curve("loss", "loss"),), "A surrogate: its gradient means something, its level does not."),
-    Chart(
-        "Response length",
-        "tokens per response",
-        (
-            Curve("length/mean", "all"),
-            Curve("length/mean_positive", "advantage > 0"),
-            Curve("length/mean_negative", "advantage < 0"),
+            Chart(
+                "Reward and accuracy",
+                "reward, accuracy (0 to 1)",
+                (
+                    Curve("reward/mean", "reward, training prompts"),
+                    Curve("eval/accuracy", "accuracy, held-out", markers=True),
+                    Curve("eval/greedy_accuracy", "accuracy, greedy", markers=True),
+                ),
+                "Evaluations belong to the weights after the step they stand at; the one at −1 is before any training.",
+            ),
+            Chart(
+                "Response length",
+                "tokens per response",
+                (
+                    Curve("length/mean", "all"),
+                    Curve("length/mean_positive", "advantage > 0"),
+                    Curve("length/mean_negative", "advantage < 0"),
+                ),
+            ),
+            Chart(
+                "Truncated, and groups of equal rewards",
+                "share (0 to 1)",
+                (
+                    Curve("length/truncated", "truncated responses"),
+                    Curve("reward/zero_std_groups", "groups with equal rewards"),
+                ),
+                "A group whose rewards are all equal has no advantages and teaches nothing.",
+                zero=True,
+            ),
+            Chart(
+                "Held-out reward",
+                "reward, share (0 to 1)",
+                (Curve("eval/reward", "mean reward", markers=True), Curve("eval/rewarded", "any reward", markers=True)),
+                "Differs from the accuracy where a reward has parts, as for a well-formed answer that is wrong.",
+            ),
+            Chart("Dropped responses", "responses per outer step", (Curve("dropped/responses", "dropped"),), zero=True),
         ),
     ),
-    Chart(
-        "Truncated and equal",
-        "share (0 to 1)",
+    Section(
+        "Is the update sound?",
         (
-            Curve("length/truncated", "truncated responses"),
-            Curve("reward/zero_std_groups", "groups with equal rewards"),
+            Chart(
+                "Clip fraction",
+                "share clipped (log)",
+                (
+                    Curve("clip/frac_tokens", "tokens"),
+                    Curve("clip/frac_sequences", "sequences"),
+                    Curve("clip/frac_tokens_nonzero_adv", "tokens, advantage ≠ 0"),
+                ),
+                "Zero, as in every first mini-batch, lies below a log axis and leaves a gap.",
+                log=True,
+            ),
+            Chart(
+                "Sequence ratio",
+                "s_i − 1",
+                (
+                    Curve("ratio/p50", "median"),
+                    Curve("ratio/p01", "p01"),
+                    Curve("ratio/p05", "p05"),
+                    Curve("ratio/p95", "p95"),
+                    Curve("ratio/p99", "p99"),
+                    Curve("noise/abs_log_ratio_p99", "noise floor, p99"),
+                ),
+                "Bands hold 98% and 90% of the sequences. What lies outside the clip range may be clipped; a clip "
+                "range inside the noise floor clips rounding errors.",
+                kind="ratio",
+            ),
+            Chart(
+                "Noise floor",
+                "nats per token",
+                (
+                    Curve("noise/abs_log_ratio_p50", "median", markers=True),
+                    Curve("noise/abs_log_ratio_p99", "p99", markers=True),
+                ),
+                "|log s_i| between two packings at equal weights: what no learning made. 0 where rounding is equal.",
+                zero=True,
+            ),
+            Chart(
+                "Clipped below and above",
+                "share clipped (log)",
+                (Curve("clip/frac_low", "below 1 − clip_low"), Curve("clip/frac_high", "above 1 + clip_high")),
+                log=True,
+            ),
+            Chart("Entropy", "nats per token", (Curve("entropy", "entropy"),), zero=True),
+            Chart("Gradient norm", "norm before clipping", (Curve("grad_norm", "gradient norm"),), zero=True),
+            Chart("Learning rate", "learning rate", (Curve("lr", "learning rate"),), zero=True),
+            Chart(
+                "Distance from π_old",
+                "nats (log)",
+                (
+                    Curve("ratio/token_log_rms", "RMS of token log-ratios"),
+                    Curve("ratio/abs_log_mean", "mean |log s_i|, per token"),
+                ),
+                log=True,
+            ),
+            Chart("Effective sample size", "share of the sequences", (Curve("ratio/ess", "ESS / n"),)),
+            Chart(
+                "Loss",
+                "loss",
+                (Curve("loss", "loss"),),
+                "A surrogate: its gradient means something, its level does not.",
+            ),
         ),
-        "A group whose rewards are all equal has no advantages and teaches nothing.",
-        zero=True,
     ),
-    Chart("Effective sample size", "share of the sequences", (Curve("ratio/ess", "ESS / n"),)),
-    Chart(
-        "Distance from π_old",
-        "nats (log)",
+    Section(
+        "Do engine and trainer agree?",
         (
-            Curve("ratio/token_log_rms", "RMS of token log-ratios"),
-            Curve("ratio/abs_log_mean", "mean |log s_i|, per token"),
+            Chart(
+                "Engine gap",
+                "nats per token (log)",
+                (Curve("kl/engine_k3", "k3"), Curve("kl/engine_k1", "|k1|", magnitude=True)),
+                "How far π_old is from what the engine sampled; k3 below 1e-3 is usually taken as healthy.",
+                log=True,
+            ),
+            Chart(
+                "Engine gap, tail",
+                "share of tokens",
+                (Curve("kl/engine_tail", "probabilities differ more than twofold"),),
+                zero=True,
+            ),
+            Chart(
+                "Routing",
+                "share (0 to 1)",
+                (
+                    Curve("route/drift", "changed since π_old"),
+                    Curve("route/engine_mismatch", "engine ≠ trainer"),
+                    Curve("replay/coverage", "replayed"),
+                ),
+            ),
+            Chart("Expert load", "largest load / mean load", (Curve("expert/load_max", "fullest expert"),), zero=True),
         ),
-        log=True,
     ),
-    Chart(
-        "Routing",
-        "share (0 to 1)",
+    Section(
+        "Where does the time go?",
         (
-            Curve("route/drift", "changed since π_old"),
-            Curve("route/engine_mismatch", "engine ≠ trainer"),
-            Curve("replay/coverage", "replayed"),
+            Chart(
+                "Time of an outer step",
+                "seconds",
+                (
+                    Curve("time/rollout", "rollout"),
+                    Curve("time/reward", "reward"),
+                    Curve("time/logprobs", "logprobs"),
+                    Curve("time/train", "train"),
+                    Curve("time/sync", "sync"),
+                ),
+                kind="time",
+            ),
+            Chart("Throughput", "tokens per second", (Curve("tokens_per_s", "tokens/s"),), zero=True),
         ),
-    ),
-    Chart("Expert load", "largest load / mean load", (Curve("expert/load_max", "fullest expert"),)),
-    Chart("Dropped responses", "responses per outer step", (Curve("dropped/responses", "dropped"),), zero=True),
-    Chart("Throughput", "tokens per second", (Curve("tokens_per_s", "tokens/s"),), zero=True),
-    Chart(
-        "Time of an outer step",
-        "seconds",
-        (
-            Curve("time/rollout", "rollout"),
-            Curve("time/reward", "reward"),
-            Curve("time/logprobs", "logprobs"),
-            Curve("time/train", "train"),
-            Curve("time/sync", "sync"),
-        ),
-        kind="time",
     ),
 )
+
+CHARTS = tuple(chart for section in SECTIONS for chart in section.charts)

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import base64
 import gzip
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from megatron_gspo.errors import DependencyError
-from megatron_gspo.report.payload import labels, payload, seconds_of_run, settings, to_json
+from megatron_gspo.report.headline import state, tiles
+from megatron_gspo.report.payload import labels, payload, settings, to_json
 from megatron_gspo.report.rundir import RunDirectory
 from megatron_gspo.report.status import summarise
-from megatron_gspo.report.text import algorithm_text, duration, layout_text
+from megatron_gspo.report.text import algorithm_text, layout_text
+
+SCRIPTS = ("page.js", "charts.js", "reader.js")
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -32,7 +36,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(render(directories), encoding="utf-8")
+    # A lone surrogate, of a directory's name or a torn manifest, is in no encoding.
+    temporary.write_text(render(directories), encoding="utf-8", errors="replace")
     temporary.replace(out)
     return out
 
@@ -42,27 +47,28 @@ def render(runs: Sequence[RunDirectory]) -> str:
     environment = Environment(
         loader=PackageLoader("megatron_gspo.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    names = labels(runs)
+    names, now = labels(runs), datetime.now(UTC)
     return environment.get_template("report.html.j2").render(
         title=", ".join(names),
-        runs=[run_facts(run, name) for run, name in zip(runs, names, strict=True)],
-        settings=settings_table([settings(run) for run in runs]),
+        runs=[run_facts(run, name, now) for run, name in zip(runs, names, strict=True)],
+        settings=settings_table([settings(run) | versions(run) for run in runs]),
         style=_template("report.css"),
-        script=_template("report.js"),
+        script=Markup("\n").join(map(_template, SCRIPTS)),
         payload=Markup(to_json(payload(runs))),
         plotly=Markup(packed_plotly()),
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        written=now.strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
-def run_facts(run: RunDirectory, label: str) -> dict[str, Any]:
-    """What stands above the charts: what ran, and the numbers that sum it up."""
-    summary = summarise(run)
+def run_facts(run: RunDirectory, label: str, now: datetime) -> dict[str, Any]:
+    """What stands above the charts: how far it is, what ran, the numbers that sum it up, and what to look at."""
+    summary, known = summarise(run), {name: text for name, text in facts(run).items() if text}
     return {
         "label": label,
-        "status": {"running": "not finished"}.get(summary["status"], summary["status"] or "no manifest"),
-        "facts": [(name, text) for name, text in facts(run).items() if text],
-        "numbers": key_numbers(summary, seconds_of_run(run)),
+        "state": state(run, summary, now),
+        "line": " · ".join(known[name] for name in ("algorithm", "layout", "model") if name in known),
+        "facts": list(known.items()),
+        "tiles": tiles(run, summary),
         "warnings": summary["warnings"],
     }
 
@@ -70,42 +76,41 @@ def run_facts(run: RunDirectory, label: str) -> dict[str, Any]:
 def facts(run: RunDirectory) -> dict[str, str]:
     """Model, algorithm, layout, versions, seeds, commit, start: each as text, empty where nobody knows."""
     manifest, config = run.manifest(), run.config()
-    layout, git = _mapping(manifest.get("layout")), _mapping(manifest.get("git"))
-    engine, versions = _mapping(manifest.get("engine")), _mapping(manifest.get("versions"))
+    layout, engine = _mapping(manifest.get("layout")), _mapping(manifest.get("engine"))
     return {
         "model": f"{config.model.path} ({config.model.dtype})" if config else str(manifest.get("model") or ""),
         "algorithm": algorithm_text(config) if config else str(manifest.get("algorithm") or ""),
         "layout": layout_text(layout, layout["world_size"]) if "world_size" in layout else "",
         "engine": ", ".join(f"{key} {value}" for key, value in engine.items() if isinstance(value, (str, int, float))),
-        "versions": ", ".join(f"{key} {value}" for key, value in versions.items() if value),
+        "versions": ", ".join(f"{key} {value}" for key, value in _mapping(manifest.get("versions")).items() if value),
         "seeds": ", ".join(f"{key} {value}" for key, value in _mapping(manifest.get("seeds")).items()),
-        "commit": f"{str(git['commit'])[:12]}{' + changes' if git.get('dirty') else ''}" if "commit" in git else "",
+        "commit": _commit(manifest),
         "started": str(manifest.get("started") or "").replace("T", " "),
     }
 
 
-def key_numbers(summary: Mapping[str, Any], run_seconds: float | None) -> list[tuple[str, str]]:
-    """(what, value) in the order of the summary row."""
-    total = summary["outer_steps_total"]
-    return [
-        ("eval accuracy", f"{_text(summary['eval_first'], '.3f')} → {_text(summary['eval_last'], '.3f')}"),
-        ("reward, recent", _text(summary["reward"], ".3f")),
-        ("clipped tokens, recent", _text(summary["clip_frac_tokens"], ".2%")),
-        ("clipped sequences, recent", _text(summary["clip_frac_sequences"], ".2%")),
-        ("engine gap k3, median", _text(summary["engine_k3_median"], ".2g")),
-        ("tokens/s, recent", _text(summary["tokens_per_s"], ",.0f")),
-        ("outer steps", f"{summary['outer_steps']}{f' of {total}' if total else ''}"),
-        ("duration", "-" if run_seconds is None else duration(run_seconds)),
-    ]
+def versions(run: RunDirectory) -> dict[str, str]:
+    """What ran, as rows beside the settings: two runs of one configuration may differ in nothing else."""
+    manifest = run.manifest()
+    rows = {f"version of {name}": str(value) for name, value in _mapping(manifest.get("versions")).items() if value}
+    return rows | ({"commit": commit} if (commit := _commit(manifest)) else {})
 
 
-def settings_table(runs: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str], bool]]:
-    """(setting, its value in each run, whether they differ), in the order of the configuration."""
+class Setting(NamedTuple):
+    name: str
+    values: list[str]
+    """One a run; "-" where a run has none."""
+    differs: bool
+
+
+def settings_table(runs: Sequence[dict[str, str]]) -> list[Setting]:
+    """Every setting of any run, in the order of the configuration; the page shows what differs first."""
     names = {name: None for run in runs for name in run}
-    rows = [(name, [run.get(name, "-") for run in runs]) for name in names]
-    return [(name, values, len(set(values)) > 1) for name, values in rows]
+    values = {name: [run.get(name, "-") for run in runs] for name in names}
+    return [Setting(name, values[name], len(set(values[name])) > 1) for name in names]
 
 
+@cache
 def packed_plotly() -> str:
     """plotly.js, gzip and base64: 2 MB instead of 4.8."""
     try:
@@ -115,13 +120,14 @@ def packed_plotly() -> str:
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
 
 
+def _commit(manifest: dict[str, Any]) -> str:
+    git = _mapping(manifest.get("git"))
+    return f"{str(git['commit'])[:12]}{' + changes' if git.get('dirty') else ''}" if "commit" in git else ""
+
+
 def _template(name: str) -> Markup:
     return Markup((Path(__file__).parent / "templates" / name).read_text(encoding="utf-8"))
 
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _text(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)

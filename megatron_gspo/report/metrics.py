@@ -1,13 +1,13 @@
-"""The metric names of ``metrics.jsonl``: unit and kind of each.
+"""The metrics of ``metrics.jsonl``: name, unit, meaning, and how an outer step's lines become one value.
 
-docs/metrics.md says what they mean; a test keeps both equal.
+docs/metrics.md is this table to read, and a test holds the two equal, word for word; the report's page shows its texts.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Record = dict[str, Any]
@@ -23,57 +23,174 @@ INITIAL = -1
 @dataclass(frozen=True)
 class Metric:
     unit: str
-    combine: Literal["mean", "last"] = "mean"
+    meaning: str = ""
+    """One sentence or two, in the Markdown of docs/metrics.md."""
+    look_for: str = ""
+    combine: Literal["mean", "last"] = field(default="mean", kw_only=True)
     """An outer step's value: the mean over its mini-batches, or the last line that has one. "last" is for what an
     outer step has one of (rewards, lengths, times, evaluations) and for s_i, furthest from pi_old in the last one."""
+    written: bool = field(default=True, kw_only=True)
+    """False for a name that is reserved and that no run writes yet."""
 
 
 METRICS: dict[str, Metric] = {
-    "reward/mean": Metric("reward", "last"),
-    "reward/std": Metric("reward", "last"),
-    "reward/zero_std_groups": Metric("fraction", "last"),
-    "loss": Metric("1"),
-    "grad_norm": Metric("1"),
-    "lr": Metric("1"),
-    "ratio/mean": Metric("1", "last"),
-    "ratio/p01": Metric("1", "last"),
-    "ratio/p05": Metric("1", "last"),
-    "ratio/p50": Metric("1", "last"),
-    "ratio/p95": Metric("1", "last"),
-    "ratio/p99": Metric("1", "last"),
-    "ratio/abs_log_mean": Metric("nats/token", "last"),
-    "ratio/token_log_rms": Metric("nats", "last"),
-    "ratio/ess": Metric("fraction", "last"),
-    "clip/frac_tokens": Metric("fraction"),
-    "clip/frac_sequences": Metric("fraction"),
-    "clip/frac_low": Metric("fraction"),
-    "clip/frac_high": Metric("fraction"),
-    "clip/frac_tokens_nonzero_adv": Metric("fraction"),
-    "noise/abs_log_ratio_p50": Metric("nats/token", "last"),
-    "noise/abs_log_ratio_p99": Metric("nats/token", "last"),
-    "entropy": Metric("nats/token"),
-    "kl/engine_k1": Metric("nats/token"),
-    "kl/engine_k3": Metric("nats/token"),
-    "kl/engine_tail": Metric("fraction"),
-    "route/drift": Metric("fraction"),
-    "route/engine_mismatch": Metric("fraction"),
-    "replay/coverage": Metric("fraction"),
-    "expert/load_max": Metric("multiple of mean"),
-    "length/mean": Metric("tokens", "last"),
-    "length/mean_positive": Metric("tokens", "last"),
-    "length/mean_negative": Metric("tokens", "last"),
-    "length/truncated": Metric("fraction", "last"),
-    "dropped/responses": Metric("responses", "last"),
-    "eval/accuracy": Metric("fraction", "last"),
-    "eval/greedy_accuracy": Metric("fraction", "last"),
-    "eval/reward": Metric("reward", "last"),
-    "eval/rewarded": Metric("fraction", "last"),
-    "tokens_per_s": Metric("tokens/s", "last"),
-    "time/rollout": Metric("s", "last"),
-    "time/reward": Metric("s", "last"),
-    "time/logprobs": Metric("s", "last"),
-    "time/train": Metric("s", "last"),
-    "time/sync": Metric("s", "last"),
+    "reward/mean": Metric(
+        "reward", "Mean reward of the outer step's surviving responses, in [0, 1].", "Rises.", combine="last"
+    ),
+    "reward/std": Metric("reward", "Population standard deviation of those rewards.", combine="last"),
+    "reward/zero_std_groups": Metric(
+        "fraction",
+        "Share of surviving groups whose responses all got the same reward: their advantages are 0.",
+        "Above 0.5, half of the rollouts teach nothing: the prompts are too easy or too hard.",
+        combine="last",
+    ),
+    "loss": Metric(
+        "1",
+        "The loss of the whole mini-batch, globally normalised: the negated surrogate objective and the KL "
+        "term, if any; for sft the mean negative log-likelihood of a completion token.",
+        "Its gradient means something, its level does not.",
+    ),
+    "grad_norm": Metric(
+        "1",
+        "Global gradient norm before clipping.",
+        "A sudden rise by a factor of ten deserves a look at that step's responses.",
+    ),
+    "lr": Metric("1", "Learning rate of the step."),
+    "ratio/mean": Metric("1", "Mean of s_i.", "Exactly 1 in minibatch 0.", combine="last"),
+    "ratio/p01": Metric(
+        "1",
+        "1% quantile of s_i over the mini-batch's responses.",
+        "Exactly 1 in minibatch 0, like all quantiles.",
+        combine="last",
+    ),
+    "ratio/p05": Metric("1", "5% quantile of s_i.", "Compare with 1 - clip_low.", combine="last"),
+    "ratio/p50": Metric("1", "Median of s_i.", combine="last"),
+    "ratio/p95": Metric("1", "95% quantile of s_i.", "Compare with 1 + clip_high.", combine="last"),
+    "ratio/p99": Metric("1", "99% quantile of s_i.", combine="last"),
+    "ratio/abs_log_mean": Metric("nats/token", "Mean of abs(log s_i).", combine="last"),
+    "ratio/token_log_rms": Metric(
+        "nats",
+        "Root mean square of log w_t over response tokens.",
+        "Much larger than `ratio/abs_log_mean`: the noise that a sequence ratio averages away.",
+        combine="last",
+    ),
+    "ratio/ess": Metric("fraction", "Effective sample size, (sum s_i)^2 / (n sum s_i^2).", "Near 1.", combine="last"),
+    "clip/frac_tokens": Metric(
+        "fraction",
+        "Response tokens on the clipped branch / response tokens.",
+        "Exactly 0 in minibatch 0. GSPO clips far more than GRPO: 0.15 against 0.0013 as others read the "
+        "paper's figure.",
+    ),
+    "clip/frac_sequences": Metric("fraction", "The same by sequence: responses with a clipped token / responses."),
+    "clip/frac_low": Metric(
+        "fraction", "The part of `clip/frac_tokens` with the ratio below 1 - clip_low and a negative advantage."
+    ),
+    "clip/frac_high": Metric(
+        "fraction", "The part of `clip/frac_tokens` with the ratio above 1 + clip_high and a positive advantage."
+    ),
+    "clip/frac_tokens_nonzero_adv": Metric(
+        "fraction", "Clipped tokens / response tokens whose advantage is not 0; a group of equal rewards cannot clip."
+    ),
+    "noise/abs_log_ratio_p50": Metric(
+        "nats/token",
+        "Median of abs(log s_i) between two packings of the same responses at equal weights: the noise floor,"
+        " measured every `train.noise_floor_every` outer steps.",
+        "Far below the clip range.",
+        combine="last",
+    ),
+    "noise/abs_log_ratio_p99": Metric(
+        "nats/token",
+        "99% quantile of the same.",
+        "Below the clip range, else rounding is clipped. bf16 noise can reach 3e-4.",
+        combine="last",
+    ),
+    "entropy": Metric(
+        "nats/token",
+        "-sum pi log pi over the whole vocabulary, mean over response tokens, at the sampling temperature.",
+        "Falls slowly; near 0, exploration is over.",
+    ),
+    "kl/engine_k1": Metric(
+        "nats/token", "Mean of log mu - log pi_old over response tokens.", "Near 0, of either sign."
+    ),
+    "kl/engine_k3": Metric(
+        "nats/token",
+        "Mean of rho - 1 - log rho, with rho = pi_old / mu.",
+        "Below 1e-3 is usually taken as healthy; about 1e-12 in float32 on a CPU.",
+    ),
+    "kl/engine_tail": Metric(
+        "fraction",
+        "Share of tokens with max(rho, 1/rho) > 2.",
+        "Below 1e-4; above 0.1 went with a crash (arXiv 2510.11370).",
+    ),
+    "route/drift": Metric(
+        "fraction",
+        "1 - (experts chosen both under pi_old and now) / K, mean over tokens and layers.",
+        "About 0.1 after one update of a large model (arXiv 2507.18071).",
+        written=False,
+    ),
+    "route/engine_mismatch": Metric(
+        "fraction",
+        "The same between engine and trainer.",
+        "About 0.1 without replay in bf16 (arXiv 2510.11370).",
+        written=False,
+    ),
+    "replay/coverage": Metric(
+        "fraction",
+        "Replayed token-layer routes / all.",
+        "Near 1: only tokens without a route (the last of a response) route live.",
+        written=False,
+    ),
+    "expert/load_max": Metric(
+        "multiple of mean",
+        "Tokens of the fullest expert / mean over experts, largest over layers.",
+        "Steady; a rise means that experts fall out of use.",
+    ),
+    "length/mean": Metric("tokens", "Response tokens, the stop token included.", combine="last"),
+    "length/mean_positive": Metric(
+        "tokens",
+        "The same over responses with a positive advantage.",
+        "GSPO's 1/length couples to it: watch both signs.",
+        combine="last",
+    ),
+    "length/mean_negative": Metric("tokens", "The same over responses with a negative advantage.", combine="last"),
+    "length/truncated": Metric(
+        "fraction",
+        "Responses cut by `rollout.max_response_tokens`.",
+        "Small; above 0.5 the limit is what is learnt.",
+        combine="last",
+    ),
+    "dropped/responses": Metric(
+        "responses",
+        "Responses dropped in the outer step: empty, aborted, of mixed weight versions, dropped by "
+        "configuration, or left alone in their group.",
+        "0.",
+        combine="last",
+    ),
+    "eval/accuracy": Metric(
+        "fraction",
+        "Share of the fixed held-out prompts whose response gets reward 1, sampled at the training "
+        "temperature with the same seeds every time.",
+        "Rises; `reward/mean` that rises without it is overfitting.",
+        combine="last",
+    ),
+    "eval/greedy_accuracy": Metric("fraction", "The same at temperature 0.", combine="last"),
+    "eval/reward": Metric(
+        "reward",
+        "Mean reward of the sampled held-out responses.",
+        "Equals the accuracy when rewards are 0 or 1.",
+        combine="last",
+    ),
+    "eval/rewarded": Metric("fraction", "Share of them with a reward above 0.", combine="last"),
+    "tokens_per_s": Metric(
+        "tokens/s",
+        "Prompt and response tokens trained on / wall time of the outer step, over all ranks.",
+        combine="last",
+    ),
+    "time/rollout": Metric("s", "Waiting for responses.", combine="last"),
+    "time/reward": Metric("s", "Rewards and advantages.", combine="last"),
+    "time/logprobs": Metric("s", "Forward passes for pi_old, the reference and the noise floor.", combine="last"),
+    "time/train": Metric("s", "Forward, backward and optimizer over all mini-batches.", combine="last"),
+    "time/sync": Metric("s", "New weights to the rollout servers.", combine="last"),
 }
 
 TIME_PARTS = ("rollout", "reward", "logprobs", "train", "sync")

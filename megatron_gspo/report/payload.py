@@ -4,49 +4,128 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.report.charts import CHARTS
-from megatron_gspo.report.metrics import PLACE, Record, by_outer_step
+from megatron_gspo.report.charts import SECTIONS, Chart
+from megatron_gspo.report.metrics import INITIAL, METRICS, TIME_PARTS, Record, by_outer_step, seconds
 from megatron_gspo.report.rundir import RunDirectory, read_lines
+from megatron_gspo.report.samples import finite, number, rollouts
 
-ROLLOUT_BYTES = 4_000_000
-"""Of a run's ``rollouts/`` files, what the page takes in; beyond it, outer steps are left out evenly."""
-
-LOG_RATIOS = (("new", "old"), ("old", "rollout"), ("new", "rollout"))
-"""Pairs whose difference shades a response's tokens."""
+CURVE_POINTS = 2000
+"""A longer curve keeps the smallest and the largest value of half as many stretches: no spike is lost."""
+BARS = 120
+"""More outer steps than so many share a bar of the time split, which then shows their mean."""
 
 
 def payload(runs: Sequence[RunDirectory]) -> dict[str, Any]:
     """Everything that the page's script reads."""
-    described = [run_payload(run, label) for run, label in zip(runs, labels(runs), strict=True)]
-    recorded = {name for run in described for name in run["steps"]}
-    charts = [asdict(chart) for chart in CHARTS if any(curve.metric in recorded for curve in chart.curves)]
-    return {"runs": described, "charts": charts}
-
-
-def run_payload(run: RunDirectory, label: str) -> dict[str, Any]:
-    lines = run.metrics()
-    rollouts, left_out = rollouts_payload(run)
+    described = [run_payload(run, label, len(runs)) for run, label in zip(runs, labels(runs), strict=True)]
+    recorded = {name for run in described for name in run["steps"]["series"]}
+    sections = [
+        {"question": section.question, "charts": [asdict(chart) for chart in section.charts if drawn(chart, recorded)]}
+        for section in SECTIONS
+    ]
     return {
-        "label": label,
-        "clip": clip_range(run),
-        "steps": columns(lines),
-        "outer": columns(by_outer_step(lines)),
-        "rollouts": rollouts,
-        "rollouts_left_out": left_out,
+        "runs": described,
+        "sections": [section for section in sections if section["charts"]],
+        "metrics": {name: [m.unit, m.meaning, m.look_for] for name, m in METRICS.items() if name in recorded},
     }
 
 
-def columns(lines: Sequence[Record]) -> dict[str, list[float | None]]:
-    """Metric -> one value a line, None where the line has none; nine significant digits, since s_i - 1 is near 1e-4."""
-    names = {name: None for line in lines for name in line}
-    return {name: [_number(line.get(name), name in PLACE) for line in lines] for name in names}
+def drawn(chart: Chart, recorded: set[str]) -> bool:
+    """Whether a run has something to draw in the chart."""
+    return any(curve.metric in recorded for curve in chart.curves)
+
+
+def run_payload(run: RunDirectory, label: str, of: int = 1) -> dict[str, Any]:
+    """One run of ``of``: its curves by optimizer step and by outer step, its time split, its rollouts."""
+    lines = run.metrics()
+    outer = by_outer_step(lines)
+    return {
+        "label": label,
+        "clip": clip_range(run),
+        "resumed": resumed_at(run, lines),
+        "steps": {"step": [line["step"] for line in lines], "series": curves(lines)},
+        "outer": {"outer_step": [line["outer_step"] for line in outer], "hours": hours(outer), "series": curves(outer)},
+        "bars": time_bars([line for line in outer if line["outer_step"] != INITIAL]),
+        "rollouts": rollouts(run, share=of),
+    }
+
+
+def curves(lines: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Metric -> ``y``, its values, and ``rows``, the lines that they stand on (all lines where it is absent).
+
+    ``thinned`` marks a curve that has more values than the page: its means would be means of extremes.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    recorded = {name for line in lines for name in line}
+    for name in (name for name in METRICS if name in recorded):
+        rows = [row for row, line in enumerate(lines) if finite(line.get(name))]
+        points = thinned([(row, lines[row][name]) for row in rows])
+        if points:
+            y = [number(value) for _, value in points]
+            found[name] = {"y": y} if len(y) == len(lines) else {"y": y, "rows": [row for row, _ in points]}
+            if len(points) < len(rows):
+                found[name]["thinned"] = True
+    return found
+
+
+def thinned(points: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:
+    """At most ``CURVE_POINTS`` of them: the extremes of even stretches, in their order."""
+    if len(points) <= CURVE_POINTS:
+        return points
+    stretches = CURVE_POINTS // 2
+    edges = [round(i * len(points) / stretches) for i in range(stretches + 1)]
+    kept: list[tuple[int, float]] = []
+    for start, end in pairwise(edges):
+        stretch = points[start:end]
+        kept += sorted({min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])})
+    return kept
+
+
+def time_bars(outer: Sequence[Record]) -> dict[str, Any]:
+    """Seconds of each part: the mean over ``every`` outer steps from ``outer_step`` on."""
+    every = max(1, math.ceil(len(outer) / BARS))
+    stretches = [outer[i : i + every] for i in range(0, len(outer), every)]
+    parts = {f"time/{part}": [_mean(stretch, f"time/{part}") for stretch in stretches] for part in TIME_PARTS}
+    return {"every": every, "outer_step": [stretch[0]["outer_step"] for stretch in stretches], "parts": parts}
+
+
+def hours(outer: Sequence[Record]) -> list[float] | None:
+    """Hours of work up to the end of each outer step, summed from its time split; None where no times were written."""
+    total, sums = 0.0, []
+    for record in outer:
+        total += seconds(record)
+        sums.append(float(f"{total / 3600:.6g}"))
+    return sums if total else None
+
+
+def resumed_at(run: RunDirectory, lines: Sequence[Record]) -> list[dict[str, int]]:
+    """Where the run was taken up again: at the later ``starts`` of its manifest, and where its file steps back."""
+    outer_steps, last = set(later_starts(run)), INITIAL
+    for line in read_lines(run.metrics_file):
+        step, outer_step = line.get("step"), line.get("outer_step")
+        if isinstance(step, int) and isinstance(outer_step, int):
+            if INITIAL < step <= last:
+                outer_steps.add(outer_step)
+            last = step
+    first = {line["outer_step"]: line["step"] for line in reversed(lines)}
+    return [{"outer_step": number, "step": first[number]} for number in sorted(outer_steps & first.keys())]
+
+
+def later_starts(run: RunDirectory) -> list[int]:
+    """The outer steps at which the run was started again, as its manifest has them."""
+    starts = run.manifest().get("starts")
+    later = starts[1:] if isinstance(starts, list) else []
+    return [
+        start["outer_step"] for start in later if isinstance(start, dict) and isinstance(start.get("outer_step"), int)
+    ]
 
 
 def clip_range(run: RunDirectory) -> tuple[float, float] | None:
@@ -59,29 +138,6 @@ def clip_range(run: RunDirectory) -> tuple[float, float] | None:
     return config.algorithm.clip_range()
 
 
-def rollouts_payload(run: RunDirectory) -> tuple[list[dict[str, Any]], int]:
-    """The responses of the outer steps that fit ``ROLLOUT_BYTES`` (the last always), and how many steps did not."""
-    files = run.rollout_files()
-    steps = list(files)
-    total = sum(path.stat().st_size for path in files.values())
-    stride = max(1, math.ceil(total / ROLLOUT_BYTES))
-    kept = steps[::-1][::stride][::-1]
-    groups = [{"outer_step": step, "samples": [sample(line) for line in read_lines(files[step])]} for step in kept]
-    return [group for group in groups if group["samples"]], len(steps) - len(kept)
-
-
-def sample(line: Record) -> dict[str, Any]:
-    """One saved response, with the differences of its logprobs instead of the logprobs."""
-    tokens = [str(token) for token in line.get("tokens") or [line.get("response", "")]]
-    shades = {}
-    for upper, lower in LOG_RATIOS:
-        a, b = line.get(f"{upper}_logprobs"), line.get(f"{lower}_logprobs")
-        if a and b and len(a) == len(b) == len(tokens):
-            shades[f"{upper} − {lower}"] = [_number(x - y, digits=4) for x, y in zip(a, b, strict=True)]
-    keys = ("prompt_id", "sample", "prompt", "reward", "advantage", "ratio", "clipped", "finish_reason")
-    return {key: line.get(key) for key in keys} | {"tokens": tokens, "shades": shades}
-
-
 def settings(run: RunDirectory) -> dict[str, str]:
     """``section.key`` -> value as text, as ``config.toml`` has it; empty when it cannot be read."""
     try:
@@ -89,18 +145,6 @@ def settings(run: RunDirectory) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return dict(_flatten(tree))
-
-
-def seconds_of_run(run: RunDirectory) -> float | None:
-    """From the start to the end, or to the last line of metrics when no end was written."""
-    manifest = run.manifest()
-    try:
-        start = datetime.fromisoformat(manifest["started"]).timestamp()
-        if "ended" in manifest:
-            return datetime.fromisoformat(manifest["ended"]).timestamp() - start
-        return max(0.0, run.metrics_file.stat().st_mtime - start)
-    except (KeyError, TypeError, ValueError, OSError):
-        return None
 
 
 def labels(runs: Sequence[RunDirectory]) -> list[str]:
@@ -115,17 +159,14 @@ def labels(runs: Sequence[RunDirectory]) -> list[str]:
 
 
 def to_json(value: Any) -> str:
-    """JSON that may stand inside a ``<script>`` element: no character of it can end the element."""
+    """JSON that may stand inside a ``<script>`` element: no character of it can end the element or break UTF-8."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+    return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def _number(value: Any, whole: bool = False, digits: int = 9) -> float | None:
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return int(value) if whole else float(f"{value:.{digits}g}")
+def _mean(records: Sequence[Record], name: str) -> float | None:
+    values = [value for record in records if (value := number(record.get(name))) is not None]
+    return number(sum(values) / len(values), digits=6) if values else None
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

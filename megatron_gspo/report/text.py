@@ -21,7 +21,8 @@ def layout_text(layout: Mapping[str, int], world_size: int) -> str:
     """``TP2 EP2 DP1 on 2 ranks``: tensor and data always, the others where they are not 1."""
     short = {"tensor": "TP", "pipeline": "PP", "virtual_pipeline": "VPP", "context": "CP", "expert": "EP"}
     short |= {"expert_tensor": "ETP", "data": "DP"}
-    parts = [f"{text}{layout[name]}" for name, text in short.items() if name in ("tensor", "data") or layout[name] != 1]
+    sizes = {name: layout.get(name, 1) for name in short}
+    parts = [f"{text}{sizes[name]}" for name, text in short.items() if name in ("tensor", "data") or sizes[name] != 1]
     return f"{' '.join(parts)} on {world_size} rank{'s' if world_size != 1 else ''}"
 
 

@@ -19,6 +19,7 @@ from megatron_gspo.config import RunConfig, load
 from megatron_gspo.errors import DataError, EngineReplyError, RewardError, WeightError
 from megatron_gspo.policy.groups import make_groups
 from megatron_gspo.policy.policy import Policy
+from megatron_gspo.report.metrics import METRICS, PLACE
 from megatron_gspo.report.recorder import RunRecorder
 from megatron_gspo.train.batch import place
 from megatron_gspo.train.context import Run, build_run, load_inputs
@@ -94,6 +95,8 @@ def test_the_first_minibatch_clips_exactly_nothing_and_the_engine_agrees_with_th
         assert (line["clip/frac_tokens"] == 0.0) == fresh
         assert abs(line["kl/engine_k3"]) < 1e-9  # after a sync of weights that have moved
         assert line["grad_norm"] > 0
+    written = {name for line in metrics_of(config) for name in line} - set(PLACE)
+    assert written == {name for name, metric in METRICS.items() if metric.written}, "docs/metrics.md says what is there"
 
 
 def test_the_same_configuration_takes_the_same_first_step_at_every_layout(

@@ -237,8 +237,8 @@ def test_the_initial_evaluation_stands_before_step_0() -> None:
     assert report.as_record() == {"step": -1, "outer_step": -1, "minibatch": -1, "eval/accuracy": 0.6}
 
 
-def test_the_documentation_names_every_metric_with_its_unit_and_no_other() -> None:
+def test_the_documentation_is_the_table_of_metrics_word_for_word() -> None:
     lines = (REPOSITORY / "docs/metrics.md").read_text().splitlines()
-    rows = [line.split("|") for line in lines if line.startswith("| `")]
-    documented = {row[1].strip().strip("`"): row[2].strip() for row in rows}
-    assert documented == {name: metric.unit for name, metric in METRICS.items()}
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    documented = {name.strip("`"): (unit, meaning, look_for) for name, unit, meaning, look_for in rows}
+    assert documented == {name: (metric.unit, metric.meaning, metric.look_for) for name, metric in METRICS.items()}

@@ -1,0 +1,177 @@
+"""What stands above the charts: the state of a run in a sentence, and its numbers with their change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from statistics import fmean, median
+from typing import Any
+
+from megatron_gspo.report.metrics import INITIAL, Record, by_outer_step
+from megatron_gspo.report.payload import later_starts
+from megatron_gspo.report.rundir import RunDirectory
+from megatron_gspo.report.status import WINDOW
+from megatron_gspo.report.text import duration
+
+SILENT_S = 600
+"""A run that goes on and wrote nothing for so long, and for five of its outer steps, is said to be silent."""
+
+
+@dataclass(frozen=True)
+class State:
+    word: str
+    """finished, failed, stopped, killed, running, silent, or unknown (without a manifest)."""
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Tile:
+    name: str
+    value: str
+    note: str
+    """Its change, or what to hold it against."""
+
+
+def state(run: RunDirectory, summary: dict[str, Any], now: datetime) -> State:
+    """Where the run stands at ``now``; ``summary`` as ``status.summarise`` gives it."""
+    manifest, resumed = run.manifest(), later_starts(run)
+    done, total = summary["outer_steps"], summary["outer_steps_total"]
+    progress = f"{done}{f' of {total}' if total else ''} outer steps ({summary['optimizer_steps']} optimizer steps)"
+    if resumed:
+        progress += f", resumed at {', '.join(map(str, resumed))}"
+    written, ended = _last_written(run), _time(manifest.get("ended"))
+    age = (now - written).total_seconds() if written else 0.0
+    last = f"last line written {_clock(written)}, {duration(max(0.0, age))} before this page" if written else ""
+    match summary["status"]:
+        case "finished" | "failed" | "stopped" as word:
+            return State(word, _sentence(f"{word} {_clock(ended)}", progress, str(manifest.get("error") or "")))
+        case "killed":
+            return State("killed", _sentence("ended without a word", last, progress))
+        case "running" if age > max(SILENT_S, 5 * (summary["seconds_per_outer_step"] or 0)):
+            return State("silent", _sentence("says that it runs, and was killed or hangs", last, progress))
+        case "running":
+            left = f"about {duration(summary['eta_s'])} left" if summary["eta_s"] else ""
+            return State("running", _sentence(progress, left, last))
+        case _:
+            return State("unknown", _sentence("no manifest.json that can be read", progress, last))
+
+
+def tiles(run: RunDirectory, summary: dict[str, Any]) -> list[Tile]:
+    """The numbers to glance at; what was not recorded has the value "-"."""
+    lines = run.metrics()
+    outer = by_outer_step(line for line in lines if line["outer_step"] != INITIAL)
+    return [
+        _evaluation(lines, "eval/accuracy", "eval accuracy"),
+        _evaluation(lines, "eval/greedy_accuracy", "greedy accuracy"),
+        _recent(outer, "reward/mean", "reward", ".3f"),
+        _against(outer, "clip/frac_tokens", "clipped tokens", ".1%", "clip/frac_sequences", "of sequences"),
+        _recent(outer, "entropy", "entropy, nats/token", ".3f"),
+        _gap(outer),
+        _gradient(outer),
+        _against(outer, "length/mean", "response tokens", ",.1f", "length/truncated", "truncated"),
+        Tile("tokens/s", _text(summary["tokens_per_s"], ",.0f"), _per_step(summary)),
+        Tile("run time", _text_of_duration(run), _steps(summary)),
+    ]
+
+
+def _evaluation(lines: Sequence[Record], metric: str, name: str) -> Tile:
+    found = [(line[metric], line["outer_step"]) for line in lines if metric in line]
+    if not found:
+        return Tile(name, "-", "")
+    first, last = found[0][0], found[-1][0]
+    if len(found) == 1:
+        return Tile(name, f"{last:.3f}", "evaluated once")
+    best, at = max(found, key=lambda point: point[0])
+    note = f"{_change(last - first)} from {first:.3f}"
+    if best > last:
+        note += f"; best {best:.3f} {'before training' if at == INITIAL else f'at step {at}'}"
+    return Tile(name, f"{last:.3f}", note)
+
+
+def _recent(outer: Sequence[Record], metric: str, name: str, spec: str) -> Tile:
+    """The mean of the last ``WINDOW`` outer steps, against that of the first."""
+    values = _values(outer, metric)
+    if not values:
+        return Tile(name, "-", "")
+    width = min(WINDOW, max(1, len(values) // 2))
+    first, last = fmean(values[:width]), fmean(values[-width:])
+    note = f"{_change(last - first, spec)} from {first:{spec}}; means of {width}" if len(values) > 1 else "one step"
+    return Tile(name, f"{last:{spec}}", note)
+
+
+def _against(outer: Sequence[Record], metric: str, name: str, spec: str, other: str, other_name: str) -> Tile:
+    values, others = _values(outer, metric)[-WINDOW:], _values(outer, other)[-WINDOW:]
+    note = f"{fmean(others):.1%} {other_name}" if others else ""
+    return Tile(name, f"{fmean(values):{spec}}" if values else "-", note)
+
+
+def _gap(outer: Sequence[Record]) -> Tile:
+    values, tails = _values(outer, "kl/engine_k3"), _values(outer, "kl/engine_tail")
+    note = f"tail {fmean(tails[-WINDOW:]):.2g}; k3 healthy below 1e-3" if tails else "healthy below 1e-3"
+    return Tile("engine gap k3", f"{median(values[-WINDOW:]):.2g}", note) if values else Tile("engine gap k3", "-", "")
+
+
+def _gradient(outer: Sequence[Record]) -> Tile:
+    found = [(record["grad_norm"], record["outer_step"]) for record in outer if "grad_norm" in record]
+    if not found:
+        return Tile("gradient norm", "-", "")
+    largest, at = max(found)
+    value = median(value for value, _ in found[-WINDOW:])
+    return Tile("gradient norm", f"{value:.3g}", f"largest {largest:.3g} at step {at}")
+
+
+def _per_step(summary: dict[str, Any]) -> str:
+    whole, rollout = summary["seconds_per_outer_step"], summary["time_split"]["rollout"]
+    if not whole:
+        return ""
+    return f"{whole:.3g} s an outer step" + (f", {rollout / whole:.0%} rollout" if rollout else "")
+
+
+def _steps(summary: dict[str, Any]) -> str:
+    total = summary["outer_steps_total"]
+    return f"{summary['outer_steps']}{f' of {total}' if total else ''} outer steps"
+
+
+def _text_of_duration(run: RunDirectory) -> str:
+    """From the start to the end, or to the last line of metrics when no end was written."""
+    manifest = run.manifest()
+    ended = None if manifest.get("status") == "running" else _time(manifest.get("ended"))  # an earlier start's
+    start, end = _time(manifest.get("started")), ended or _last_written(run)
+    return duration(max(0.0, (end - start).total_seconds())) if start and end else "-"
+
+
+def _last_written(run: RunDirectory) -> datetime | None:
+    try:
+        return datetime.fromtimestamp(run.metrics_file.stat().st_mtime, UTC)
+    except OSError:
+        return _time(run.manifest().get("started"))
+
+
+def _time(value: Any) -> datetime | None:
+    """An instant of the manifest; None when it is none, or has no time zone."""
+    try:
+        instant = datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return None
+    return instant if instant.tzinfo else None
+
+
+def _clock(instant: datetime | None) -> str:
+    return instant.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC") if instant else ""
+
+
+def _sentence(*parts: str | None) -> str:
+    return "; ".join(part.strip() for part in parts if part)
+
+
+def _change(value: float, spec: str = ".3f") -> str:
+    return f"{value:+{spec}}".replace("-", "−")
+
+
+def _values(records: Sequence[Record], name: str) -> list[float]:
+    return [record[name] for record in records if name in record]
+
+
+def _text(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
