@@ -46,6 +46,8 @@ def _json_row(number: int, line: bytes) -> Row:
         return Row("line", number, {}, f"not UTF-8 at byte {error.start + 1}")
     except json.JSONDecodeError as error:
         return Row("line", number, {}, f"not JSON at character {error.pos + 1}: {error.msg}")
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets without end
+        return Row("line", number, {}, f"not JSON that can be read: {error}")
     if not isinstance(fields, dict):
         return Row("line", number, {}, f"expected one JSON object a line, got {type(fields).__name__}")
     return Row("line", number, fields)

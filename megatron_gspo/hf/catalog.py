@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,14 @@ from megatron_gspo.hf import qwen3, qwen3_moe
 from megatron_gspo.hf.family import Family, ModelShape
 
 FAMILIES: dict[str, Family] = {family.architecture: family for family in (qwen3.FAMILY, qwen3_moe.FAMILY)}
+
+SIZES = (
+    *("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "max_position_embeddings"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+)
+"""Of config.json, in any family."""
+LARGEST = 2**24
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -30,11 +39,47 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 def read_model(directory: str | Path) -> tuple[Family, ModelShape]:
     """The family and shape of a Hugging Face directory. Raises ConfigError for an unknown architecture."""
     config = read_config(directory)
-    names = config.get("architectures") or ["(none)"]
-    if names[0] not in FAMILIES:
-        raise ConfigError(f"{directory}: architecture {names[0]} is not supported (known: {', '.join(FAMILIES)})")
-    family = FAMILIES[names[0]]
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else "(none)"
+    if name not in FAMILIES:
+        raise ConfigError(f"{directory}: architecture {name} is not supported (known: {', '.join(FAMILIES)})")
+    _check_sizes(directory, config)
     try:
-        return family, family.shape(config)
+        shape = FAMILIES[name].shape(config)
+    except ConfigError:
+        raise
     except KeyError as error:
         raise ConfigError(f"{directory}: config.json lacks {error}") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(f"{directory}: config.json cannot be read as {name}: {error}") from None
+    _check_shape(directory, shape)
+    return FAMILIES[name], shape
+
+
+def _check_sizes(directory: str | Path, config: dict[str, Any]) -> None:
+    """Raises ConfigError for a size that is no positive integer, or of a size that nothing has."""
+    for name in SIZES:
+        value = config.get(name)
+        if value is not None and (type(value) is not int or not 0 < value <= LARGEST):
+            raise ConfigError(f"{directory}: {name} = {value!r} in config.json is not an integer in 1 ... {LARGEST}")
+
+
+def _check_shape(directory: str | Path, shape: ModelShape) -> None:
+    """Raises ConfigError for what no model can be, whichever fields of config.json made it so."""
+    for name in ("num_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_query_groups", "head_dim"):
+        if not getattr(shape, name):
+            raise ConfigError(f"{directory}: config.json gives {name} = {getattr(shape, name)!r}")
+    for name in ("rotary_base", "norm_epsilon"):
+        value = getattr(shape, name)
+        if not (isinstance(value, float | int) and 0 < value < math.inf):
+            raise ConfigError(f"{directory}: config.json gives {name} = {value!r}, not a positive number")
+    if shape.num_attention_heads % shape.num_query_groups:
+        raise ConfigError(
+            f"{directory}: config.json has {shape.num_attention_heads} attention heads for "
+            f"{shape.num_query_groups} key-value heads: it must divide"
+        )
+    width = shape.expert_hidden_size if any(shape.moe_layers) else shape.ffn_hidden_size
+    if not (width and shape.max_positions):
+        raise ConfigError(f"{directory}: config.json gives an MLP of {width!r} rows, {shape.max_positions!r} positions")
+    if any(shape.moe_layers) and not 0 < (shape.top_k or 0) <= (shape.num_experts or 0):
+        raise ConfigError(f"{directory}: config.json chooses {shape.top_k} of {shape.num_experts} experts a token")

@@ -43,15 +43,30 @@ class HfReader:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, in its stored dtype. Raises WeightError naming the file and the tensor."""
-        if name not in self._files:
-            raise WeightError(f"{self.directory}: no tensor {name} in its {len(self._files)} tensors")
-        path = self._files[name]
+        path = self.file_of(name)
         try:
-            if path not in self._open:
-                self._open[path] = safe_open(path, framework="pt", device="cpu")
-            return self._open[path].get_tensor(name)
+            return self._file(path).get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise WeightError(f"{path}: {name}: {error}") from None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from its file's header; no data is read. Raises WeightError as ``read`` does."""
+        path = self.file_of(name)
+        try:
+            return tuple(self._file(path).get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise WeightError(f"{path}: {name}: {error}") from None
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor. Raises WeightError when none does."""
+        if name not in self._files:
+            raise WeightError(f"{self.directory}: no tensor {name} in its {len(self._files)} tensors")
+        return self._files[name]
+
+    def _file(self, path: Path) -> safe_open:
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt", device="cpu")
+        return self._open[path]
 
     def _locate(self) -> dict[str, Path]:
         index, single = self.directory / INDEX, self.directory / SINGLE

@@ -5,7 +5,7 @@ A family is one file that builds a ``Family`` and one entry in ``FAMILIES`` of `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,3 +50,5 @@ class Family:
     shape: Callable[[dict[str, Any]], ModelShape]
     """``config.json`` -> ModelShape; raises ConfigError for a feature that is not supported."""
     rules: Callable[[ModelShape], Sequence[WeightRule]]
+    tensor_shapes: Callable[[ModelShape], Mapping[str, tuple[int, ...]]]
+    """Hugging Face name, as in ``rules`` -> the stored tensor's shape: what a checkpoint's headers are held against."""

@@ -46,6 +46,37 @@ def rules(model: ModelShape) -> Sequence[WeightRule]:
     return (*frame_rules(model), *attention_rules(model), *dense_mlp_rules())
 
 
+def tensor_shapes(model: ModelShape) -> dict[str, tuple[int, ...]]:
+    """What a Qwen3 checkpoint stores, by the names of ``rules``."""
+    hidden, ffn, dim = model.hidden_size, model.ffn_hidden_size, model.head_dim
+    heads, groups = model.num_attention_heads * dim, model.num_query_groups * dim
+    vocabulary = (model.vocab_size, hidden)
+    head = {} if model.tied_embeddings else {"lm_head.weight": vocabulary}
+    return {
+        "model.embed_tokens.weight": vocabulary,
+        "model.norm.weight": (hidden,),
+        **head,
+        f"{HF_LAYER}.input_layernorm.weight": (hidden,),
+        f"{HF_LAYER}.post_attention_layernorm.weight": (hidden,),
+        f"{HF_LAYER}.self_attn.q_norm.weight": (dim,),
+        f"{HF_LAYER}.self_attn.k_norm.weight": (dim,),
+        f"{HF_LAYER}.self_attn.q_proj.weight": (heads, hidden),
+        f"{HF_LAYER}.self_attn.k_proj.weight": (groups, hidden),
+        f"{HF_LAYER}.self_attn.v_proj.weight": (groups, hidden),
+        f"{HF_LAYER}.self_attn.o_proj.weight": (hidden, heads),
+        **gated_mlp_shapes(f"{HF_LAYER}.mlp", hidden, ffn),
+    }
+
+
+def gated_mlp_shapes(hf: str, hidden: int, ffn: int) -> dict[str, tuple[int, ...]]:
+    """The three matrices of a SwiGLU MLP."""
+    return {
+        f"{hf}.gate_proj.weight": (ffn, hidden),
+        f"{hf}.up_proj.weight": (ffn, hidden),
+        f"{hf}.down_proj.weight": (hidden, ffn),
+    }
+
+
 def frame_rules(model: ModelShape) -> Sequence[WeightRule]:
     """Embedding, final norm, and the head where it is not tied to the embedding."""
     rules = [
@@ -136,4 +167,4 @@ def refuse_unsupported(config: dict[str, Any]) -> None:
         raise ConfigError(f'hidden_act = "{config["hidden_act"]}" in config.json is not supported: only "silu"')
 
 
-FAMILY = Family("Qwen3ForCausalLM", shape, rules)
+FAMILY = Family("Qwen3ForCausalLM", shape, rules, tensor_shapes)

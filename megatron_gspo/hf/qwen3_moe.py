@@ -44,4 +44,14 @@ def rules(model: ModelShape) -> Sequence[WeightRule]:
     )
 
 
-FAMILY = Family("Qwen3MoeForCausalLM", shape, rules)
+def tensor_shapes(model: ModelShape) -> dict[str, tuple[int, ...]]:
+    """What a Qwen3-MoE checkpoint stores, by the names of ``rules``."""
+    hf_layer = qwen3.HF_LAYER
+    return {
+        **qwen3.tensor_shapes(model),
+        f"{hf_layer}.mlp.gate.weight": (model.num_experts, model.hidden_size),
+        **qwen3.gated_mlp_shapes(f"{hf_layer}.mlp.experts.{{expert}}", model.hidden_size, model.expert_hidden_size),
+    }
+
+
+FAMILY = Family("Qwen3MoeForCausalLM", shape, rules, tensor_shapes)

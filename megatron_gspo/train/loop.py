@@ -29,6 +29,7 @@ from megatron_gspo.train.save import save_hugging_face
 from megatron_gspo.train.sft import Examples, fine_tune, load_examples
 from megatron_gspo.train.step import outer_step
 from megatron_gspo.train.stopping import StopRequest
+from megatron_gspo.versions import untested
 
 
 def train(config: RunConfig, make_recorder: MakeRecorder) -> None:
@@ -108,6 +109,8 @@ def reinforce(session: Session, inputs: Inputs) -> Policy:
     with rollout_servers(config, session.groups, recorder) as urls:
         run = build_run(config, session.groups, inputs, urls)
         recorder.engine({"version": run.engine.version, "seeded": run.seeded})
+        if untested_engine := untested("sglang", run.engine.version):
+            recorder.note(f"warning: {untested_engine}")
         progress = Progress(run.cursor)
         checkpoints = session.restore(run.policy, progress)
         try:

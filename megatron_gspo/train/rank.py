@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import MegatronGspoError, RunStopped, UserError
+from megatron_gspo.versions import untested_here
 
 if TYPE_CHECKING:
     from megatron_gspo.train.recorder import MakeRecorder
@@ -35,6 +36,8 @@ def run_rank(config: RunConfig, make_recorder: MakeRecorder) -> int:
     _die_with_parent()
     for module in MUTED_MODULES:
         warnings.filterwarnings("ignore", module=module)
+    for line in untested_here() if os.environ["RANK"] == "0" else ():
+        print(f"warning: {line}", file=sys.stderr)
     from megatron_gspo.train.loop import train
 
     try:

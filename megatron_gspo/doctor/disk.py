@@ -1,0 +1,95 @@
+"""Checks of where a run writes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from math import ceil, lcm
+from pathlib import Path
+
+from megatron_gspo.config import RunConfig
+from megatron_gspo.doctor.check import Check, error, ok, warning
+from megatron_gspo.doctor.estimate import ITEM_BYTES
+from megatron_gspo.doctor.facts import Facts
+from megatron_gspo.doctor.machine import gib
+
+
+def check_run_directory(facts: Facts) -> Check:
+    """Whether it may be made: it does not exist, is replaced, or is gone on with; and its parent can be written."""
+    config = facts.config
+    path = Path(config.train.run_dir)
+    place = _existing(path)
+    if not place.is_dir():
+        return error(f"train.run_dir = {path}: {place} is a file", "train.run_dir: another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        return error(f"train.run_dir = {path}: {place} cannot be written by this user", "train.run_dir: another place")
+    if not os.path.lexists(path):
+        return ok(f"{path} will be made")
+    if _later(config, "resume", False):
+        return ok(f"{path} exists, and train.resume = {config.train.resume!r} goes on with it")
+    if not config.train.overwrite:
+        return error(f"train.run_dir = {path} exists", "train.run_dir: another name, or train.overwrite = true")
+    is_run = (path / "config.toml").is_file() and (path / "checkpoints").is_dir()
+    if any(path.iterdir()) and not is_run:
+        return error(
+            f"train.run_dir = {path} is no run directory (no config.toml and checkpoints/ in it), so train.overwrite "
+            f"does not replace it",
+            "train.run_dir: another name, or remove it yourself",
+        )
+    return ok(f"{path} exists and is replaced: train.overwrite = true")
+
+
+def check_disk(facts: Facts) -> list[Check]:
+    """Room for checkpoints, the Hugging Face directory, and what a disk sync keeps."""
+    config = facts.config
+    item = ITEM_BYTES[config.model.dtype]
+    elements = sum({tensor.name: tensor.local_size(1, 1) for tensor in facts.tensors}.values())
+    model = elements * item
+    checkpoint = model + 3 * elements * max(4, item)
+    kept = checkpoints_kept(config)
+    needed = checkpoint * (kept + 1) + (model if config.train.save_hf else 0)
+    text = (
+        f"a checkpoint {gib(checkpoint)} (weights, fp32 master and two moments) x ({kept} kept + 1 being written)"
+        f"{f' + hf/ {gib(model)}' if config.train.save_hf else ''} = {gib(needed)}"
+    )
+    checks = [_room(text, needed, Path(config.train.run_dir), "train.run_dir: a larger disk")]
+    if config.sync.method == "disk" and not facts.supervised:
+        directory = Path(config.sync.directory)
+        if not directory.is_dir() or not os.access(directory, os.W_OK | os.X_OK):
+            checks.append(error(f"sync.directory = {directory} cannot be written", "sync.directory"))
+        else:
+            checks.append(
+                _room(f"a disk sync {gib(model)}", model, directory, 'sync.directory, or sync.method = "tensor"')
+            )
+    return checks
+
+
+def checkpoints_kept(config: RunConfig) -> int:
+    """Checkpoints that lie on the disk at one time, at most: the newest ``keep_last``, and those whose number of outer
+    steps ``keep_every`` divides."""
+    every = _later(config, "checkpoint_every", 0)
+    if not every:
+        return 1
+    steps, forever = config.train.outer_steps, _later(config, "keep_every", 0)
+    newest = min(_later(config, "keep_last", 1), ceil(steps / every))
+    return newest + (steps // lcm(every, forever) if forever else 0)
+
+
+def _later(config: RunConfig, name: str, default: int) -> int:
+    """A setting of ``[train]`` that this version of the configuration may not have."""
+    return getattr(config.train, name, default) or default
+
+
+def _room(text: str, needed: int, path: Path, fix: str) -> Check:
+    place = _existing(path)
+    free = shutil.disk_usage(place).free
+    text = f"{text}; {gib(free)} free at {place}"
+    if needed > free:
+        return error(text, fix)
+    return warning(f"{text}: more than half of it", fix) if needed > free / 2 else ok(text)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest that exists, of a path and its parents."""
+    path = path.absolute()
+    return next((place for place in (path, *path.parents) if os.path.lexists(place)), Path("/"))

@@ -1,0 +1,165 @@
+"""What a rank will hold, in bytes, from the configuration alone: the whole sum, term by term.
+
+Weights, gradients and optimizer state are counted exactly. Activations and logprobs are a count of the tensors that
+autograd keeps for the layers of ``policy.spec`` and ``parallel.logprobs``; what they miss is small against them. A rank
+also needs its process (Python, torch and Megatron on a CPU; context and NCCL buffers on a GPU), which is not in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from megatron_gspo.config import ParallelConfig, RunConfig
+from megatron_gspo.doctor.tensors import Tensor, elements_of_stage, stage_of
+from megatron_gspo.hf.family import ModelShape
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+AGAIN: dict[str, tuple[str, ...]] = {"off": (), "full": ("layer",)}
+"""``model.recompute`` -> what is run again in backward; "selective" has a setting of its own."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one rank."""
+
+    weights: int
+    gradients: int
+    """fp32 for a bfloat16 model, else in the model's dtype."""
+    optimizer: int
+    """Adam's two moments, and the fp32 master weights of a bfloat16 model; a share of 1 / data-parallel ranks."""
+    activations: int
+    """Of the micro-batches in flight: what backward needs."""
+    logprobs: int
+    """A chunk's logits and what is made of them, and the gradient of the head."""
+    reference: int
+    """Weights of the frozen reference policy."""
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+def estimate(
+    config: RunConfig, model: ModelShape, tensors: tuple[Tensor, ...], *, data_size: int, stage: int
+) -> Estimate:
+    """What a rank of ``stage`` holds in a training step, each micro-batch as full as its budget allows."""
+    parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
+    elements = elements_of_stage(tensors, model, parallel, stage)
+    accumulated = max(4, item)
+    state = 2 * accumulated + (4 if item == 2 else 0)
+    dense_ranks = parallel.context * data_size
+    expert_ranks = max(1, parallel.tensor * dense_ranks // (parallel.expert * parallel.expert_tensor))
+    last = stage == parallel.pipeline - 1
+    return Estimate(
+        weights=elements.total * item,
+        gradients=elements.total * accumulated,
+        optimizer=state * (ceil(elements.dense / dense_ranks) + ceil(elements.expert / expert_ranks)),
+        activations=_activations(config, model, stage, data_size),
+        logprobs=_logprobs(config, model, data_size) if last else 0,
+        reference=elements.total * item if config.algorithm.uses_reference and config.algorithm.name != "sft" else 0,
+    )
+
+
+def worst_stage(
+    config: RunConfig, model: ModelShape, tensors: tuple[Tensor, ...], data_size: int
+) -> tuple[int, Estimate]:
+    """The pipeline stage whose ranks hold most, and what they hold."""
+    stages = {
+        stage: estimate(config, model, tensors, data_size=data_size, stage=stage)
+        for stage in range(config.parallel.pipeline)
+    }
+    return max(stages.items(), key=lambda item: item[1].total)
+
+
+def tokens_of_minibatch(config: RunConfig) -> tuple[int, int]:
+    """(sequences, tokens) of a mini-batch whose every sequence is as long as allowed."""
+    per_prompt = 1 if config.algorithm.name == "sft" else config.rollout.group_size
+    sequences = config.train.prompts_per_step // config.minibatches * per_prompt
+    return sequences, sequences * (config.rollout.max_prompt_tokens + config.rollout.max_response_tokens)
+
+
+def microbatches(config: RunConfig, data_size: int) -> int:
+    """Micro-batches a data-parallel rank of a mini-batch whose sequences are as long as allowed."""
+    sequences, _ = tokens_of_minibatch(config)
+    length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    per_microbatch = max(1, config.train.microbatch_tokens // length)
+    return ceil(ceil(sequences / data_size) / per_microbatch)
+
+
+def tokens_of_microbatch(config: RunConfig, data_size: int) -> int:
+    """Tokens of the largest micro-batch: its budget (or one sequence above it), or all that a rank ever has."""
+    _, tokens = tokens_of_minibatch(config)
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    return min(max(config.train.microbatch_tokens, longest), ceil(tokens / data_size))
+
+
+def _activations(config: RunConfig, model: ModelShape, stage: int, data_size: int) -> int:
+    """1F1B keeps a micro-batch for each later stage; interleaved stages keep up to one more (arXiv 2104.04473, 2.2)."""
+    parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
+    tokens = tokens_of_microbatch(config, data_size) / parallel.context
+    again = AGAIN.get(config.model.recompute, getattr(config.model, "recompute_modules", ()))
+    layers = [
+        LayerBytes.of(model, parallel, item, is_moe)
+        for layer, is_moe in enumerate(model.moe_layers)
+        if stage_of(layer, model.num_layers, parallel) == stage
+    ]
+    in_flight = min(parallel.pipeline - stage + (parallel.virtual_pipeline > 1), microbatches(config, data_size))
+    kept = sum(layer.kept(again) for layer in layers)
+    running = max([layer.kept(()) - layer.kept(again) for layer in layers], default=0.0)
+    return int(tokens * (in_flight * kept + running))
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes that autograd keeps of one layer for one token of the micro-batch, on one rank.
+
+    Counted from the tensors that a layer saves: residuals and the inputs of norms, projections and router (each
+    tensor rank its own tokens); query, key, value and what attention makes of them (its own heads); the routed copies
+    of a token, evenly spread. Below fp32 a norm keeps its input in fp32.
+    """
+
+    entry: float
+    """The layer's input: all that full recompute keeps."""
+    attention: float
+    """Norms, projections and rotary tables, the input and ``core`` not counted."""
+    core: float
+    """Attention scores' part that is made again from its inputs."""
+    mlp: float
+    """MLP or experts without their input: what is made again from it."""
+
+    @classmethod
+    def of(cls, model: ModelShape, parallel: ParallelConfig, item: int, is_moe: bool) -> LayerBytes:
+        hidden, dim, ranks = model.hidden_size, model.head_dim, parallel.tensor
+        q, k = model.num_attention_heads * dim, model.num_query_groups * dim
+        wide = max(4, item)
+        norms = wide * (2 * hidden + q + k) if item < 4 else item * 2 * (hidden + q + k)
+        linear = item * (3 * hidden + 5 * q + 3 * k) + item * hidden  # the last: what the MLP is given
+        core = item * (2 * q + k)
+        if is_moe:
+            routing = wide * (2 * model.num_experts + 6 * model.top_k)
+            copies = model.top_k * item * (2 * hidden + 6 * model.expert_hidden_size / parallel.expert_tensor)
+            mlp = routing + copies
+        else:
+            mlp = 5 * item * model.ffn_hidden_size
+        entry = item * hidden
+        rotary = 4 * wide * dim  # each rank its own, of all tokens
+        return cls(entry / ranks, (norms + linear - core - entry) / ranks + rotary, core / ranks, mlp / ranks)
+
+    def kept(self, again: Sequence[str]) -> float:
+        """Without what is run again in backward: "layer", or any of "core_attn", "mlp", "moe"."""
+        if "layer" in again:
+            return self.entry
+        core = 0.0 if "core_attn" in again else self.core
+        mlp = 0.0 if {"mlp", "moe"} & set(again) else self.mlp
+        return self.entry + self.attention + core + mlp
+
+
+def _logprobs(config: RunConfig, model: ModelShape, data_size: int) -> int:
+    """Three fp32 [chunk, vocabulary / tensor] (logits, exponentials, a product), and the head's gradient twice."""
+    parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
+    wide, rows = max(4, item), ceil(model.vocab_size / parallel.tensor)
+    chunk = min(config.model.logprob_chunk, tokens_of_microbatch(config, data_size))
+    logits = chunk * rows * (3 * wide + (item if item < 4 else 0))
+    return logits + 2 * wide * rows * model.hidden_size

@@ -1,0 +1,136 @@
+"""What checks look at, read once each and kept, failures included."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from megatron_gspo.config import RunConfig, load
+from megatron_gspo.data.prompts import CompletionSet, PromptSet, load_completions, load_prompts
+from megatron_gspo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_gspo.doctor.machine import Machine, look_at_machine
+from megatron_gspo.doctor.tensors import Tensor, tensors_of
+from megatron_gspo.hf.catalog import read_model
+from megatron_gspo.hf.checkpoint import HfReader
+from megatron_gspo.hf.family import Family, ModelShape
+from megatron_gspo.hf.layout import check_layout
+
+F = TypeVar("F")
+SAMPLE = 256
+"""Prompts of a file that are read, rendered and tokenized."""
+
+
+def fact(make: Callable[[Facts], F]) -> property:
+    """A property whose value, or exception, is made once."""
+    name = make.__name__
+
+    @functools.wraps(make)
+    def get(self: Facts) -> F:
+        if name not in self._outcomes:
+            try:
+                self._outcomes[name] = (make(self), None)
+            except Exception as caught:
+                self._outcomes[name] = (None, caught)
+        value, problem = self._outcomes[name]
+        if problem is not None:
+            raise problem
+        return value
+
+    return property(get)
+
+
+class Facts:
+    """Lazy facts about a configuration and this machine. Reading one raises what its reading raised."""
+
+    WORDS: ClassVar[dict[str, str]] = {
+        "config": "the configuration",
+        "model": "the model's config.json",
+        "reader": "the model's safetensors",
+        "layout": "a layout that holds",
+        "tokenizer": "the tokenizer",
+        "prompts": "the prompts",
+    }
+    """Facts that other checks are made of, as "not checked: it needs ..." names them."""
+
+    def __init__(self, path: Path, overrides: Sequence[str] = (), ranks: int | None = None) -> None:
+        self._path, self._overrides = path, overrides
+        self.asked_ranks = ranks
+        """World size as asked for by ``--ranks``; None: what the configuration needs when it starts by itself."""
+        self._outcomes: dict[str, tuple[Any, Exception | None]] = {}
+
+    def problem(self, name: str) -> Exception | None:
+        """Why a fact cannot be had; None when it can."""
+        try:
+            getattr(self, name)
+        except Exception as caught:
+            return caught
+        return None
+
+    @fact
+    def config(self) -> RunConfig:
+        return load(self._path, self._overrides)
+
+    @fact
+    def machine(self) -> Machine:
+        return look_at_machine()
+
+    @fact
+    def model(self) -> tuple[Family, ModelShape]:
+        return read_model(self.config.model.path)
+
+    @property
+    def family(self) -> Family:
+        family: Family = self.model[0]
+        return family
+
+    @property
+    def shape(self) -> ModelShape:
+        shape: ModelShape = self.model[1]
+        return shape
+
+    @fact
+    def reader(self) -> HfReader:
+        return HfReader(self.config.model.path)
+
+    @fact
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensors_of(self.family, self.shape))
+
+    @fact
+    def ranks(self) -> int:
+        return self.asked_ranks or self.config.parallel.world_size()
+
+    @fact
+    def layout(self) -> int:
+        """Data-parallel ranks, of a layout that multiplies out and divides the model. Raises LayoutError."""
+        data_size: int = self.config.parallel.data_size(self.ranks)
+        check_layout(self.config.parallel, self.shape)
+        return data_size
+
+    @fact
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.config.model.path)
+
+    @property
+    def supervised(self) -> bool:
+        return bool(self.config.algorithm.name == "sft")
+
+    @fact
+    def prompts(self) -> PromptSet | CompletionSet:
+        """The first ``SAMPLE`` training prompts (of ``data.limit``), of any length."""
+        limit = self.config.data.limit
+        return self.read_prompts(self.config.data.path, SAMPLE if limit is None else min(SAMPLE, limit))
+
+    def read_prompts(self, path: str, limit: int) -> PromptSet | CompletionSet:
+        read = load_completions if self.supervised else load_prompts
+        data = self.config.data
+        return read(
+            path,
+            tokenizer=self.tokenizer,
+            format=data.format,
+            chat_template=data.chat_template,
+            skip_bad=data.skip_bad,
+            limit=limit,
+        )

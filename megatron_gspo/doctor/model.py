@@ -1,0 +1,148 @@
+"""Checks of the layout and of the Hugging Face directory that training starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_gspo.doctor.check import Check, count, error, ok, warning
+from megatron_gspo.doctor.estimate import microbatches, tokens_of_minibatch
+from megatron_gspo.doctor.facts import Facts
+from megatron_gspo.errors import WeightError
+from megatron_gspo.hf.catalog import read_config
+
+NAMED = 3
+"""Tensors that a line names before it counts the rest."""
+
+
+def check_configuration(facts: Facts) -> Check:
+    config = facts.config
+    return ok(f"{config.algorithm.name}, {config.train.outer_steps} outer steps, {config.total_steps} optimizer steps")
+
+
+def check_layout(facts: Facts) -> list[Check]:
+    """Whether it multiplies out and divides the model, and what each data-parallel rank gets of a mini-batch."""
+    parallel, data = facts.config.parallel, facts.layout
+    text = (
+        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} x data {data} = "
+        f"{facts.ranks} ranks; expert {parallel.expert} x expert_tensor {parallel.expert_tensor}"
+    )
+    if parallel.virtual_pipeline > 1:
+        text += f"; {parallel.virtual_pipeline} virtual stages a rank, micro-batches padded to a multiple of the stages"
+    if parallel.tensor > 1:
+        text += "; sequence parallel, since tensor > 1"
+    sequences, _ = tokens_of_minibatch(facts.config)
+    packs = microbatches(facts.config, data)
+    checks = [ok(f"{text}; {sequences} sequences a mini-batch, at full length {count(packs, 'pack')} a rank")]
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        checks.append(
+            error(
+                f"parallel.virtual_pipeline = {parallel.virtual_pipeline} on one stage",
+                "parallel.virtual_pipeline = 1, or parallel.pipeline > 1",
+            )
+        )
+    if sequences < data:
+        checks.append(
+            warning(
+                f"{sequences} sequences a mini-batch for {data} data-parallel ranks: some train on nothing",
+                "fewer parallel.data, or more train.prompts_per_step or rollout.group_size",
+            )
+        )
+    if packs < parallel.pipeline > 1:
+        checks.append(
+            warning(
+                f"{packs} micro-batches a mini-batch for {parallel.pipeline} pipeline stages: most of them wait",
+                "fewer train.minibatches, a smaller train.microbatch_tokens, or fewer parallel.pipeline",
+            )
+        )
+    if facts.config.train.prompts_per_step < data and not facts.supervised:
+        checks.append(
+            warning(
+                f"{facts.config.train.prompts_per_step} prompts a step, {data} leaders to fetch them: some are idle",
+                "train.prompts_per_step",
+            )
+        )
+    return checks
+
+
+def check_model(facts: Facts) -> Check:
+    """config.json: a family that is known, and how it reads."""
+    shape = facts.shape
+    experts = f", {shape.num_experts} experts top-{shape.top_k} in {sum(shape.moe_layers)} of them" * bool(
+        shape.num_experts
+    )
+    head = "tied" if shape.tied_embeddings else "own"
+    raw = read_config(facts.config.model.path)
+    stored = raw.get("dtype", raw.get("torch_dtype", "unknown"))
+    text = (
+        f"{shape.architecture}, {shape.num_layers} layers{experts}, hidden {shape.hidden_size}, vocabulary "
+        f"{shape.vocab_size} with its {head} head, stored {stored}, trained {facts.config.model.dtype}"
+    )
+    if raw.get("router_aux_loss_coef") and shape.num_experts:
+        text += f"; its router_aux_loss_coef = {raw['router_aux_loss_coef']} is not used: no auxiliary loss"
+    return ok(text)
+
+
+def check_weights(facts: Facts) -> Check:
+    """Every tensor that the family's table asks for, against the files' headers; no data is read."""
+    reader, wanted = facts.reader, {tensor.name: tensor.shape for tensor in facts.tensors}
+    stored = set(reader.names())
+    missing = [name for name in wanted if name not in stored]
+    if missing:
+        return error(f"{reader.directory}: {_some(missing)} missing, of {len(wanted)}", "model.path: a whole model")
+    wrong: list[str] = []
+    for name, shape in wanted.items():
+        try:
+            found = reader.shape(name)
+        except WeightError as caught:  # a file that is absent, truncated or no safetensors: it names the file
+            return error(str(caught), "model.path: copy the file again")
+        if found != shape:
+            wrong.append(f"{name} {list(found)}, not {list(shape)}")
+    if wrong:
+        return error(f"{reader.directory}: {_some(wrong)}: not what config.json asks for", "model.path")
+    extra = sorted(stored - set(wanted) - {"lm_head.weight"})
+    text = f"{len(wanted)} tensors, each of the shape that config.json asks for"
+    if extra:
+        return warning(f"{text}; {_some(extra)} in the files that no table names: not read", "model.path")
+    return ok(text)
+
+
+def check_tokenizer(facts: Facts) -> Sequence[Check]:
+    """Ids against the vocabulary, stop tokens, chat template, padding."""
+    tokenizer, config = facts.tokenizer, facts.config
+    template = tokenizer.render("x", True) != tokenizer.render("x", False)
+    how = "the chat template" if template and config.data.chat_template else "no chat template"
+    text = (
+        f"{len(tokenizer)} tokens for a vocabulary of {tokenizer.vocab_size}, stop tokens "
+        f"{', '.join(map(str, tokenizer.stop_ids))}; prompts are rendered with {how}"
+    )
+    checks = [ok(text)]
+    pad = read_config(config.model.path).get("pad_token_id")
+    if isinstance(pad, int) and pad >= 0 and pad not in tokenizer.stop_ids:
+        checks.append(
+            warning(
+                f"pad_token_id = {pad} in config.json: transformers makes its row of a new model zero, where RMSNorm's "
+                f"gradient is 1 / sqrt(eps), and it can be sampled",
+                "of a model made from scratch: pad_token_id = null in config.json; a trained model may have it",
+            )
+            if _is_zero_row(facts, pad)
+            else ok(f"pad_token_id = {pad}: its embedding is not zero")
+        )
+    return checks
+
+
+def _is_zero_row(facts: Facts, row: int) -> bool:
+    """Whether a row of the embedding is zero; the one place where weights are read, a page of them."""
+    from safetensors import safe_open
+
+    name = "model.embed_tokens.weight"
+    try:
+        path = facts.reader.file_of(name)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return not file.get_slice(name)[row : row + 1].any()
+    except Exception:  # the weights check says what is wrong with them
+        return False
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:NAMED])
+    return shown + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
