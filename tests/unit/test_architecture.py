@@ -19,7 +19,7 @@ LAYERS = [
     {"parallel"},
     {"rollout", "rewards", "sync", "policy", "hf", "data"},
     {"train", "report"},
-    {"bench", "doctor"},
+    {"bench", "doctor", "parity"},
     {"commands"},
     {"cli", "__init__", "__main__"},
 ]

@@ -1,0 +1,131 @@
+"""``megatron-gspo parity``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_gspo.config import RunConfig
+    from megatron_gspo.parity.check import Settings
+    from megatron_gspo.parity.layouts import Layout
+    from megatron_gspo.parity.ranks import LocalRanks
+    from megatron_gspo.parity.world import WorldRanks
+
+SUMMARY = "show that parallel layouts compute the same training step as one process"
+EXAMPLE = "megatron-gspo parity --layouts TP2,TP2xPP2xEP2 --dtype float64"
+MORE = """
+Runs one mini-batch in each layout and compares logprobs, entropy, s_i, loss, clip decisions, every gradient and every
+parameter after an optimizer step with one process (no packing, naive float64 formulas), and that with transformers.
+Starts its own ranks on this machine; under torchrun or Slurm the world's ranks check the layouts that fit them. Exit
+status: 0 when every layout holds (of "--layouts all", every one that is not refused), 1 when one does not, 2 for a
+mistake in what was asked."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from megatron_gspo.algorithm.catalog import LOSSES
+    from megatron_gspo.parity.models import MODELS
+    from megatron_gspo.parity.precision import PRECISIONS
+
+    parser.add_argument(
+        "target", nargs="?", metavar="CONFIG|HF_DIR", help="TOML file or Hugging Face directory (default: --model)"
+    )
+    parser.add_argument("--model", choices=MODELS, default="tiny-moe", help="synthetic model (default: %(default)s)")
+    parser.add_argument("--layers", type=int, metavar="N", help="take only the first N layers of CONFIG or HF_DIR")
+    parser.add_argument(
+        "--layouts", help='names joined by commas, "all", or "config" (default: config with CONFIG, else all)'
+    )
+    parser.add_argument("--max-ranks", type=int, default=8, metavar="N", help="most ranks a layout (default: 8)")
+    parser.add_argument("--dtype", choices=PRECISIONS, help="default: CONFIG's, else float64")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--loss", choices=LOSSES, help="default: CONFIG's, else gspo")
+    parser.add_argument("--seed", type=int, default=0, help="of the mini-batch and a synthetic model's weights")
+    parser.add_argument("--tolerance", type=float, help="largest relative error (default: the dtype's)")
+    parser.add_argument("--json", action="store_true", help='print {"layouts": [{...}, ...]} instead of the table')
+
+
+def run(options: argparse.Namespace) -> int:
+    import json
+    import warnings
+
+    from megatron_gspo.parity.layouts import choose_layouts
+
+    for module in (r"megatron\.core", r"torch\.distributed\.c10d_logger"):  # what is missing, and old names
+        warnings.filterwarnings("ignore", module=module)
+    config = _config(options.target)
+    world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+    text = options.layouts or ("config" if config else "all")
+    layouts, named = choose_layouts(text, config, max_ranks=options.max_ranks, world=world)
+    ranks = _ranks(options.device, world)
+
+    from megatron_gspo.parity.check import check
+    from megatron_gspo.parity.table import format_table
+
+    settings = _settings(options, config, layouts)
+    rows = check(settings, ranks, say=_say if ranks.is_first else lambda line: None)
+    if ranks.is_first:
+        report = json.dumps({"layouts": [row.as_record() for row in rows]}) if options.json else format_table(rows)
+        print(report, flush=True)
+    ranks.leave()
+    verdicts = [row.verdict for row in rows[1:]]
+    unproven = rows[0].verdict != "held" or any(
+        row.verdict == "failed" or (row.verdict == "refused" and row.layout in named) for row in rows
+    )
+    return 1 if unproven or "held" not in verdicts else 0
+
+
+def _config(target: str | None) -> RunConfig | None:
+    from megatron_gspo.config import load
+
+    return load(target) if target and not Path(target).is_dir() else None
+
+
+def _settings(options: argparse.Namespace, config: RunConfig | None, layouts: list[Layout]) -> Settings:
+    from megatron_gspo.errors import ConfigError
+    from megatron_gspo.parity.check import Settings
+
+    path = config.model.path if config else options.target or ""
+    if options.layers and not path:
+        raise ConfigError("--layers cuts CONFIG's or HF_DIR's model, and none is given")
+    if options.tolerance is not None and not options.tolerance > 0:
+        raise ConfigError(f"--tolerance {options.tolerance:g}: it must be above 0")
+    trained = config.algorithm.name if config and config.algorithm.name != "sft" else "gspo"
+    return Settings(
+        layouts=layouts,
+        path=path,
+        model=options.model,
+        layers=options.layers,
+        loss=options.loss or trained,
+        dtype=options.dtype or (config.model.dtype if config else "float64"),
+        seed=options.seed,
+        tolerance=options.tolerance,
+        temperature=config.rollout.temperature if config else Settings.temperature,
+        chunk=config.model.logprob_chunk if config else Settings.chunk,
+    )
+
+
+def _ranks(device: str | None, world: int | None) -> LocalRanks | WorldRanks:
+    """Where layouts run. A check on the CPU hides GPUs before anything could find them."""
+    from megatron_gspo.parity.ranks import LocalRanks
+
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
+
+    from megatron_gspo.errors import ConfigError
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if world is None:
+        return LocalRanks(device)
+    from megatron_gspo.parity.world import WorldRanks
+
+    return WorldRanks(device)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,115 @@
+"""Tiny models of random weights, in the shapes on which layouts go wrong; and a real model cut to its first layers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_gspo.errors import ConfigError
+from megatron_gspo.hf.catalog import read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VOCABULARY = 67
+"""Divides by nothing."""
+
+_FRAME: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 8,  # heads x head_dim is not the hidden size
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": VOCABULARY - 1,
+    "pad_token_id": None,
+}
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [0],
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "tiny-moe": _EXPERTS,
+    "tiny-dense": {"tie_word_embeddings": True},
+    "uneven": _EXPERTS | {"num_hidden_layers": 5},
+    "many-experts": _EXPERTS | {"num_experts": 300, "num_experts_per_tok": 8, "moe_intermediate_size": 8},
+    "idle-expert": _EXPERTS,
+}
+"""Name -> what its configuration adds to Qwen3's frame; one without experts is a dense Qwen3.
+
+tiny-moe: a leading dense layer, then 8 experts, top-2. tiny-dense: dense, embedding and head tied. uneven: 5 layers.
+many-experts: 300, top-8. idle-expert: expert 0 of each layer gets no token, whatever the input."""
+
+
+def make_model(name: str, directory: Path, seed: int) -> Path:
+    """Writes a model of ``MODELS`` as a float64 Hugging Face directory; imports transformers.
+
+    Weights are random at scale, so that logits differ by O(1), and norms lie in [0.5, 1.5]. Raises ConfigError.
+    """
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.utils import logging
+
+    if name not in MODELS:
+        raise ConfigError(f"no model {name} (known: {', '.join(MODELS)})")
+    settings = _FRAME | MODELS[name]
+    if "num_experts" in settings:
+        model: PreTrainedModel = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**settings))
+    _randomise(model.double(), seed)
+    if name == "idle-expert":
+        _starve_expert_0(model)
+    logging.disable_progress_bar()
+    model.save_pretrained(str(directory))
+    return directory
+
+
+def _randomise(model: PreTrainedModel, seed: int) -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        if name.endswith("norm.weight"):
+            noise = 1.0 + 0.5 * torch.tanh(noise)
+        elif "embed_tokens" not in name or model.config.tie_word_embeddings:
+            noise *= 1.0 / math.sqrt(weight.shape[-1])
+        weight.data.copy_(noise)
+
+
+def _starve_expert_0(model: PreTrainedModel) -> None:
+    """The first five experts' logits are 0, z, 1.5 z, -z, -1.5 z: two are above the first one's unless z is 0."""
+    for name, weight in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            row = weight.data[1].clone()
+            for expert, factor in enumerate((0.0, 1.0, 1.5, -1.0, -1.5)):
+                weight.data[expert] = factor * row
+
+
+def cut_model(source: Path, directory: Path, layers: int) -> Path:
+    """A directory of ``source``'s first layers: its own ``config.json``, and links to the same weights.
+
+    Raises ConfigError when the model has fewer layers.
+    """
+    config = read_config(source)
+    if not 1 <= layers <= config["num_hidden_layers"]:
+        raise ConfigError(f"--layers {layers}: {source} has {config['num_hidden_layers']} layers")
+    config["num_hidden_layers"] = layers
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][:layers]
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for file in source.glob("*.safetensors*"):
+        (directory / file.name).symlink_to(file.resolve())
+    return directory
