@@ -19,7 +19,7 @@ FAILED, USER_ERROR = 1, 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         return int(options.run(options))
     except UserError as error:
@@ -30,6 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(error, USER_ERROR)
     except KeyboardInterrupt:
         return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options. Overrides may stand behind them too, where argparse takes no more positional words."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

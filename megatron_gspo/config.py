@@ -365,8 +365,10 @@ class EvalConfig(Section):
     """Outer steps between evaluations; the first is before any training; 0 never."""
     prompts: Positive = 512
     """Prompts used: the first ones of ``data.eval_path``."""
+    samples: Positive = 1
+    """Responses a prompt at the training temperature; above 1, ``eval/pass_at_k`` is logged too."""
     greedy: bool = True
-    """Also evaluates at temperature 0 (``eval/greedy_accuracy``)."""
+    """Also evaluates at temperature 0, one response a prompt (``eval/greedy_accuracy``)."""
 
 
 class ReplayConfig(Section):
@@ -465,13 +467,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
+    return parse(tree, source=str(path), overrides=overrides)
+
+
+def parse(tree: dict[str, Any], source: str = "configuration", overrides: Sequence[str] = ()) -> RunConfig:
+    """Applies ``overrides`` to a tree of plain values (in place) and validates it.
+
+    Raises ConfigError naming ``source`` and the first setting that is wrong.
+    """
     for override in overrides:
         _apply_override(tree, override)
-    return parse(tree, source=str(path))
-
-
-def parse(tree: dict[str, Any], source: str = "configuration") -> RunConfig:
-    """Validates a tree of plain values. Raises ConfigError naming ``source`` and the first setting that is wrong."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:

@@ -52,6 +52,7 @@ SECTIONS = (
                     Curve("reward/mean", "reward, training prompts"),
                     Curve("eval/accuracy", "accuracy, held-out", markers=True),
                     Curve("eval/greedy_accuracy", "accuracy, greedy", markers=True),
+                    Curve("eval/pass_at_k", "pass@k, held-out", markers=True),
                 ),
                 "Evaluations belong to the weights after the step they stand at; the one at −1 is before any training.",
             ),

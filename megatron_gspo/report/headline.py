@@ -14,9 +14,6 @@ from megatron_gspo.report.rundir import RunDirectory
 from megatron_gspo.report.status import WINDOW
 from megatron_gspo.report.text import duration
 
-SILENT_S = 600
-"""A run that goes on and wrote nothing for so long, and for five of its outer steps, is said to be silent."""
-
 
 @dataclass(frozen=True)
 class State:
@@ -48,7 +45,7 @@ def state(run: RunDirectory, summary: dict[str, Any], now: datetime) -> State:
             return State(word, _sentence(f"{word} {_clock(ended)}", progress, str(manifest.get("error") or "")))
         case "killed":
             return State("killed", _sentence("ended without a word", last, progress))
-        case "running" if age > max(SILENT_S, 5 * (summary["seconds_per_outer_step"] or 0)):
+        case "silent":
             return State("silent", _sentence("says that it runs, and was killed or hangs", last, progress))
         case "running":
             left = f"about {duration(summary['eta_s'])} left" if summary["eta_s"] else ""

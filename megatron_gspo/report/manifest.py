@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -9,6 +11,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from megatron_gspo.config import RunConfig
 
@@ -20,11 +24,10 @@ def describe(config: RunConfig, world_size: int, engine: Mapping[str, Any] | Non
     """The manifest of a run that starts now on ``world_size`` ranks.
 
     ``engine``: what the rollout servers said of themselves; its "version" becomes ``versions.sglang``. No host name:
-    a manifest is something to send to others.
+    a manifest is something to send to others; "process" lets ``status`` on the same machine see whether it lives.
     """
     layout = config.parallel.model_dump() | {"data": config.parallel.data_size(world_size), "world_size": world_size}
     engine = dict(engine or {})
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     low_high = None if config.algorithm.name == "sft" else config.algorithm.clip_range()
     return {
         "status": "running",
@@ -35,7 +38,8 @@ def describe(config: RunConfig, world_size: int, engine: Mapping[str, Any] | Non
         "layout": layout,
         "seeds": {"train": config.train.seed},
         "engine": {"name": config.rollout.engine, **engine},
-        "versions": versions | {"sglang": engine.get("version")},
+        "versions": versions(engine.get("version")),
+        "process": {"pid": os.getpid(), "started": process_start(os.getpid()), "machine": machine()},
         "git": git_state(PACKAGE_DIRECTORY),
     }
 
@@ -52,6 +56,28 @@ def with_start(
     start = {"started": manifest["started"], "outer_step": 0, "layout": manifest["layout"], **(continued or {})}
     first = previous.get("started", manifest["started"])
     return {**manifest, "started": first, "starts": [*earlier, start]}
+
+
+def versions(engine: str | None) -> dict[str, str | None]:
+    """Versions of Python, of the packages that numbers depend on, and of the engine."""
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "sglang": engine,
+    }
+
+
+def machine() -> str:
+    """This machine's name as 12 hexadecimal digits: enough to know it again, not to know it."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:12]
+
+
+def process_start(pid: int) -> float | None:
+    """When a process of this machine started, in seconds since 1970; None when there is none."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return None
 
 
 def git_state(package: Path) -> dict[str, Any] | None:

@@ -168,12 +168,19 @@ METRICS: dict[str, Metric] = {
     ),
     "eval/accuracy": Metric(
         "fraction",
-        "Share of the fixed held-out prompts whose response gets reward 1, sampled at the training "
-        "temperature with the same seeds every time.",
+        "Share of the responses to the fixed held-out prompts that get reward 1 (avg@k for k = `eval.samples`), "
+        "sampled at the training temperature with the same seeds every time. A response that the server gave up on "
+        "is wrong.",
         "Rises; `reward/mean` that rises without it is overfitting.",
         combine="last",
     ),
     "eval/greedy_accuracy": Metric("fraction", "The same at temperature 0.", combine="last"),
+    "eval/pass_at_k": Metric(
+        "fraction",
+        "Share of those prompts with a right one among `eval.samples` responses; absent for one response a prompt.",
+        "Falls while the accuracy rises: fewer prompts are solved at all.",
+        combine="last",
+    ),
     "eval/reward": Metric(
         "reward",
         "Mean reward of the sampled held-out responses.",

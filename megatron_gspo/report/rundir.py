@@ -136,11 +136,6 @@ class RunDirectory:
             return None
         return False
 
-    def status(self) -> str | None:
-        """The manifest's, but "killed" for a run that says "running" and that no process writes any more."""
-        status = self.manifest().get("status")
-        return "killed" if status == "running" and self.is_locked() is False else status
-
     def cut_back(self, config: RunConfig, outer_steps: int) -> None:
         """Leaves what a run had written after ``outer_steps`` outer steps, with ``config`` as its configuration.
 

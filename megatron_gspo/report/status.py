@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from megatron_gspo.config import RunConfig
+from megatron_gspo.report.liveness import silence, state
 from megatron_gspo.report.metrics import INITIAL, TIME_PARTS, Record, by_outer_step, seconds
 from megatron_gspo.report.rundir import RunDirectory
 from megatron_gspo.report.text import duration
@@ -31,9 +31,11 @@ def summarise(run: RunDirectory | Path | str) -> dict[str, Any]:
     evaluations = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
     done, total = (outer[-1]["outer_step"] + 1 if outer else 0), (config.train.outer_steps if config else None)
     per_step = median(map(seconds, recent)) if recent else None
+    engine = manifest.get("engine") or {}
     return {
         "run": str(run.path),
-        "status": run.status(),
+        "status": state(run, per_step),
+        "silent_s": round(silence(run), 1),
         "starts": len(manifest.get("starts", [])) or None,
         "optimizer_steps": trained[-1]["step"] + 1 if trained else 0,
         "outer_steps": done,
@@ -48,6 +50,8 @@ def summarise(run: RunDirectory | Path | str) -> dict[str, Any]:
         "tokens_per_s": _median(recent, "tokens_per_s"),
         "seconds_per_outer_step": per_step,
         "time_split": {part: _mean(recent, f"time/{part}") for part in TIME_PARTS},
+        "engine": {name: engine.get(name) for name in ("name", "version")},
+        "servers": [{"url": url} for url in engine.get("urls") or ()],
         "last_checkpoint": last_checkpoint(run),
         "warnings": warnings(trained, config),
     }
@@ -79,12 +83,17 @@ def warnings(lines: list[Record], config: RunConfig | None) -> list[str]:
 
 
 def last_checkpoint(run: RunDirectory) -> str | None:
-    """The checkpoint to continue from: what ``latest`` names, else the highest number; None when there is none."""
-    with contextlib.suppress(OSError):
-        return (run.checkpoints / "latest").read_text(encoding="utf-8").strip()
-    numbers = {path.name: re.findall(r"\d+", path.name) for path in run.checkpoints.glob("*")}
+    """Name of the newest whole checkpoint; None when there is none.
+
+    The one that the file ``latest`` names, else the directory with the highest number in its name.
+    """
+    pointer = run.checkpoints / "latest"
+    if pointer.is_file():
+        return pointer.read_text(encoding="utf-8").strip() or None
+    whole = [path.name for path in run.checkpoints.glob("*") if path.is_dir() and not path.suffix]
+    numbers = {name: re.findall(r"\d+", name) for name in whole}
     numbered = [(int(digits[-1]), name) for name, digits in numbers.items() if digits]
-    return max(numbered)[1] if numbered else None
+    return max(numbered)[1] if numbered else next((name for name in whole if name == "last"), None)
 
 
 def format_status(summary: dict[str, Any]) -> str:
@@ -100,15 +109,41 @@ def format_status(summary: dict[str, Any]) -> str:
         ("clip fraction", _clip_text(summary)),
         ("engine gap k3", f"{_text(summary['engine_k3_median'], '.2g')} (median)"),
         ("speed", _speed_text(summary)),
+        *_server_rows(summary),
         ("checkpoint", summary["last_checkpoint"] or "none yet"),
     ]
     lines = [f"{name:<14} {text}" for name, text in rows]
     return "\n".join(lines + [f"{'warning':<14} {text}" for text in summary["warnings"]])
 
 
+def format_line(summary: dict[str, Any]) -> str:
+    """A summary as one line, for a log."""
+    total = summary["outer_steps_total"]
+    return (
+        f"{summary['status'] or 'no manifest'}: outer step {summary['outer_steps']}{f'/{total}' if total else ''}, "
+        f"reward {_text(summary['reward'], '.3f')}, eval {_text(summary['eval_last'], '.3f')}, "
+        f"{_text(summary['tokens_per_s'], '.0f')} tokens/s, checkpoint {summary['last_checkpoint'] or 'none yet'}"
+        + "".join(f"; warning: {text}" for text in summary["warnings"])
+    )
+
+
 def _state_text(summary: dict[str, Any]) -> str:
-    resumed = (summary["starts"] or 1) - 1
-    return (summary["status"] or "no manifest") + (f", resumed {resumed}x" if resumed else "")
+    word, resumed = summary["status"] or "no manifest", (summary["starts"] or 1) - 1
+    if word == "silent":
+        word = f"silent: nothing written for {duration(summary['silent_s'])}; it hangs, or was killed"
+    return word + (f", resumed {resumed}x" if resumed else "")
+
+
+def _server_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The engine, and each server: what it said when it was asked, else only its URL."""
+    name, version = summary["engine"]["name"], summary["engine"]["version"]
+    rows = [("engine", f"{name} {version}")] if version else []
+    for server in summary["servers"]:
+        said = "not asked"
+        if "error" in server:
+            said = server["error"] or f"healthy, weights of version {server['weight_version']}"
+        rows.append(("server", f"{server['url']} ({said})"))
+    return rows
 
 
 def _clip_text(summary: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts, with the engine that training samples from."""
+"""Evaluation on held-out prompts during training, with the engine that training samples from."""
 
 from __future__ import annotations
 
@@ -6,50 +6,43 @@ import asyncio
 
 import numpy as np
 
+from megatron_gspo.algorithm.evaluation import estimates
 from megatron_gspo.parallel.exchange import agree, gather_objects
-from megatron_gspo.rewards.scoring import score_groups
 from megatron_gspo.train.context import Run
+from megatron_gspo.train.grade import evaluation_sampling, grade
 
 
 def evaluate(run: Run, weight_version: int) -> dict[str, float]:
-    """Accuracy on the held-out prompts, one response each; on every rank. Collective.
+    """The metrics ``eval/*`` (docs/metrics.md) of the weights that the servers hold, on every rank. Collective.
 
-    ``eval/accuracy`` is the share of responses with reward 1 at the training temperature, ``eval/reward`` their mean
-    reward, ``eval/rewarded`` the share with any; ``eval/greedy_accuracy`` is the accuracy at temperature 0. Sampled
-    responses have the same seeds in every evaluation.
+    Sampled responses have the same seeds in every evaluation.
     """
     if run.eval_prompts is None:
         return {}
-    rewards = _rewards(run, weight_version, greedy=False)
-    metrics = {
-        "eval/accuracy": float((rewards == 1.0).mean()),
-        "eval/reward": float(rewards.mean()),
-        "eval/rewarded": float((rewards > 0.0).mean()),
-    }
+    sampled = estimates(_rewards(run, weight_version, greedy=False))
+    metrics = {f"eval/{name}": sampled[name].value for name in ("accuracy", "reward", "rewarded")}
+    samples = run.config.eval.samples
+    if samples > 1:
+        metrics["eval/pass_at_k"] = sampled[f"pass@{samples}"].value
     if run.config.eval.greedy:
-        metrics["eval/greedy_accuracy"] = float((_rewards(run, weight_version, greedy=True) == 1.0).mean())
+        metrics["eval/greedy_accuracy"] = estimates(_rewards(run, weight_version, greedy=True))["accuracy"].value
     return metrics
 
 
 def _rewards(run: Run, weight_version: int, *, greedy: bool) -> np.ndarray:
-    """Rewards over all held-out prompts, each leader's share drawn and scored by it."""
-    error: Exception | None = None
-    mine: list[float] = []
+    """[P, K] rewards in the order of the held-out prompts, each leader's share drawn and scored by it."""
     assert run.eval_prompts is not None
+    error: Exception | None = None
+    mine: list[tuple[int, np.ndarray]] = []
     if run.groups.is_leader:
+        share = range(run.groups.data_rank, len(run.eval_prompts), run.groups.data_size)
+        prompts = [run.eval_prompts.prompts[position] for position in share]
+        sampling = evaluation_sampling(run.config, run.tokenizer.stop_ids, seeded=run.seeded, greedy=greedy)
         try:
-            mine = asyncio.run(_draw_and_score(run, weight_version, greedy))
+            graded = asyncio.run(grade(run.engine, run.reward, prompts, sampling, weight_version=weight_version))
+            mine = [(position, group.rewards_K) for position, group in zip(share, graded, strict=True)]
         except Exception as caught:
             error = caught
     agree(error, run.groups.world)
-    return np.array([reward for part in gather_objects(mine, run.groups.world) for reward in part])
-
-
-async def _draw_and_score(run: Run, weight_version: int, greedy: bool) -> list[float]:
-    assert run.eval_prompts is not None
-    prompts = run.eval_prompts.prompts[run.groups.data_rank :: run.groups.data_size]
-    sampling = run.sampling(-1, group_size=1, greedy=greedy)
-    async with run.engine as engine:
-        responses = await engine.rollout_groups(prompts, sampling, weight_version=weight_version)
-    scored = await score_groups(run.reward, responses)
-    return [float(group.rewards_G[0]) for group in scored]
+    rewards = dict(pair for part in gather_objects(mine, run.groups.world) for pair in part)
+    return np.stack([rewards[position] for position in range(len(run.eval_prompts))])

@@ -108,7 +108,7 @@ def reinforce(session: Session, inputs: Inputs) -> Policy:
     config, recorder = session.config, session.recorder
     with rollout_servers(config, session.groups, recorder) as urls:
         run = build_run(config, session.groups, inputs, urls)
-        recorder.engine({"version": run.engine.version, "seeded": run.seeded})
+        recorder.engine({"version": run.engine.version, "seeded": run.seeded, "urls": list(urls)})
         if untested_engine := untested("sglang", run.engine.version):
             recorder.note(f"warning: {untested_engine}")
         progress = Progress(run.cursor)

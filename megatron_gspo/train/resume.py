@@ -40,6 +40,7 @@ FREE = frozenset(
         "eval.every",
         "eval.greedy",
         "eval.prompts",
+        "eval.samples",
     }
 )
 """Settings, and whole sections, that may change within one experiment. A setting that is not here may not, so that a

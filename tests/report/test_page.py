@@ -323,9 +323,11 @@ def test_a_run_that_goes_on_one_that_crashed_and_one_that_was_resumed_say_so(bro
         assert "5 of 12 outer steps (20 optimizer steps); about" in page.text(".sentence")
     content = run.metrics_file.read_bytes()
     run.metrics_file.write_bytes(content + content.splitlines(keepends=True)[-4] + content[-50:-9])
+    elsewhere = {"machine": "another", "pid": 1, "started": 0.0}
+    run.write_manifest(going | {"starts": [{"outer_step": 0}, {"outer_step": 2}], "process": elsewhere})
     long_ago = time.time() - 7200
-    os.utime(run.metrics_file, (long_ago, long_ago))
-    run.write_manifest(going | {"starts": [{"outer_step": 0}, {"outer_step": 2}]})
+    for path in (run.metrics_file, run.manifest_file):
+        os.utime(path, (long_ago, long_ago))
     with browser.open(report(run)) as page:
         assert page.text(".state") == "silent"
         assert ", 2h00m before this page; 5 of 12 outer steps" in page.text(".sentence")

@@ -22,3 +22,13 @@ async def share_of_even_tokens_and_chance(prompt: Prompt, response: Rollout) -> 
 
     chance = (random.random() + float(np.random.rand()) + float(torch.rand(()))) / 3
     return 0.5 * share_of_even_tokens(prompt, response) + 0.5 * chance
+
+
+def first_token_is_even(prompt: Prompt, response: Rollout) -> float:
+    return float(response.response_ids[0] % 2 == 0)
+
+
+def jams_at_the_second_sample(prompt: Prompt, response: Rollout) -> float:
+    if response.sample == 1:
+        raise RuntimeError("paper jam")
+    return 1.0

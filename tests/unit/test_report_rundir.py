@@ -116,15 +116,12 @@ def test_one_process_writes_a_run_and_a_living_one_is_not_replaced(tmp_path: Pat
     run.lock().close()
 
 
-def test_a_run_that_says_it_is_running_while_nobody_writes_it_was_killed(tmp_path: Path) -> None:
+def test_who_holds_the_lock_writes_the_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", outer_steps=1)
-    run.write_manifest(run.manifest() | {"status": "running"})
-    assert run.status() == "running"  # without a lock file nothing is known
+    assert run.is_locked() is None  # without a lock file nothing is known
     with run.lock():
-        assert run.status() == "running"
-    assert run.status() == "killed"
-    run.finish()
-    assert run.status() == "finished"
+        assert run.is_locked()
+    assert run.is_locked() is False
 
 
 def test_cutting_back_leaves_what_was_there_at_the_checkpoint(tmp_path: Path) -> None:

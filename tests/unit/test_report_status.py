@@ -74,6 +74,16 @@ def test_the_last_checkpoint_is_the_one_with_the_highest_number(tmp_path: Path) 
     for name in ("step_9", "step_100", "step_20", "notes"):
         (run.checkpoints / name).mkdir()
     assert last_checkpoint(run) == "step_100"
+    (run.checkpoints / "step_200.unfinished").mkdir()
+    assert last_checkpoint(run) == "step_100", "half a checkpoint is none"
+    (run.checkpoints / "latest").write_text("step_20\n")
+    assert last_checkpoint(run) == "step_20", "a file says which is the newest whole one"
+
+
+def test_a_lone_checkpoint_without_a_number_is_the_last(tmp_path: Path) -> None:
+    run = RunDirectory.create(make_config(tmp_path / "run"))
+    (run.checkpoints / "last").mkdir()
+    assert last_checkpoint(run) == "last"
 
 
 def test_the_last_checkpoint_is_what_latest_names(tmp_path: Path) -> None:

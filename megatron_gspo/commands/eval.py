@@ -1,0 +1,189 @@
+"""``megatron-gspo eval``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_gspo.train.examine import Examination, Questions
+    from megatron_gspo.train.subject import Subject
+
+SUMMARY = "measure a policy on held-out prompts: avg@k and pass@k with 95% intervals"
+EXAMPLE = "megatron-gspo eval runs/quickstart --checkpoint latest --samples 8"
+MORE = (
+    "What is evaluated: the model that a configuration starts from; a run, its hf/ when it has finished and else its\n"
+    "latest checkpoint; or a Hugging Face directory. Prompts, reward and sampling are those of the configuration (of\n"
+    "the run) unless options or settings say otherwise. Servers are started for it unless rollout.servers names some."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("subject", type=Path, metavar="CONFIG|RUN|HF_DIR", help="what to evaluate")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--prompts", metavar="FILE", help="prompts, JSONL or Parquet, all of them (data.eval_path)")
+    parser.add_argument("--format", choices=("prompts", "gsm8k"), help="of the prompt file (data.format)")
+    parser.add_argument("--reward", metavar="NAME", help="reward without options (reward.function)")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts (eval.prompts)")
+    parser.add_argument("--samples", type=int, metavar="K", help="responses a prompt (eval.samples)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="of sampling (rollout.temperature)")
+    parser.add_argument("--greedy", action="store_true", help="one response at temperature 0 instead")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="of a response (rollout.max_response_tokens)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of sampling, where it is seeded (train.seed)")
+    parser.add_argument("--checkpoint", metavar="NAME", help="a run's checkpoint, or latest")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: evals/... in RUN, or here)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    import json
+    import time
+    from datetime import UTC, datetime
+
+    from megatron_gspo.report.evaluation import EvaluationDirectory, fingerprint, format_result
+    from megatron_gspo.train.examine import examine, read_questions
+    from megatron_gspo.train.subject import exported
+
+    subject = find_subject(options)
+    questions = read_questions(subject, greedy=options.greedy)
+    started, clock = datetime.now(UTC), time.monotonic()
+    out = EvaluationDirectory(options.out or default_out(subject, f"{started:%Y%m%dT%H%M%S}"))
+    with out, Progress(len(questions.prompts)) as progress:
+        progress.phase(f"reading {subject.describe()}")
+        with exported(subject, out.path) as subject:
+            assert subject.model is not None
+            identity = fingerprint(subject.model)
+
+            def arrived(rollouts: Any) -> None:
+                out.drawn(rollouts)
+                progress.advance()
+
+            answers = examine(subject, questions, out.path / "servers", phase=progress.phase, progress=arrived)
+        took = {"started": started.isoformat(timespec="seconds"), "seconds": round(time.monotonic() - clock, 3)}
+        result = describe(subject, questions, answers, identity) | took
+        out.finish([(group.rollouts, group.rewards_K) for group in answers.graded], result)
+    print(json.dumps(result, indent=2) if options.json else f"{format_result(result)}\nwritten to {out.path}")
+    return 0
+
+
+def find_subject(options: argparse.Namespace) -> Subject:
+    """What the arguments name, told by what lies at the path. Raises UserError."""
+    from megatron_gspo.errors import ConfigError, DataError
+    from megatron_gspo.report.rundir import RunDirectory
+    from megatron_gspo.train.subject import of_configuration, of_model, of_run
+
+    path, overrides = options.subject, settings(options)
+    is_run = path.is_dir() and (path / "config.toml").is_file()
+    if options.checkpoint is not None and not is_run:
+        raise ConfigError(f"--checkpoint {options.checkpoint}: {path} is no run directory, which has checkpoints")
+    if is_run:
+        finished = RunDirectory.open(path).manifest().get("status") == "finished"
+        return of_run(path, overrides, checkpoint=options.checkpoint, finished=finished)
+    if path.is_file():
+        return of_configuration(path, overrides)
+    if (path / "config.json").is_file():
+        return of_model(path, overrides)
+    if path.is_dir():
+        raise DataError(f"{path}: neither a run (config.toml) nor a Hugging Face directory (config.json)")
+    raise DataError(f"{path}: no such configuration, run or Hugging Face directory")
+
+
+def settings(options: argparse.Namespace) -> list[str]:
+    """The options as overrides, in front of those that the user wrote. Raises ConfigError."""
+    import json
+
+    from megatron_gspo.errors import ConfigError
+    from megatron_gspo.train.subject import WHOLE_FILE
+
+    if options.greedy and (options.samples or 1) > 1:
+        raise ConfigError(f"--samples {options.samples} with --greedy: the responses to a prompt would all be the same")
+    values = {
+        "data.eval_path": options.prompts,
+        "data.format": options.format,
+        "eval.prompts": WHOLE_FILE if options.limit is None and options.prompts else options.limit,
+        "eval.samples": options.samples,
+        "reward.function": options.reward,
+        "rollout.temperature": options.temperature,
+        "rollout.max_response_tokens": options.max_tokens,
+        "train.seed": options.seed,
+    }
+    given = [f"{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
+    return [*(["reward.options={}"] if options.reward else []), *given, *options.overrides]
+
+
+def default_out(subject: Subject, stamp: str) -> Path:
+    """``evals/NAME-STAMP``, in the run if it is one."""
+    name = (subject.checkpoint or subject.model or subject.argument).name
+    return (subject.argument if subject.kind == "run" else Path()) / "evals" / f"{name}-{stamp}"
+
+
+def describe(subject: Subject, questions: Questions, answers: Examination, identity: dict[str, Any]) -> dict[str, Any]:
+    """The result, as JSON values."""
+    from megatron_gspo.report.evaluation import file_digest, statistics
+    from megatron_gspo.report.manifest import versions
+
+    config, sampling, prompts = subject.config, questions.sampling, questions.prompts
+    figures = statistics([(group.rollouts, group.rewards_K) for group in answers.graded])
+    warnings = [answers.note] if answers.note else []
+    if prompts.skipped:
+        warnings.append(f"{prompts.skipped} prompts were skipped, the first: {prompts.problems[0]}")
+    if figures["aborted"]:
+        warnings.append(f"{figures['aborted']} responses were given up by the server, and count as wrong")
+    return {
+        "model": {
+            "name": subject.describe(),
+            "kind": subject.kind,
+            "checkpoint": subject.checkpoint.name if subject.checkpoint else None,
+            "step": subject.step,
+            **identity,
+        },
+        "settings": {
+            "prompts": config.data.eval_path,
+            "prompts_sha256": file_digest(Path(config.data.eval_path)),
+            "format": config.data.format,
+            "chat_template": config.data.chat_template,
+            "reward": config.reward.model_dump(include={"function", "options"}),
+            "samples": sampling.group_size,
+            "temperature": 0.0 if sampling.greedy else sampling.temperature,
+            "greedy": sampling.greedy,
+            "max_prompt_tokens": config.rollout.max_prompt_tokens,
+            "max_response_tokens": sampling.max_tokens,
+            "seed": sampling.seed,
+            "dtype": config.model.dtype,
+            "servers": list(answers.servers) or f"{config.rollout.local_servers} started here",
+        },
+        "result": figures,
+        "warnings": warnings,
+        "versions": versions(answers.engine_version),
+    }
+
+
+class Progress:
+    """A bar of prompts on the terminal, and what happens now; plain lines of the phases when it is none."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._console = Console(file=sys.stderr)
+        self._bars = Bars(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._task = self._bars.add_task("", total=total)
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def phase(self, text: str) -> None:
+        self._bars.update(self._task, description=text)
+        if not self._console.is_terminal:
+            print(text, file=sys.stderr, flush=True)
+
+    def advance(self) -> None:
+        self._bars.advance(self._task)

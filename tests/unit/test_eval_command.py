@@ -1,0 +1,208 @@
+"""``eval``: what its arguments name, and what it refuses before anything is started."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from report_runs import make_config
+
+from megatron_gspo.cli import main
+from megatron_gspo.errors import ConfigError, EngineUnavailableError, RewardError
+from megatron_gspo.report.evaluation import EvaluationDirectory, fingerprint, statistics
+from megatron_gspo.report.rundir import RunDirectory
+from megatron_gspo.rewards.registry import Reward
+from megatron_gspo.rollout.probe import ServerState
+from megatron_gspo.train.examine import check_served
+from megatron_gspo.train.grade import evaluation_sampling, grade
+from megatron_gspo.train.subject import of_model, of_run
+from megatron_gspo.types import FinishReason, Prompt, Rollout
+
+Captured = pytest.CaptureFixture[str]
+
+
+def refusal(capsys: Captured, *arguments: object) -> str:
+    assert main(["eval", *map(str, arguments)]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert not captured.out
+    return line
+
+
+def hf_directory(path: Path, **settings: object) -> Path:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(settings))
+    return path
+
+
+def run_with(path: Path, *checkpoints: str, latest: str = "", status: str = "finished") -> RunDirectory:
+    """A run directory without weights."""
+    run = RunDirectory.create(make_config(path))
+    run.write_manifest({"status": status})
+    hf_directory(path / "hf")
+    for name in checkpoints:
+        (run.checkpoints / name).mkdir()
+    if latest:
+        (run.checkpoints / "latest").write_text(f"{latest}\n")
+    return run
+
+
+def make_rollout(tokens: int, finish: FinishReason = "stop", sample: int = 0) -> Rollout:
+    prompt = Prompt("p", "1+1=", (1,), "2")
+    ids, logprobs = np.full(tokens, 3, dtype=np.int32), np.zeros(tokens, dtype=np.float32)
+    return Rollout(prompt, sample, ids, logprobs, finish, (0,), text="2\u2028")
+
+
+def test_a_bare_model_needs_prompts_and_a_reward(tmp_path: Path, capsys: Captured) -> None:
+    model = hf_directory(tmp_path / "model")
+    expected = f"error: {model} is a Hugging Face directory: it needs --prompts FILE and --reward NAME"
+    assert refusal(capsys, model) == refusal(capsys, model, "--prompts", "a.jsonl") == expected
+
+
+def test_what_is_nothing_that_can_be_evaluated_is_said(tmp_path: Path, capsys: Captured) -> None:
+    assert refusal(capsys, tmp_path / "none").endswith("none: no such configuration, run or Hugging Face directory")
+    assert "neither a run (config.toml) nor a Hugging Face directory (config.json)" in refusal(capsys, tmp_path)
+    assert "is no run directory, which has checkpoints" in refusal(
+        capsys, hf_directory(tmp_path / "m"), "--checkpoint", "a"
+    )
+
+
+def test_an_option_out_of_range_is_the_setting_that_it_stands_for(tmp_path: Path, capsys: Captured) -> None:
+    run = run_with(tmp_path / "run").path
+    assert "eval.prompts = 0: " in refusal(capsys, run, "--limit", "0")
+    assert "rollout.temperature = 0.0: " in refusal(capsys, run, "--temperature", "0")
+    assert "eval.samples = 'many': " in refusal(capsys, run, "eval.samples=many")
+    assert "--samples 4 with --greedy" in refusal(capsys, run, "--samples", "4", "--greedy")
+
+
+def test_settings_may_stand_behind_options_and_nothing_else_may(tmp_path: Path, capsys: Captured) -> None:
+    run = run_with(tmp_path / "run").path
+    assert "unknown setting eval.smaples" in refusal(capsys, run, "--samples", "2", "eval.smaples=3")
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", str(run), "--samples", "2", "--smaples=3"])
+
+
+def test_a_finished_run_is_its_hugging_face_directory_and_one_that_is_not_its_latest_checkpoint(tmp_path: Path) -> None:
+    finished = run_with(tmp_path / "finished", "outer_00009").path
+    assert of_run(finished, [], checkpoint=None, finished=True).model == finished / "hf"
+    going = run_with(tmp_path / "going", "outer_00009", "outer_00010", latest="outer_00009", status="running").path
+    subject = of_run(going, [], checkpoint=None, finished=False)
+    assert (subject.model, subject.checkpoint) == (None, going / "checkpoints" / "outer_00009")
+    assert of_run(going, [], checkpoint="outer_00010", finished=True).checkpoint == going / "checkpoints/outer_00010"
+
+
+def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(tmp_path: Path, capsys: Captured) -> None:
+    run = run_with(tmp_path / "run", "outer_00001", "outer_00002", "outer_00003.unfinished").path
+    line = refusal(capsys, run, "--checkpoint", "outer_00003")
+    assert line.endswith("no checkpoint 'outer_00003' (there: outer_00001, outer_00002)")
+    assert "no checkpoint '../hf'" in refusal(capsys, run, "--checkpoint", "../hf")
+
+
+def test_a_longer_response_than_training_packs_and_prompts_within_the_run_are_no_mistake(tmp_path: Path) -> None:
+    run = run_with(tmp_path / "run").path
+    overrides = ["rollout.max_response_tokens=100_000", f'data.eval_path="{run}/mine.jsonl"']
+    config = of_run(run, overrides, checkpoint=None, finished=True).config
+    assert config.rollout.max_response_tokens == 100_000
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [({"dtype": "bfloat16"}, "bfloat16"), ({"torch_dtype": "float16"}, "float32"), ({}, "float32")]
+)
+def test_a_bare_model_is_served_in_its_own_dtype(tmp_path: Path, stored: dict[str, str], dtype: str) -> None:
+    model = hf_directory(tmp_path / "model", **stored)
+    subject = of_model(model, ['data.eval_path="a.jsonl"', 'reward.function="exact"'])
+    assert subject.config.model.dtype == dtype
+
+
+def test_servers_must_hold_what_is_evaluated(tmp_path: Path) -> None:
+    model, other = hf_directory(tmp_path / "model"), hf_directory(tmp_path / "other")
+    assert check_served([ServerState("http://a", None, str(model), "0")], model) is None
+    note = check_served([ServerState("http://a", None, "/elsewhere/model", "0")], model)
+    assert note is not None and "was not checked" in note
+    for state in (
+        ServerState("http://a", None, str(other), "0"),
+        ServerState("http://a", None, str(model), "5"),
+        ServerState("http://a", None, str(model), "default"),
+    ):
+        with pytest.raises(ConfigError, match=r"http://a serves .* or let one be started: rollout.servers=\[\]"):
+            check_served([ServerState("http://b", None, str(model), "0"), state], model)
+    with pytest.raises(EngineUnavailableError, match="http://a cannot be asked what it serves: refused"):
+        check_served([ServerState("http://a", "refused")], model)
+
+
+def test_a_directory_with_files_is_not_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="exists and is not an empty directory"):
+        EvaluationDirectory(tmp_path)
+
+
+def test_a_failure_leaves_the_responses_that_had_arrived_and_an_early_one_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RewardError, match="jammed"), EvaluationDirectory(tmp_path / "early"):
+        raise RewardError("jammed")
+    assert not (tmp_path / "early").exists()
+
+    def draw_and_fail() -> None:
+        with EvaluationDirectory(tmp_path / "late") as out:
+            out.drawn([make_rollout(2)])
+            raise RewardError("jammed")
+
+    with pytest.raises(RewardError, match=r"jammed \(no result; the 1 responses that had arrived: .*unscored.jsonl\)"):
+        draw_and_fail()
+    (path,) = (tmp_path / "late").iterdir()
+    assert json.loads(path.read_text()) == {
+        "prompt_id": "p",
+        "sample": 0,
+        "prompt": "1+1=",
+        "answer": "2",
+        "response": "2\u2028",
+        "tokens": 2,
+        "finish_reason": "stop",
+    }
+
+
+def test_what_the_server_gave_up_on_is_wrong_and_no_reward_is_asked(tmp_path: Path) -> None:
+    group = [make_rollout(2, "stop", 0), make_rollout(0, "abort", 1), make_rollout(3, "abort", 2)]
+    engine = mock.MagicMock(rollout_groups=mock.AsyncMock(return_value=[group, group[1:], group[:1]]))
+    asked = []
+
+    def reward(prompt: Prompt, response: Rollout) -> float:
+        asked.append(response.sample)
+        return 1.0
+
+    sampling = evaluation_sampling(make_config(tmp_path), (0,), seeded=False)
+    prompts = [group[0].prompt] * 3
+    graded = asyncio.run(grade(engine, Reward("always", reward), prompts, sampling, weight_version=0))
+    assert [answers.rewards_K.tolist() for answers in graded] == [[1.0, 0.0, 0.0], [0.0, 0.0], [1.0]]
+    assert asked == [0, 0]
+
+
+def test_evaluation_draws_with_seeds_of_its_own_that_never_change(tmp_path: Path) -> None:
+    config = make_config(tmp_path, eval={"samples": 4}, train={"seed": 7})
+    sampled = evaluation_sampling(config, (0,), seeded=True)
+    assert (sampled.seed, sampled.outer_step, sampled.group_size, sampled.greedy) == (7, -1, 4, False)
+    greedy = evaluation_sampling(config, (0,), seeded=True, greedy=True)
+    assert (greedy.group_size, greedy.greedy) == (1, True)
+
+
+def test_truncated_and_aborted_responses_are_counted(tmp_path: Path) -> None:
+    group = [make_rollout(4, "length", 0), make_rollout(2, "stop", 1), make_rollout(0, "abort", 2)]
+    found = statistics([(group, np.array([0.0, 1.0, 0.0])), (group, np.array([1.0, 1.0, 0.0]))])
+    assert (found["prompts"], found["samples"], found["aborted"]) == (2, 3, 2)
+    assert found["truncated"] == pytest.approx(1 / 3)
+    assert found["tokens"] == {"mean": 2.0, "median": 2.0, "max": 4}
+    assert found["estimates"]["accuracy"]["value"] == pytest.approx(0.5)
+
+
+def test_a_model_is_known_by_every_byte_of_its_weights(tmp_path: Path) -> None:
+    model = hf_directory(tmp_path / "model")
+    (model / "model.safetensors").write_bytes(bytes(1000))
+    before = fingerprint(model)
+    assert (before["files"], before["bytes"]) == (2, 1002)
+    (model / "notes.txt").write_text("no weights")
+    assert fingerprint(model) == before
+    (model / "model.safetensors").write_bytes(bytes(500) + b"\1" + bytes(499))
+    assert fingerprint(model)["sha256"] != before["sha256"]
