@@ -273,8 +273,10 @@ def test_loading_and_exporting_gives_the_files_bytes_back(
     else:
         path = str(oracle.make_tiny_qwen3(tmp_path, dtype=getattr(torch, dtype), tie=True))
     expected = {name: fingerprint(tensor) for name, tensor in stored(path).items()}
-    few = ("TP1", "TP2", "TP2xPP2", "DP2")
-    for layout in LAYOUTS if (maker, dtype) == ("mixture", "float32") else few:
+    layouts = ["TP1", "TP2", "TP2xPP2", "DP2"]
+    if (maker, dtype) == ("mixture", "float32"):  # every axis, and experts over each of the others
+        layouts += ["PP4", "EP2", "CP2", "TP2xDP2xEP4", "TP2xCP2xEP2", "CP2xDP2xEP4", "TP2xPP2xDP2xEP2"]
+    for layout in layouts:
         world, parallel = LAYOUTS[layout]
         parts = ranks.run(world, exported, path, dtype, parallel)
         assert sum(len(part) for part in parts) == len(expected), f"{layout}: a tensor has no owner, or two"
