@@ -146,7 +146,7 @@ class Policy:
             micro_batch_size=1,
             forward_only=forward_only,
             pg_collection=self.groups.megatron,
-            p2p_communicator=stage_communicator(self.groups, self.chunks[0].config),
+            p2p_communicator=stage_communicator(self.groups, self.chunks[0].config, batches),
         )
 
 
