@@ -25,10 +25,13 @@ def check_run_directory(facts: Facts) -> Check:
         return error(f"train.run_dir = {path}: {place} cannot be written by this user", "train.run_dir: another place")
     if not os.path.lexists(path):
         return ok(f"{path} will be made")
-    if _later(config, "resume", False):
-        return ok(f"{path} exists, and train.resume = {config.train.resume!r} goes on with it")
+    if config.train.resume:
+        return ok(f"{path} exists, and train.resume = true goes on with it")
     if not config.train.overwrite:
-        return error(f"train.run_dir = {path} exists", "train.run_dir: another name, or train.overwrite = true")
+        return error(
+            f"train.run_dir = {path} exists",
+            "train.run_dir: another name, or train.resume or train.overwrite = true",
+        )
     is_run = (path / "config.toml").is_file() and (path / "checkpoints").is_dir()
     if any(path.iterdir()) and not is_run:
         return error(
@@ -67,17 +70,12 @@ def check_disk(facts: Facts) -> list[Check]:
 def checkpoints_kept(config: RunConfig) -> int:
     """Checkpoints that lie on the disk at one time, at most: the newest ``keep_last``, and those whose number of outer
     steps ``keep_every`` divides."""
-    every = _later(config, "checkpoint_every", 0)
-    if not every:
+    train = config.train
+    if not train.checkpoint_every:
         return 1
-    steps, forever = config.train.outer_steps, _later(config, "keep_every", 0)
-    newest = min(_later(config, "keep_last", 1), ceil(steps / every))
-    return newest + (steps // lcm(every, forever) if forever else 0)
-
-
-def _later(config: RunConfig, name: str, default: int) -> int:
-    """A setting of ``[train]`` that this version of the configuration may not have."""
-    return getattr(config.train, name, default) or default
+    newest = min(train.keep_last, ceil(train.outer_steps / train.checkpoint_every))
+    forever = train.outer_steps // lcm(train.checkpoint_every, train.keep_every) if train.keep_every else 0
+    return newest + forever
 
 
 def _room(text: str, needed: int, path: Path, fix: str) -> Check:

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from megatron_gspo.algorithm.planning import padded_length
 from megatron_gspo.config import ParallelConfig, RunConfig
 from megatron_gspo.doctor.tensors import Tensor, elements_of_stage, stage_of
 from megatron_gspo.hf.family import ModelShape
+from megatron_gspo.parallel.logprobs import COLUMNS
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
-AGAIN: dict[str, tuple[str, ...]] = {"off": (), "full": ("layer",)}
-"""``model.recompute`` -> what is run again in backward; "selective" has a setting of its own."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Estimate:
     activations: int
     """Of the micro-batches in flight: what backward needs."""
     logprobs: int
-    """A chunk's logits and what is made of them, and the gradient of the head."""
+    """Tiles of a chunk's logits, and the gradient of the head that backward returns."""
     reference: int
     """Weights of the frozen reference policy."""
 
@@ -77,29 +77,33 @@ def tokens_of_minibatch(config: RunConfig) -> tuple[int, int]:
     """(sequences, tokens) of a mini-batch whose every sequence is as long as allowed."""
     per_prompt = 1 if config.algorithm.name == "sft" else config.rollout.group_size
     sequences = config.train.prompts_per_step // config.minibatches * per_prompt
-    return sequences, sequences * (config.rollout.max_prompt_tokens + config.rollout.max_response_tokens)
+    return sequences, sequences * longest_sequence(config)
+
+
+def longest_sequence(config: RunConfig) -> int:
+    """Tokens of a prompt and a response as long as allowed, with what context parallelism fills them up to."""
+    return padded_length(config.rollout.max_prompt_tokens + config.rollout.max_response_tokens, config.parallel.context)
 
 
 def microbatches(config: RunConfig, data_size: int) -> int:
     """Micro-batches a data-parallel rank of a mini-batch whose sequences are as long as allowed."""
     sequences, _ = tokens_of_minibatch(config)
-    length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    per_microbatch = max(1, config.train.microbatch_tokens // length)
-    return ceil(ceil(sequences / data_size) / per_microbatch)
+    per_microbatch = max(1, config.train.microbatch_tokens // longest_sequence(config))
+    multiple = config.parallel.microbatch_multiple
+    return ceil(ceil(ceil(sequences / data_size) / per_microbatch) / multiple) * multiple
 
 
 def tokens_of_microbatch(config: RunConfig, data_size: int) -> int:
     """Tokens of the largest micro-batch: its budget (or one sequence above it), or all that a rank ever has."""
     _, tokens = tokens_of_minibatch(config)
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    return min(max(config.train.microbatch_tokens, longest), ceil(tokens / data_size))
+    return min(max(config.train.microbatch_tokens, longest_sequence(config)), ceil(tokens / data_size))
 
 
 def _activations(config: RunConfig, model: ModelShape, stage: int, data_size: int) -> int:
     """1F1B keeps a micro-batch for each later stage; interleaved stages keep up to one more (arXiv 2104.04473, 2.2)."""
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     tokens = tokens_of_microbatch(config, data_size) / parallel.context
-    again = AGAIN.get(config.model.recompute, getattr(config.model, "recompute_modules", ()))
+    again = {"off": (), "full": ("layer",), "selective": config.model.recompute_modules}[config.model.recompute]
     layers = [
         LayerBytes.of(model, parallel, item, is_moe)
         for layer, is_moe in enumerate(model.moe_layers)
@@ -157,9 +161,10 @@ class LayerBytes:
 
 
 def _logprobs(config: RunConfig, model: ModelShape, data_size: int) -> int:
-    """Three fp32 [chunk, vocabulary / tensor] (logits, exponentials, a product), and the head's gradient twice."""
+    """Two tiles [chunk, columns] and, below fp32, the product in the model's dtype; and what backward returns for the
+    head, whose gradient is added in place unless it is tied to the embedding."""
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     wide, rows = max(4, item), ceil(model.vocab_size / parallel.tensor)
-    chunk = min(config.model.logprob_chunk, tokens_of_microbatch(config, data_size))
-    logits = chunk * rows * (3 * wide + (item if item < 4 else 0))
-    return logits + 2 * wide * rows * model.hidden_size
+    chunk = min(config.model.logprob_chunk, ceil(tokens_of_microbatch(config, data_size) / parallel.context))
+    tiles = chunk * min(rows, COLUMNS) * (2 * wide + (item if item < 4 else 0))
+    return tiles + rows * model.hidden_size * (wide if model.tied_embeddings else item)

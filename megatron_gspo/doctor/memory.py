@@ -26,11 +26,13 @@ def check_memory(facts: Facts) -> Check:
     rank_text = f"a rank: {spell(needed)}"
     if facts.machine.gpus:
         return _on_gpus(facts, needed, rank_text)
-    rank = int(RANK_PROCESS + HEAP * needed.total)
+    copies = needed.weights + needed.optimizer if facts.config.train.checkpoint_async else 0
+    rank = int(RANK_PROCESS + HEAP * needed.total) + copies
     servers = _servers(facts)
     server = _server_bytes(facts) if servers else 0
     total, free = facts.ranks * rank + servers * server, facts.machine.free_memory
-    text = f"{rank_text}; resident x {HEAP:g} + {gib(RANK_PROCESS)} of process = {gib(rank)}"
+    text = f"{rank_text}; resident x {HEAP:g} + {gib(RANK_PROCESS)} of process"
+    text += f" + {gib(copies)} of copies (train.checkpoint_async)" * bool(copies) + f" = {gib(rank)}"
     text += f"; {count(facts.ranks, 'rank')} x {gib(rank)}"
     if servers:
         text += f" + {count(servers, 'server')} x {gib(server)}"

@@ -9,6 +9,7 @@ from megatron_gspo.doctor.estimate import microbatches, tokens_of_minibatch
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.errors import WeightError
 from megatron_gspo.hf.catalog import read_config
+from megatron_gspo.hf.layout import check_recompute
 
 NAMED = 3
 """Tensors that a line names before it counts the rest."""
@@ -22,6 +23,7 @@ def check_configuration(facts: Facts) -> Check:
 def check_layout(facts: Facts) -> list[Check]:
     """Whether it multiplies out and divides the model, and what each data-parallel rank gets of a mini-batch."""
     parallel, data = facts.config.parallel, facts.layout
+    check_recompute(facts.config.model, facts.shape)
     text = (
         f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} x data {data} = "
         f"{facts.ranks} ranks; expert {parallel.expert} x expert_tensor {parallel.expert_tensor}"
@@ -33,13 +35,6 @@ def check_layout(facts: Facts) -> list[Check]:
     sequences, _ = tokens_of_minibatch(facts.config)
     packs = microbatches(facts.config, data)
     checks = [ok(f"{text}; {sequences} sequences a mini-batch, at full length {count(packs, 'pack')} a rank")]
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        checks.append(
-            error(
-                f"parallel.virtual_pipeline = {parallel.virtual_pipeline} on one stage",
-                "parallel.virtual_pipeline = 1, or parallel.pipeline > 1",
-            )
-        )
     if sequences < data:
         checks.append(
             warning(

@@ -42,6 +42,12 @@ INERT: tuple[tuple[tuple[str, ...], When, str], ...] = (
         "rollout.servers names running servers, and none is started",
     ),
     (("sync.directory",), lambda c: c.sync.method != "disk", 'only sync.method = "disk" writes there'),
+    (
+        ("train.keep_last", "train.keep_every", "train.checkpoint_async"),
+        lambda c: not c.train.checkpoint_every,
+        "train.checkpoint_every = 0 saves once, at the end",
+    ),
+    (("train.resume_changes",), lambda c: not c.train.resume, "train.resume = false compares with no checkpoint"),
     (("eval.prompts", "eval.greedy"), lambda c: not (c.eval.every and c.data.eval_path), "nothing is evaluated"),
     (
         ("algorithm.allow_wide_clip",),

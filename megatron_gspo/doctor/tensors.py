@@ -11,6 +11,7 @@ from math import prod
 from megatron_gspo.config import ParallelConfig
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.family import Family, ModelShape
+from megatron_gspo.hf.layout import stage_layers
 from megatron_gspo.hf.weights import Cut, WeightRule, padded_vocab_size
 
 MOST_TENSORS = 2_000_000
@@ -67,15 +68,8 @@ def _exists(rule: WeightRule, is_moe: bool) -> bool:
 
 
 def stage_of(layer: int, num_layers: int, parallel: ParallelConfig) -> int:
-    """The pipeline stage that holds a layer: stages take turns at consecutive chunks under virtual stages.
-
-    Chunks are ``parallel.stage_layers`` long where that setting exists and is set; else alike, the first ones with one
-    layer more where they do not divide.
-    """
-    chunks = parallel.pipeline * parallel.virtual_pipeline
-    share, more = divmod(num_layers, chunks)
-    lengths = getattr(parallel, "stage_layers", None) or [share + (chunk < more) for chunk in range(chunks)]
-    chunk = bisect_right(list(accumulate(lengths)), layer)
+    """The pipeline stage that holds a layer: stages take turns at the chunks of ``hf.layout.stage_layers``."""
+    chunk = bisect_right(list(accumulate(stage_layers(parallel, num_layers))), layer)
     return chunk % parallel.pipeline
 
 
