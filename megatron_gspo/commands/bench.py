@@ -29,5 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         benchmark.set_defaults(benchmark=module.run)
 
 
+def positive(text: str) -> int:
+    """An argument's type: an integer from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
 def run(options: argparse.Namespace) -> int:
     return int(options.benchmark(options))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from megatron_gspo.commands.bench import positive
+
 SUMMARY = "time and balance of the micro-batch planner"
 EXAMPLE = "megatron-gspo bench packing --sequences 100000 --ranks 8 64"
 MORE = """Sequences of four realistic mixes of lengths over
@@ -13,10 +15,14 @@ micro-batches over the lower bound."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sequences", type=int, default=100_000, help="sequences a mini-batch (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 64, 512], help="data-parallel ranks")
-    parser.add_argument("--token-budget", type=int, default=32768, help="tokens a micro-batch (default: %(default)s)")
-    parser.add_argument("--repetitions", type=int, default=5, help="plans of each kind (default: %(default)s)")
+    parser.add_argument(
+        "--sequences", type=positive, default=100_000, help="sequences a mini-batch (default: %(default)s)"
+    )
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 8, 64, 512], help="data-parallel ranks")
+    parser.add_argument(
+        "--token-budget", type=positive, default=32768, help="tokens a micro-batch (default: %(default)s)"
+    )
+    parser.add_argument("--repetitions", type=positive, default=5, help="plans of each kind (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:

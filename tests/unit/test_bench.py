@@ -49,6 +49,13 @@ def test_sizes_that_ranks_do_not_divide_are_refused() -> None:
         run_logprobs(Settings(tokens=(1024,), vocab=151_935))
 
 
+def test_a_size_of_zero_is_the_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["logprobs", "--tokens", "0"], ["packing", "--ranks", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["bench", *arguments])
+        assert "0 is not positive" in capsys.readouterr().err
+
+
 def test_bench_logprobs_prints_every_head_at_every_size_as_json(capfd: pytest.CaptureFixture[str]) -> None:
     sizes = "--tokens 8 --alone 16 --ranks 1 2 --vocab 64 --hidden 8 --repetitions 2 --json"
     assert main(["bench", "logprobs", *sizes.split()]) == 0
