@@ -38,6 +38,8 @@ class Case:
     """Their advantages and weights are the mini-batch's. A weight of 0 sets a response with a near-tie apart."""
     old: tuple[np.ndarray, ...] = ()
     """By sample, [R] float64 log pi_old; set by the reference."""
+    alone: int = 0
+    """The sample with a micro-batch to itself; the reference chooses one that a cut in the middle goes through."""
     seed: int = 0
     """Places the old logprobs."""
     loss: str = "gspo"
@@ -149,18 +151,22 @@ def set_apart(case: Case, indices: Sequence[int]) -> Case:
     return replace(case, samples=tuple(samples))
 
 
-def uneven_plan(samples: int, data_ranks: int, multiple: int) -> Plan:
+def uneven_plan(samples: int, data_ranks: int, multiple: int, alone: int = 0) -> Plan:
     """Shares of different sizes, out of order; the last of several ranks has one micro-batch fewer and a dummy.
 
-    ``multiple``: micro-batches a rank come in multiples of it.
+    Args:
+        multiple: micro-batches a rank come in multiples of it.
+        alone: this sample is the first rank's first micro-batch.
     """
     order = np.random.default_rng(7).permutation(samples)
+    order = np.concatenate([[alone], order[order != alone]])
     cuts = (np.linspace(0, 1, data_ranks + 1)[1:-1] ** 0.7 * samples).round().astype(int)  # the first rank has more
     count = -(-MICROBATCHES // multiple) * multiple
     plan: Plan = []
     for rank, share in enumerate(np.split(order, cuts)):
         used = MICROBATCHES - (data_ranks > 1 and rank == data_ranks - 1)
-        sizes = np.arange(1, used + 1) / np.arange(1, used + 1).sum()  # packs of different lengths
-        parts = np.split(share, (np.cumsum(sizes)[:-1] * len(share)).round().astype(int))
-        plan.append([part.tolist() for part in parts] + [[] for _ in range(count - used)])
+        first = [share[:1]] if rank == 0 else []
+        rest, packs = share[len(first) :], np.arange(1, used - len(first) + 1)
+        parts = np.split(rest, (packs.cumsum()[:-1] / packs.sum() * len(rest)).round().astype(int))  # uneven packs
+        plan.append([part.tolist() for part in first + parts] + [[] for _ in range(count - used)])
     return plan

@@ -58,6 +58,7 @@ def _load(case: Case) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # a model cut to its first layers has files of the others
     return AutoModelForCausalLM.from_pretrained(
         case.path, dtype=getattr(torch, case.dtype), attn_implementation="sdpa", experts_implementation="eager"
     ).eval()

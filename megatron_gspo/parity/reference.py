@@ -70,6 +70,7 @@ def reference_step(case: Case, directory: str) -> Reference:
     new = [logprobs[case.predicting(index)] for index in range(len(case.samples))]
     case = replace(case, old=straddling_old(case, new))
     clipped = _train(case, policy, batches, part)
+    case = replace(case, alone=longest_alive(case, clipped))
     reference = Reference(
         case=case,
         logprobs=logprobs,
@@ -90,6 +91,12 @@ def reference_without(case: Case, indices: Sequence[int], directory: str) -> Ref
     """The reference once more, with these samples set apart."""
     Path(directory).mkdir()
     return reference_step(set_apart(case, indices), directory)
+
+
+def longest_alive(case: Case, clipped: np.ndarray) -> int:
+    """The sample that counts, is not clipped, and whose response is longer than its prompt by most."""
+    alive = [i for i, s in enumerate(case.samples) if s.weight and not clipped[case.predicting(i)].all()]
+    return max(alive, key=lambda i: len(case.samples[i].response_ids) - len(case.samples[i].prompt_ids), default=0)
 
 
 def near_ties(case: Case, margins: dict[int, np.ndarray]) -> list[int]:

@@ -83,7 +83,7 @@ def layout_step(case: Case, layout: Layout, references: str, fault: Fault | None
         policy, groups = build(case, layout)
         part = Part(groups.pipeline.rank(), shards.token_rank(groups), shards.data_rank(groups))
         multiple = policy.config.parallel.microbatch_multiple
-        plan = uneven_plan(len(case.samples), shards.data_ranks(groups), multiple)
+        plan = uneven_plan(len(case.samples), shards.data_ranks(groups), multiple, case.alone)
         batches = [shards.pack(case, indices, groups) for indices in plan[part.data_rank]]
         old_pass(case, policy, batches, part)
         train(case, policy, batches, part)

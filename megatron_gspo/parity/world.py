@@ -24,9 +24,9 @@ class WorldRanks:
 
     def __init__(self, device: str) -> None:
         start_distributed()
-        self._local = LocalRanks(device)
         self._gloo = dist.new_group(backend="gloo")
         self.is_first = dist.get_rank() == 0
+        self._local = LocalRanks(device) if self.is_first else None
         self.device = device
 
     def refusal(self, ranks: int) -> str:
@@ -49,7 +49,7 @@ class WorldRanks:
         """Calls ``function`` in a process of its own beside rank 0, which needs no other rank."""
         error: Exception | None = None
         result = None
-        if self.is_first:
+        if self._local:
             try:
                 result = self._local.once(function, *args)
             except Exception as caught:
@@ -60,7 +60,7 @@ class WorldRanks:
     @contextmanager
     def directory(self) -> Iterator[str]:
         """Rank 0's directory for files that all ranks read; ``share`` brings them to other machines."""
-        with self._local.directory() if self.is_first else _nothing() as path:
+        with self._local.directory() if self._local else _nothing() as path:
             yield broadcast_object(path, 0, self._gloo)
             dist.barrier(self._gloo)
 

@@ -16,7 +16,7 @@ from megatron_gspo.parity.case import Case, random_samples, set_apart, straddlin
 from megatron_gspo.parity.layouts import ALL, AXES, Layout, choose_layouts, layout_of, parse_layout
 from megatron_gspo.parity.models import cut_model
 from megatron_gspo.parity.naive import naive_term
-from megatron_gspo.parity.reference import Reference, check_meaning, near_ties
+from megatron_gspo.parity.reference import Reference, check_meaning, longest_alive, near_ties
 from megatron_gspo.parity.step import Difference, Part, TokenValues
 from megatron_gspo.parity.table import format_table
 from megatron_gspo.parity.verdict import COLUMNS, Row, judge
@@ -103,6 +103,15 @@ def test_every_sample_has_one_place_in_packs_of_uneven_length_and_the_last_rank_
     assert plan[-1][-1] == [] and [] not in plan[0]
     assert len({len(part) for part in plan[0]}) > 1
     assert sum(map(len, plan[0])) > sum(map(len, plan[1]))
+    assert uneven_plan(16, 2, 1, alone=11)[0][0] == [11]
+
+
+def test_the_sample_alone_is_one_that_a_cut_in_the_middle_goes_through(reference):
+    case, clipped = reference.case, reference.clipped
+    alone = longest_alive(case, clipped)
+    assert not clipped[case.predicting(alone)].any()
+    assert len(case.samples[alone].response_ids) > len(case.samples[alone].prompt_ids) + 1
+    assert longest_alive(set_apart(case, [alone]), clipped) != alone
 
 
 @pytest.mark.parametrize("loss", LOSSES)
