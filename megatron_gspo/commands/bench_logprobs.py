@@ -81,7 +81,8 @@ def _table(result: dict[str, Any]) -> str:
         spread = f"{total['median']:8.3f} ({total['smallest']:.3f} to {total['largest']:.3f})"
         lines.append(
             f"{row['tokens']:7d} {row['ranks']:5d}  {row['head']:14} {row['forward_s']['median']:8.3f} "
-            f"{row['backward_s']['median']:8.3f}  {spread:24} {row['cpu_s']['median']:8.3f} {row['extra_bytes'] / 1e6:6.0f} MB"
+            f"{row['backward_s']['median']:8.3f}  {spread:24} {row['cpu_s']['median']:8.3f} "
+            f"{row['extra_bytes'] / 1e6:6.0f} MB"
         )
     lines.append("")
     for ratio in result["ratios"]:

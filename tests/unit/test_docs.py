@@ -18,7 +18,9 @@ CODE = re.compile(r"^(?: {4}|\t)(.*)$|```\w*\n(.*?)```|`([^`\n]+)`", re.MULTILIN
 def commands(page: Path) -> list[str]:
     """The arguments of every ``megatron-gspo`` line in a page's code."""
     code = [part.replace("\\\n", " ") for parts in CODE.findall(page.read_text(encoding="utf-8")) for part in parts]
-    return [found for part in code for found in re.findall(r"^\s*megatron-gspo ([a-z].*)$", part, re.MULTILINE)]
+    return [
+        found for part in code for found in re.findall(r"^\s*megatron-gspo ([a-z].*?)(?:\s#.*)?$", part, re.MULTILINE)
+    ]
 
 
 def test_the_configuration_reference_is_current():
