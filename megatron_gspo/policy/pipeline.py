@@ -33,7 +33,7 @@ class StageCommunicator(P2PCommunicator):
         super().__init__(pp_group=groups.pipeline, config=config)
         chunks = config.virtual_pipeline_model_parallel_size or 1
         table = get_schedule_table(len(batches), chunks, config.microbatch_group_size_per_vp_stage)
-        shapes = [[batch.num_tokens // groups.tensor.size(), 1, config.hidden_size] for batch in batches]
+        shapes = [[batch.num_tokens // groups.shard.size, 1, config.hidden_size] for batch in batches]
         # The table's chunks count from the first one in forward and from the last one in backward; a pass starts in
         # chunk 0 of the stage that leads it, which receives nothing for it.
         self._activations = iter([shapes[i] for i, chunk in table if chunk or not groups.is_first_stage])
