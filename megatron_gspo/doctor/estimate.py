@@ -143,7 +143,9 @@ class LayerBytes:
         core = item * (2 * q + k)
         if is_moe:
             routing = wide * (2 * model.num_experts + 6 * model.top_k)
-            copies = model.top_k * item * (2 * hidden + 6 * model.expert_hidden_size / parallel.expert_tensor)
+            # Expert-tensor ranks gather each other's tokens: as many times more as the matrices are narrower.
+            gathered = (1 + parallel.expert_tensor) * hidden + 6 * model.expert_hidden_size
+            copies = model.top_k * item * gathered
             mlp = routing + copies
         else:
             mlp = 5 * item * model.ffn_hidden_size
