@@ -55,7 +55,7 @@ INERT: tuple[tuple[tuple[str, ...], When, str], ...] = (
         "the clip range is of token ratios",
     ),
 )
-"""Settings, when they have no effect, and why: said only of those that the configuration names."""
+"""(settings, when they have no effect, why); said only of those that the configuration names."""
 
 
 def check_settings(facts: Facts) -> list[Check]:
