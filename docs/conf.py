@@ -29,6 +29,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": True}
 napoleon_numpy_docstring = False
+# An attribute's docstring "of what: meaning" is read as "type: meaning", and several classes have an attribute `value`.
+suppress_warnings = ["ref.python"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"megatron_gspo {release}"
