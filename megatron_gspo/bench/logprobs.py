@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -178,6 +179,8 @@ def _on_ranks(ranks: int, settings: Settings, heads: dict[int, list[str]]) -> di
         raise MegatronGspoError(
             f"rank {rank} of {ranks} failed with exit status {failure.exitcode} (-9: out of memory?)"
         ) from error
+    except SignalException as error:  # Ctrl-C, or a scheduler's end of the job; the ranks have been ended with it
+        raise MegatronGspoError(f"ended by {error.sigval.name}") from error
     return {
         tokens: {
             head: [_worst(sample) for sample in zip(*(part[tokens][head] for part in parts.values()), strict=True)]
