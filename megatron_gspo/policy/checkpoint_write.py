@@ -2,9 +2,9 @@
 
 Megatron 0.16.1 can save asynchronously by itself, from forked processes. Threads are used instead (as Megatron does
 from 0.19 on): a forked writer outlives a killed rank and goes on writing into the run that resumes; one that is killed
-leaves its parent waiting for ever; and its results come through a manager, one process more. Writing holds no lock of
-the interpreter's. And a failure on one rank must reach all of them, which Megatron's finalization promises only for
-shards: it writes the description of the whole on the first rank while the others wait in a collective.
+leaves its parent waiting for ever; and its results come through a manager, one process more. Writing and hashing leave
+the interpreter to the main thread. And a failure on one rank must reach all of them, which Megatron's finalization
+promises only for shards: it writes the description of the whole on the first rank while the others wait.
 """
 
 from __future__ import annotations
