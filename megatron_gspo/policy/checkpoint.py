@@ -74,15 +74,20 @@ def load_checkpoint(policy: Policy, directory: Path) -> dict[str, Any]:
     """
     header = _verified_header(policy, directory)
     state = _sharded_state(policy, _empty_states)
-    try:
-        loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
-    except (CheckpointException, CheckpointingException) as error:
-        raise WeightError(f"{directory}: the checkpoint cannot be read: {_first_cause(error)}") from error
+    # In 0.16.1 all ranks fail when one does; in 0.19.2 every rank reads by itself, and the others would go on.
+    loaded = together(lambda: _read(state, directory), policy.groups.world)
     for index, chunk in enumerate(policy.chunks):
         chunk.load_state_dict(loaded[_chunk_entry(index)])
     _take_states(policy, loaded)
     _count_steps(policy, header["step"])
     return header["extra"]
+
+
+def _read(state: dict[str, Any], directory: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
+    except (CheckpointException, CheckpointingException) as error:
+        raise WeightError(f"{directory}: the checkpoint cannot be read: {_first_cause(error)}") from error
 
 
 def _sharded_state(policy: Policy, states_of: StatesOf) -> dict[str, Any]:
@@ -259,8 +264,9 @@ def _plain(shape: ModelShape) -> dict[str, Any]:
 
 
 def _first_cause(error: BaseException) -> str:
-    """One line: torch wraps what went wrong on each rank, with tracebacks, into an exception of its own."""
+    """One line: torch wraps what went wrong on each rank, with tracebacks, into an exception of its own. (To one that
+    reads by itself, as in 0.19.2, it is rank 0.)"""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        return textwrap.shorten(f"rank {rank}: {cause}", 300)
+        return textwrap.shorten(f"rank {rank}: {cause}" if rank else str(cause), 300)
     return textwrap.shorten(str(error), 300)

@@ -9,6 +9,7 @@ promises only for shards: it writes the description of the whole on the first ra
 
 from __future__ import annotations
 
+import inspect
 import queue
 import shutil
 from collections.abc import Callable, Collection
@@ -30,6 +31,8 @@ from megatron_gspo.policy.checkpoint_files import UNFINISHED, FileEntry, describ
 
 BACKEND = ("torch_dist", 1)
 COMMON = "common.pt"
+FILES = 2
+"""That a rank writes at the same time (Megatron's default in 0.16.1; in 0.19.2 it is 1)."""
 Written = tuple[list[Any], list[FileEntry]]
 """What a rank wrote: torch's WriteResults, and its files."""
 
@@ -52,7 +55,7 @@ class PendingSave:
         self._on_first_rank(lambda: make_empty(self._unfinished))
         shards, common = save_preprocess(state)
         self._on_first_rank(lambda: torch.save(common, self._unfinished / COMMON))
-        strategy = _Planner(*BACKEND)
+        strategy = _Planner(*BACKEND, thread_count=FILES)
         strategy.async_save(shards, self._unfinished)
         self._writer, self._metadata = strategy.planned
         buckets = [_on_host(bucket, live) for bucket in self._writer.write_buckets]
@@ -116,7 +119,10 @@ class _Planner(TorchDistSaveShardedStrategy):
     def async_save(self, *args: Any, **kwargs: Any) -> None:
         # Else Megatron makes a manager process for this queue, which imports the main script again.
         filesystem_async._results_queue = filesystem_async._results_queue or queue.SimpleQueue()
-        super().async_save(*args, **kwargs)
+        save = super().async_save
+        # 0.19.2 plans for nvidia-resiliency-ext, which need not be installed, unless it is told to plan for itself.
+        choice = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
+        save(*args, **kwargs, **choice)
 
 
 def _on_host(bucket: Any, live: Collection[int]) -> Any:

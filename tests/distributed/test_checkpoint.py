@@ -491,6 +491,25 @@ def test_damage_is_named_on_every_rank_whichever_found_it(
     assert "__0_0.distcp: it was altered" in refusals(ranks, case_of(path), altered)
 
 
+def refusal_where_the_last_rank_cannot_read(case: Case, parallel: dict[str, int], directory: Path) -> str:
+    import torch.distributed as dist
+    from torch.distributed.checkpoint import FileSystemReader
+
+    if dist.get_rank() < dist.get_world_size() - 1:
+        return refusal(case, parallel, directory, False)
+    with mock.patch.object(FileSystemReader, "read_data", side_effect=OSError("Input/output error")):
+        return refusal(case, parallel, directory, False)
+
+
+def test_a_rank_that_cannot_read_stops_all_of_them(ranks: RankPool, saved: Any, path: str) -> None:
+    """After the hashes were found right. Megatron-Core 0.19.2 lets every rank read by itself."""
+    directory, _ = saved(case_of(path), "TP1")
+    for message in ranks.run(2, refusal_where_the_last_rank_cannot_read, case_of(path), {"tensor": 2}, directory):
+        assert "the checkpoint cannot be read: " in message
+        assert "rank 1: " in message
+        assert message.endswith("Input/output error")
+
+
 def test_another_model_is_refused_with_both_numbers(ranks: RankPool, saved: Any, path: str, tmp_path: Path) -> None:
     """68 rows of vocabulary are what 67 rows are padded to at two tensor ranks: Megatron alone would load them."""
     directory, _ = saved(case_of(path), "TP1")
