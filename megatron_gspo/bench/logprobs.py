@@ -26,6 +26,7 @@ from megatron_gspo.bench.measure import Clock, PeakMemory, Spread, available_byt
 from megatron_gspo.config import ParallelConfig
 from megatron_gspo.errors import ConfigError, MegatronGspoError
 from megatron_gspo.policy.groups import device, make_groups, start_distributed
+from megatron_gspo.quiet import ENVIRONMENT, mute
 
 TIME_AIM, MEMORY_AIM = 1.15, 0.1
 """Ours, at most: times the products' time, and times the extra memory of full logits."""
@@ -160,7 +161,8 @@ def _heads(settings: Settings, tokens: int, ranks: int, device: torch.device) ->
 def _on_ranks(ranks: int, settings: Settings, heads: dict[int, list[str]]) -> dict[int, Samples]:
     """Starts the ranks and joins their samples, by tokens: the slowest's time, the largest's memory."""
     os.environ["OMP_NUM_THREADS"] = str(settings.threads)
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # Megatron's, about what is not installed
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         run_id=uuid.uuid4().hex,
@@ -197,6 +199,7 @@ def _worst(samples: tuple[Sample, ...]) -> Sample:
 
 def measure_on_a_rank(settings: Settings, heads: dict[int, list[str]]) -> dict[int, Samples]:
     """One tensor rank's part, after a small problem to warm up."""
+    mute()
     torch.set_num_threads(settings.threads)
     start_distributed()
     try:

@@ -36,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     import json
-    import warnings
 
     import torch
 
-    warnings.simplefilter("ignore")  # Megatron's at import, about what is not installed
+    from megatron_gspo.quiet import mute
 
+    mute()
     from megatron_gspo.bench import logprobs
     from megatron_gspo.config import ModelConfig
 

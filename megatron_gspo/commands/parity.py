@@ -49,12 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     import json
-    import warnings
 
     from megatron_gspo.parity.layouts import choose_layouts
+    from megatron_gspo.quiet import mute
 
-    for module in (r"megatron\.core", r"torch\.distributed\.c10d_logger"):  # what is missing, and old names
-        warnings.filterwarnings("ignore", module=module)
+    mute()
     config = _config(options.target)
     world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
     text = options.layouts or ("config" if config else "all")

@@ -11,7 +11,6 @@ import multiprocessing as mp
 import os
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from megatron_gspo.errors import MegatronGspoError
+from megatron_gspo.quiet import ENVIRONMENT, mute
 
 PRELOAD = [
     "megatron_gspo.parity.independent",
@@ -100,10 +100,8 @@ class LocalRanks:
 
 @contextmanager
 def _environment(device: str) -> Iterator[None]:
-    """What a started process finds, and this one only within: no warnings at imports, a thread a rank, the device."""
-    settings = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"} | (
-        {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    )
+    """What a started process finds, and this one only within: no remarks at imports, a thread a rank, the device."""
+    settings = ENVIRONMENT | {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
@@ -145,7 +143,7 @@ def _serve(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    warnings.simplefilter("ignore")
+    mute()
     import torch
     import torch.distributed as dist
 

@@ -37,6 +37,10 @@ RECOMPUTE: dict[str, dict[str, object]] = {
 """``model.recompute`` in Megatron's words."""
 
 
+_GRAPHED = "cuda_graph_modules" if hasattr(TransformerConfig, "cuda_graph_modules") else "cuda_graph_scope"
+"""0.19.2's name, and 0.16.1's, of what a CUDA graph would hold. The default is one that both call deprecated."""
+
+
 class HiddenOutput(ColumnParallelLinear):
     """An output layer that hands the hidden states through: logprobs take its weight, and no logits are made."""
 
@@ -180,6 +184,7 @@ def transformer_config(
         deterministic_mode=deterministic or not torch.cuda.is_available(),
         **RECOMPUTE[model.recompute],
         recompute_modules=list(model.recompute_modules),
+        **{_GRAPHED: []},
         **moe,
         **{name: value for name, value in shape.megatron.items() if shape.num_experts or not name.startswith("moe_")},
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from megatron_gspo.config import ParallelConfig, RunConfig
 from megatron_gspo.errors import MegatronGspoError
+from megatron_gspo.quiet import mute
 
 
 def export_checkpoint(config: RunConfig, checkpoint: Path, directory: Path) -> int | None:
@@ -31,10 +31,7 @@ def export_checkpoint(config: RunConfig, checkpoint: Path, directory: Path) -> i
 
 def _export(config: RunConfig, checkpoint: Path, directory: Path) -> int | None:
     """Runs in the child, which is a world of one rank."""
-    from megatron_gspo.train.rank import MUTED_MODULES
-
-    for module in MUTED_MODULES:
-        warnings.filterwarnings("ignore", module=module)
+    mute()
     from megatron_gspo.policy.checkpoint import load_checkpoint
     from megatron_gspo.policy.groups import make_groups, start_distributed
     from megatron_gspo.policy.policy import Policy

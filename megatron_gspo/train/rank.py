@@ -9,11 +9,11 @@ import signal
 import sys
 import time
 import traceback
-import warnings
 from typing import TYPE_CHECKING
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import MegatronGspoError, RunStopped, UserError
+from megatron_gspo.quiet import mute
 from megatron_gspo.versions import untested_here
 
 if TYPE_CHECKING:
@@ -25,17 +25,12 @@ FIRST_RANKS_TURN_S = 1.0
 """Seconds by which the first rank goes before the others in saying what failed."""
 PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
-MUTED_MODULES = (
-    r"megatron\.core",  # says at import what it does without apex and Transformer Engine, and more at every step
-    r"torch\.distributed\.c10d_logger",  # new names of collectives, which Megatron-Core calls by the old ones
-)
 
 
 def run_rank(config: RunConfig, make_recorder: MakeRecorder) -> int:
     """Trains as one rank; returns the process's exit status."""
     _die_with_parent()
-    for module in MUTED_MODULES:
-        warnings.filterwarnings("ignore", module=module)
+    mute()
     for line in untested_here() if os.environ["RANK"] == "0" else ():
         print(f"warning: {line}", file=sys.stderr)
     from megatron_gspo.train.loop import train

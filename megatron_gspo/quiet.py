@@ -1,0 +1,67 @@
+"""What libraries say on every rank of every run, which we know to be harmless: muted here, and nowhere else.
+
+What is not listed is shown. Versions are those of megatron-core in which a line was seen, where not both say it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+
+WARNINGS = (
+    # Megatron looks for apex and Transformer Engine at import; ``doctor`` says what is installed.
+    (r"megatron\.core", r"(Transformer Engine and )?Apex (is|are) not installed"),
+    # 0.19.2 imports a multi-modal model, which we don't build.
+    (r"megatron\.core", r"MimoModelConfig is experimental"),
+    # Experts at expert_tensor = 1: Megatron has one sequence_parallel for them and for attention, which needs it, and
+    # turns it off for them by itself.
+    (r"megatron\.core", r"`sequence_parallel` is set to `True`, but tensor model parallel size"),
+    # The optimizer's shards are views until it has set their .grad.
+    (r"megatron\.core", r"The \.grad attribute of a Tensor that is not a leaf Tensor"),
+    # Names and types that Megatron uses and torch 2.13 has newer ones for.
+    (r"torch\.distributed\.c10d_logger", r"`torch\.distributed\.\w+` is deprecated"),
+    (r"megatron\.core", r"`load_state_dict` is deprecated"),  # 0.16.1
+    (r"torch\.distributed\.checkpoint", r"The argument order of load has been changed"),  # 0.19.2
+    (r"torch\.distributed\.checkpoint", r"Please use DTensor instead and we are deprecating ShardedTensor"),
+    # 0.19.2 has every rank read a checkpoint by itself, and means to.
+    (r"torch\.distributed\.checkpoint", r"torch\.distributed is disabled, unavailable or uninitialized"),
+)
+"""(module, start of the message), as regular expressions."""
+
+LOGS = (
+    # 0.19.2 wants another class of models than 0.16.1 has; this one gets bug fixes.
+    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    # 0.19.2 makes of a dense layer's spec, as 0.16.1 wants it, what it wants itself.
+    ("megatron.core.transformer.transformer_layer", "Rewrapping ModuleSpec"),
+    # 0.19.2 works the layout out then, as 0.16.1 did.
+    ("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),
+    # 0.19.2 would have nvidia-resiliency-ext plan a checkpoint, and keep what it names "common" in another file.
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
+    ("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated"),
+    # 0.19.2 looks for compilers at import; a run on the CPU does without.
+    ("torch.utils.cpp_extension", "No CUDA runtime is found"),
+)
+"""(logger, start of the message)."""
+
+ENVIRONMENT = {"PYTHONWARNINGS": "ignore", "TORCH_LOGS": "-torch.utils.cpp_extension"}
+"""For a process that imports Megatron before it can call ``mute``: without the warnings and that log of its imports."""
+
+
+@dataclass(frozen=True)
+class _Drop:
+    start: str
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.start)
+
+
+def mute() -> None:
+    """Mutes what is listed in this process. What Megatron warns of besides, the first rank says for all."""
+    if os.environ.get("RANK", "0") != "0":
+        warnings.filterwarnings("ignore", module=r"megatron\.core")
+    for module, message in WARNINGS:
+        warnings.filterwarnings("ignore", message, module=module)
+    for logger, start in LOGS:
+        logging.getLogger(logger).addFilter(_Drop(start))
