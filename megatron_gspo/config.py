@@ -11,9 +11,10 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_gspo.algorithm.catalog import LOSSES
 from megatron_gspo.algorithm.planning import padded_length
@@ -23,14 +24,33 @@ WIDE_CLIP = 0.05
 """A sequence-ratio clip range above this needs ``allow_wide_clip``: it is what PPO uses for single tokens, and s_i,
 a geometric mean over the response, hardly ever leaves it, so nothing would be clipped."""
 
+AsList = Field(strict=False)
+"""Of a tuple: TOML has lists. Its items are as strict as everything else."""
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _server_url(text: str) -> str:
+    """Raises ValueError for what no request could be sent to."""
+    parts = urlsplit(text)  # raises for brackets that do not match; ``port`` for one that is no port
+    plain = text.isprintable() and not any(map(str.isspace, text))
+    if not (plain and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0):
+        raise ValueError(f"{text!r} is no server: write http://HOST:PORT")
+    return text
+
+
+Url = Annotated[str, AfterValidator(_server_url)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    """Strict: true is no number, "3" none either, 3.0 no count and 1 no truth value."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class ModelConfig(Section):
@@ -46,7 +66,7 @@ class ModelConfig(Section):
     recompute: Literal["off", "selective", "full"] = "off"
     """Activation recompute, for memory; it cannot change a step. "selective" runs ``recompute_modules`` again in
     backward; "full" keeps only each layer's input and runs the whole layer again."""
-    recompute_modules: tuple[Literal["core_attn", "mlp", "moe"], ...] = ("mlp", "moe")
+    recompute_modules: Annotated[tuple[Literal["core_attn", "mlp", "moe"], ...], AsList] = ("mlp", "moe")
     """What "selective" runs again: attention scores, dense MLPs, mixtures of experts (with their routing)."""
 
     @model_validator(mode="after")
@@ -122,7 +142,7 @@ class ParallelConfig(Section):
     """Virtual stages a pipeline rank: it holds every ``pipeline``-th of pipeline x virtual_pipeline pieces of the
     model, which shortens the time that stages wait at the ends of a step. Micro-batches come in multiples of
     ``pipeline``; where there are fewer, dummies fill up."""
-    stage_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    stage_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AsList] | None = None
     """Layers of each of the pipeline x virtual_pipeline virtual stages, in the model's order. Absent: alike, and where
     they do not divide, the first ones have one more (the last one also has the output layer)."""
     context: Positive = 1
@@ -193,7 +213,7 @@ class TrainConfig(Section):
     resume: bool = False
     """Continues from ``checkpoints/latest`` in ``run_dir``; starts afresh where there is no checkpoint yet, so that a
     job can be queued again unchanged."""
-    resume_changes: tuple[str, ...] = ()
+    resume_changes: Annotated[tuple[str, ...], AsList] = ()
     """Settings that may differ from the checkpoint's although that makes it another experiment: ["optimizer.lr"]."""
     outer_steps: Positive = 100
     """Rollout-train-sync rounds; for sft, optimizer steps."""
@@ -249,7 +269,7 @@ class OptimizerConfig(Section):
     """Shape after warm-up, over the run's optimizer steps."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps of linear warm-up from 0."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
+    betas: Annotated[tuple[Decay, Decay], AsList] = (0.9, 0.98)
     """Adam's decay rates."""
     eps: PositiveFloat = 1e-8
     """Adam's epsilon."""
@@ -264,14 +284,14 @@ class RolloutConfig(Section):
 
     engine: Literal["sglang"] = "sglang"
     """Inference engine, an entry of ``rollout.engine.ENGINES``."""
-    servers: tuple[Annotated[str, Field(pattern=r"^https?://[^/\s]+")], ...] = ()
+    servers: Annotated[tuple[Url, ...], AsList] = ()
     """Base URLs of running servers. Empty: ``local_servers`` are started and stopped with the run."""
     local_servers: Positive = 1
     """Servers to start on this machine when ``servers`` is empty."""
     server_python: str = ""
     """Python of the environment that holds sglang; found at ``.venv-sglang/bin/python`` (in the working directory or
     the checkout) or in $MEGATRON_GSPO_SGLANG_PYTHON when empty."""
-    server_args: tuple[str, ...] = ()
+    server_args: Annotated[tuple[str, ...], AsList] = ()
     """More arguments for each local server, after those that the launcher chooses for CPU or GPU."""
     server_start_s: PositiveFloat = 300.0
     """Seconds a local server may take until it is healthy."""
@@ -465,7 +485,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not TOML, brackets or digits without end
         raise ConfigError(f"{path}: {error}") from None
     return parse(tree, source=str(path), overrides=overrides)
 
@@ -495,10 +515,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
         raise ConfigError(f"{override!r} is not an override: write section.key=value, as in train.seed=1")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # an unquoted string: rollout.engine=sglang
+    value = _override_value(override, text)
     *parents, leaf = name.split(".")
     node = tree.setdefault(section, {})
     for parent in parents:
@@ -506,6 +523,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not isinstance(node, dict):
         raise ConfigError(f"{override!r}: {section} is not a section of settings")
     node[leaf] = value
+
+
+def _override_value(override: str, text: str) -> Any:
+    try:
+        tree = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:  # an unquoted string, rollout.engine=sglang, or a truth value as Python writes it
+        return {"True": True, "False": False}.get(text.strip(), text.strip())
+    except (ValueError, RecursionError) as error:  # digits or brackets without end
+        raise ConfigError(f"{override[:80]!r}: {error}") from None
+    if len(tree) > 1:
+        raise ConfigError(f"{override[:80]!r} holds more than one value")
+    return tree["value"]
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -520,7 +549,8 @@ def _first_problem(error: ValidationError) -> str:
     elif first["type"] == "value_error":
         text = f"{where}: {first['ctx']['error']}" if where else str(first["ctx"]["error"])
     else:
-        text = f"{where} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        message = first["msg"].replace("tuple", "list")  # TOML's word
+        text = f"{where} = {first['input']!r:.200}: {message[0].lower()}{message[1:]}"
     more = len(problems) - 1
     return text + (f" (and {more} more)" if more else "")
 

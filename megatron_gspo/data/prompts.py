@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +200,8 @@ def _optional_text(value: object, name: str) -> str:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise DataError(f"the field {name!r} must be a string or a number, got {value!r:.80}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"the field {name!r} is {value}, which is no number")
     return str(value)
 
 

@@ -185,7 +185,7 @@ def _config(directory: Path, name: str = "config.json") -> dict[str, Any]:
         return {}
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: {error}") from None
     if not isinstance(tree, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(tree).__name__}")

@@ -29,7 +29,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: not found; model.path must be a Hugging Face directory") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: holds a {type(config).__name__}, not an object of settings")

@@ -15,6 +15,8 @@ from megatron_gspo.errors import WeightError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Of weights that are read."""
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -42,19 +44,24 @@ class HfReader:
         return tuple(self._files)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in its stored dtype. Raises WeightError naming the file and the tensor."""
+        """One tensor, on the CPU, in its stored dtype, one of ``DTYPES``. Raises WeightError naming file and tensor."""
         path = self.file_of(name)
         try:
-            return self._file(path).get_tensor(name)
-        except (SafetensorError, OSError) as error:
+            tensor = self._file(path).get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
             raise WeightError(f"{path}: {name}: {error}") from None
+        if tensor.dtype not in DTYPES:  # eight bits have their scales in tensors beside them, which nothing reads
+            raise WeightError(
+                f"{path}: {name} is stored as {tensor.dtype}: weights must be {', '.join(map(str, DTYPES))}"
+            )
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from its file's header; no data is read. Raises WeightError as ``read`` does."""
         path = self.file_of(name)
         try:
             return tuple(self._file(path).get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise WeightError(f"{path}: {name}: {error}") from None
 
     def file_of(self, name: str) -> Path:
@@ -74,14 +81,14 @@ class HfReader:
             try:
                 table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 return {name: self.directory / file for name, file in table.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise WeightError(f"{index}: not an index of tensors: {error!r}") from None
         if not single.exists():
             raise WeightError(f"{self.directory}: neither {INDEX} nor {SINGLE}: not a Hugging Face directory")
         try:
             with safe_open(single, framework="pt", device="cpu") as file:
                 return dict.fromkeys(file.keys(), single)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise WeightError(f"{single}: {error}") from None
 
 

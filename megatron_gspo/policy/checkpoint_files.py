@@ -44,6 +44,10 @@ class FileEntry:
     bytes: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and self.name == Path(self.name).name and isinstance(self.sha256, str)):
+            raise ValueError(f"{self.name!r:.80} with sha256 {self.sha256!r:.80} is no file of a checkpoint")
+
 
 def name_of(outer_steps: int) -> str:
     """The directory of the checkpoint after ``outer_steps`` outer steps."""
@@ -145,7 +149,7 @@ def read_header(directory: Path) -> dict[str, Any]:
         written = header.pop("sha256")
         [FileEntry(**entry) for entry in header["files"]]
         header["step"], header["model"], header["extra"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(directory, HEADER, f"{type(error).__name__}: {error}") from None
     if written != _digest(header):
         raise _damaged(directory, HEADER, "it was altered: its sha256 is not that of its content")

@@ -47,7 +47,7 @@ class SGLangEngine:
             timeout=aiohttp.ClientTimeout(total=self._config.timeout_s),
         )
         try:
-            infos = await _gather(self._call("GET", url, "/server_info") for url in self._load)
+            infos = await _gather(self._info(url) for url in self._load)
         except BaseException:
             await self._session.close()
             raise
@@ -110,6 +110,12 @@ class SGLangEngine:
                 break
         return rollout
 
+    async def _info(self, url: str) -> dict[str, Any]:
+        info = await self._call("GET", url, "/server_info")
+        if not isinstance(info, dict):
+            raise EngineReplyError(f"{url}/server_info is no object of settings, so no SGLang server: {shorten(info)}")
+        return info
+
     async def _call(self, method: str, url: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """The decoded JSON of a 200 answer. Connection failures and 5xx answers are tried again, and nothing else:
         a request that was refused would be refused again, one that timed out may still be running."""
@@ -117,12 +123,12 @@ class SGLangEngine:
             await _pause(attempt)
             try:
                 async with self._session.request(method, url + path, json=body) as response:
-                    status, text = response.status, await response.text()
+                    status, text = response.status, (await response.read()).decode(errors="replace")
             except TimeoutError:
                 raise EngineUnavailableError(
                     f"{url}{path} did not answer within rollout.timeout_s = {self._config.timeout_s:g} s"
                 ) from None
-            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+            except aiohttp.ClientError as error:
                 failure = f"{type(error).__name__}: {error}"
                 continue
             if status < 500:
@@ -148,7 +154,7 @@ def _decode_answer(status: int, text: str, url: str) -> Any:
         raise RolloutError(f"{url} refused the request (HTTP {status}): {_message(text)}")
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise EngineReplyError(f"{url} answered with broken JSON ({error}): {shorten(text)}") from None
 
 
@@ -156,7 +162,7 @@ def _message(text: str) -> str:
     """SGLang's own words, when the body is its error object."""
     try:
         return str(json.loads(text)["error"]["message"])
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         return shorten(text)
 
 

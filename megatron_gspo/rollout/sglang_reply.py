@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,8 @@ from megatron_gspo.types import Prompt, Rollout
 
 LOGPROB_EPSILON = 1e-6
 """A logprob may exceed 0 by this much: rounding of a log-softmax."""
+LOWEST = float(np.finfo(np.float32).min)
+"""A logprob below this is -inf where it is kept."""
 
 
 def generation_request(prompt: Prompt, sample: int, sampling: Sampling) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def parse_generation(
         versions = _weight_versions(meta, weight_version)
     except EngineReplyError as error:
         raise EngineReplyError(f"prompt {prompt.id!r}, sample {sample}: {error}") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise EngineReplyError(
             f"prompt {prompt.id!r}, sample {sample}: not a reply of /generate "
             f"({type(error).__name__}: {error}): {shorten(reply)}"
@@ -70,7 +71,10 @@ def parse_generation(
 
 def shorten(value: Any, limit: int = 300) -> str:
     """The value's text, cut to what fits in an error message."""
-    text = value if isinstance(value, str) else repr(value)
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except (RecursionError, ValueError) as error:  # nested without end, or an integer of thousands of digits
+        text = f"a {type(value).__name__} that cannot be shown ({error})"
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
 
 
@@ -92,18 +96,20 @@ def _logprobs(entries: Any, ids: list[int]) -> list[float]:
     _require(len(entries) == len(ids), f"{len(entries)} logprobs for {len(ids)} tokens")
     for position, (token, (logprob, logprob_token, *_)) in enumerate(zip(ids, entries, strict=True)):
         _require(
-            token == logprob_token, f"token {position} is {token}, but its logprob is that of token {logprob_token}"
+            type(logprob_token) is int and token == logprob_token,
+            f"token {position} is {token}, but its logprob is that of token {shorten(logprob_token)}",
         )
         _require(
-            type(logprob) in (float, int) and math.isfinite(logprob) and logprob <= LOGPROB_EPSILON,
-            f"the logprob of token {position} (id {token}) is {logprob!r}, which is no logarithm of a probability",
+            type(logprob) in (float, int) and LOWEST <= logprob <= LOGPROB_EPSILON,  # False for NaN
+            f"the logprob of token {position} (id {token}) is {shorten(logprob)}, which is no logarithm of a probability",
         )
-    return [entry[0] for entry in entries]
+    return [float(entry[0]) for entry in entries]
 
 
 def _check_counts(meta: dict[str, Any], prompt: Prompt, ids: list[int]) -> None:
     for key, count in (("prompt_tokens", len(prompt.token_ids)), ("completion_tokens", len(ids))):
-        _require(meta[key] == count, f"{key} is {meta[key]!r}, but {count} tokens were sent or received")
+        same = type(meta[key]) is int and meta[key] == count
+        _require(same, f"{key} is {shorten(meta[key])}, but {count} tokens were sent or received")
 
 
 def _finish_reason(reason: Any, ids: list[int], sampling: Sampling) -> str:
@@ -134,12 +140,12 @@ def _finish_reason(reason: Any, ids: list[int], sampling: Sampling) -> str:
 def _weight_versions(meta: dict[str, Any], expected: int) -> tuple[int, ...]:
     """Distinct versions in the order of the tokens; one that is not ``expected`` must share the response with it."""
     names = [span["version"] for span in meta.get("weight_versions") or ()] or [meta["weight_version"]]
-    try:
-        versions = tuple(dict.fromkeys(int(name) for name in names))
-    except (TypeError, ValueError):
+    if not all(isinstance(name, str) and name.isdecimal() and name.isascii() and len(name) < 20 for name in names):
         raise EngineReplyError(
-            f"weight version {names!r} is none of a trainer's: no sync has reached the server, or one failed halfway"
-        ) from None
+            f"weight version {shorten(names)} is none of a trainer's: no sync has reached the server, or one failed "
+            f"halfway"
+        )
+    versions = tuple(dict.fromkeys(map(int, names)))
     _require(
         expected in versions,
         f"answered with weights of version {', '.join(map(str, versions))}, expected {expected}: "

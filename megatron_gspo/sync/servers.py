@@ -35,7 +35,7 @@ class Servers:
     def post_tensors(self, payload: str) -> None:
         """One bucket (base64) in an open update session; each tensor-parallel rank of a server reads a copy."""
         if not hasattr(self, "_ranks"):
-            self._ranks = [info["tp_size"] for info in self._get("/server_info")]
+            self._ranks = [_ranks(url, info) for url, info in zip(self._urls, self._get("/server_info"), strict=True)]
         bodies = [
             json.dumps({"serialized_named_tensors": [payload] * ranks, "flush_cache": False}).encode()
             for ranks in self._ranks
@@ -57,7 +57,8 @@ class Servers:
             raise SyncError(f"servers do not hold weight version {version} after the sync: {', '.join(wrong)}")
 
     def _get(self, path: str) -> list[dict[str, Any]]:
-        return [json.loads(text) for text in self._all(path, [None] * len(self._urls))]
+        texts = self._all(path, [None] * len(self._urls))
+        return [_object(url + path, text) for url, text in zip(self._urls, texts, strict=True)]
 
     def _all(self, path: str, bodies: Sequence[bytes | None]) -> list[str]:
         with ThreadPoolExecutor(len(self._urls)) as pool:
@@ -67,9 +68,27 @@ class Servers:
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         try:
             with _DIRECT.open(request, timeout=self._timeout_s) as response:
-                return str(response.read().decode())
+                return str(response.read().decode(errors="replace"))
         except urllib.error.HTTPError as error:
             message = error.read().decode(errors="replace")[:500]
             raise SyncError(f"{url} refused (HTTP {error.code}): {message}") from None
         except (OSError, http.client.HTTPException) as error:
             raise SyncError(f"{url} did not answer: {type(error).__name__}: {error}") from None
+
+
+def _object(url: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SyncError(f"{url} answered with broken JSON ({error}): {text[:200]!r}") from None
+    if not isinstance(value, dict):
+        raise SyncError(f"{url} answered with no object of settings: {text[:200]!r}")
+    return value
+
+
+def _ranks(url: str, info: dict[str, Any]) -> int:
+    """Tensor-parallel ranks of a server, from its ``/server_info``."""
+    ranks = info.get("tp_size")
+    if type(ranks) is not int or ranks < 1:
+        raise SyncError(f"{url}/server_info says tp_size = {ranks!r:.80}, which is no number of ranks")
+    return ranks
