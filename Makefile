@@ -79,12 +79,12 @@ clean: ## remove what was built and cached; environments and runs stay
 distclean: clean ## also remove the environments
 	rm -rf .venv .venv-sglang .venv-latest
 
-# require PYTHON: one clear line for each thing that is missing
+# require VARIABLE,VERSIONS: one clear line for each thing that is missing. (A pyenv shim is there and does not run.)
 define require
-@command -v $(1) >/dev/null || { echo "error: $(1) not found: install Python 3.11 or 3.12, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-@$(1) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || { echo "error: $(1) is $$($(1) -V 2>&1): Python 3.11 or 3.12 is needed; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-@$(1) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(1) cannot make virtual environments: install its venv package (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
-@[ -e "$$($(1) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || { echo "error: $(1) has no headers (Python.h): install its development package (Debian, Ubuntu: apt install python3-dev)" >&2; exit 1; }
+@$($(1)) -c '' 2>/dev/null || { echo "error: $($(1)) does not run ($$($($(1)) -V 2>&1 | head -1)): install Python $(2), or name one: make $(1)=/path/to/python$(lastword $(2))" >&2; exit 1; }
+@$($(1)) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in "$(2)".split())' || { echo "error: $($(1)) is $$($($(1)) -V 2>&1): Python $(2) is needed; name one: make $(1)=/path/to/python$(lastword $(2))" >&2; exit 1; }
+@$($(1)) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $($(1)) cannot make virtual environments: install its venv package (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+@[ -e "$$($($(1)) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || { echo "error: $($(1)) has no headers (Python.h): install its development package (Debian, Ubuntu: apt install python3-dev)" >&2; exit 1; }
 @command -v $${CXX:-g++} >/dev/null || { echo "error: no C++ compiler ($${CXX:-g++}): install one (Debian, Ubuntu: apt install g++)" >&2; exit 1; }
 endef
 
@@ -96,7 +96,7 @@ endef
 PIP := -m pip install --quiet --disable-pip-version-check
 
 $(TRAINER_STAMP):
-	$(call require,$(PYTHON))
+	$(call require,PYTHON,3.11 or 3.12)
 	@echo "Installing the trainer's packages into .venv (some minutes)"
 	$(call environment,$(PYTHON),.venv)
 	@.venv/bin/python $(PIP) $(TORCH)
@@ -110,7 +110,7 @@ $(EXTENSION_STAMP): $(TRAINER_STAMP)
 	@rm -f .venv/.extension-*; touch $@
 
 $(SGLANG_STAMP):
-	$(call require,$(PYTHON))
+	$(call require,PYTHON,3.11 or 3.12)
 	@echo "Installing SGLang into .venv-sglang (some minutes)"
 	$(call environment,$(PYTHON),.venv-sglang)
 	@.venv-sglang/bin/python -m pip uninstall --quiet --yes sglang 2>/dev/null # else pip lists what it thinks it lacks
@@ -120,7 +120,7 @@ $(SGLANG_STAMP):
 	@rm -f .venv-sglang/.packages-*; touch $@
 
 $(LATEST_STAMP):
-	$(call require,$(PYTHON_LATEST))
+	$(call require,PYTHON_LATEST,3.12)
 	@echo "Installing the trainer's packages into .venv-latest (some minutes)"
 	$(call environment,$(PYTHON_LATEST),.venv-latest)
 	@.venv-latest/bin/python $(PIP) $(TORCH)

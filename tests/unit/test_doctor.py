@@ -463,7 +463,8 @@ def test_few_held_out_prompts_say_how_well_an_accuracy_is_known(case: Case) -> N
 def test_a_reward_that_fails_on_one_prompt_says_how(case: Case, body: str, said: str) -> None:
     path = case.root / "reward.py"
     path.write_text(f"def f(prompt, response):\n    {body}\n")
-    check = case.check("reward", f'reward.function="{path}:f"', "reward.timeout_s=0.2")
+    timeout_s = 0.2 if "timeout_s" in said else 20  # starting its process takes longer on a busy machine
+    check = case.check("reward", f'reward.function="{path}:f"', f"reward.timeout_s={timeout_s}")
     assert check.status == "error" and said in check.detail and check.fix == "reward.function"
 
 
