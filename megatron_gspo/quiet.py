@@ -18,6 +18,8 @@ WARNINGS = (
     # Experts at expert_tensor = 1: Megatron has one sequence_parallel for them and for attention, which needs it, and
     # turns it off for them by itself.
     (r"megatron\.core", r"`sequence_parallel` is set to `True`, but tensor model parallel size"),
+    # Speed on a GPU, and a trade: one queue overlaps tensor ranks' communication and holds up that of experts.
+    (r"megatron\.core", r"When using sequence parallelism it is recommended to set .* CUDA_DEVICE_MAX_CONNECTIONS"),
     # The optimizer's shards are views until it has set their .grad.
     (r"megatron\.core", r"The \.grad attribute of a Tensor that is not a leaf Tensor"),
     # Names and types that Megatron uses and torch 2.13 has newer ones for.
