@@ -97,7 +97,7 @@ class RunRecorder:
     ) -> None:
         self._sink.close()
         ended = "finished" if error is None else "stopped" if isinstance(error, RunStopped) else "failed"
-        self._directory.finish(ended)
+        self._directory.finish(ended, " ".join(str(error).split()) if ended == "failed" else "")
         with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
             write_report([self._directory.path], self._directory.report_file)
         self._lock.close()

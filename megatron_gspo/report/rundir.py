@@ -160,9 +160,13 @@ class RunDirectory:
         """Replaces ``manifest.json`` in one move, so that no reader sees half of it."""
         _replace_text(self.manifest_file, json.dumps(manifest, indent=2) + "\n")
 
-    def finish(self, status: str = "finished") -> None:
-        """Adds how and when the run ended ("finished", "failed" or "stopped") to the manifest and its last start."""
+    def finish(self, status: str = "finished", error: str = "") -> None:
+        """Adds how and when the run ended ("finished", "failed" or "stopped") to the manifest and its last start.
+
+        ``error``: the line that says what failed.
+        """
         end = {"status": status, "ended": datetime.now(UTC).isoformat(timespec="seconds")}
+        end |= {"error": error} if error else {}
         manifest = {**self.manifest(), **end}
         if manifest.get("starts"):
             manifest["starts"] = [*manifest["starts"][:-1], {**manifest["starts"][-1], **end}]

@@ -36,6 +36,7 @@ def summarise(run: RunDirectory | Path | str) -> dict[str, Any]:
         "run": str(run.path),
         "status": state(run, per_step),
         "silent_s": round(silence(run), 1),
+        "error": manifest.get("error"),
         "starts": len(manifest.get("starts", [])) or None,
         "optimizer_steps": trained[-1]["step"] + 1 if trained else 0,
         "outer_steps": done,
@@ -103,6 +104,7 @@ def format_status(summary: dict[str, Any]) -> str:
     eta = f", about {duration(summary['eta_s'])} left" if summary["eta_s"] and summary["status"] == "running" else ""
     rows = [
         ("run", f"{summary['run']} ({_state_text(summary)})"),
+        *([("error", summary["error"])] if summary["error"] else []),
         ("outer step", f"{step} ({summary['optimizer_steps']} optimizer steps){eta}"),
         ("reward", f"{_text(summary['reward'], '.3f')} (last {WINDOW} outer steps)"),
         ("eval accuracy", f"{_text(summary['eval_first'], '.3f')} -> {_text(summary['eval_last'], '.3f')}"),

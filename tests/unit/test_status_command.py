@@ -79,6 +79,13 @@ def test_a_killed_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"{run.path} (killed)" in capsys.readouterr().out
 
 
+def test_a_failed_run_says_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = going_run(tmp_path / "run")
+    run.finish("failed", "gradient norm = nan: no step was taken")
+    assert main(["status", str(run.path)]) == 0
+    assert "error          gradient norm = nan: no step was taken\n" in capsys.readouterr().out
+
+
 def test_watching_a_pipe_prints_a_line_at_each_change_and_ends_with_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
