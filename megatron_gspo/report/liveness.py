@@ -27,11 +27,12 @@ def state(run: RunDirectory, seconds_per_step: float | None, now: float | None =
     """
     manifest = run.manifest()
     said: State | None = manifest.get("status")
-    if said != "running" or run.is_locked():
+    locked = run.is_locked()
+    if said != "running" or locked:
         return said
     process = manifest.get("process") or {}
     if process.get("machine") == machine():
-        return "running" if _lives(process) else "killed"
+        return "running" if locked is None and _lives(process) else "killed"
     limit = max(SILENT_S, SILENT_STEPS * (seconds_per_step or 0.0))
     return "silent" if silence(run, now) > limit else "running"
 

@@ -131,6 +131,7 @@ def outer_steps(run: Run, progress: Progress, recorder: Recorder) -> Iterator[No
     run.sync.push(run.policy.weights(), progress.outer_steps)  # the servers' own reading is not trusted
     if evaluating and progress.outer_steps == 0:
         recorder.phase("evaluating the cold start")
+        seed_generators(config.train.seed, 0)
         recorder.initial(evaluate(run, 0))
     for number in range(progress.outer_steps, config.train.outer_steps):
         recorder.phase(f"outer step {number + 1} of {config.train.outer_steps}")

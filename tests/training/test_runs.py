@@ -85,7 +85,7 @@ def test_a_seed_repeats_a_whole_run_token_for_token_and_weight_for_weight(
 def test_the_first_minibatch_clips_exactly_nothing_and_the_engine_agrees_with_the_trainer(
     ranks: RankPool, make_config: MakeConfig
 ) -> None:
-    config = make_config("optimizer.lr=3e-3")
+    config = make_config("optimizer.lr=3e-3", "eval.samples=2")
     ranks.run(2, train, config)
     steps = steps_of(config)
     assert [(line["outer_step"], line["minibatch"]) for line in steps] == [(0, 0), (0, 1), (1, 0), (1, 1)]
