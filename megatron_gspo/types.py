@@ -41,6 +41,8 @@ class Prompt:
     """Reference answer, handed to the reward; empty when there is none."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Whatever else the prompt's line held."""
+    visit: int = 0
+    """How often this outer step has drawn the prompt before: an epoch's end may lie in it. Enters the seed."""
 
 
 @dataclass(frozen=True)

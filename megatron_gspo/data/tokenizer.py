@@ -171,7 +171,7 @@ def _stop_ids(directory: Path, own: int | None) -> tuple[int, tuple[int, ...]]:
     for name in ("generation_config.json", "config.json"):
         value = _config(directory, name).get("eos_token_id")
         found += value if isinstance(value, list) else [] if value is None else [value]
-    if not found or not all(isinstance(i, int) and i >= 0 for i in found):
+    if not found or not all(type(i) is int and i >= 0 for i in found):
         raise DataError(
             f"{directory}: no usable end-of-sequence token (found {found}): responses could never stop; set "
             f"eos_token_id in generation_config.json"

@@ -15,6 +15,7 @@ from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.errors import MegatronGspoError
 from megatron_gspo.hf.catalog import read_config
 from megatron_gspo.rollout.launcher import free_ports
+from megatron_gspo.train.models import first_difference
 from megatron_gspo.versions import untested
 
 TIMEOUT_S = 10.0
@@ -120,14 +121,15 @@ def _model_problems(facts: Facts, server: Server) -> list[Check]:
             theirs |= read_config(path)
     except MegatronGspoError:
         pass
+    difference = first_difference(own, theirs)
+    if not difference:
+        return []
     return [
         error(
-            f"{server.url} holds another model ({path}): its {key} = {theirs[key]}, model.path has {own[key]}",
+            f"{server.url} holds another model ({path}): its {difference}",
             f"{FIX}: a server that was started from model.path",
         )
-        for key in ("architectures", "vocab_size", "num_hidden_layers", "hidden_size", "num_experts")
-        if key in theirs and key in own and theirs[key] != own[key]
-    ][:1]
+    ]
 
 
 def _setting_problems(facts: Facts, server: Server) -> list[Check]:

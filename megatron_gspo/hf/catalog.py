@@ -16,10 +16,11 @@ FAMILIES: dict[str, Family] = {family.architecture: family for family in (qwen3.
 SIZES = (
     *("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "max_position_embeddings"),
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
-    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"),
 )
 """Of config.json, in any family."""
 LARGEST = 2**24
+FLAGS = ("tie_word_embeddings", "norm_topk_prob", "attention_bias", "use_sliding_window")
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: not found; model.path must be a Hugging Face directory") from None
+        raise ConfigError(f"{path}: not found: {directory} is no Hugging Face directory") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(config, dict):
@@ -46,8 +47,8 @@ def read_model(directory: str | Path) -> tuple[Family, ModelShape]:
     _check_sizes(directory, config)
     try:
         shape = FAMILIES[name].shape(config)
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        raise ConfigError(f"{directory}: {error}") from None
     except KeyError as error:
         raise ConfigError(f"{directory}: config.json lacks {error}") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -61,7 +62,13 @@ def _check_sizes(directory: str | Path, config: dict[str, Any]) -> None:
     for name in SIZES:
         value = config.get(name)
         if value is not None and (type(value) is not int or not 0 < value <= LARGEST):
-            raise ConfigError(f"{directory}: {name} = {value!r} in config.json is not an integer in 1 ... {LARGEST}")
+            raise ConfigError(
+                f"{directory}: {name} = {value!r:.80} in config.json is not an integer in 1 ... {LARGEST}"
+            )
+    for name in FLAGS:
+        value = config.get(name)
+        if value is not None and type(value) is not bool:  # the text "false" would count as true
+            raise ConfigError(f"{directory}: {name} = {value!r:.80} in config.json is not true or false")
 
 
 def _check_shape(directory: str | Path, shape: ModelShape) -> None:
@@ -71,8 +78,8 @@ def _check_shape(directory: str | Path, shape: ModelShape) -> None:
             raise ConfigError(f"{directory}: config.json gives {name} = {getattr(shape, name)!r}")
     for name in ("rotary_base", "norm_epsilon"):
         value = getattr(shape, name)
-        if not (isinstance(value, float | int) and 0 < value < math.inf):
-            raise ConfigError(f"{directory}: config.json gives {name} = {value!r}, not a positive number")
+        if not (type(value) in (float, int) and 0 < value < math.inf):
+            raise ConfigError(f"{directory}: config.json gives {name} = {value!r:.80}, not a positive number")
     if shape.num_attention_heads % shape.num_query_groups:
         raise ConfigError(
             f"{directory}: config.json has {shape.num_attention_heads} attention heads for "

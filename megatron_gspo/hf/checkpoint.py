@@ -82,7 +82,7 @@ class HfReader:
                 table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 return {name: self.directory / file for name, file in table.items()}
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise WeightError(f"{index}: not an index of tensors: {error!r}") from None
+                raise WeightError(f"{index}: not an index of tensors: {type(error).__name__}: {error}") from None
         if not single.exists():
             raise WeightError(f"{self.directory}: neither {INDEX} nor {SINGLE}: not a Hugging Face directory")
         try:

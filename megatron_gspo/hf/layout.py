@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_gspo.config import ModelConfig, ParallelConfig
+from megatron_gspo.config import ModelConfig, ParallelConfig, RolloutConfig
 from megatron_gspo.errors import ConfigError, LayoutError
 from megatron_gspo.hf.family import ModelShape
 
@@ -34,6 +34,17 @@ def check_recompute(settings: ModelConfig, model: ModelShape) -> None:
         raise ConfigError(
             f"model.recompute_modules = {list(settings.recompute_modules)} would recompute nothing: "
             f"{model.architecture} with these layers has {', '.join(sorted(there))}"
+        )
+
+
+def check_positions(rollout: RolloutConfig, model: ModelShape) -> None:
+    """Raises ConfigError when a prompt and its response may be longer than the model was made for."""
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if longest > model.max_positions:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + max_response_tokens "
+            f"{rollout.max_response_tokens} = {longest}, above max_position_embeddings = {model.max_positions} in "
+            f"config.json: lower one of them"
         )
 
 

@@ -35,7 +35,7 @@ def shape(config: dict[str, Any]) -> ModelShape:
         moe_layers=(False,) * layers,
         rotary_base=rotary_base(config),
         norm_epsilon=config.get("rms_norm_eps", 1e-6),
-        tied_embeddings=config.get("tie_word_embeddings", False),
+        tied_embeddings=bool(config.get("tie_word_embeddings")),
         max_positions=config.get("max_position_embeddings", 32768),
         megatron={"qk_layernorm": True},
     )
@@ -163,6 +163,8 @@ def refuse_unsupported(config: dict[str, Any]) -> None:
     for name in ("attention_bias", "use_sliding_window"):
         if config.get(name):
             raise ConfigError(f"{name} = true in config.json is not supported")
+    if config.get("quantization_config"):
+        raise ConfigError("quantization_config in config.json is not supported: weights must be floating-point numbers")
     if config.get("hidden_act", "silu") != "silu":
         raise ConfigError(f'hidden_act = "{config["hidden_act"]}" in config.json is not supported: only "silu"')
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf import qwen3
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.weights import WeightRule
@@ -17,9 +18,11 @@ def shape(config: dict[str, Any]) -> ModelShape:
     ``norm_topk_prob`` divides the chosen experts' probabilities by their sum, which is a softmax over the chosen
     logits; without it the probabilities of the softmax over all experts are used as they are (pre-softmax).
     """
-    step = config.get("decoder_sparse_step", 1)
+    step = config.get("decoder_sparse_step") or 1
     dense = set(config.get("mlp_only_layers") or ())
     layers = range(config["num_hidden_layers"])
+    if not all(type(layer) is int and layer in layers for layer in dense):
+        raise ConfigError(f"mlp_only_layers = {sorted(map(str, dense))} in config.json are not layers of {len(layers)}")
     return replace(
         qwen3.shape(config),
         num_experts=config.get("num_experts") or config["num_local_experts"],  # transformers 5 writes the latter

@@ -81,7 +81,20 @@ SECTIONS = (
                 (Curve("eval/reward", "mean reward", markers=True), Curve("eval/rewarded", "any reward", markers=True)),
                 "Differs from the accuracy where a reward has parts, as for a well-formed answer that is wrong.",
             ),
-            Chart("Dropped responses", "responses per outer step", (Curve("dropped/responses", "dropped"),), zero=True),
+            Chart(
+                "Dropped responses",
+                "responses, groups per outer step",
+                (
+                    Curve("dropped/responses", "all responses"),
+                    Curve("dropped/aborted", "aborted"),
+                    Curve("dropped/empty", "empty"),
+                    Curve("dropped/mixed_version", "of mixed weight versions"),
+                    Curve("dropped/truncated", "truncated"),
+                    Curve("dropped/lonely", "left alone in their group"),
+                    Curve("dropped/groups", "groups"),
+                ),
+                zero=True,
+            ),
         ),
     ),
     Section(

@@ -166,6 +166,14 @@ METRICS: dict[str, Metric] = {
         "0.",
         combine="last",
     ),
+    "dropped/aborted": Metric("responses", "Those that the server gave up on, retries included.", combine="last"),
+    "dropped/empty": Metric("responses", "Those without a token.", combine="last"),
+    "dropped/mixed_version": Metric(
+        "responses", "Those of several weight versions (`rollout.on_mixed_version`).", combine="last"
+    ),
+    "dropped/truncated": Metric("responses", "Those that were cut, under `rollout.on_truncated`.", combine="last"),
+    "dropped/lonely": Metric("responses", "Sound ones that were left alone in their group.", combine="last"),
+    "dropped/groups": Metric("groups", "Groups that left the batch with them.", combine="last"),
     "eval/accuracy": Metric(
         "fraction",
         "Share of the responses to the fixed held-out prompts that get reward 1 (avg@k for k = `eval.samples`), "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from megatron_gspo.config import RunConfig
-from megatron_gspo.errors import RunStopped
+from megatron_gspo.errors import ConfigError, RunStopped
 from megatron_gspo.report.console import ConsoleSink
 from megatron_gspo.report.html import write_report
 from megatron_gspo.report.manifest import describe, with_start
@@ -66,7 +66,8 @@ class RunRecorder:
     def engine(self, description: Mapping[str, Any]) -> None:
         """What the rollout servers said of themselves, for the manifest."""
         own = {name: self._manifest[name] for name in ("started", "starts")}
-        self._directory.write_manifest(describe(self._config, self._world_size, description) | own)
+        with self._writing():
+            self._directory.write_manifest(describe(self._config, self._world_size, description) | own)
 
     def phase(self, text: str) -> None:
         """What happens now, on the terminal."""
@@ -78,16 +79,19 @@ class RunRecorder:
 
     def initial(self, metrics: Mapping[str, float]) -> None:
         """The evaluation before any training."""
-        self._sink.write(initial_evaluation(metrics))
+        with self._writing():
+            self._sink.write(initial_evaluation(metrics))
 
     def steps(self, reports: Sequence[StepReport]) -> None:
         """Optimizer steps, in order."""
-        for report in reports:
-            self._sink.write(report)
+        with self._writing():
+            for report in reports:
+                self._sink.write(report)
 
     def rollouts(self, outer_step: int, records: Sequence[RolloutRecord]) -> None:
         """Responses to read."""
-        self._directory.write_rollouts(outer_step, records)
+        with self._writing():
+            self._directory.write_rollouts(outer_step, records)
 
     def __enter__(self) -> Self:
         return self
@@ -95,12 +99,24 @@ class RunRecorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._sink.close()
         ended = "finished" if error is None else "stopped" if isinstance(error, RunStopped) else "failed"
-        self._directory.finish(ended, " ".join(str(error).split()) if ended == "failed" else "")
-        with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
-            write_report([self._directory.path], self._directory.report_file)
-        self._lock.close()
+        what = " ".join(str(error).split()) if ended == "failed" else ""
+        for end in (
+            self._sink.close,
+            lambda: self._directory.finish(ended, what),
+            lambda: write_report([self._directory.path], self._directory.report_file),
+            self._lock.close,
+        ):
+            with self._writing() if error is None else contextlib.suppress(Exception):  # what failed first is said
+                end()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full disk, or a directory that is gone, is the user's to mend."""
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(f"train.run_dir = {self._directory.path} cannot be written: {error}") from error
 
 
 def _as_record(continued: Continued | None) -> dict[str, Any] | None:

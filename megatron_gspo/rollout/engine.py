@@ -101,9 +101,9 @@ def local_servers(config: RolloutConfig) -> Any:
     return _resolve(ENGINES[config.engine].servers)
 
 
-def rollout_seed(run_seed: int, outer_step: int, prompt_id: str, sample: int) -> int:
+def rollout_seed(run_seed: int, outer_step: int, prompt_id: str, sample: int, visit: int = 0) -> int:
     """The seed of one response, in [0, 2**31): a hash, so that no two responses of a run share a stream by design."""
-    key = json.dumps([run_seed, outer_step, prompt_id, sample]).encode()
+    key = json.dumps([run_seed, outer_step, prompt_id, sample, *([visit] if visit else [])]).encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -29,7 +30,8 @@ GRACE_S = {"cpu": 1.0, "cuda": 30.0}
 """Seconds between asking servers to stop and killing them. SGLang takes 10 to stop by itself, which a CPU server has no
 reason to; a scheduler that is killed while it holds device memory may leave it held."""
 POLL_S = 0.25
-LOG_TAIL_LINES = 30
+CAUSE = re.compile(r"(\w*(Error|Exception)|error)\b:")
+"""In the line of a log that says why a program ended."""
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no business on this machine
 
@@ -39,7 +41,7 @@ class LocalServers:
 
     A server also ends by itself, within a second, when this process is gone (even killed). ``urls`` is set on entry;
     logs go to ``log_dir/sglang-0.log`` and so on. Raises DependencyError without an environment that holds sglang,
-    EngineUnavailableError with the end of the log when a server dies or is not healthy in time.
+    EngineUnavailableError with what the log says of it when a server dies or is not healthy in time.
     """
 
     def __init__(
@@ -168,8 +170,7 @@ class _Server:
             return False
 
     def _log_tail(self) -> str:
-        lines = self._log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return "\n".join([f"the end of {self._log_path}:", *lines])
+        return f"its log {self._log_path}: {last_words(self._log_path.read_text(errors='replace'))}"
 
 
 def server_arguments(
@@ -261,6 +262,13 @@ def free_ports(count: int) -> list[int]:
         if len(ports) == count:
             return ports
     raise EngineUnavailableError(f"found {len(ports)} of {count} free ports in 20000-31999 on 127.0.0.1")
+
+
+def last_words(log: str) -> str:
+    """The line of a log that says why its program ended: the last one that names an error, else the last one."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    causes = [line for line in lines if CAUSE.search(line)]
+    return (causes or lines or ["(empty)"])[-1][:500]
 
 
 def _group_members(group: int) -> list[int]:

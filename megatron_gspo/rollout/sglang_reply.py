@@ -24,7 +24,7 @@ def generation_request(prompt: Prompt, sample: int, sampling: Sampling) -> dict[
         "stop_token_ids": list(sampling.stop_token_ids),
     }
     if sampling.seed is not None:
-        parameters["sampling_seed"] = rollout_seed(sampling.seed, sampling.outer_step, prompt.id, sample)
+        parameters["sampling_seed"] = rollout_seed(sampling.seed, sampling.outer_step, prompt.id, sample, prompt.visit)
     return {"input_ids": list(prompt.token_ids), "sampling_params": parameters, "return_logprob": True}
 
 
@@ -101,7 +101,7 @@ def _logprobs(entries: Any, ids: list[int]) -> list[float]:
         )
         _require(
             type(logprob) in (float, int) and LOWEST <= logprob <= LOGPROB_EPSILON,  # False for NaN
-            f"the logprob of token {position} (id {token}) is {shorten(logprob)}, which is no logarithm of a probability",
+            f"the logprob of token {position} (id {token}) is {shorten(logprob)}, no logarithm of a probability",
         )
     return [float(entry[0]) for entry in entries]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from megatron_gspo.rewards.registry import Reward, resolve_reward
 from megatron_gspo.rollout.engine import Engine, Sampling, make_engine
 from megatron_gspo.sync.base import WeightSync, make_weight_sync
 from megatron_gspo.sync.peers import Peers
+from megatron_gspo.train.models import check_models, check_served
 from megatron_gspo.train.progress import fingerprint
 
 
@@ -94,6 +96,7 @@ class Inputs:
 
 def load_inputs(config: RunConfig) -> Inputs:
     """Reads prompts and finds the reward, before anything is started or written. Raises UserError."""
+    check_models(config)
     tokenizer = load_tokenizer(config.model.path)
     load = functools.partial(
         load_prompts,
@@ -146,7 +149,7 @@ def build_run(config: RunConfig, groups: Groups, inputs: Inputs, urls: tuple[str
         ),
         reward=inputs.reward,
     )
-    connect(run)
+    connect(run, own_servers(urls, groups))
     return run
 
 
@@ -156,12 +159,14 @@ def expected_names(config: RunConfig, policy: Policy) -> set[str]:
     return names - {"lm_head.weight"} if policy.shape.tied_embeddings else names
 
 
-def connect(run: Run) -> None:
-    """Each leader says hello to its servers: one that is down is found before anything is trained. Collective."""
+def connect(run: Run, urls: Sequence[str]) -> None:
+    """Each leader says hello to its servers: one that is down, or of another model, is found before anything is
+    trained. Collective."""
     error: Exception | None = None
     if run.groups.is_leader:
         try:
             asyncio.run(_enter_and_leave(run.engine))
+            check_served(urls, run.config.model.path)
         except Exception as caught:
             error = caught
     agree(error, run.groups.world)

@@ -23,10 +23,12 @@ from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.layout import check_layout, check_recompute
 from megatron_gspo.rewards.registry import resolve_reward
+from megatron_gspo.train.models import check_models
 
 
 def check_before_start(config: RunConfig) -> None:
     """What can be said within seconds, without a process group and without a server: raises UserError."""
+    check_models(config)
     _, shape = read_model(config.model.path)
     check_layout(config.parallel, shape)
     check_recompute(config.model, shape)

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 import torch.distributed as dist
 
 from megatron_gspo.config import RunConfig
-from megatron_gspo.parallel.exchange import agree
+from megatron_gspo.parallel.exchange import agree, together
 from megatron_gspo.policy.groups import Groups
 from megatron_gspo.train.resume import Resumption
 from megatron_gspo.types import RolloutRecord, StepReport
@@ -64,8 +64,37 @@ class Silent:
     ) -> None: ...
 
 
+class Agreed:
+    """A recorder whose failure to write is raised on every rank, so that none waits for the first in a collective."""
+
+    def __init__(self, recorder: Recorder, world: dist.ProcessGroup) -> None:
+        self._recorder, self._world = recorder, world
+        self.phase, self.note = recorder.phase, recorder.note
+
+    def engine(self, description: Mapping[str, Any]) -> None:
+        together(lambda: self._recorder.engine(description), self._world)
+
+    def initial(self, metrics: Mapping[str, float]) -> None:
+        together(lambda: self._recorder.initial(metrics), self._world)
+
+    def steps(self, reports: Sequence[StepReport]) -> None:
+        together(lambda: self._recorder.steps(reports), self._world)
+
+    def rollouts(self, outer_step: int, records: Sequence[RolloutRecord]) -> None:
+        together(lambda: self._recorder.rollouts(outer_step, records), self._world)
+
+    def __enter__(self) -> Self:
+        self._recorder.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._recorder.__exit__(kind, error, traceback)
+
+
 def open_recorder(make: MakeRecorder, config: RunConfig, groups: Groups, resumption: Resumption | None) -> Recorder:
-    """The first rank's recorder, and silence elsewhere. Collective: a failure to make it reaches every rank."""
+    """The first rank's recorder, and silence elsewhere. Collective, as is what writes: failures reach every rank."""
     recorder: Recorder = Silent()
     error: Exception | None = None
     if dist.get_rank() == 0:
@@ -74,4 +103,4 @@ def open_recorder(make: MakeRecorder, config: RunConfig, groups: Groups, resumpt
         except Exception as caught:
             error = caught
     agree(error, groups.world)
-    return recorder
+    return Agreed(recorder, groups.world)

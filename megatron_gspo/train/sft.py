@@ -19,6 +19,7 @@ from megatron_gspo.policy.groups import Groups
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.train.batch import Minibatch, place
 from megatron_gspo.train.clock import Clock
+from megatron_gspo.train.models import check_models
 from megatron_gspo.train.progress import Progress, fingerprint, seed_generators
 from megatron_gspo.types import Sample, StepReport
 
@@ -41,6 +42,7 @@ class Examples:
 
 def load_examples(config: RunConfig) -> Examples:
     """Reads prompts and completions, before anything is started or written. Raises UserError."""
+    check_models(config)
     loaded = load_completions(
         config.data.path,
         tokenizer=load_tokenizer(config.model.path),

@@ -7,8 +7,11 @@ prompts -> rollout -> rewards -> advantages -> packed batch -> logprobs -> seque
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import functools
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -53,7 +56,8 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
         first_step: optimizer steps before this one.
     """
     clock = Clock()
-    prompts = [run.prompts.prompts[index] for index in run.cursor.take(run.config.train.prompts_per_step)]
+    indices = run.cursor.take(run.config.train.prompts_per_step)
+    prompts = number_visits([run.prompts.prompts[index] for index in indices])
     with clock("rollout"):
         survivors, dropped = collect_rollouts(run, prompts, number)
     with clock("reward"):
@@ -61,9 +65,7 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
     summary = summarise(run, collected)
     minibatches = place(collected.samples, run.config, run.groups)
     if not minibatches:
-        raise RolloutError(
-            f"outer step {number}: no group has two responses left ({summary['dropped/responses']:g} dropped)"
-        )
+        raise RolloutError(f"outer step {number}: no group has two responses left; dropped: {_kinds(summary)}")
     with clock("logprobs"):
         shards = pi_old_pass(run, minibatches)
         summary |= measure_noise(run, minibatches[0], shards[0], number)
@@ -77,6 +79,16 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
         run.sync.push(run.policy.weights(), number + 1)
     reports[-1].metrics |= clock.metrics(sum(minibatch.tokens for minibatch in minibatches))
     return reports, read_samples(run, minibatches, shards, trained, collected.groups)
+
+
+def number_visits(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts, each that was among those before it with its number of visits."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for prompt in prompts:
+        numbered.append(replace(prompt, visit=seen[prompt.id]) if seen[prompt.id] else prompt)
+        seen[prompt.id] += 1
+    return numbered
 
 
 def collect_rollouts(run: Run, prompts: Sequence[Prompt], number: int) -> tuple[dict[int, list[Rollout]], Dropped]:
@@ -130,6 +142,10 @@ def _add_group(run: Run, collected: Collected, position: int, rollouts: list[Rol
             for rollout, advantage in zip(rollouts, advantages_G, strict=True)
         ]
     else:
+        if run.config.algorithm.name == "gspo":
+            warn_once(
+                f"the reward {run.reward.name} gives one value a token, and gspo takes their mean: see gspo-token"
+            )
         token_rewards_G = zero_truncated(rollouts, scored.token_rewards_G, run.config.rollout)
         token_advantages_G = token_group_advantages(token_rewards_G)
     collected.groups[position] = RolloutGroup(rollouts[0].prompt, tuple(rollouts), rewards_G, token_rewards_G)
@@ -152,6 +168,12 @@ def _add_group(run: Run, collected: Collected, position: int, rollouts: list[Rol
         )
 
 
+@functools.cache
+def warn_once(text: str) -> None:
+    """A line on the terminal, once a process."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def summarise(run: Run, collected: Collected) -> dict[str, float]:
     """The rollout metrics of the outer step over all leaders; on every rank. Collective."""
     mine = [
@@ -163,10 +185,18 @@ def summarise(run: Run, collected: Collected) -> dict[str, float]:
         )
         for position, group in sorted(collected.groups.items())
     ]
-    parts = gather_objects((mine, collected.dropped.responses), run.groups.world)
+    parts = gather_objects((mine, collected.dropped), run.groups.world)
     rows = [row for rows, _ in parts for row in rows]
+    dropped = sum((part for _, part in parts), Dropped())
     rewards, advantages, lengths, truncated = ([row[column] for row in rows] for column in range(4))
-    return rollout_metrics(rewards, advantages, lengths, truncated, sum(dropped for _, dropped in parts))
+    kinds = {f"dropped/{kind}": float(count) for kind, count in asdict(dropped).items()}
+    return rollout_metrics(rewards, advantages, lengths, truncated, dropped.responses) | kinds
+
+
+def _kinds(summary: Mapping[str, float]) -> str:
+    """What was dropped, by kind."""
+    counts = {name.removeprefix("dropped/"): count for name, count in summary.items() if name.startswith("dropped/")}
+    return ", ".join(f"{count:g} {kind.replace('_', ' ')}" for kind, count in counts.items() if count)
 
 
 def pi_old_pass(run: Run, minibatches: Sequence[Minibatch]) -> list[list[TokenShard]]:

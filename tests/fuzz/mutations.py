@@ -127,7 +127,10 @@ def as_json(value: Any) -> bytes:
         return json.dumps(value).encode()
 
 
-def assert_one_line(error: BaseException) -> None:
+def assert_says(error: BaseException, *said: object) -> None:
+    """An error that can be shown, and names what it is about."""
     text = str(error)
     assert text.strip() and "Traceback" not in text
     assert len(text) < 3000, len(text)
+    for part in said:
+        assert str(part) in text

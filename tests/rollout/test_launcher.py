@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -72,10 +73,26 @@ def test_servers_that_ignore_the_request_to_stop_are_killed_with_their_children(
     assert (tmp_path / "logs" / "sglang-1.log").exists()
 
 
-def test_a_server_that_exits_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
-    script = "print('no such model'); raise SystemExit(3)"
-    with pytest.raises(EngineUnavailableError, match=r"(?s)exited with 3; the end of .*sglang-0.log:\nno such model"):
+def test_a_server_that_exits_is_reported_in_one_line_with_its_log_and_what_stands_last_in_it(tmp_path: Path) -> None:
+    script = "print('reading'); print('no such model'); raise SystemExit(3)"
+    with pytest.raises(EngineUnavailableError, match=r"exited with 3; its log .*sglang-0\.log: no such model$"):
         servers(tmp_path, script).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ("usage: x [-h]\n          [--tp N]\nx: error: unrecognized arguments: --tpp 2\n", "unrecognized .* --tpp 2$"),
+        (
+            "Traceback:\n  File x\nValueError: no weights\n[12:00] Received sigquit from a child\n",
+            "Error: no weights$",
+        ),
+        ("\n\n", "(empty)"),
+    ],
+)
+def test_the_last_words_of_a_log_are_the_line_that_names_an_error(log: str, said: str) -> None:
+    words = launcher.last_words(log)
+    assert "\n" not in words and re.search(said, words)
 
 
 def test_a_server_that_never_answers_is_given_up_and_stopped(tmp_path: Path) -> None:

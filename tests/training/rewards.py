@@ -32,3 +32,10 @@ def jams_at_the_second_sample(prompt: Prompt, response: Rollout) -> float:
     if response.sample == 1:
         raise RuntimeError("paper jam")
     return 1.0
+
+
+def sleeps(prompt: Prompt, response: Rollout) -> float:
+    import time
+
+    time.sleep(600)
+    return 1.0

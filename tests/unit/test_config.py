@@ -94,7 +94,10 @@ def test_a_ppo_sized_clip_range_for_a_sequence_ratio_needs_to_be_asked_for(name:
         ({"model": {"path": "run/hf"}}, r"model\.path = run/hf lies in train\.run_dir = run"),
         ({"data": {"eval_path": "./run/../run/eval.jsonl"}}, r"data\.eval_path = .* lies in train\.run_dir"),
         ({"replay": {"mode": "r3"}}, r'mode = "r3" is not supported yet'),
-        ({"rollout": {"servers": ["127.0.0.1:1"]}}, r"rollout\.servers\.0: '127\.0\.0\.1:1' is no server: write http://HOST:PORT"),
+        (
+            {"rollout": {"servers": ["127.0.0.1:1"]}},
+            r"rollout\.servers\.0: '127\.0\.0\.1:1' is no server: write http://HOST:PORT",
+        ),
         ({"rollout": {"servers": ["http://a:99999"]}}, r"rollout\.servers\.0: Port out of range"),
         ({"rollout": {"servers": ["http://["]}}, r"rollout\.servers\.0: Invalid IPv6 URL"),
         ({"train": {"outer_steps": True}}, r"train\.outer_steps = True: input should be a valid integer"),

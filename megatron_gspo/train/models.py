@@ -1,0 +1,58 @@
+"""Whether the models of a run fit together: policy, reference and what servers hold; from ``config.json`` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_gspo.config import RunConfig
+from megatron_gspo.errors import ConfigError, UserError
+from megatron_gspo.hf.catalog import read_config, read_model
+from megatron_gspo.hf.checkpoint import HfReader
+from megatron_gspo.hf.layout import check_layout, check_positions
+from megatron_gspo.rollout.probe import probe
+
+TOLD_APART_BY = ("architectures", "vocab_size", "num_hidden_layers", "hidden_size", "num_experts")
+"""Of config.json: a model of others takes none of the policy's weights, or keeps some of its own."""
+
+
+def check_models(config: RunConfig) -> None:
+    """Raises ConfigError, naming the setting, for a policy of too few positions and a reference that cannot be one."""
+    _, shape = read_model(config.model.path)
+    check_positions(config.rollout, shape)
+    path = config.algorithm.reference
+    if not (path and config.algorithm.uses_reference):
+        return
+    try:
+        _, other = read_model(path)
+        HfReader(path)
+        check_layout(config.parallel, other)
+    except UserError as error:
+        raise ConfigError(f"algorithm.reference: {error}") from None
+    if other.vocab_size != shape.vocab_size:
+        raise ConfigError(
+            f"algorithm.reference = {path} has a vocabulary of {other.vocab_size}, model.path one of "
+            f"{shape.vocab_size}: the reference must be a model of the same tokenizer"
+        )
+
+
+def check_served(urls: Sequence[str], model: str) -> None:
+    """Raises ConfigError for a server that was started from another model than ``model``.
+
+    Weight sync would not notice one of more layers. Asked are servers whose directory can be read from here.
+    """
+    own = read_config(model)
+    for state in probe(urls, timeout_s=10.0):
+        served = Path(state.model_path or "")
+        difference = first_difference(own, read_config(served)) if (served / "config.json").is_file() else ""
+        if difference:
+            raise ConfigError(f"rollout.servers: {state.url} holds another model ({served}): its {difference}")
+
+
+def first_difference(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """The first setting that tells two ``config.json`` apart, with both values; empty when none does."""
+    for key in TOLD_APART_BY:
+        if key in own and key in other and own[key] != other[key]:
+            return f"{key} = {other[key]}, model.path has {own[key]}"
+    return ""

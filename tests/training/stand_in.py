@@ -1,0 +1,98 @@
+"""A stand-in for a rollout server, for the faults that a real one will not show on demand.
+
+It takes every weight sync, and answers ``/generate`` with a seeded draw, or with whatever a test asks for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+
+Answer = Callable[[dict[str, Any], dict[str, Any], int], Any]
+"""(a sound reply, the request, requests before it) -> what is sent: JSON or bytes; None drops the connection."""
+VOCABULARY = 13
+
+
+class StandIn:
+    """Serves on a port of its own as long as the block lasts. ``answered`` counts requests to ``/generate``."""
+
+    def __init__(self, model: Path, answer: Answer = lambda reply, request, count: reply) -> None:
+        self.model, self.version, self.answered = model, "0", 0
+        self._answer, self._counting = answer, threading.Lock()
+        stand_in = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                stand_in.reply(self, {})
+
+            def do_POST(self) -> None:
+                stand_in.reply(self, json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}"))
+
+            def log_message(self, *args: object) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def die(self) -> None:
+        """No further connection is taken, as if the process were gone."""
+        self._server.socket.close()
+
+    def reply(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        path = handler.path.partition("?")[0]
+        self.version = str(body.get("weight_version", body.get("new_version", self.version)))
+        answer: Any = {"success": True}
+        if path == "/server_info":
+            answer = {"version": "0.5.23", "enable_deterministic_inference": True, "tp_size": 1}
+        elif path == "/model_info":
+            answer = {"model_path": str(self.model), "weight_version": self.version}
+        elif path == "/generate":
+            with self._counting:
+                count, self.answered = self.answered, self.answered + 1
+            answer = self._answer(sound(body, self.version), body, count)
+        if answer is None:
+            handler.close_connection = True
+            handler.connection.close()
+            return
+        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
+
+
+def sound(body: dict[str, Any], version: str) -> dict[str, Any]:
+    """A response drawn uniformly by the request's own seed, which ends in a stop token or at the limit."""
+    parameters = body["sampling_params"]
+    (stop,), most = parameters["stop_token_ids"], parameters["max_new_tokens"]
+    draw = random.Random(parameters.get("sampling_seed", 0))
+    ids: list[int] = []
+    while len(ids) < most and stop not in ids:
+        ids.append(draw.randrange(VOCABULARY))
+    ended = ids[-1] == stop
+    return {
+        "output_ids": ids,
+        "meta_info": {
+            "finish_reason": {"type": "stop", "matched": stop} if ended else {"type": "length", "length": len(ids)},
+            "prompt_tokens": len(body["input_ids"]),
+            "completion_tokens": len(ids),
+            "weight_version": version,
+            "output_token_logprobs": [[-math.log(VOCABULARY), token, None] for token in ids],
+        },
+    }
