@@ -28,7 +28,7 @@ HEADER = "checkpoint.json"
 LATEST = "latest"
 METADATA = ".metadata"
 UNFINISHED, REPLACED, REMOVED = ".unfinished", ".replaced", ".removed"
-NAME = re.compile(r"outer_(\d{5,})")
+NAME = re.compile(r"outer_\d{5,}")
 UNPICKLED = re.compile(
     r"torch\.distributed\.checkpoint\.(metadata|planner)\.\w+|torch\.distributed\.checkpoint\.filesystem\._StorageInfo"
     r"|torch\.(Size|b?float\d+|u?int\d+|bool)|torch\.serialization\._get_layout"
@@ -54,11 +54,15 @@ def name_of(outer_steps: int) -> str:
     return f"outer_{outer_steps:05d}"
 
 
+def number_of(directory: Path) -> int:
+    """Outer steps done, from a checkpoint's name: names of six digits do not sort behind those of five."""
+    return int(directory.name.removeprefix("outer_"))
+
+
 def checkpoints_in(root: Path) -> dict[int, Path]:
     """Outer steps done -> whole checkpoint, in order."""
-    matches = [(NAME.fullmatch(path.name), path) for path in root.glob("outer_*")]
-    found = {int(match[1]): path for match, path in matches if match and (path / HEADER).is_file()}
-    return dict(sorted(found.items()))
+    whole = [path for path in root.glob("outer_*") if NAME.fullmatch(path.name) and (path / HEADER).is_file()]
+    return {number_of(path): path for path in sorted(whole, key=number_of)}
 
 
 def latest_in(root: Path) -> Path | None:
@@ -90,7 +94,8 @@ def retire(newest: Path, *, keep_last: int, keep_every: int) -> None:
     Numbers above ``newest``'s belong to a history that was given up (somebody set ``latest`` back) and go too.
     """
     found = checkpoints_in(newest.parent)
-    numbers = [number for number, path in found.items() if path.name <= newest.name]
+    last = number_of(newest)
+    numbers = [number for number in found if number <= last]
     kept = set(numbers[-keep_last:]) | {number for number in numbers if keep_every and number % keep_every == 0}
     for number in found.keys() - kept:
         removed = found[number].with_name(found[number].name + REMOVED)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from megatron_gspo.config import RunConfig
+from megatron_gspo.errors import WeightError
+from megatron_gspo.policy.checkpoint_files import latest_in
 from megatron_gspo.report.liveness import silence, state
 from megatron_gspo.report.metrics import INITIAL, TIME_PARTS, Record, by_outer_step, seconds
 from megatron_gspo.report.rundir import RunDirectory
@@ -84,17 +85,12 @@ def warnings(lines: list[Record], config: RunConfig | None) -> list[str]:
 
 
 def last_checkpoint(run: RunDirectory) -> str | None:
-    """Name of the newest whole checkpoint; None when there is none.
-
-    The one that the file ``latest`` names, else the directory with the highest number in its name.
-    """
-    pointer = run.checkpoints / "latest"
-    if pointer.is_file():
-        return pointer.read_text(encoding="utf-8").strip() or None
-    whole = [path.name for path in run.checkpoints.glob("*") if path.is_dir() and not path.suffix]
-    numbers = {name: re.findall(r"\d+", name) for name in whole}
-    numbered = [(int(digits[-1]), name) for name, digits in numbers.items() if digits]
-    return max(numbered)[1] if numbered else next((name for name in whole if name == "last"), None)
+    """Name of the checkpoint that ``train.resume`` would continue from; None when there is none, or none can be told."""
+    try:
+        latest = latest_in(run.checkpoints)
+    except WeightError:
+        return None
+    return latest.name if latest else None
 
 
 def format_status(summary: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from megatron_gspo.errors import MegatronGspoError
 from megatron_gspo.quiet import mute
 
 
-def export_checkpoint(config: RunConfig, checkpoint: Path, directory: Path) -> int | None:
+def export_checkpoint(config: RunConfig, checkpoint: Path, directory: Path) -> int:
     """Writes ``checkpoint``, of whatever layout, to ``directory``; returns the optimizer steps it has taken.
 
     The process holds the whole model once, in ``model.dtype``, without optimizer state. Raises UserError for what is
@@ -29,7 +29,7 @@ def export_checkpoint(config: RunConfig, checkpoint: Path, directory: Path) -> i
             ) from None
 
 
-def _export(config: RunConfig, checkpoint: Path, directory: Path) -> int | None:
+def _export(config: RunConfig, checkpoint: Path, directory: Path) -> int:
     """Runs in the child, which is a world of one rank."""
     mute()
     from megatron_gspo.policy.checkpoint import load_checkpoint
@@ -43,5 +43,4 @@ def _export(config: RunConfig, checkpoint: Path, directory: Path) -> int | None:
     policy = Policy(config, groups, trainable=False)
     extra = load_checkpoint(policy, checkpoint)
     save_hugging_face(policy, config, groups, directory)
-    step = extra.get("step")
-    return int(step) if step is not None else None
+    return int(extra["optimizer_step"])

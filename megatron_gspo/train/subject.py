@@ -12,12 +12,12 @@ from typing import Any, Literal, get_args
 from megatron_gspo.config import ModelConfig, RunConfig, load, parse
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.catalog import read_config
+from megatron_gspo.policy.checkpoint_files import LATEST, checkpoints_in, latest_in
 from megatron_gspo.train.export import export_checkpoint
 
 NOTHING_IS_TRAINED = ('train.run_dir="(evaluation)"', "train.microbatch_tokens=2147483647")
 """Settings of training that would refuse longer responses, or prompts in the run's own directory."""
 WHOLE_FILE = 2**31 - 1
-LATEST = "latest"
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,13 @@ def of_model(path: Path, overrides: Sequence[str]) -> Subject:
 
 
 def find_checkpoint(directory: Path, name: str) -> Path:
-    """A run's checkpoint by name; "latest" is the one that the file of this name holds. Raises ConfigError."""
-    pointer = directory / LATEST
-    if name == LATEST and pointer.is_file():
-        name = pointer.read_text(encoding="utf-8").strip()
-    elif name == LATEST:
-        name = "last"
-    if Path(name).name == name and (directory / name).is_dir():
-        return directory / name
-    known = sorted(path.name for path in directory.glob("*") if path.is_dir() and not path.suffix)
-    raise ConfigError(f"{directory}: no checkpoint {name!r} (there: {', '.join(known) or 'none'})")
+    """A run's whole checkpoint by name; "latest" is the one to continue from. Raises ConfigError or WeightError."""
+    if name == LATEST and (latest := latest_in(directory)):
+        name = latest.name
+    whole = {path.name: path for path in checkpoints_in(directory).values()}
+    if name not in whole:
+        raise ConfigError(f"{directory}: no checkpoint {name!r} (there: {', '.join(whole) or 'none'})")
+    return whole[name]
 
 
 @contextlib.contextmanager

@@ -113,6 +113,7 @@ def make_run(path: Path, outer_steps: int = 12, seed: int = 0, **sections: dict[
             writer.write(make_report(outer_step, minibatch, seed))
         run.write_rollouts(outer_step, [make_rollout(sample, seed=outer_step) for sample in range(4)])
     writer.close()
-    (run.checkpoints / f"step_{4 * outer_steps:06d}").mkdir()
+    (run.checkpoints / f"outer_{outer_steps:05d}").mkdir()
+    (run.checkpoints / f"outer_{outer_steps:05d}" / "checkpoint.json").touch()
     run.finish()
     return run

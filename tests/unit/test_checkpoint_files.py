@@ -17,7 +17,7 @@ def make(root: Path, number: int, **extra: Any) -> Path:
     directory = root / files.name_of(number)
     unfinished = directory.with_name(directory.name + files.UNFINISHED)
     files.make_empty(unfinished)
-    (unfinished / "__0_0.distcp").write_bytes(bytes(range(256)) * number)
+    (unfinished / "__0_0.distcp").write_bytes(bytes(range(256)) * min(number, 100))
     (unfinished / files.METADATA).write_bytes(pickle.dumps({"step": number}))
     entries = [files.describe(path) for path in unfinished.iterdir()]
     files.publish(unfinished, directory, {"step": number, "model": {}, "extra": extra}, entries)
@@ -56,6 +56,13 @@ def test_checkpoints_of_a_history_that_was_given_up_go_with_the_next_save(root: 
     newest = make(root, 6)
     files.retire(newest, keep_last=2, keep_every=8)
     assert list(files.checkpoints_in(root)) == [4, 6]
+
+
+def test_names_are_compared_as_numbers(tmp_path: Path) -> None:
+    for number in (99_998, 99_999, 100_000):
+        newest = make(tmp_path, number)
+    files.retire(newest, keep_last=2, keep_every=0)
+    assert list(files.checkpoints_in(tmp_path)) == [99_999, 100_000]
 
 
 def test_latest_is_what_its_file_names_and_without_the_file_the_newest(root: Path) -> None:

@@ -46,6 +46,7 @@ def run_with(path: Path, *checkpoints: str, latest: str = "", status: str = "fin
     hf_directory(path / "hf")
     for name in checkpoints:
         (run.checkpoints / name).mkdir()
+        (run.checkpoints / name / "checkpoint.json").touch()
     if latest:
         (run.checkpoints / "latest").write_text(f"{latest}\n")
     return run
@@ -93,6 +94,8 @@ def test_a_finished_run_is_its_hugging_face_directory_and_one_that_is_not_its_la
     subject = of_run(going, [], checkpoint=None, finished=False)
     assert (subject.model, subject.checkpoint) == (None, going / "checkpoints" / "outer_00009")
     assert of_run(going, [], checkpoint="outer_00010", finished=True).checkpoint == going / "checkpoints/outer_00010"
+    (going / "checkpoints" / "latest").unlink()
+    assert of_run(going, [], checkpoint="latest", finished=True).checkpoint == going / "checkpoints/outer_00010"
 
 
 def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(tmp_path: Path, capsys: Captured) -> None:

@@ -35,7 +35,7 @@ def test_a_summary_says_where_the_run_stands(tmp_path: Path) -> None:
     assert (summary["outer_steps"], summary["outer_steps_total"], summary["optimizer_steps"]) == (10, 20, 40)
     assert summary["eval_first"] == 0.6
     assert summary["eval_last"] == run.metrics()[-1]["eval/accuracy"]
-    assert summary["last_checkpoint"] == "step_000040"
+    assert summary["last_checkpoint"] == "outer_00010"
     split = summary["time_split"]
     assert split["logprobs"] == pytest.approx(0.6)
     assert 1.5 < split["rollout"] < 2.5
@@ -49,7 +49,7 @@ def test_the_text_holds_the_numbers(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", outer_steps=10, train={"outer_steps": 20})
     text = format_status(summarise(run))
     assert "10/20 (40 optimizer steps)" in text
-    assert "step_000040" in text
+    assert "outer_00010" in text
     assert "logprobs 0.6" in text
     assert "left" not in text, "a finished run has no time left"
 
@@ -69,29 +69,18 @@ def test_the_initial_evaluation_is_no_training_step(tmp_path: Path) -> None:
     assert (summary["optimizer_steps"], summary["outer_steps"], summary["eval_last"]) == (0, 0, 0.6)
 
 
-def test_the_last_checkpoint_is_the_one_with_the_highest_number(tmp_path: Path) -> None:
+def test_the_last_checkpoint_is_the_one_that_resuming_continues_from(tmp_path: Path) -> None:
     run = RunDirectory.create(make_config(tmp_path / "run"))
     assert last_checkpoint(run) is None
-    for name in ("step_9", "step_100", "step_20", "notes"):
+    for name in ("outer_00009", "outer_00100", "outer_00200.unfinished"):
         (run.checkpoints / name).mkdir()
-    assert last_checkpoint(run) == "step_100"
-    (run.checkpoints / "step_200.unfinished").mkdir()
-    assert last_checkpoint(run) == "step_100", "half a checkpoint is none"
-    (run.checkpoints / "latest").write_text("step_20\n")
-    assert last_checkpoint(run) == "step_20", "a file says which is the newest whole one"
-
-
-def test_a_lone_checkpoint_without_a_number_is_the_last(tmp_path: Path) -> None:
-    run = RunDirectory.create(make_config(tmp_path / "run"))
-    (run.checkpoints / "last").mkdir()
-    assert last_checkpoint(run) == "last"
-
-
-def test_the_last_checkpoint_is_what_latest_names(tmp_path: Path) -> None:
-    run = RunDirectory.create(make_config(tmp_path / "run"))
-    (run.checkpoints / "outer_00008").mkdir()
-    (run.checkpoints / "latest").write_text("outer_00004\n")
-    assert last_checkpoint(run) == "outer_00004"
+        (run.checkpoints / name / "checkpoint.json").touch()
+    (run.checkpoints / "outer_00300").mkdir()
+    assert last_checkpoint(run) == "outer_00100", "half a checkpoint is none"
+    (run.checkpoints / "latest").write_text("outer_00009\n")
+    assert last_checkpoint(run) == "outer_00009"
+    (run.checkpoints / "latest").write_text("\n")
+    assert last_checkpoint(run) is None
 
 
 def test_a_healthy_run_warns_of_nothing() -> None:
