@@ -6,6 +6,8 @@ import base64
 import contextlib
 import pickle
 
+import torch
+
 from megatron_gspo.errors import SyncError
 from megatron_gspo.sync.base import BucketSync, NamedTensor, Names
 
@@ -25,7 +27,7 @@ class TensorSync(BucketSync):
 
     def _send(self, place: str, bucket: list[NamedTensor]) -> None:  # type: ignore[override]  # nothing to report
         # Plain pickle: SGLang's own serializer shares file descriptors, which only a child process can open.
-        self.servers.post_tensors(base64.b64encode(pickle.dumps(bucket)).decode())
+        self.servers.post_tensors(base64.b64encode(pickled(bucket)).decode())
 
     def _finish(self, place: str, version: int, sent: list[list[tuple[Names, str]]]) -> None:
         self.servers.post("/end_weight_update")
@@ -35,3 +37,14 @@ class TensorSync(BucketSync):
     def _abandon(self) -> None:
         with contextlib.suppress(SyncError):  # an open session would refuse the next one; it may be closed already
             self.servers.post("/end_weight_update")
+
+
+def pickled(bucket: list[NamedTensor]) -> bytes:
+    """A bucket under torch's names, which are the ones that a server takes.
+
+    Megatron-Core 0.19.2 puts a safer function of its own (megatron/core/__init__.py) where torch has the one that reads
+    a storage. Pickles would name Megatron's; called as the one that it replaces, it serves here and they name torch's.
+    """
+    load = torch.storage._load_from_bytes
+    load.__module__, load.__qualname__ = "torch.storage", "_load_from_bytes"
+    return pickle.dumps(bucket)

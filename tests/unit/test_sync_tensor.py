@@ -1,0 +1,27 @@
+"""What is sent to a server by value."""
+
+import pickle
+import pickletools
+
+import megatron.core  # noqa: F401  (0.19.2 replaces a function that pickles of tensors name)
+import torch
+
+from megatron_gspo.sync.tensor import pickled
+
+TAKEN = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch.storage", "_load_from_bytes")}
+"""Of what SGLang 0.5.23 lets a pickle name (srt/utils/common.py), what tensors need."""
+
+
+def test_a_bucket_names_nothing_that_a_server_refuses_and_holds_the_tensors() -> None:
+    bucket = [("a", torch.arange(6.0).reshape(2, 3)), ("b", torch.tensor([1.5], dtype=torch.bfloat16))]
+    content = pickled(bucket)
+    strings, named = [], set()
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name == "STACK_GLOBAL":
+            named.add(tuple(strings[-2:]))
+        elif "UNICODE" in opcode.name:
+            strings.append(argument)
+    assert named == TAKEN
+    for (name, tensor), (sent_name, sent) in zip(bucket, pickle.loads(content), strict=True):
+        assert name == sent_name
+        assert torch.equal(tensor, sent)
