@@ -322,6 +322,10 @@ class RolloutConfig(Section):
     on_mixed_version: Literal["drop", "keep", "error"] = "drop"
     """Responses whose tokens come from more than one weight version."""
 
+    def is_seeded(self, *, on_gpu: bool) -> bool:
+        """``seeded``, with its default filled in."""
+        return not on_gpu if self.seeded is None else self.seeded
+
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:
         for name, only in (("top_p", 1.0), ("top_k", -1), ("min_p", 0.0)):

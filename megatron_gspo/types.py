@@ -25,6 +25,8 @@ import torch
 from megatron_gspo.errors import BatchError
 
 FinishReason = Literal["stop", "length", "abort"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+"""By ``model.dtype``."""
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,10 @@ from megatron_gspo.config import ParallelConfig
 from megatron_gspo.errors import ConfigError, MegatronGspoError
 from megatron_gspo.policy.groups import device, make_groups, start_distributed
 from megatron_gspo.quiet import ENVIRONMENT, mute
+from megatron_gspo.types import DTYPES
 
 TIME_AIM, MEMORY_AIM = 1.15, 0.1
 """Ours, at most: times the products' time, and times the extra memory of full logits."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)

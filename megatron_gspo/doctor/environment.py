@@ -99,11 +99,10 @@ def check_devices(facts: Facts) -> Check:
 
 def _check_cores(facts: Facts) -> Check:
     """A CPU has no limit but its patience."""
-    machine, config = facts.machine, facts.config
-    servers = 0 if facts.supervised or config.rollout.servers else config.rollout.local_servers
+    machine = facts.machine
     setting = os.environ.get("OMP_NUM_THREADS")
     text = f"no GPU; {count(machine.cores, 'core')}, {gib(machine.free_memory)} free"
-    text += f"; {count(facts.ranks, 'rank')}, {count(servers, 'server')}"
+    text += f"; {count(facts.ranks, 'rank')}, {count(facts.local_servers, 'server')}"
     try:
         threads = int(setting or 1)
     except ValueError:

@@ -16,8 +16,9 @@ from megatron_gspo.config import ParallelConfig, RunConfig
 from megatron_gspo.doctor.tensors import Tensor, elements_of_stage, stage_of
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.parallel.logprobs import COLUMNS
+from megatron_gspo.types import DTYPES
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)

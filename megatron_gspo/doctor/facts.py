@@ -117,6 +117,12 @@ class Facts:
     def supervised(self) -> bool:
         return bool(self.config.algorithm.name == "sft")
 
+    @property
+    def local_servers(self) -> int:
+        """Servers that the run starts on this machine."""
+        rollout = self.config.rollout
+        return 0 if self.supervised or rollout.servers else int(rollout.local_servers)
+
     @fact
     def prompts(self) -> PromptSet | CompletionSet:
         """The first ``SAMPLE`` training prompts (of ``data.limit``), of any length."""

@@ -6,6 +6,7 @@ from megatron_gspo.doctor.check import Check, count, error, ok, warning
 from megatron_gspo.doctor.estimate import ITEM_BYTES, Estimate, worst_stage
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.machine import gib
+from megatron_gspo.rollout.launcher import GPU_SHARE, cpu_cache_tokens
 
 TIGHT = 0.85
 """Share of the free memory above which an estimate is too near to it."""
@@ -16,8 +17,6 @@ HEAP = 1.4
 the allocator. Measured with a 194 MiB model on one and two ranks: 1.1 to 1.4, and 1.55 in bfloat16."""
 SERVER_PROCESS = 2 * 2**30
 """Resident bytes of a local CPU server's three processes without a model."""
-SERVER_SHARE = 0.4
-"""Of a GPU that a local server takes: the launcher's --mem-fraction-static."""
 
 
 def check_memory(facts: Facts) -> Check:
@@ -28,7 +27,7 @@ def check_memory(facts: Facts) -> Check:
         return _on_gpus(facts, needed, rank_text)
     copies = needed.weights + needed.optimizer if facts.config.train.checkpoint_async else 0
     rank = int(RANK_PROCESS + HEAP * needed.total) + copies
-    servers = _servers(facts)
+    servers = facts.local_servers
     server = _server_bytes(facts) if servers else 0
     total, free = facts.ranks * rank + servers * server, facts.machine.free_memory
     text = f"{rank_text}; resident x {HEAP:g} + {gib(RANK_PROCESS)} of process"
@@ -48,11 +47,9 @@ def spell(needed: Estimate) -> str:
 def _on_gpus(facts: Facts, needed: Estimate, rank_text: str) -> Check:
     """The fullest rank against the fullest of the devices that ranks of this machine use."""
     devices = facts.machine.gpus[: facts.ranks]
-    servers = _servers(facts)
-    free = min(
-        free - (int(SERVER_SHARE * total) if index < servers else 0) for index, (free, total) in enumerate(devices)
-    )
-    shared = f", {SERVER_SHARE:.0%} of it a local server's" if servers else ""
+    servers = facts.local_servers
+    free = min(free - (int(GPU_SHARE * total) if index < servers else 0) for index, (free, total) in enumerate(devices))
+    shared = f", {GPU_SHARE:.0%} of it a local server's" if servers else ""
     text = f"{rank_text}, without context and NCCL buffers, of {gib(free)} free on the fullest GPU{shared}"
     return _against(text, needed.total, free, _largest(needed))
 
@@ -65,18 +62,12 @@ def _against(text: str, needed: int, free: int, fix: str) -> Check:
     return ok(text)
 
 
-def _servers(facts: Facts) -> int:
-    """Servers that the run starts on this machine."""
-    return 0 if facts.supervised or facts.config.rollout.servers else int(facts.config.rollout.local_servers)
-
-
 def _server_bytes(facts: Facts) -> int:
     """A local CPU server: process, weights, and the cache of keys and values that ``server_arguments`` asks for."""
     config, shape = facts.config, facts.shape
     item = min(4, ITEM_BYTES[config.model.dtype])
     weights = sum(tensor.local_size(1, 1) for tensor in facts.tensors) * item
-    tokens = max(16384, 16 * (config.rollout.max_prompt_tokens + config.rollout.max_response_tokens))
-    cache = tokens * shape.num_layers * 2 * shape.num_query_groups * shape.head_dim * item
+    cache = cpu_cache_tokens(config.rollout) * shape.num_layers * 2 * shape.num_query_groups * shape.head_dim * item
     return SERVER_PROCESS + weights + cache
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +14,14 @@ from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.errors import MegatronGspoError
 from megatron_gspo.hf.catalog import read_config
 from megatron_gspo.rollout.launcher import free_ports
+from megatron_gspo.rollout.probe import get
 from megatron_gspo.train.models import first_difference
 from megatron_gspo.versions import untested
 
 TIMEOUT_S = 10.0
 SLOW_S = 1.0
 """Seconds for a status page above which a server is busy, or far away."""
-MOST_BYTES = 16 * 2**20
-"""Of a reply that is read; a status page has some thousand."""
 FIX = "rollout.servers"
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # servers are reached directly, as by rollouts
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,8 @@ def check_servers(facts: Facts) -> list[Check]:
     if facts.supervised:
         return [ok("supervised fine-tuning needs none")]
     if not rollout.servers:
-        ports = free_ports(rollout.local_servers)
-        return [ok(f"{rollout.local_servers} to be started here; ports are free ({', '.join(map(str, ports))})")]
+        ports = free_ports(facts.local_servers)
+        return [ok(f"{facts.local_servers} to be started here; ports are free ({', '.join(map(str, ports))})")]
     with ThreadPoolExecutor(min(32, len(rollout.servers))) as pool:
         servers = list(pool.map(ask, rollout.servers))
     checks = [check for server in servers for check in _judge(facts, server)]
@@ -64,12 +61,12 @@ def ask(url: str) -> Server:
     url = url.rstrip("/")
     start = time.monotonic()
     try:
-        _get(f"{url}/health")
+        get(f"{url}/health", TIMEOUT_S)
         pages = []
         slowest = 0.0
         for path in ("/model_info", "/server_info"):
             start = time.monotonic()
-            page = json.loads(_get(url + path))
+            page = json.loads(get(url + path, TIMEOUT_S))
             slowest = max(slowest, time.monotonic() - start)
             if not isinstance(page, dict):
                 return Server(url, problem=f"{path} is a {type(page).__name__}, not an object: no SGLang server")
@@ -80,12 +77,6 @@ def ask(url: str) -> Server:
         seconds = time.monotonic() - start
         return Server(url, problem=f"did not answer: {type(caught).__name__}: {caught} (after {seconds:.1f} s)")
     return Server(url, slowest, model=pages[0], info=pages[1])
-
-
-def _get(url: str) -> bytes:
-    with _DIRECT.open(url, timeout=TIMEOUT_S) as response:
-        content: bytes = response.read(MOST_BYTES)
-        return content
 
 
 def _judge(facts: Facts, server: Server) -> list[Check]:
@@ -136,7 +127,7 @@ def _setting_problems(facts: Facts, server: Server) -> list[Check]:
     """What the run asks of its servers, and a server must have been started with."""
     config, info = facts.config, server.info
     problems = []
-    seeded = not facts.machine.gpus if config.rollout.seeded is None else config.rollout.seeded
+    seeded = config.rollout.is_seeded(on_gpu=bool(facts.machine.gpus))
     if seeded and info.get("enable_deterministic_inference") is not True:
         problems.append(
             error(

@@ -1,4 +1,4 @@
-"""Which tokens lie where: the one file of the check that knows how a micro-batch is cut among ranks."""
+"""The case's tokens by number, on the rank that stores them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from megatron_gspo.algorithm import packing
-from megatron_gspo.parallel.sequence import ShardedSequenceSum
 from megatron_gspo.parity.case import Case
 from megatron_gspo.policy.groups import Groups, device
 from megatron_gspo.types import PackedBatch, TokenShard
@@ -26,29 +25,6 @@ def pack(case: Case, indices: Sequence[int], groups: Groups) -> PackedBatch:
     return replace(batch, **tensors)  # type: ignore[arg-type]
 
 
-def cut(batch: PackedBatch, groups: Groups) -> TokenShard:
-    """This rank's shard."""
-    return packing.shard_tokens(batch, groups.shard)
-
-
-def token_rank(groups: Groups) -> int:
-    """This rank's place among those that share a micro-batch's tokens."""
-    return groups.token.rank()
-
-
-def sequence_sum(groups: Groups) -> ShardedSequenceSum:
-    return ShardedSequenceSum(groups.token)
-
-
-def data_rank(groups: Groups) -> int:
-    """This rank's place among those with different sequences."""
-    return groups.data_rank
-
-
-def data_ranks(groups: Groups) -> int:
-    return groups.data_size
-
-
 def own_numbers(case: Case, batch: PackedBatch, groups: Groups) -> np.ndarray:
     """[T_local] int64: the number in the case of each token that this rank stores; -1 for padding.
 
@@ -61,7 +37,7 @@ def own_numbers(case: Case, batch: PackedBatch, groups: Groups) -> np.ndarray:
             length = case.samples[index].length
             first = int(case.starts[index])
             numbers_T[start : start + length] = torch.arange(first, first + length, device=numbers_T.device)
-    return cut(replace(batch, labels_T=numbers_T), groups).labels_T.cpu().numpy()
+    return packing.shard_tokens(replace(batch, labels_T=numbers_T), groups.shard).labels_T.cpu().numpy()
 
 
 def with_old_logprobs(case: Case, batch: PackedBatch, groups: Groups) -> TokenShard:
@@ -69,6 +45,6 @@ def with_old_logprobs(case: Case, batch: PackedBatch, groups: Groups) -> TokenSh
     by_number = np.full(int(case.starts[-1]) + 1, np.nan)  # the last one answers for padding
     for index, old_R in enumerate(case.old):
         by_number[case.predicting(index)] = old_R
-    shard = cut(batch, groups)
+    shard = packing.shard_tokens(batch, groups.shard)
     old_T = torch.from_numpy(by_number[own_numbers(case, batch, groups)])
     return replace(shard, old_logprobs_T=old_T.to(shard.labels_T.device, case.loss_dtype))

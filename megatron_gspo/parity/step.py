@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from megatron_gspo.algorithm.objective import policy_objective, resolve_loss
 from megatron_gspo.errors import NonFiniteError
+from megatron_gspo.parallel.sequence import ShardedSequenceSum
 from megatron_gspo.parity import shards
 from megatron_gspo.parity.case import Case, Key, uneven_plan
 from megatron_gspo.parity.layouts import Layout
@@ -81,9 +82,9 @@ def layout_step(case: Case, layout: Layout, references: str, fault: Fault | None
     """
     with (fault or nullcontext)():
         policy, groups = build(case, layout)
-        part = Part(groups.pipeline.rank(), shards.token_rank(groups), shards.data_rank(groups))
+        part = Part(groups.pipeline.rank(), groups.token.rank(), groups.data_rank)
         multiple = policy.config.parallel.microbatch_multiple
-        plan = uneven_plan(len(case.samples), shards.data_ranks(groups), multiple, case.alone)
+        plan = uneven_plan(len(case.samples), groups.data_size, multiple, case.alone)
         batches = [shards.pack(case, indices, groups) for indices in plan[part.data_rank]]
         old_pass(case, policy, batches, part)
         train(case, policy, batches, part)
@@ -117,7 +118,7 @@ def old_pass(case: Case, policy: Policy, batches: list[PackedBatch], part: Part)
 def train(case: Case, policy: Policy, batches: list[PackedBatch], part: Part) -> None:
     """Loss and gradients, by the product's own objective."""
     inputs = [shards.with_old_logprobs(case, batch, policy.groups) for batch in batches]
-    loss, sequence_sum = resolve_loss(case.loss), shards.sequence_sum(policy.groups)
+    loss, sequence_sum = resolve_loss(case.loss), ShardedSequenceSum(policy.groups.token)
 
     def objective(index: int, logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
         output = policy_objective(

@@ -24,10 +24,7 @@ from megatron_gspo.parallel.logprobs import vocab_parallel_logprobs
 from megatron_gspo.policy.attention import packed_sequences
 from megatron_gspo.policy.groups import Groups, device
 from megatron_gspo.policy.spec import block_spec
-from megatron_gspo.types import PackedBatch
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
+from megatron_gspo.types import DTYPES, PackedBatch
 
 RECOMPUTE: dict[str, dict[str, object]] = {
     "off": {},
@@ -35,7 +32,6 @@ RECOMPUTE: dict[str, dict[str, object]] = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 """``model.recompute`` in Megatron's words."""
-
 
 _GRAPHED = "cuda_graph_modules" if hasattr(TransformerConfig, "cuda_graph_modules") else "cuda_graph_scope"
 """0.19.2's name, and 0.16.1's, of what a CUDA graph would hold. The default is one that both call deprecated."""
@@ -166,8 +162,8 @@ def transformer_config(
         context_parallel_size=groups.context.size(),
         expert_model_parallel_size=groups.expert.size(),
         expert_tensor_parallel_size=groups.megatron.expt_tp.size(),
-        # Micro-batches are packs of uneven length: stages tell each other the shape. (Megatron then wants this
-        # dispatcher even of a dense model.)
+        # Micro-batches are packs of uneven length, and ``pipeline`` tells the schedule their shapes. (Megatron then
+        # wants this dispatcher even of a dense model.)
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         batch_p2p_comm=False,

@@ -9,11 +9,11 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_gspo.config import RunConfig
-from megatron_gspo.errors import BatchError, WeightError
+from megatron_gspo.errors import BatchError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.layout import check_layout, check_recompute
-from megatron_gspo.parallel.exchange import agree
+from megatron_gspo.parallel.exchange import together
 from megatron_gspo.policy.export import complete_gradients, gradient_of, stream_tensors
 from megatron_gspo.policy.groups import Groups
 from megatron_gspo.policy.load import ExpertLoad
@@ -50,14 +50,7 @@ class Policy:
             config.model, config.parallel, self.family, self.shape, groups, deterministic=config.train.deterministic
         )
         self.temperature = 1.0 if config.algorithm.name == "sft" else config.rollout.temperature
-        error: Exception | None = None
-        try:
-            reader = HfReader(directory)
-            for chunk in self.chunks:
-                load_weights(chunk, self.family, reader)
-        except WeightError as caught:  # perhaps on one stage only
-            error = caught
-        agree(error, groups.world)
+        together(lambda: self._load(directory), groups.world)  # what is wrong may be so on one stage only
         self.optimizer: Optimizer | None = None
         self.expert_load = ExpertLoad(self.chunks)
         self.modules: Sequence[torch.nn.Module] = self.chunks
@@ -115,6 +108,11 @@ class Policy:
             complete_gradients(module)
         return stream_tensors(self.chunks, self.family, gradient_of)
 
+    def _load(self, directory: str) -> None:
+        reader = HfReader(directory)
+        for chunk in self.chunks:
+            load_weights(chunk, self.family, reader)
+
     def _trained(self) -> Optimizer:
         assert self.optimizer is not None, "this policy was built with trainable=False"
         return self.optimizer
@@ -142,7 +140,7 @@ class Policy:
             data_iterator=[iter(enumerate(batches)) for _ in self.modules],
             model=list(self.modules),
             num_microbatches=len(batches),
-            seq_length=0,  # shapes travel with the tensors
+            seq_length=0,  # StageCommunicator knows the shapes
             micro_batch_size=1,
             forward_only=forward_only,
             pg_collection=self.groups.megatron,

@@ -8,13 +8,13 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from megatron_gspo.config import RunConfig
+from megatron_gspo.versions import installed
 
 PACKAGES = ("megatron-gspo", "torch", "megatron-core", "transformers")
 PACKAGE_DIRECTORY = Path(__file__).resolve().parent.parent
@@ -61,8 +61,7 @@ def with_start(
 def versions(engine: str | None) -> dict[str, str | None]:
     """Versions of Python, of the packages that numbers depend on, and of the engine."""
     return {
-        "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **{name: installed(name) for name in ("python", *PACKAGES)},
         "sglang": engine,
     }
 
@@ -99,10 +98,3 @@ def _git(directory: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

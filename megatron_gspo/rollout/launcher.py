@@ -10,9 +10,8 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal, Self
@@ -21,6 +20,7 @@ import psutil
 
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
+from megatron_gspo.rollout.probe import get
 
 Device = Literal["cpu", "cuda"]
 
@@ -32,8 +32,9 @@ reason to; a scheduler that is killed while it holds device memory may leave it 
 POLL_S = 0.25
 CAUSE = re.compile(r"(\w*(Error|Exception)|error)\b:")
 """In the line of a log that says why a program ended."""
+GPU_SHARE = 0.4
+"""Of a GPU's memory that a local server takes; the trainer has the rest."""
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no business on this machine
 
 
 class LocalServers:
@@ -164,10 +165,10 @@ class _Server:
 
     def _healthy(self) -> bool:
         try:
-            with _DIRECT.open(f"{self.url}/health_generate", timeout=5) as response:
-                return bool(response.status == 200)
-        except (urllib.error.URLError, OSError):
+            get(f"{self.url}/health_generate", timeout_s=5)
+        except (OSError, HTTPException):
             return False
+        return True
 
     def _log_tail(self) -> str:
         return f"its log {self._log_path}: {last_words(self._log_path.read_text(errors='replace'))}"
@@ -187,8 +188,6 @@ def server_arguments(
 
     Weights start as version 0. Without a tokenizer: token ids go in and come out.
     """
-    seeded = (device == "cpu") if config.seeded is None else config.seeded
-    response = config.max_prompt_tokens + config.max_response_tokens
     arguments = {
         "--model-path": str(model_path),
         "--host": "127.0.0.1",
@@ -199,7 +198,7 @@ def server_arguments(
         "--random-seed": str(seed),
     }
     flags = ["--skip-tokenizer-init", "--skip-server-warmup"]
-    if seeded:
+    if config.is_seeded(on_gpu=device == "cuda"):
         flags.append("--enable-deterministic-inference")
     if device == "cpu":
         arguments |= {
@@ -207,14 +206,22 @@ def server_arguments(
             "--sampling-backend": "pytorch",
             "--grammar-backend": "none",
             "--max-running-requests": "64",
-            "--max-total-tokens": str(max(16384, 16 * response)),
+            "--max-total-tokens": str(cpu_cache_tokens(config)),
             "--mem-fraction-static": "0.1",
         }
         # --sleep-on-idle: an idle scheduler polls, and takes a whole core from the trainer.
         flags += ["--disable-cuda-graph", "--disable-overlap-schedule", "--sleep-on-idle"]
     else:
-        arguments |= {"--base-gpu-id": str(gpu), "--mem-fraction-static": "0.4"}  # the trainer shares the device
+        arguments |= {
+            "--base-gpu-id": str(gpu),
+            "--mem-fraction-static": str(GPU_SHARE),
+        }  # the trainer shares the device
     return [word for pair in arguments.items() for word in pair] + flags + list(config.server_args)
+
+
+def cpu_cache_tokens(config: RolloutConfig) -> int:
+    """Tokens whose keys and values a local CPU server keeps: for 16 of the longest sequences, at least 16,384."""
+    return max(16384, 16 * (config.max_prompt_tokens + config.max_response_tokens))
 
 
 def server_environment(environment: Mapping[str, str], device: Device) -> dict[str, str]:

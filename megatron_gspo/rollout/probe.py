@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+MOST_BYTES = 16 * 2**20
+"""Of a reply that is read; a status page has some thousand."""
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the engine's client uses no proxy either
 
 
@@ -37,8 +39,8 @@ def probe(urls: Sequence[str], timeout_s: float = 2.0) -> list[ServerState]:
 
 def _probe(url: str, timeout_s: float) -> ServerState:
     try:
-        _get(f"{url}/health", timeout_s)
-        info: Any = json.loads(_get(f"{url}/model_info", timeout_s))
+        get(f"{url}/health", timeout_s)
+        info: Any = json.loads(get(f"{url}/model_info", timeout_s))
         return ServerState(url, None, str(info["model_path"]), str(info["weight_version"]))
     except urllib.error.HTTPError as error:
         return ServerState(url, f"HTTP {error.code}")
@@ -49,6 +51,7 @@ def _probe(url: str, timeout_s: float) -> ServerState:
         return ServerState(url, f"not a reply of /model_info ({type(error).__name__}: {error})")
 
 
-def _get(url: str, timeout_s: float) -> bytes:
+def get(url: str, timeout_s: float) -> bytes:
+    """The first ``MOST_BYTES`` of a page. Raises OSError (HTTPError and URLError are), HTTPException or ValueError."""
     with _DIRECT.open(url, timeout=timeout_s) as response:
-        return bytes(response.read())
+        return bytes(response.read(MOST_BYTES))

@@ -52,20 +52,18 @@ class Run:
     @property
     def seeded(self) -> bool:
         """Whether rollouts are drawn from seeds."""
-        chosen = self.config.rollout.seeded
-        return not torch.cuda.is_available() if chosen is None else chosen
+        return self.config.rollout.is_seeded(on_gpu=torch.cuda.is_available())
 
-    def sampling(self, outer_step: int, *, group_size: int | None = None, greedy: bool = False) -> Sampling:
+    def sampling(self, outer_step: int) -> Sampling:
         """How this outer step's responses are drawn."""
         rollout = self.config.rollout
         return Sampling(
-            group_size=group_size or rollout.group_size,
+            group_size=rollout.group_size,
             temperature=rollout.temperature,
             max_tokens=rollout.max_response_tokens,
             stop_token_ids=self.tokenizer.stop_ids,
             seed=self.config.train.seed if self.seeded else None,
             outer_step=outer_step,
-            greedy=greedy,
         )
 
 

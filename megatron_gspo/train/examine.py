@@ -61,8 +61,7 @@ def read_questions(subject: Subject, *, greedy: bool) -> Questions:
         skip_bad=config.data.skip_bad,
         limit=config.eval.prompts,
     )
-    chosen = config.rollout.seeded
-    seeded = not torch.cuda.is_available() if chosen is None else chosen
+    seeded = config.rollout.is_seeded(on_gpu=torch.cuda.is_available())
     sampling = evaluation_sampling(config, tokenizer.stop_ids, seeded=seeded, greedy=greedy)
     return Questions(tokenizer, prompts, resolve_reward(config.reward), sampling)
 

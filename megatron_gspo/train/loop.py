@@ -171,7 +171,7 @@ def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> It
                 config.model.path,
                 Path(config.train.run_dir) / "servers",
                 device="cuda" if torch.cuda.is_available() else "cpu",
-                dtype="float32" if config.model.dtype == "float64" else config.model.dtype,
+                dtype=config.model.dtype,
                 seed=config.train.seed,
             )
             try:
