@@ -12,6 +12,8 @@ from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.estimate import ITEM_BYTES
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.machine import gib
+from megatron_gspo.policy.checkpoint_files import latest_in
+from megatron_gspo.report.rundir import is_replaceable
 
 
 def check_run_directory(facts: Facts) -> Check:
@@ -25,21 +27,20 @@ def check_run_directory(facts: Facts) -> Check:
         return error(f"train.run_dir = {path}: {place} cannot be written by this user", "train.run_dir: another place")
     if not os.path.lexists(path):
         return ok(f"{path} will be made")
-    if config.train.resume:
-        return ok(f"{path} exists, and train.resume = true goes on with it")
-    if not config.train.overwrite:
+    if config.train.resume and (latest := latest_in(path / "checkpoints")):
+        return ok(f"{path} exists, and train.resume = true goes on from {latest.name}")
+    if not (config.train.overwrite or config.train.resume):
         return error(
             f"train.run_dir = {path} exists",
             "train.run_dir: another name, or train.resume or train.overwrite = true",
         )
-    is_run = (path / "config.toml").is_file() and (path / "checkpoints").is_dir()
-    if any(path.iterdir()) and not is_run:
+    why = "train.overwrite = true" if config.train.overwrite else "train.resume = true, and no checkpoint is there yet"
+    if not (path.is_dir() and is_replaceable(path)):
         return error(
-            f"train.run_dir = {path} is no run directory (no config.toml and checkpoints/ in it), so train.overwrite "
-            f"does not replace it",
+            f"train.run_dir = {path} is no run directory (no config.toml and checkpoints/ in it): nothing replaces it",
             "train.run_dir: another name, or remove it yourself",
         )
-    return ok(f"{path} exists and is replaced: train.overwrite = true")
+    return ok(f"{path} exists and is replaced: {why}")
 
 
 def check_disk(facts: Facts) -> list[Check]:

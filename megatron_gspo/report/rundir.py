@@ -267,11 +267,16 @@ def _replace_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def is_replaceable(path: Path) -> bool:
+    """Whether a directory is empty or wholly a run's: nothing that a mistyped path would be missed in."""
+    return not any(path.iterdir()) or ((path / "config.toml").is_file() and (path / "checkpoints").is_dir())
+
+
 def _remove_run(path: Path) -> None:
     """Removes a run directory, but nothing that a mistyped path would be missed in, and no run that is going on."""
     if RunDirectory(path).is_locked():
         raise ConfigError(f"train.run_dir = {path} is being written by another process")
-    if any(path.iterdir()) and not ((path / "config.toml").is_file() and (path / "checkpoints").is_dir()):
+    if not is_replaceable(path):
         raise ConfigError(
             f"train.run_dir = {path} is not a run directory (no config.toml and checkpoints/ in it), "
             f"so nothing replaces it: remove it yourself or name another"

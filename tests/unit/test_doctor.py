@@ -551,9 +551,14 @@ def test_a_run_directory_is_new_replaced_or_refused(case: Case) -> None:
     check = case.check("run directory")
     assert check.status == "error" and "train.overwrite = true" in check.fix
     assert case.check("run directory", "train.overwrite=true").status == "ok"
-    assert "goes on with it" in case.check("run directory", "train.resume=true").detail
+    assert "no checkpoint is there yet" in case.check("run directory", "train.resume=true").detail
     (path / "thesis.tex").write_text("")
-    assert "no run directory" in case.check("run directory", "train.overwrite=true").detail
+    for how in ("overwrite", "resume"):
+        check = case.check("run directory", f"train.{how}=true")
+        assert check.status == "error" and "no run directory" in check.detail
+    (path / "checkpoints" / "outer_00004").mkdir(parents=True)
+    (path / "checkpoints" / "latest").write_text("outer_00004\n")
+    assert "goes on from outer_00004" in case.check("run directory", "train.resume=true").detail
     check = case.check("run directory", f'train.run_dir="{path}/thesis.tex/run"')
     assert check.status == "error" and "is a file" in check.detail
 
