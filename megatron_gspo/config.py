@@ -27,7 +27,6 @@ a geometric mean over the response, hardly ever leaves it, so nothing would be c
 AsList = Field(strict=False)
 """Of a tuple: TOML has lists. Its items are as strict as everything else."""
 Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]

@@ -44,7 +44,9 @@ def check_served(urls: Sequence[str], model: str) -> None:
     """
     own = read_config(model)
     for state in probe(urls, timeout_s=10.0):
-        served = Path(state.model_path or "")
+        if state.model_path is None:
+            continue  # that it does not answer is said when it is asked for responses
+        served = Path(state.model_path)
         difference = first_difference(own, read_config(served)) if (served / "config.json").is_file() else ""
         if difference:
             raise ConfigError(f"rollout.servers: {state.url} holds another model ({served}): its {difference}")

@@ -227,7 +227,8 @@ def test_the_command_line_answers_a_mistake_with_one_line_and_exit_status_2(
 
     make_tiny_qwen3_moe(tmp_path / "model", seed=0)
     path = toml(tmp_path / "c.toml")
-    done = command("train", str(path), f"model.path={tmp_path}/model", override)
+    short = ("rollout.max_prompt_tokens=64", "rollout.max_response_tokens=64")
+    done = command("train", str(path), f"model.path={tmp_path}/model", *short, override)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.startswith("error: ")
