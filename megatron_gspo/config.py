@@ -27,6 +27,7 @@ a geometric mean over the response, hardly ever leaves it, so nothing would be c
 AsList = Field(strict=False)
 """Of a tuple: TOML has lists. Its items are as strict as everything else."""
 Positive = Annotated[int, Field(ge=1)]
+Named = Annotated[str, Field(min_length=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -55,7 +56,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The policy that is trained."""
 
-    path: str
+    path: Named
     """Hugging Face directory (``config.json``, safetensors, tokenizer) that training starts from."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Parameters and activations. float64 is for proofs on a CPU."""
@@ -205,7 +206,7 @@ class ParallelConfig(Section):
 class TrainConfig(Section):
     """The outer loop."""
 
-    run_dir: str
+    run_dir: Named
     """Where the run writes; must not exist unless ``resume`` or ``overwrite``."""
     overwrite: bool = False
     """Replaces an existing run directory."""
@@ -351,7 +352,7 @@ class SyncConfig(Section):
 class DataConfig(Section):
     """Prompts."""
 
-    path: str
+    path: Named
     """JSONL or Parquet file of training prompts."""
     eval_path: str = ""
     """Held-out prompts; empty: no evaluation."""
@@ -516,6 +517,8 @@ def dump(config: RunConfig) -> str:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
+    if any("\ud800" <= character <= "\udfff" for character in override):  # a shell's bytes that are no UTF-8
+        raise ConfigError(f"{override!a} is not UTF-8, and no file could hold it")
     if not (equals and dot and section and name):
         raise ConfigError(f"{override!r} is not an override: write section.key=value, as in train.seed=1")
     value = _override_value(override, text)

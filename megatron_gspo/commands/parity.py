@@ -52,10 +52,11 @@ def run(options: argparse.Namespace) -> int:
 
     from megatron_gspo.parity.layouts import choose_layouts
     from megatron_gspo.quiet import mute
+    from megatron_gspo.train.rank import world_of_torchrun
 
     mute()
     config = _config(options.target)
-    world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+    world = world_of_torchrun()
     text = options.layouts or ("config" if config else "all")
     layouts, named = choose_layouts(text, config, max_ranks=options.max_ranks, world=world)
     ranks = _ranks(options.device, world)
@@ -89,6 +90,10 @@ def _settings(options: argparse.Namespace, config: RunConfig | None, layouts: li
     path = config.model.path if config else options.target or ""
     if options.layers and not path:
         raise ConfigError("--layers cuts CONFIG's or HF_DIR's model, and none is given")
+    if not 0 <= options.seed < 2**63:
+        raise ConfigError(f"--seed {options.seed}: it must be in 0 ... 2**63 - 1")
+    if options.layers is not None and options.layers < 1:
+        raise ConfigError(f"--layers {options.layers}: a model has one at least")
     if options.tolerance is not None and not options.tolerance > 0:
         raise ConfigError(f"--tolerance {options.tolerance:g}: it must be above 0")
     trained = config.algorithm.name if config and config.algorithm.name != "sft" else "gspo"

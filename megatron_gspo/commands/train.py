@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 SUMMARY = "train a policy (or fine-tune it: algorithm.name=sft)"
@@ -20,9 +19,10 @@ def run(options: argparse.Namespace) -> int:
     from megatron_gspo.config import load
 
     config = load(options.config, options.overrides)
-    if "RANK" in os.environ:
+    from megatron_gspo.train.rank import run_rank, world_of_torchrun
+
+    if world_of_torchrun() is not None:
         from megatron_gspo.report.recorder import RunRecorder
-        from megatron_gspo.train.rank import run_rank
 
         return run_rank(config, RunRecorder)
     from megatron_gspo.train.launch import check_before_start, launch

@@ -12,7 +12,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from megatron_gspo.config import RunConfig
-from megatron_gspo.errors import MegatronGspoError, RunStopped, UserError
+from megatron_gspo.errors import ConfigError, MegatronGspoError, RunStopped, UserError
 from megatron_gspo.quiet import mute
 from megatron_gspo.versions import untested_here
 
@@ -25,6 +25,24 @@ FIRST_RANKS_TURN_S = 1.0
 """Seconds by which the first rank goes before the others in saying what failed."""
 PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
+
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def world_of_torchrun() -> int | None:
+    """Ranks of the world that this process is one of, by torchrun's variables; None without ``RANK``.
+
+    Raises ConfigError when they contradict themselves: a ``RANK`` that something else has set, perhaps.
+    """
+    if "RANK" not in os.environ:
+        return None
+    found = {name: os.environ.get(name) for name in TORCHRUN}
+    rank, world = found["RANK"] or "", found["WORLD_SIZE"] or ""
+    if None in found.values() or not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        shown = ", ".join(f"{name} = {value!r}" for name, value in found.items())
+        raise ConfigError(f"{shown} are not torchrun's: unset RANK to start the ranks here, or start with torchrun")
+    return int(world)
 
 
 def run_rank(config: RunConfig, make_recorder: MakeRecorder) -> int:

@@ -122,6 +122,8 @@ def test_the_bytes_of_a_file_are_the_settings_that_a_toml_reader_finds_or_one_li
 @given(st.sampled_from(SETTINGS), st.one_of(VALUES, st.text(max_size=20)), st.booleans())
 @example("train.seed", "1\nx = 2", False)
 @example("train.overwrite", "True", False)
+@example("train.run_dir", "runs/\udcff", False)
+@example("train.run_dir", "", True)
 @example("train.outer_steps", True, True)
 def test_an_override_sets_its_value_or_is_one_line(name: str, value: Any, quoted: bool) -> None:
     """``value`` is what TOML makes of the right side, or the text itself where it is no TOML."""
