@@ -28,10 +28,10 @@ from megatron_gspo.train.models import check_models
 
 def check_before_start(config: RunConfig) -> None:
     """What can be said within seconds, without a process group and without a server: raises UserError."""
-    check_models(config)
     _, shape = read_model(config.model.path)
     check_layout(config.parallel, shape)
     check_recompute(config.model, shape)
+    check_models(config)
     HfReader(config.model.path)
     next(read_rows(Path(config.data.path)), None)
     if config.algorithm.name != "sft":

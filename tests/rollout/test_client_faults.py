@@ -31,7 +31,8 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 class StandIn:
     """A server whose /generate is ``answer``; it keeps the bodies it was sent."""
 
-    def __init__(self, answer: Answer, deterministic: bool = True) -> None:
+    def __init__(self, answer: Answer, deterministic: bool = True, info: bytes = b"") -> None:
+        self._info = info
         self.bodies: list[dict[str, Any]] = []
         self._seen: Counter[str] = Counter()
         self._answer = answer
@@ -51,6 +52,8 @@ class StandIn:
             self.running -= 1
 
     async def server_info(self, request: web.Request) -> web.Response:
+        if self._info:
+            return web.Response(body=self._info)
         return web.json_response({"version": "0.5.23", "enable_deterministic_inference": self._deterministic})
 
     def serve(self) -> TestServer:
@@ -209,6 +212,32 @@ def test_groups_come_back_in_order_from_all_servers_within_the_limit_of_prompts_
     for stand_in in stand_ins:
         assert len(stand_in.bodies) >= 12
         assert set(Counter(body["input_ids"][0] for body in stand_in.bodies).values()) == {2}  # a group stays together
+
+
+@pytest.mark.parametrize("info", [b"[1]", b"null", b"<html>", b"[" * 100_000, b"\xff\xfe"])
+def test_what_answers_and_is_no_sglang_server_is_refused_on_entry(info: bytes) -> None:
+    stand_in = StandIn(always(SOUND), info=info)
+    with pytest.raises(
+        EngineReplyError, match=r"127\.0\.0\.1:\d+/server_info (answered with broken JSON|is no object)"
+    ):
+        draw(stand_in)
+    assert stand_in.bodies == []
+
+
+def test_a_server_that_speaks_no_http_is_one_line() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 mail.example.org ESMTP\r\n")
+        await writer.drain()
+        writer.close()
+
+    async def enter() -> None:
+        async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with make_engine([f"http://127.0.0.1:{port}"], RolloutConfig(retries=0), vocab_size=64):
+                pass
+
+    with pytest.raises(EngineUnavailableError, match="server_info failed 1 times, at last with"):
+        asyncio.run(enter())
 
 
 def test_seeds_are_refused_by_servers_that_would_ignore_them() -> None:

@@ -80,6 +80,12 @@ MALFORMED = {
     "a logprob is NaN": (changed(f"{LOGPROBS}/1/0", float("nan")), "token 1 .* is nan"),
     "a logprob is null": (changed(f"{LOGPROBS}/1", [None, 8, None]), "token 1 .* is None"),
     "a logprob is -inf": (changed(f"{LOGPROBS}/1/0", float("-inf")), "token 1 .* is -inf"),
+    "a logprob is -inf in float32": (changed(f"{LOGPROBS}/1/0", -1e39), r"token 1 .* is -1e\+39"),
+    "a logprob is an integer beyond floats": (changed(f"{LOGPROBS}/1/0", -(10**400)), "token 1 .* is -1000"),
+    "a count is a truth value": (
+        changed("meta_info/completion_tokens", True, ids=(STOP,)),
+        "completion_tokens is True",
+    ),
     "a logprob is positive": (changed(f"{LOGPROBS}/1/0", 0.01), "token 1 .* is 0.01"),
     "a logprob has no id": (changed(f"{LOGPROBS}/1", [-1.0]), "not a reply"),
     "completion count": (changed("meta_info/completion_tokens", 4), "completion_tokens is 4, but 3"),
@@ -136,7 +142,8 @@ def test_seeds_differ_in_every_argument_fit_31_bits_and_do_not_change_between_re
     seeds = {rollout_seed(*arguments) for arguments in [base, *others]}
     assert len(seeds) == 5
     assert all(0 <= seed < 2**31 for seed in seeds)
-    assert rollout_seed(0, 0, "0", 0) == 2049335148
+    assert rollout_seed(0, 0, "0", 0) == 2049335148 == rollout_seed(0, 0, "0", 0, visit=0)
+    assert rollout_seed(0, 0, "0", 0, visit=1) not in {rollout_seed(0, 0, "0", sample) for sample in range(64)}
 
 
 def test_the_seeded_hash_is_the_one_that_sglang_computes_on_a_gpu() -> None:

@@ -192,7 +192,7 @@ HELD_BY: dict[str, list[tuple[str, str]]] = {
     "an empty response": [("rollout/test_policies.py", "test_each_response_is_counted_once_under_its_first_reason")],
     "a reward outside [0, 1]": [
         (SCORING, "test_an_unusable_value_names_prompt_sample_and_value"),
-        (FAULTS, "test_a_reward_that_hangs_raises_or_leaves_its_range_ends_the_run"),
+        ("training/test_runs.py", "test_a_reward_outside_its_range_stops_every_rank_with_the_response_named"),
     ],
     "a reward that raises": [(SCORING, "test_a_raising_function_names_the_response_and_keeps_its_error")],
     "a reward that hangs": [
