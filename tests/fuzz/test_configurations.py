@@ -135,7 +135,9 @@ def test_an_override_sets_its_value_or_is_one_line(name: str, value: Any, quoted
         return
     section, _, field = name.partition(".")
     try:
-        expected = tomllib.loads(f"value = {text}")["value"]
+        tree = tomllib.loads(f"value = {text}")
+        assert tree.keys() == {"value"}, f"the rest of {text!r} was left out without a word"
+        expected = tree["value"]
     except tomllib.TOMLDecodeError:
         expected = {"True": True, "False": False}.get(text.strip(), text.strip())
     assert is_same(expected, getattr(getattr(config, section), field)), (name, text)

@@ -113,8 +113,8 @@ def no_number(word: str) -> None:
 @fuzz(200)
 @given(st.lists(st.tuples(st.sampled_from(range(len(ROWS))), MUTATIONS), min_size=1, max_size=3))
 @example([(0, [("set", 2, 0, "\ud800")])])
-@example([(0, [("set", 1, 0, float("nan"))])])
-@example([(0, [("set", 1, 0, float("inf"))])])
+@example([(0, [("set", 2, 0, float("nan"))])])
+@example([(0, [("set", 6, 0, float("inf"))])])
 def test_mutated_objects_are_the_prompts_that_they_say_or_are_named(
     tmp_path: Path, rows: list[tuple[int, list[Any]]]
 ) -> None:
@@ -158,6 +158,15 @@ def test_mutated_parquet_gives_whole_rows_or_one_line(tmp_path: Path, mutations:
         return
     for number, prompt in enumerate(loaded.prompts):
         assert prompt.text == f"<user:{number}+{number}=>" and prompt.answer in (str(2 * number), "")
+
+
+def test_a_text_of_parquet_that_was_altered_is_noticed_by_its_pages_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "odd.parquet"
+    content = sound_parquet(path)
+    assert content.count(b"7+7=") == 1
+    path.write_bytes(content.replace(b"7+7=", b"7+8="))
+    with pytest.raises(DataError, match=r"odd\.parquet: after row 0: .*(CRC|checksum|corrupt)"):
+        load_prompts(path, tokenizer=TOKENIZER)
 
 
 @pytest.mark.parametrize(
