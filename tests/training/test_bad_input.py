@@ -160,7 +160,7 @@ HELD_BY: dict[str, list[tuple[str, str]]] = {
     ],
     "a checkpoint with a missing file": [
         ("unit/test_checkpoint_files.py", "test_damage_names_the_file_and_the_checkpoint_before_it"),
-        ("training/test_resume.py", "test_another_experiment_is_refused_before_anything_is_touched"),
+        ("training/test_resume.py", "test_another_experiment_and_a_damaged_checkpoint_are_refused_in_one_line"),
     ],
     "a checkpoint with an altered file": [
         (FAULTS, "test_a_checkpoint_that_was_altered_is_not_resumed_from"),
