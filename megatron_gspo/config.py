@@ -396,16 +396,17 @@ class EvalConfig(Section):
 
 
 class ReplayConfig(Section):
-    """Routing Replay for mixture-of-experts models."""
+    """Routing Replay for mixture-of-experts models, and how routing is watched."""
 
     mode: Literal["off", "r2", "r3"] = "off"
-    """"r2" replays the routes of the pi_old pass, "r3" those of the engine."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ReplayConfig:
-        if self.mode != "off":
-            raise ValueError(f'mode = "{self.mode}" is not supported yet: set replay.mode = "off"')
-        return self
+    """"r2" replays the routes of the pi_old pass in every mini-batch of its outer step; "r3" replays those of the
+    engine, in the pi_old pass too."""
+    min_coverage: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
+    """With "r3", the step fails when the engine gave routes for a smaller share of the tokens that have one."""
+    engine_routes_every: Annotated[int, Field(ge=0)] = 0
+    """Without "r3", outer steps between requests of the engine's routes, for ``route/engine_mismatch``; 0 never."""
+    drift_every: Annotated[int, Field(ge=0)] = 1
+    """With "off", outer steps between measurements of ``route/drift``, 0 never; with replay every step has one."""
 
 
 class RunConfig(Section):
@@ -450,6 +451,12 @@ class RunConfig(Section):
             raise ValueError(f"optimizer.warmup_steps = {warmup} leaves nothing of the run's {total} optimizer steps")
         if self.algorithm.reference and not self.algorithm.uses_reference:
             raise ValueError("algorithm.reference is set, but algorithm.kl_loss_coef = 0 does not use it")
+        if self.algorithm.name == "sft" and (self.replay.mode != "off" or self.replay.engine_routes_every):
+            name = "mode" if self.replay.mode != "off" else "engine_routes_every"
+            raise ValueError(
+                f"replay.{name} = {getattr(self.replay, name)!r} is about the routes of rollouts, and sft has none: "
+                f"remove it"
+            )
         self._check_paths()
         prompt, response = self.rollout.max_prompt_tokens, self.rollout.max_response_tokens
         longest = padded_length(prompt + response, self.parallel.context)

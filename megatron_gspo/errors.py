@@ -58,6 +58,10 @@ class NonFiniteError(MegatronGspoError, ArithmeticError):
     """A NaN or an infinity at an unmasked position; the optimizer has not moved."""
 
 
+class ReplayError(MegatronGspoError, RuntimeError):
+    """Routes were not recorded or replayed as they should have been; the optimizer has not moved."""
+
+
 class BatchError(MegatronGspoError, ValueError):
     """A batch is inconsistent with itself or with the layout (lengths, masks, budgets)."""
 

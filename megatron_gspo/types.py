@@ -203,6 +203,19 @@ class TokenShard:
         return len(self.samples)
 
 
+@dataclass(frozen=True)
+class RouteShard:
+    """The experts of one micro-batch's tokens, as far as one rank's routers choose them: its own layers and tokens."""
+
+    layers: tuple[int, ...]
+    """Of this rank's MoE layers, their numbers over all stages and dense layers, from 0; ascending."""
+    experts_LTK: torch.Tensor
+    """[len(layers), T_local, K] uint8, above 256 experts int16 or uint16: each token's experts, all different. Their
+    order within a row is that of the router's softmax, whose last bits depend on it."""
+    present_T: torch.Tensor
+    """[T_local] bool; where it is False there is no route: the token routes live, and its row may hold anything."""
+
+
 class SequenceSum(Protocol):
     """Sums per-token tensors over each sequence: [..., T_local] -> [..., S], complete on every rank.
 

@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=PRECISIONS, help="default: CONFIG's, else float64")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--loss", choices=LOSSES, help="default: CONFIG's, else gspo")
+    parser.add_argument(
+        "--replay",
+        action="store_true",
+        help="make routers choose random experts, the same in every layout, instead of their own (default: with a "
+        "CONFIG whose replay.mode is not off)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the mini-batch and a synthetic model's weights")
     parser.add_argument("--tolerance", type=float, help="largest relative error (default: the dtype's)")
     parser.add_argument("--json", action="store_true", help='print {"layouts": [{...}, ...]} instead of the table')
@@ -108,6 +114,7 @@ def _settings(options: argparse.Namespace, config: RunConfig | None, layouts: li
         tolerance=options.tolerance,
         temperature=config.rollout.temperature if config else Settings.temperature,
         chunk=config.model.logprob_chunk if config else Settings.chunk,
+        replay=options.replay or (config is not None and config.replay.mode != "off"),
     )
 
 

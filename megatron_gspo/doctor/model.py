@@ -9,7 +9,7 @@ from megatron_gspo.doctor.estimate import microbatches, tokens_of_minibatch
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.errors import WeightError
 from megatron_gspo.hf.catalog import read_config
-from megatron_gspo.hf.layout import check_recompute
+from megatron_gspo.hf.layout import check_recompute, check_replay
 
 NAMED = 3
 """Tensors that a line names before it counts the rest."""
@@ -24,6 +24,7 @@ def check_layout(facts: Facts) -> list[Check]:
     """Whether it multiplies out and divides the model, and what each data-parallel rank gets of a mini-batch."""
     parallel, data = facts.config.parallel, facts.layout
     check_recompute(facts.config.model, facts.shape)
+    check_replay(facts.config.replay, facts.shape)
     text = (
         f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} x data {data} = "
         f"{facts.ranks} ranks; expert {parallel.expert} x expert_tensor {parallel.expert_tensor}"

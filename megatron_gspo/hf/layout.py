@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_gspo.config import ModelConfig, ParallelConfig, RolloutConfig
+from megatron_gspo.config import ModelConfig, ParallelConfig, ReplayConfig, RolloutConfig
 from megatron_gspo.errors import ConfigError, LayoutError
 from megatron_gspo.hf.family import ModelShape
 
@@ -34,6 +34,16 @@ def check_recompute(settings: ModelConfig, model: ModelShape) -> None:
         raise ConfigError(
             f"model.recompute_modules = {list(settings.recompute_modules)} would recompute nothing: "
             f"{model.architecture} with these layers has {', '.join(sorted(there))}"
+        )
+
+
+def check_replay(settings: ReplayConfig, model: ModelShape) -> None:
+    """Raises ConfigError when routes are to be replayed in a model that has none."""
+    if not any(model.moe_layers) and (settings.mode != "off" or settings.engine_routes_every):
+        name = "mode" if settings.mode != "off" else "engine_routes_every"
+        raise ConfigError(
+            f"replay.{name} = {getattr(settings, name)!r}, but {model.architecture} with these layers is dense, and "
+            f"has no routes: remove it"
         )
 
 

@@ -47,6 +47,8 @@ class Case:
     temperature: float = 0.8
     model: Mapping[str, Any] = field(default_factory=dict)
     """Further settings of ``[model]``."""
+    replay: bool = False
+    """Whether routers are made to choose ``routes`` in every pass, which are not what they would choose."""
 
     @property
     def precision(self) -> Precision:
@@ -84,6 +86,11 @@ class Case:
         sample = self.samples[index]
         per_token = self.loss != "gspo"
         return sample.token_advantages.tolist() if per_token else [sample.advantage] * len(sample.response_ids)
+
+    def routes(self, layer: int, experts: int, top_k: int) -> np.ndarray:
+        """[tokens, K] int64: random experts of a layer, all different in a row, by token number; of any layout."""
+        rng = np.random.default_rng([self.seed, layer])
+        return rng.random((int(self.starts[-1]), experts)).argsort(axis=1)[:, :top_k]
 
     def run_config(self, layout: Layout) -> RunConfig:
         """The configuration of a layout. Raises LayoutError where ``ParallelConfig`` refuses it."""

@@ -50,6 +50,8 @@ class Settings:
     """``model.logprob_chunk``: smaller than a micro-batch, so that there are several."""
     tolerance: float | None = None
     """Replaces the dtype's own."""
+    replay: bool = False
+    """Random routes are replayed in every pass."""
 
 
 class Ranks(Protocol):
@@ -173,7 +175,10 @@ def _cut(source: str, directory: str, layers: int) -> str:
 
 
 def _case(settings: Settings, path: str) -> Case:
-    vocabulary = read_model(path)[1].vocab_size
+    shape = read_model(path)[1]
+    if settings.replay and not any(shape.moe_layers):
+        raise ConfigError(f"--replay: {shape.architecture} with these layers is dense, and has no routes to replay")
+    vocabulary = shape.vocab_size
     lengths = {"max_prompt": 64, "max_response": 128} if settings.path else {}
     return Case(
         path=path,
@@ -183,6 +188,7 @@ def _case(settings: Settings, path: str) -> Case:
         dtype=settings.dtype,
         temperature=settings.temperature,
         model={"logprob_chunk": settings.chunk},
+        replay=settings.replay,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def transformers_step(reference: Reference, directory: str) -> Part:
     model = _load(case).to(device)
     for index, sample in enumerate(case.samples):
         ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64)).to(device)
-        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        with _routed(case, model, index):
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
         first = len(sample.prompt_ids) - 1
         log_probs = torch.log_softmax(logits[first:-1].to(case.loss_dtype) / case.temperature, dim=-1)
         new_R = log_probs.gather(1, ids[first + 1 :, None])[:, 0]
@@ -41,6 +43,32 @@ def transformers_step(reference: Reference, directory: str) -> Part:
     squares = (float(w.grad.double().square().sum()) for w in model.parameters() if w.grad is not None)
     part.norm = math.sqrt(sum(squares))
     return part
+
+
+@contextmanager
+def _routed(case: Case, model: Any, index: int) -> Iterator[None]:
+    """Routers choose the case's routes of a sample, where it replays any; its last token has none."""
+    gates = [(layer, block.mlp.gate) for layer, block in enumerate(model.model.layers) if hasattr(block.mlp, "gate")]
+    own = slice(int(case.starts[index]), int(case.starts[index + 1]) - 1)
+
+    def hook(layer: int) -> Any:
+        def choose(gate: Any, inputs: object, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            logits_TE, scores_TK, live_TK = output
+            routes_TK = torch.from_numpy(case.routes(layer, gate.num_experts, gate.top_k)[own]).to(live_TK.device)
+            chosen_TK = torch.cat([routes_TK, live_TK[-1:]])
+            weights_TK = torch.softmax(logits_TE, dim=-1, dtype=torch.float).gather(1, chosen_TK)
+            if gate.norm_topk_prob:
+                weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+            return logits_TE, weights_TK.to(scores_TK.dtype), chosen_TK
+
+        return choose
+
+    hooks = [gate.register_forward_hook(hook(layer)) for layer, gate in gates] if case.replay else []
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 def _append(

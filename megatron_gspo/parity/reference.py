@@ -16,7 +16,7 @@ from megatron_gspo.parity import shards
 from megatron_gspo.parity.case import Case, Key, set_apart, straddling_old
 from megatron_gspo.parity.layouts import Layout
 from megatron_gspo.parity.naive import naive_term
-from megatron_gspo.parity.step import GRADIENTS, PARAMETERS, Part, build, note, old_pass
+from megatron_gspo.parity.step import GRADIENTS, PARAMETERS, Part, build, note, old_pass, replayed
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.types import PackedBatch
 
@@ -140,7 +140,8 @@ def _train(case: Case, policy: Policy, batches: Sequence[PackedBatch], part: Par
         note(case, batches[index], policy.groups, part.training, logprobs_T, entropy_T)
         return term.loss
 
-    policy.gradients(batches, objective)
+    with policy.replay.replay(replayed(case, policy, batches)):
+        policy.gradients(batches, objective)
     return clipped
 
 

@@ -11,7 +11,9 @@ import torch
 from megatron_gspo.algorithm import packing
 from megatron_gspo.parity.case import Case
 from megatron_gspo.policy.groups import Groups, device
-from megatron_gspo.types import PackedBatch, TokenShard
+from megatron_gspo.policy.policy import Policy
+from megatron_gspo.policy.replay import route_dtype
+from megatron_gspo.types import PackedBatch, RouteShard, TokenShard
 
 
 def pack(case: Case, indices: Sequence[int], groups: Groups) -> PackedBatch:
@@ -48,3 +50,16 @@ def with_old_logprobs(case: Case, batch: PackedBatch, groups: Groups) -> TokenSh
     shard = packing.shard_tokens(batch, groups.shard)
     old_T = torch.from_numpy(by_number[own_numbers(case, batch, groups)])
     return replace(shard, old_logprobs_T=old_T.to(shard.labels_T.device, case.loss_dtype))
+
+
+def routes(case: Case, batch: PackedBatch, policy: Policy) -> RouteShard:
+    """The case's routes of this rank's layers and tokens; padding and the last token of a response have none."""
+    shape, layers = policy.shape, policy.replay.layers
+    numbers = own_numbers(case, batch, policy.groups)
+    rows = [case.routes(layer, shape.num_experts, shape.top_k)[numbers] for layer in layers]
+    experts_LTK = torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, len(numbers), shape.top_k)
+    return RouteShard(
+        layers,
+        experts_LTK.to(device(), route_dtype(shape.num_experts)),
+        torch.from_numpy((numbers >= 0) & ~np.isin(numbers, case.starts[1:] - 1)).to(device()),
+    )

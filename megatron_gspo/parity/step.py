@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from megatron_gspo.parity.layouts import Layout
 from megatron_gspo.policy.groups import Groups, make_groups
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.policy.routes import Routes, record_routes
-from megatron_gspo.types import LossOutput, PackedBatch
+from megatron_gspo.types import LossOutput, PackedBatch, RouteShard
 
 Fault = Callable[[], AbstractContextManager[object]]
 """Makes a context that each rank enters around its whole step. For tests: the check must be able to fail."""
@@ -106,13 +106,22 @@ def build(case: Case, layout: Layout) -> tuple[Policy, Groups]:
 
 def old_pass(case: Case, policy: Policy, batches: list[PackedBatch], part: Part) -> None:
     """The forward pass of pi_old: logprobs, entropies, and the routers' choices."""
-    with record_routes(policy.chunks) as routers:
+    routes = replayed(case, policy, batches)
+    with record_routes(policy.chunks) as routers, policy.replay.replay(routes):
         results = policy.logprobs(batches)
     for batch, (logprobs_T, entropy_T) in zip(batches if results else [], results, strict=True):
         note(case, batch, policy.groups, part.old_pass, logprobs_T, entropy_T)
     numbers = [shards.own_numbers(case, batch, policy.groups) for batch in batches]
     for choices in filter(None, routers):
         note_routes(part, choices, numbers)
+        if routes is not None:  # what is replayed has no near-tie
+            replayed_T = torch.cat([shard.present_T for shard in routes]).cpu().numpy()
+            part.margins[choices[0].layer][replayed_T[np.concatenate(numbers) >= 0]] = np.inf
+
+
+def replayed(case: Case, policy: Policy, batches: Sequence[PackedBatch]) -> list[RouteShard] | None:
+    """The routes of a pass over ``batches``, where the case replays any."""
+    return [shards.routes(case, batch, policy) for batch in batches] if case.replay else None
 
 
 def train(case: Case, policy: Policy, batches: list[PackedBatch], part: Part) -> None:
@@ -136,7 +145,8 @@ def train(case: Case, policy: Policy, batches: list[PackedBatch], part: Part) ->
         part.sequences.update(zip(batches[index].samples, rows, strict=True))
         return output.loss
 
-    policy.gradients(batches, objective)
+    with policy.replay.replay(replayed(case, policy, batches)):
+        policy.gradients(batches, objective)
     part.sequences.pop((-1, -1), None)  # dummies
 
 

@@ -23,7 +23,6 @@ from megatron_gspo.hf.weights import NamedRule, find_rule, padded_vocab_size, ta
 from megatron_gspo.parallel.logprobs import vocab_parallel_logprobs
 from megatron_gspo.policy.attention import packed_sequences
 from megatron_gspo.policy.groups import Groups, device
-from megatron_gspo.policy.routes import order_choices
 from megatron_gspo.policy.spec import block_spec
 from megatron_gspo.types import DTYPES, PackedBatch
 
@@ -235,7 +234,6 @@ def build_chunks(
     chunks = [PolicyModel(config, shape, groups, model.logprob_chunk, stage).to(device()) for stage in virtual]
     for chunk in chunks:
         _mark_parameters(chunk, family)
-        order_choices(chunk)
     return chunks
 
 

@@ -12,7 +12,7 @@ from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import BatchError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
-from megatron_gspo.hf.layout import check_layout, check_recompute
+from megatron_gspo.hf.layout import check_layout, check_recompute, check_replay
 from megatron_gspo.parallel.exchange import together
 from megatron_gspo.policy.export import complete_gradients, gradient_of, stream_tensors
 from megatron_gspo.policy.groups import Groups
@@ -20,6 +20,7 @@ from megatron_gspo.policy.load import ExpertLoad
 from megatron_gspo.policy.model import build_chunks, load_weights
 from megatron_gspo.policy.optimizer import Optimizer, learning_rate, wrap_ddp
 from megatron_gspo.policy.pipeline import stage_communicator
+from megatron_gspo.policy.replay import Replay
 from megatron_gspo.types import PackedBatch
 
 Objective = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -46,12 +47,15 @@ class Policy:
         self.family, self.shape = read_model(directory)
         check_layout(config.parallel, self.shape)
         check_recompute(config.model, self.shape)
+        if trainable:
+            check_replay(config.replay, self.shape)
         self.chunks = build_chunks(
             config.model, config.parallel, self.family, self.shape, groups, deterministic=config.train.deterministic
         )
         self.temperature = 1.0 if config.algorithm.name == "sft" else config.rollout.temperature
         together(lambda: self._load(directory), groups.world)  # what is wrong may be so on one stage only
         self.optimizer: Optimizer | None = None
+        self.replay = Replay(self.chunks, groups.world)
         self.expert_load = ExpertLoad(self.chunks)
         self.modules: Sequence[torch.nn.Module] = self.chunks
         if trainable:
@@ -128,24 +132,29 @@ class Policy:
             stream: Iterator[tuple[int, PackedBatch]], module: torch.nn.Module
         ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, float]]]]:
             index, batch = next(stream)
+            self.replay.at(index, backward=False)
             output = module(batch, self.temperature)
+            if output.requires_grad:  # called when the backward of this micro-batch begins, before any recompute in it
+                output.register_hook(lambda _: self.replay.at(index, backward=True))
 
             def loss_of(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
                 return objective(index, output[0], output[1]), torch.zeros((), dtype=torch.int), {}
 
             return output, loss_of
 
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(enumerate(batches)) for _ in self.modules],
-            model=list(self.modules),
-            num_microbatches=len(batches),
-            seq_length=0,  # StageCommunicator knows the shapes
-            micro_batch_size=1,
-            forward_only=forward_only,
-            pg_collection=self.groups.megatron,
-            p2p_communicator=stage_communicator(self.groups, self.chunks[0].config, batches),
-        )
+        tokens = [batch.num_tokens // self.groups.shard.size for batch in batches]
+        with self.replay.running(tokens, backward=not forward_only):
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(enumerate(batches)) for _ in self.modules],
+                model=list(self.modules),
+                num_microbatches=len(batches),
+                seq_length=0,  # StageCommunicator knows the shapes
+                micro_batch_size=1,
+                forward_only=forward_only,
+                pg_collection=self.groups.megatron,
+                p2p_communicator=stage_communicator(self.groups, self.chunks[0].config, batches),
+            )
 
 
 def _finalize_gradients(modules: list[torch.nn.Module], num_tokens: object = None, **kwargs: object) -> None:

@@ -1,40 +1,13 @@
-"""What a stage's routers chose, micro-batch by micro-batch, and in which order."""
+"""What a stage's routers used, micro-batch by micro-batch, and by how much they chose it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
-
-
-class ChoicesInOrder:
-    """A router's top-k from the largest logit down, in every pass: what stands where Megatron's replay would.
-
-    0.19.2 leaves it in any order where there is no gradient (moe_utils.py), and the softmax over it then adds up in
-    another order than in training: the pi_old pass, and the first pass under recompute, would differ in last bits.
-    """
-
-    def get_replay_topk(
-        self,
-        scores: torch.Tensor,
-        topk: int,
-        num_groups: int | None,
-        group_topk: int | None,
-        default_compute_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scores [T, K], experts [T, K]) by Megatron's own function, which sorts where gradients are on."""
-        with torch.enable_grad():
-            return default_compute_topk(scores, topk, num_groups, group_topk)
-
-
-def order_choices(chunk: torch.nn.Module) -> None:
-    """Gives every router of a stage its ``ChoicesInOrder``."""
-    for module in chunk.modules():
-        if isinstance(module, TopKRouter):
-            module.router_replay = ChoicesInOrder()
 
 
 @dataclass(frozen=True)

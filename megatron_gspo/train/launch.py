@@ -21,7 +21,7 @@ from megatron_gspo.config import RunConfig
 from megatron_gspo.data.rows import read_rows
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
-from megatron_gspo.hf.layout import check_layout, check_recompute
+from megatron_gspo.hf.layout import check_layout, check_recompute, check_replay
 from megatron_gspo.rewards.registry import resolve_reward
 from megatron_gspo.train.models import check_models
 
@@ -31,6 +31,7 @@ def check_before_start(config: RunConfig) -> None:
     _, shape = read_model(config.model.path)
     check_layout(config.parallel, shape)
     check_recompute(config.model, shape)
+    check_replay(config.replay, shape)
     check_models(config)
     HfReader(config.model.path)
     next(read_rows(Path(config.data.path)), None)

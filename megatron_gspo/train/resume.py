@@ -34,6 +34,7 @@ FREE = frozenset(
         *(f"train.{name}" for name in ("save_rollouts", "save_hf", "tensorboard", "wandb")),
         *(f"rollout.{name}" for name in ("servers", "local_servers", "server_python", "server_args")),
         *(f"rollout.{name}" for name in ("server_start_s", "concurrency", "timeout_s", "retries")),
+        *(f"replay.{name}" for name in ("min_coverage", "engine_routes_every", "drift_every")),
         "rollout.max_prompt_tokens",
         "reward.timeout_s",
         "reward.concurrency",

@@ -32,7 +32,17 @@ from megatron_gspo.train.clock import Clock
 from megatron_gspo.train.context import Run
 from megatron_gspo.train.noise import measure_noise
 from megatron_gspo.train.reading import read_samples
-from megatron_gspo.types import LossOutput, Prompt, Rollout, RolloutGroup, RolloutRecord, Sample, StepReport, TokenShard
+from megatron_gspo.train.replay import Dealt, MinibatchRoutes, routes_of_old_pass, routes_of_training
+from megatron_gspo.types import (
+    LossOutput,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    RolloutRecord,
+    Sample,
+    StepReport,
+    TokenShard,
+)
 
 
 @dataclass
@@ -67,12 +77,12 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
     if not minibatches:
         raise RolloutError(f"outer step {number}: no group has two responses left; dropped: {_kinds(summary)}")
     with clock("logprobs"):
-        shards = pi_old_pass(run, minibatches)
+        shards, routes = pi_old_pass(run, minibatches)
         summary |= measure_noise(run, minibatches[0], shards[0], number)
     reports, trained = [], []
     with clock("train"):
         for index, minibatch in enumerate(minibatches):
-            outputs, metrics = train_minibatch(run, minibatch, shards[index], first_step + index)
+            outputs, metrics = train_minibatch(run, minibatch, shards[index], routes[index], first_step + index)
             reports.append(StepReport(first_step + index, number, index, summary | metrics))
             trained.append(outputs)
     with clock("sync"):
@@ -199,14 +209,18 @@ def _kinds(summary: Mapping[str, float]) -> str:
     return ", ".join(f"{count:g} {kind.replace('_', ' ')}" for kind, count in counts.items() if count)
 
 
-def pi_old_pass(run: Run, minibatches: Sequence[Minibatch]) -> list[list[TokenShard]]:
-    """Old (and reference) logprobs of every micro-batch, as the shards that this rank stores. Collective.
+def pi_old_pass(
+    run: Run, minibatches: Sequence[Minibatch], engine: Dealt | None = None
+) -> tuple[list[list[TokenShard]], list[MinibatchRoutes]]:
+    """Old (and reference) logprobs of every micro-batch, as the shards that this rank stores; and its routes.
 
     A forward pass of its own over exactly the micro-batches that are trained on: the first mini-batch's ratios are
-    then exactly 1 because two evaluations agree, and not because one was copied. Empty but on the last stage.
+    then exactly 1 because two evaluations agree, and not because one was copied. Shards are empty but on the last
+    stage; every rank has the routes of its own layers. Collective.
     """
     batches = [batch for minibatch in minibatches for batch in minibatch.batches]
-    old = run.policy.logprobs(batches)
+    with run.policy.replay.replay(routes_of_old_pass(run.config.replay.mode, engine)) as live:
+        old = run.policy.logprobs(batches)
     ref = run.reference.logprobs(batches) if run.reference else [(None, None)] * len(old)
     error, shards = None, []
     for batch, (old_T, _), (ref_T, _) in zip(batches if old else [], old, ref, strict=True):
@@ -214,12 +228,13 @@ def pi_old_pass(run: Run, minibatches: Sequence[Minibatch]) -> list[list[TokenSh
         error = error or non_finite_error(old_T, shard, "pi_old")
         shards.append(replace(shard, old_logprobs_T=old_T, ref_logprobs_T=ref_T))
     agree(error, run.groups.world)
-    counts = np.cumsum([len(minibatch.batches) for minibatch in minibatches])
-    return [shards[end - len(m.batches) : end] for m, end in zip(minibatches, counts, strict=True)]
+    sizes = [len(minibatch.batches) for minibatch in minibatches]
+    routes = routes_of_training(run.config.replay.mode, sizes, live, engine)
+    return [shards[end - size : end] for size, end in zip(sizes, np.cumsum(sizes), strict=True)], routes
 
 
 def train_minibatch(
-    run: Run, minibatch: Minibatch, shards: Sequence[TokenShard], step: int
+    run: Run, minibatch: Minibatch, shards: Sequence[TokenShard], routes: MinibatchRoutes, step: int
 ) -> tuple[list[tuple[torch.Tensor, LossOutput]], dict[str, float]]:
     """One optimizer step; returns (new logprobs, loss output) of each micro-batch and the metrics. Collective."""
     algorithm = run.config.algorithm
@@ -245,7 +260,8 @@ def train_minibatch(
         outputs.append((new_logprobs_T.detach(), output))
         return output.loss
 
-    run.policy.gradients(minibatch.batches, objective)
+    with run.policy.replay.replay(routes.replayed):
+        run.policy.gradients(minibatch.batches, objective)
     agree(error, run.groups.world)  # before the optimizer moves
     grad_norm, lr = run.policy.step(step, run.config.total_steps)
     return outputs, minibatch_metrics(run, sums) | {"grad_norm": grad_norm, "lr": lr}

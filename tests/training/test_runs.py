@@ -99,6 +99,24 @@ def test_the_first_minibatch_clips_exactly_nothing_and_the_engine_agrees_with_th
     assert written == {name for name, metric in METRICS.items() if metric.written}, "docs/metrics.md says what is there"
 
 
+def test_r2_takes_the_first_minibatch_as_without_and_the_second_by_the_routes_of_the_first(
+    ranks: RankPool, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    settings = ("optimizer.lr=3e-3", "train.outer_steps=1")
+    off, r2 = (
+        make_config(*settings, f"replay.mode={mode}", f'train.run_dir="{tmp_path}/{mode}"') for mode in ("off", "r2")
+    )
+    for config in (off, r2):
+        ranks.run(2, train, config)
+    (first_off, second_off), (first_r2, second_r2) = (
+        [{name: value for name, value in line.items() if not name.startswith("kl/engine")} for line in steps_of(config)]
+        for config in (off, r2)  # the server's last bits depend on what it has cached
+    )
+    assert first_off == first_r2
+    assert second_off["expert/load_max"] != second_r2["expert/load_max"], "routers moved, and nothing was replayed"
+    assert second_off["ratio/abs_log_mean"] != second_r2["ratio/abs_log_mean"]
+
+
 def test_the_same_configuration_takes_the_same_first_step_at_every_layout(
     ranks: RankPool, make_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -242,7 +260,7 @@ def noise_at_equal_and_at_moved_weights(config: RunConfig) -> tuple[dict[str, fl
     run = _run(config)
     survivors, dropped = collect_rollouts(run, run.prompts.prompts[: config.train.prompts_per_step], 0)
     minibatches = place(score(run, survivors, dropped).samples, config, run.groups)
-    shards = pi_old_pass(run, minibatches)
+    shards, _ = pi_old_pass(run, minibatches)
     floor = measure_noise(run, minibatches[0], shards[0], 0)
     with torch.no_grad():
         for parameter in run.policy.chunks[0].parameters():

@@ -93,7 +93,11 @@ def test_a_ppo_sized_clip_range_for_a_sequence_ratio_needs_to_be_asked_for(name:
         ({"algorithm": {"reference": "ref"}}, r"kl_loss_coef = 0 does not use it"),
         ({"model": {"path": "run/hf"}}, r"model\.path = run/hf lies in train\.run_dir = run"),
         ({"data": {"eval_path": "./run/../run/eval.jsonl"}}, r"data\.eval_path = .* lies in train\.run_dir"),
-        ({"replay": {"mode": "r3"}}, r'mode = "r3" is not supported yet'),
+        (
+            {"algorithm": {"name": "sft"}, "replay": {"mode": "r2"}},
+            r"replay\.mode = 'r2' is about the routes of rollouts, and sft has none",
+        ),
+        ({"replay": {"min_coverage": 1.5}}, r"min_coverage = 1\.5: input should be less than or equal to 1"),
         (
             {"rollout": {"servers": ["127.0.0.1:1"]}},
             r"rollout\.servers\.0: '127\.0\.0\.1:1' is no server: write http://HOST:PORT",

@@ -6,10 +6,21 @@ from typing import Any
 
 import pytest
 
-from megatron_gspo.config import ModelConfig, ParallelConfig, RunConfig, parse
+from megatron_gspo.config import ModelConfig, ParallelConfig, ReplayConfig, RunConfig, parse
 from megatron_gspo.errors import ConfigError, LayoutError
 from megatron_gspo.hf.catalog import FAMILIES
-from megatron_gspo.hf.layout import check_recompute, stage_layers
+from megatron_gspo.hf.layout import check_recompute, check_replay, stage_layers
+
+DENSE = FAMILIES["Qwen3ForCausalLM"].shape(
+    {
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "vocab_size": 67,
+    }
+)
 
 
 @pytest.mark.parametrize(
@@ -91,19 +102,17 @@ def test_a_recompute_that_does_nothing_or_cannot_be_is_refused(model: dict[str, 
 
 
 def test_a_recompute_of_modules_that_the_model_lacks_is_refused() -> None:
-    dense = FAMILIES["Qwen3ForCausalLM"].shape(
-        {
-            "architectures": ["Qwen3ForCausalLM"],
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "vocab_size": 67,
-        }
-    )
-    check_recompute(ModelConfig(path="model", recompute="selective"), dense)
+    check_recompute(ModelConfig(path="model", recompute="selective"), DENSE)
     with pytest.raises(ConfigError, match=r"\['moe'\] would recompute nothing: .* has core_attn, mlp"):
-        check_recompute(ModelConfig(path="model", recompute="selective", recompute_modules=("moe",)), dense)
+        check_recompute(ModelConfig(path="model", recompute="selective", recompute_modules=("moe",)), DENSE)
+
+
+def test_replay_of_a_dense_model_is_refused() -> None:
+    check_replay(ReplayConfig(), DENSE)
+    with pytest.raises(ConfigError, match=r"replay\.mode = 'r2', but Qwen3ForCausalLM .* is dense, and has no routes"):
+        check_replay(ReplayConfig(mode="r2"), DENSE)
+    with pytest.raises(ConfigError, match=r"replay\.engine_routes_every = 5, but"):
+        check_replay(ReplayConfig(engine_routes_every=5), DENSE)
 
 
 def test_a_resolved_recompute_setting_reads_back() -> None:
