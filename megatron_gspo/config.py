@@ -408,6 +408,19 @@ class ReplayConfig(Section):
     drift_every: Annotated[int, Field(ge=0)] = 1
     """With "off", outer steps between measurements of ``route/drift``, 0 never; with replay every step has one."""
 
+    @property
+    def uses_engine_routes(self) -> bool:
+        """Whether servers are asked for routes at all: they must have been started to capture them."""
+        return self.mode == "r3" or self.engine_routes_every > 0
+
+    def asks_for_routes(self, outer_step: int) -> bool:
+        """Whether the responses of this outer step come with the engine's routes."""
+        return self.mode == "r3" or bool(self.engine_routes_every and outer_step % self.engine_routes_every == 0)
+
+    def measures_drift(self, outer_step: int) -> bool:
+        """Whether this outer step's mini-batches have a ``route/drift``."""
+        return self.mode != "off" or bool(self.drift_every and outer_step % self.drift_every == 0)
+
 
 class RunConfig(Section):
     """The root: one section a concern."""

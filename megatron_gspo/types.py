@@ -48,6 +48,21 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class RouteShape:
+    """What the routes of a mixture-of-experts model look like."""
+
+    moe_layers: tuple[bool, ...]
+    """[L]: which of the hidden layers are mixtures of experts."""
+    top_k: int
+    num_experts: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """uint8 holds 256 experts; what it does not hold is kept as uint16."""
+        return np.dtype(np.uint8 if self.num_experts <= 256 else np.uint16)
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One response of the inference engine, validated on arrival."""
 
@@ -64,6 +79,10 @@ class Rollout:
     """Distinct weight versions that produced the tokens, in order; more than one means a mixed-version response."""
     text: str = ""
     """``response_ids`` decoded without special tokens; what rewards read."""
+    routes: np.ndarray | None = None
+    """[at most N + R - 1, L, K] uint8 (up to 256 experts) or uint16: row i holds the experts that token i, as input,
+    was sent to. L counts dense layers too, whose rows mean nothing. None when routes were not asked for, or when they
+    are not those of one set of weights (a mixed-version response)."""
 
     @property
     def truncated(self) -> bool:
@@ -104,6 +123,8 @@ class Sample:
     weight: float
     """1 / (P * G_p): the response's share of the mini-batch (design: each prompt 1/P, each survivor 1/G_p)."""
     reward: float = 0.0
+    routes: np.ndarray | None = None
+    """``Rollout.routes``; on the data-parallel leader alone, which deals them out (``train.routes``)."""
 
     @property
     def length(self) -> int:

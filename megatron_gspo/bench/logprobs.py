@@ -7,26 +7,21 @@ does falls on all alike; ratios are of runs of the same turn.
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
-import uuid
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_gspo.bench.heads import HEADS, Problem
+from megatron_gspo.bench.launch import on_ranks
 from megatron_gspo.bench.measure import Clock, PeakMemory, Spread, available_bytes, machine
 from megatron_gspo.config import ParallelConfig
-from megatron_gspo.errors import ConfigError, MegatronGspoError
+from megatron_gspo.errors import ConfigError
 from megatron_gspo.policy.groups import device, make_groups, start_distributed
-from megatron_gspo.quiet import ENVIRONMENT, mute
+from megatron_gspo.quiet import mute
 from megatron_gspo.types import DTYPES
 
 TIME_AIM, MEMORY_AIM = 1.15, 0.1
@@ -159,29 +154,7 @@ def _heads(settings: Settings, tokens: int, ranks: int, device: torch.device) ->
 
 def _on_ranks(ranks: int, settings: Settings, heads: dict[int, list[str]]) -> dict[int, Samples]:
     """Starts the ranks and joins their samples, by tokens: the slowest's time, the largest's memory."""
-    os.environ["OMP_NUM_THREADS"] = str(settings.threads)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        run_id=uuid.uuid4().hex,
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
-    try:
-        parts: dict[int, dict[int, Samples]] = elastic_launch(config, measure_on_a_rank)(settings, heads)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise MegatronGspoError(
-            f"rank {rank} of {ranks} failed with exit status {failure.exitcode} (-9: out of memory?)"
-        ) from error
-    except SignalException as error:  # Ctrl-C, or a scheduler's end of the job; the ranks have been ended with it
-        raise MegatronGspoError(f"ended by {error.sigval.name}") from error
+    parts: dict[int, dict[int, Samples]] = on_ranks(ranks, settings.threads, measure_on_a_rank, settings, heads)
     return {
         tokens: {
             head: [_worst(sample) for sample in zip(*(part[tokens][head] for part in parts.values()), strict=True)]

@@ -135,11 +135,14 @@ def _setting_problems(facts: Facts, server: Server) -> list[Check]:
                 "restart it with the flag, or rollout.seeded = false",
             )
         )
-    if config.replay.mode == "r3" and not info.get("enable_return_routed_experts"):
+    if config.replay.uses_engine_routes and not info.get("enable_return_routed_experts"):
+        name = "mode" if config.replay.mode == "r3" else "engine_routes_every"
+        value = getattr(config.replay, name)
         problems.append(
             error(
-                f'{server.url} was started without --enable-return-routed-experts, and replay.mode = "r3"',
-                "restart it with the flag, or replay.mode",
+                f"{server.url} was started without --enable-return-routed-experts, and replay.{name} = {value!r} asks "
+                f"for routes",
+                f"restart it with the flag, or replay.{name}",
             )
         )
     length, limit = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens, info.get("context_length")

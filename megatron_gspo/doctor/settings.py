@@ -54,6 +54,9 @@ INERT: tuple[tuple[tuple[str, ...], When, str], ...] = (
         lambda c: c.algorithm.name in ("grpo", "ppo"),
         "the clip range is of token ratios",
     ),
+    (("replay.min_coverage",), lambda c: c.replay.mode != "r3", "only r3 replays routes that may be missing"),
+    (("replay.engine_routes_every",), lambda c: c.replay.mode == "r3", "r3 asks for routes in every outer step"),
+    (("replay.drift_every",), lambda c: c.replay.mode != "off", "with replay every outer step is measured"),
 )
 """(settings, when they have no effect, why); said only of those that the configuration names."""
 

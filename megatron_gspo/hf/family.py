@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_gspo.hf.weights import WeightRule
+from megatron_gspo.types import RouteShape
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class ModelShape:
     max_positions: int
     megatron: dict[str, Any]
     """Further ``TransformerConfig`` settings of the family (router, qk-norm, activation)."""
+
+    @property
+    def routes(self) -> RouteShape:
+        """What the routes of its tokens look like."""
+        return RouteShape(self.moe_layers, self.top_k, self.num_experts)
 
 
 @dataclass(frozen=True)

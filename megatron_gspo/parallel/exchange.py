@@ -55,6 +55,21 @@ def exchange(items: Sequence[Sequence[Item]], group: dist.ProcessGroup, device: 
     return [item for part in lists for item in part]
 
 
+def scatter_bytes(
+    pieces: Sequence[torch.Tensor], size: int, group: dist.ProcessGroup, device: torch.device
+) -> torch.Tensor:
+    """The group's first rank hands out ``pieces`` (uint8, one a rank, of any sizes); each rank gets its own, of
+    ``size`` bytes, on ``device``. Only that crosses the wire. ``pieces`` is empty elsewhere."""
+    if group.size() == 1:
+        return pieces[0].to(device)
+    none = torch.empty(0, dtype=torch.uint8)
+    outgoing = [len(piece) for piece in pieces] or [0] * group.size()
+    arriving = [size] + [0] * (group.size() - 1)
+    received = torch.empty(size, dtype=torch.uint8, device=device)
+    dist.all_to_all_single(received, torch.cat([none, *pieces]).to(device), arriving, outgoing, group=group)
+    return received
+
+
 def together(action: Callable[[], Item], group: dist.ProcessGroup) -> Item:
     """What every rank does by itself (no collectives in it): its result, or the same error on all ranks."""
     error: Exception | None = None

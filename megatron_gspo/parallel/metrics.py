@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_gspo.algorithm.metrics import MetricSums
+from megatron_gspo.algorithm.routing import RouteChanges
+from megatron_gspo.parallel.exchange import gather_objects
 
 
 def reduce_metric_sums(sums: MetricSums, *, stage: dist.ProcessGroup, data: dist.ProcessGroup) -> MetricSums:
@@ -34,6 +36,27 @@ def heaviest_expert(counts: torch.Tensor, *, stage: dist.ProcessGroup, pipeline:
         worst = (total.amax(dim=1) / total.mean(dim=1)).max().reshape(1)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=pipeline)
     return float(worst)
+
+
+def reduce_route_changes(
+    changes: RouteChanges, *, stage: dist.ProcessGroup, pipeline: dist.ProcessGroup
+) -> tuple[dict[int, float], float]:
+    """({layer: share of experts that changed}, share of tokens with a changed layer) over all ranks; on every rank.
+
+    A token's layers lie on the stages of its pipeline, each of which knows of its own alone: whether any has changed is
+    agreed token by token, and counted after that. Empty and 0 when no token counts.
+    """
+    changed_T = changes.changed_T.int()
+    dist.all_reduce(changed_T, op=dist.ReduceOp.MAX, group=pipeline)
+    totals = torch.stack([changed_T.sum(), changes.counted_T.sum()]).double()
+    sums = torch.cat([changes.experts_L, totals])
+    dist.all_reduce(sums, group=stage)
+    *experts_L, changed, counted = sums.tolist()
+    if not counted:
+        return {}, 0.0
+    own = {layer: experts / counted for layer, experts in zip(changes.layers, experts_L, strict=True)}
+    shares = {layer: share for part in gather_objects(own, pipeline) for layer, share in part.items()}
+    return dict(sorted(shares.items())), changed / counted
 
 
 def _concatenate(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

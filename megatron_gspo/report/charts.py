@@ -5,8 +5,11 @@ A chart whose metrics no run has is left out, so an entry here costs nothing to 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from megatron_gspo.report.metrics import LAYER, row_of
 
 
 @dataclass(frozen=True)
@@ -183,11 +186,29 @@ SECTIONS = (
                 "Routing",
                 "share (0 to 1)",
                 (
-                    Curve("route/drift", "changed since π_old"),
-                    Curve("route/engine_mismatch", "engine ≠ trainer"),
-                    Curve("replay/coverage", "replayed"),
+                    Curve("route/drift", "experts changed since π_old"),
+                    Curve("route/drift_tokens", "tokens changed since π_old, in any layer"),
+                    Curve("route/engine_mismatch", "experts, engine ≠ trainer", markers=True),
+                    Curve("route/engine_mismatch_tokens", "tokens, engine ≠ trainer in any layer", markers=True),
                 ),
+                "What routers choose by themselves, whether replay overrules them or not.",
+                zero=True,
             ),
+            Chart(
+                "Routing drift by layer",
+                "share of experts",
+                (Curve("route/drift/layer_NN", "layer"),),
+                "Experts that were chosen under π_old and are not any more; exactly 0 in the first mini-batch.",
+                zero=True,
+            ),
+            Chart(
+                "Engine mismatch by layer",
+                "share of experts",
+                (Curve("route/engine_mismatch/layer_NN", "layer", markers=True),),
+                "Experts that the engine chose and the trainer at the same weights does not.",
+                zero=True,
+            ),
+            Chart("Replay coverage", "share of tokens", (Curve("replay/coverage", "with a route to replay"),)),
             Chart("Expert load", "largest load / mean load", (Curve("expert/load_max", "fullest expert"),), zero=True),
         ),
     ),
@@ -210,5 +231,25 @@ SECTIONS = (
         ),
     ),
 )
+
+SHOWN_LAYERS = 8
+"""Of a model with more, evenly spread ones are drawn, the first and the last among them."""
+
+
+def for_layers(chart: Chart, recorded: Iterable[str]) -> Chart:
+    """The chart with a curve a layer where one stands for all of them."""
+    if not any(curve.metric.endswith(LAYER) for curve in chart.curves):
+        return chart
+    curves = []
+    for curve in chart.curves:
+        names = [name for name in recorded if row_of(name) == curve.metric]
+        names.sort(key=lambda name: (len(name), name))
+        last = max(1, min(SHOWN_LAYERS, len(names)) - 1)
+        chosen = dict.fromkeys(names[round(i * (len(names) - 1) / last)] for i in range(last + 1) if names)
+        curves += [
+            replace(curve, metric=name, label=f"{curve.label} {int(name.rpartition('_')[2])}") for name in chosen
+        ]
+    return replace(chart, curves=tuple(curves))
+
 
 CHARTS = tuple(chart for section in SECTIONS for chart in section.charts)

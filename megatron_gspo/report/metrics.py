@@ -6,6 +6,7 @@ docs/metrics.md is this table to read, and a test holds the two equal, word for 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -29,9 +30,10 @@ class Metric:
     combine: Literal["mean", "last"] = field(default="mean", kw_only=True)
     """An outer step's value: the mean over its mini-batches, or the last line that has one. "last" is for what an
     outer step has one of (rewards, lengths, times, evaluations) and for s_i, furthest from pi_old in the last one."""
-    written: bool = field(default=True, kw_only=True)
-    """False for a name that is reserved and that no run writes yet."""
 
+
+LAYER = "layer_NN"
+"""The end of a row's name that stands for one metric a layer: ``layer_00`` and so on."""
 
 METRICS: dict[str, Metric] = {
     "reward/mean": Metric(
@@ -124,21 +126,38 @@ METRICS: dict[str, Metric] = {
     ),
     "route/drift": Metric(
         "fraction",
-        "1 - (experts chosen both under pi_old and now) / K, mean over tokens and layers.",
-        "About 0.1 after one update of a large model (arXiv 2507.18071).",
-        written=False,
+        "Share of the experts that pi_old's own routing chose and the policy's own routing now does not, mean over "
+        "layers and over the tokens of prompts and responses; with replay on or off, what routers would choose by "
+        "themselves.",
+        "Exactly 0 in minibatch 0. About 0.1 after one update of a large model (arXiv 2507.18071).",
+        combine="last",
+    ),
+    "route/drift_tokens": Metric(
+        "fraction", "Share of those tokens with a change in some layer.", "Far above `route/drift`.", combine="last"
+    ),
+    "route/drift/layer_NN": Metric(
+        "fraction", "`route/drift` of one MoE layer; NN is its number over all layers, from 00.", combine="last"
     ),
     "route/engine_mismatch": Metric(
         "fraction",
-        "The same between engine and trainer.",
-        "About 0.1 without replay in bf16 (arXiv 2510.11370).",
-        written=False,
+        "Share of the experts that the engine chose and the trainer's own routing in the pi_old pass does not, mean "
+        "over layers and over the tokens whose routes the engine returned; one value an outer step. With "
+        "`replay.mode` r3 the pi_old pass replays the engine's routes, so that each layer is compared on the inputs "
+        "that they lead to.",
+        "Near 0 in float32; about 0.1 in bf16 (arXiv 2510.11370).",
+        combine="last",
+    ),
+    "route/engine_mismatch_tokens": Metric(
+        "fraction", "Share of those tokens with a difference in some layer.", "0.94 as reported there.", combine="last"
+    ),
+    "route/engine_mismatch/layer_NN": Metric(
+        "fraction", "`route/engine_mismatch` of one MoE layer.", "Rises with depth.", combine="last"
     ),
     "replay/coverage": Metric(
         "fraction",
-        "Replayed token-layer routes / all.",
-        "Near 1: only tokens without a route (the last of a response) route live.",
-        written=False,
+        "Share of the tokens of prompts and responses that had a route to replay.",
+        "Exactly 1 with r2; near 1 with r3, where the last token of a response never has one. `replay.min_coverage` "
+        "stops a step before it trains on too few.",
     ),
     "expert/load_max": Metric(
         "multiple of mean",
@@ -211,6 +230,11 @@ METRICS: dict[str, Metric] = {
 TIME_PARTS = ("rollout", "reward", "logprobs", "train", "sync")
 
 
+def row_of(name: str) -> str:
+    """The name that a recorded metric has in ``METRICS``."""
+    return re.sub(r"layer_\d+$", LAYER, name)
+
+
 def clean(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Drops None and non-finite values: strict JSON has no NaN, and a mean over nothing was not measured."""
     values = {name: float(value) for name, value in metrics.items() if value is not None}
@@ -230,7 +254,7 @@ def combine(lines: Sequence[Record]) -> Record:
     combined: Record = {}
     for name in {name: None for line in lines for name in line}:
         values = [line[name] for line in lines if name in line]
-        last = name in PLACE or METRICS.get(name, Metric("")).combine == "last"
+        last = name in PLACE or METRICS.get(row_of(name), Metric("")).combine == "last"
         combined[name] = values[-1] if last else sum(values) / len(values)
     return combined
 

@@ -6,14 +6,14 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.report.charts import SECTIONS, Chart
-from megatron_gspo.report.metrics import INITIAL, METRICS, TIME_PARTS, Record, by_outer_step, seconds
+from megatron_gspo.report.charts import SECTIONS, Chart, for_layers
+from megatron_gspo.report.metrics import INITIAL, METRICS, TIME_PARTS, Record, by_outer_step, row_of, seconds
 from megatron_gspo.report.rundir import RunDirectory, read_lines
 from megatron_gspo.report.samples import finite, number, rollouts
 
@@ -28,14 +28,33 @@ def payload(runs: Sequence[RunDirectory]) -> dict[str, Any]:
     described = [run_payload(run, label, len(runs)) for run, label in zip(runs, labels(runs), strict=True)]
     recorded = {name for run in described for name in run["steps"]["series"]}
     sections = [
-        {"question": section.question, "charts": [asdict(chart) for chart in section.charts if drawn(chart, recorded)]}
+        {
+            "question": section.question,
+            "charts": [
+                asdict(chart)
+                for chart in (for_layers(chart, recorded) for chart in section.charts)
+                if drawn(chart, recorded)
+            ],
+        }
         for section in SECTIONS
     ]
     return {
         "runs": described,
         "sections": [section for section in sections if section["charts"]],
-        "metrics": {name: [m.unit, m.meaning, m.look_for] for name, m in METRICS.items() if name in recorded},
+        "metrics": {
+            name: [m.unit, m.meaning, m.look_for]
+            for name, m in METRICS.items()
+            if name in {row_of(metric) for metric in recorded}
+        },
     }
+
+
+def in_order(recorded: Iterable[str]) -> list[str]:
+    """The recorded metrics that have a row in ``METRICS``, in its order, and layers in theirs."""
+    rows = {row: place for place, row in enumerate(METRICS)}
+    return sorted(
+        (name for name in recorded if row_of(name) in rows), key=lambda name: (rows[row_of(name)], len(name), name)
+    )
 
 
 def drawn(chart: Chart, recorded: set[str]) -> bool:
@@ -65,7 +84,7 @@ def curves(lines: Sequence[Record]) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     recorded = {name for line in lines for name in line}
-    for name in (name for name in METRICS if name in recorded):
+    for name in in_order(recorded):
         rows = [row for row, line in enumerate(lines) if finite(line.get(name))]
         points = thinned([(row, lines[row][name]) for row in rows])
         if points:

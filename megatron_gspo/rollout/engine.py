@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from megatron_gspo.config import RolloutConfig
-from megatron_gspo.types import Prompt, Rollout
+from megatron_gspo.types import Prompt, Rollout, RouteShape
 
 Progress = Callable[[Sequence[Rollout]], None]
 """Called with each group as it completes, in the order of completion."""
@@ -40,6 +40,8 @@ class Sampling:
     """Enters the seeds: the same prompt is answered anew in another outer step."""
     greedy: bool = False
     """Argmax instead of a draw; for evaluation only (the logprobs are those at temperature 1)."""
+    routes: RouteShape | None = None
+    """Asks for the routes of every token, and says what those of the model look like; None does not ask."""
 
 
 class Engine(Protocol):

@@ -54,6 +54,7 @@ class LocalServers:
         device: Device,
         dtype: str,
         seed: int = 0,
+        routes: bool = False,
     ) -> None:
         self.urls: tuple[str, ...] = ()
         self._config = config
@@ -62,6 +63,7 @@ class LocalServers:
         self._device: Device = device
         self._dtype = dtype
         self._seed = seed
+        self._routes = routes
         self._servers: list[_Server] = []
 
     def __enter__(self) -> Self:
@@ -78,6 +80,7 @@ class LocalServers:
                     dtype=self._dtype,
                     seed=self._seed + index,
                     gpu=index,
+                    routes=self._routes,
                 )
                 log = self._log_dir / f"sglang-{index}.log"
                 self._servers.append(_Server(python, arguments, f"http://127.0.0.1:{port}", log, self._device))
@@ -183,8 +186,11 @@ def server_arguments(
     dtype: str,
     seed: int = 0,
     gpu: int = 0,
+    routes: bool = False,
 ) -> list[str]:
     """SGLang's command line for one server; ``config.server_args`` come last and win.
+
+    ``routes``: the server keeps the experts of each token, and sends them with the responses that ask for them.
 
     Weights start as version 0. Without a tokenizer: token ids go in and come out.
     """
@@ -198,6 +204,8 @@ def server_arguments(
         "--random-seed": str(seed),
     }
     flags = ["--skip-tokenizer-init", "--skip-server-warmup"]
+    if routes:
+        flags.append("--enable-return-routed-experts")
     if config.is_seeded(on_gpu=device == "cuda"):
         flags.append("--enable-deterministic-inference")
     if device == "cpu":

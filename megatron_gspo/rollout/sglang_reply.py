@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_gspo.errors import EngineReplyError
 from megatron_gspo.rollout.engine import Decode, Sampling, rollout_seed
+from megatron_gspo.rollout.routes import decode_routes
 from megatron_gspo.types import Prompt, Rollout
 
 LOGPROB_EPSILON = 1e-6
@@ -25,7 +26,8 @@ def generation_request(prompt: Prompt, sample: int, sampling: Sampling) -> dict[
     }
     if sampling.seed is not None:
         parameters["sampling_seed"] = rollout_seed(sampling.seed, sampling.outer_step, prompt.id, sample, prompt.visit)
-    return {"input_ids": list(prompt.token_ids), "sampling_params": parameters, "return_logprob": True}
+    request = {"input_ids": list(prompt.token_ids), "sampling_params": parameters, "return_logprob": True}
+    return request | ({"return_routed_experts": True} if sampling.routes else {})
 
 
 def parse_generation(
@@ -42,7 +44,9 @@ def parse_generation(
 
     Raises EngineReplyError, with the values, unless the reply holds: token ids in [0, vocab_size), one finite logprob
     <= 0 for each and for the same id, a known finish reason that fits the tokens (the stop token at the end and
-    nowhere else; exactly ``max_tokens`` when cut), counts that agree, and ``weight_version``.
+    nowhere else; exactly ``max_tokens`` when cut), counts that agree, ``weight_version``, and, when they were asked
+    for, routes (``decode_routes``). A response of mixed versions has none: a retraction computes the cache of its first
+    tokens again, routes with it, under weights that their logprobs are not from. Nor has an aborted one.
     """
     try:
         meta = reply["meta_info"]
@@ -51,6 +55,9 @@ def parse_generation(
         _check_counts(meta, prompt, ids)
         finish_reason = _finish_reason(meta["finish_reason"], ids, sampling)
         versions = _weight_versions(meta, weight_version)
+        routes = None
+        if sampling.routes and len(versions) == 1 and finish_reason != "abort":
+            routes = decode_routes(meta.get("routed_experts"), len(prompt.token_ids) + len(ids), sampling.routes)
     except EngineReplyError as error:
         raise EngineReplyError(f"prompt {prompt.id!r}, sample {sample}: {error}") from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -66,6 +73,7 @@ def parse_generation(
         finish_reason=finish_reason,  # type: ignore[arg-type]  # checked against the three names
         weight_versions=versions,
         text=decode(ids) if decode else "",
+        routes=routes,
     )
 
 

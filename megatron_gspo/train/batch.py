@@ -31,7 +31,7 @@ class Minibatch:
     batches: tuple[PackedBatch, ...]
     """Its micro-batches; as many as on every other data-parallel rank."""
     samples: tuple[tuple[Sample, ...], ...]
-    """What each micro-batch holds; empty for a dummy."""
+    """What each micro-batch holds; empty for a dummy. Routes are there on the leader alone."""
     tokens: int
     """Tokens of the whole mini-batch, over all data-parallel ranks."""
 
@@ -49,7 +49,9 @@ def place(mine: Sequence[Sample], config: RunConfig, groups: Groups) -> list[Min
     totals: list[int] = []
     if groups.is_leader:
         placed, totals = _exchange_samples(mine, config, groups)
-    placed, totals = broadcast_object((placed, totals), groups.leader_rank, groups.replica)
+    told = broadcast_object((_without_routes(placed), totals), groups.leader_rank, groups.replica)
+    if not groups.is_leader:
+        placed, totals = told
     return [
         Minibatch(tuple(pack_on_device(part, config, groups) for part in parts), tuple(parts), tokens)
         for parts, tokens in zip(placed or [], totals, strict=True)
@@ -106,6 +108,11 @@ def _exchange_samples(
         for keys, plan in zip(keys_of, plans, strict=True)
     ]
     return placed, [sum(lengths[key][0] for key in keys) for keys in keys_of]
+
+
+def _without_routes(placed: list[list[tuple[Sample, ...]]] | None) -> list[list[tuple[Sample, ...]]] | None:
+    """The samples as the whole replica needs them: routes are most of their bytes, and each rank needs few of those."""
+    return placed and [[tuple(replace(s, routes=None) for s in part) for part in parts] for parts in placed]
 
 
 def _plan(lengths: Sequence[int], config: RunConfig, groups: Groups) -> Plan:

@@ -64,6 +64,7 @@ class Run:
             stop_token_ids=self.tokenizer.stop_ids,
             seed=self.config.train.seed if self.seeded else None,
             outer_step=outer_step,
+            routes=self.policy.shape.routes if self.config.replay.asks_for_routes(outer_step) else None,
         )
 
 

@@ -173,6 +173,7 @@ def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> It
                 device="cuda" if torch.cuda.is_available() else "cpu",
                 dtype=config.model.dtype,
                 seed=config.train.seed,
+                routes=config.replay.uses_engine_routes,
             )
             try:
                 urls = stack.enter_context(servers).urls

@@ -33,12 +33,14 @@ from megatron_gspo.train.context import Run
 from megatron_gspo.train.noise import measure_noise
 from megatron_gspo.train.reading import read_samples
 from megatron_gspo.train.replay import Dealt, MinibatchRoutes, routes_of_old_pass, routes_of_training
+from megatron_gspo.train.routes import changes_between, check_coverage, coverage, deal_routes, engine_mismatch
 from megatron_gspo.types import (
     LossOutput,
     Prompt,
     Rollout,
     RolloutGroup,
     RolloutRecord,
+    RouteShard,
     Sample,
     StepReport,
     TokenShard,
@@ -77,12 +79,16 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
     if not minibatches:
         raise RolloutError(f"outer step {number}: no group has two responses left; dropped: {_kinds(summary)}")
     with clock("logprobs"):
-        shards, routes = pi_old_pass(run, minibatches)
+        engine = engine_routes(run, collected.samples, minibatches, number)
+        shards, routes = pi_old_pass(run, minibatches, engine)
+        if engine is not None:
+            summary |= engine_mismatch(engine, routes, minibatches, run.groups)
         summary |= measure_noise(run, minibatches[0], shards[0], number)
     reports, trained = [], []
     with clock("train"):
         for index, minibatch in enumerate(minibatches):
-            outputs, metrics = train_minibatch(run, minibatch, shards[index], routes[index], first_step + index)
+            outputs, metrics, live = train_minibatch(run, minibatch, shards[index], routes[index], first_step + index)
+            metrics |= routing_metrics(run, minibatch, routes[index], live, number)
             reports.append(StepReport(first_step + index, number, index, summary | metrics))
             trained.append(outputs)
     with clock("sync"):
@@ -174,6 +180,7 @@ def _add_group(run: Run, collected: Collected, position: int, rollouts: list[Rol
                 token_advantages=token_advantages,
                 weight=0.0,  # known when every leader's groups are: ``place`` fills it in
                 reward=float(reward),
+                routes=rollout.routes,
             )
         )
 
@@ -235,8 +242,9 @@ def pi_old_pass(
 
 def train_minibatch(
     run: Run, minibatch: Minibatch, shards: Sequence[TokenShard], routes: MinibatchRoutes, step: int
-) -> tuple[list[tuple[torch.Tensor, LossOutput]], dict[str, float]]:
-    """One optimizer step; returns (new logprobs, loss output) of each micro-batch and the metrics. Collective."""
+) -> tuple[list[tuple[torch.Tensor, LossOutput]], dict[str, float], list[RouteShard]]:
+    """One optimizer step; returns (new logprobs, loss output) of each micro-batch, the metrics, and what this rank's
+    routers would have chosen by themselves. Collective."""
     algorithm = run.config.algorithm
     clip_low, clip_high = algorithm.clip_range()
     outputs: list[tuple[torch.Tensor, LossOutput]] = []
@@ -260,11 +268,36 @@ def train_minibatch(
         outputs.append((new_logprobs_T.detach(), output))
         return output.loss
 
-    with run.policy.replay.replay(routes.replayed):
+    with run.policy.replay.replay(routes.replayed) as live:
         run.policy.gradients(minibatch.batches, objective)
     agree(error, run.groups.world)  # before the optimizer moves
     grad_norm, lr = run.policy.step(step, run.config.total_steps)
-    return outputs, minibatch_metrics(run, sums) | {"grad_norm": grad_norm, "lr": lr}
+    return outputs, minibatch_metrics(run, sums) | {"grad_norm": grad_norm, "lr": lr}, live
+
+
+def engine_routes(run: Run, samples: Sequence[Sample], minibatches: Sequence[Minibatch], number: int) -> Dealt | None:
+    """This rank's part of the engine's routes; None in an outer step that did not ask for them. Collective.
+
+    Raises ReplayError when they are to be replayed and cover too few tokens.
+    """
+    settings = run.config.replay
+    if not settings.asks_for_routes(number):
+        return None
+    if settings.mode == "r3":
+        check_coverage(samples, settings.min_coverage, run.groups)
+    return deal_routes(minibatches, run.policy.shape.routes, run.policy.replay.layers, run.groups)
+
+
+def routing_metrics(
+    run: Run, minibatch: Minibatch, routes: MinibatchRoutes, live: Sequence[RouteShard], number: int
+) -> dict[str, float]:
+    """``route/drift*`` and ``replay/coverage`` of one mini-batch; on every rank. Collective."""
+    metrics: dict[str, float] = {}
+    if run.policy.shape.num_experts and run.config.replay.measures_drift(number):
+        metrics |= changes_between("route/drift", routes.old, live, minibatch.batches, run.groups)
+    if routes.replayed is not None:
+        metrics["replay/coverage"] = coverage(routes.replayed, minibatch.batches, run.groups)
+    return metrics
 
 
 def minibatch_metrics(run: Run, sums: MetricSums) -> dict[str, float]:

@@ -5,6 +5,7 @@ What is accepted is compared with the reply field by field, and the fields with 
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from pathlib import Path
@@ -18,13 +19,15 @@ from hypothesis import strategies as st
 from megatron_gspo.errors import EngineReplyError, RolloutError, SyncError
 from megatron_gspo.rollout import sglang_client
 from megatron_gspo.rollout.engine import Sampling
+from megatron_gspo.rollout.routes import decode_routes
 from megatron_gspo.rollout.sglang_reply import parse_generation
 from megatron_gspo.sync.servers import Servers
-from megatron_gspo.types import Prompt, Rollout
+from megatron_gspo.types import Prompt, Rollout, RouteShape
 from tests.fuzz.mutations import (
     BYTE_MUTATIONS,
     HANG_S,
     MUTATIONS,
+    VALUES,
     as_json,
     assert_says,
     fuzz,
@@ -119,6 +122,43 @@ def test_mutated_bytes_of_an_answer_are_what_they_say_or_are_refused(index: int,
     check(reply)
     with pytest.raises(RolloutError, match="HTTP 400"):
         sglang_client._decode_answer(400, text, "http://server/generate")
+
+
+SHAPE = RouteShape(moe_layers=(False, True, True), top_k=2, num_experts=5)
+ROUTES = np.array([[[0, 0], [i % 5, (i + 2) % 5], [(3 * i + 1) % 5, 3 * i % 5]] for i in range(5)], dtype="<i4")
+
+
+def check_routes(text: Any) -> None:
+    """What is accepted is what base64, read by the standard library, holds; and nothing of it would break a step."""
+    try:
+        routes = decode_routes(text, 6, SHAPE)
+    except EngineReplyError as error:
+        assert_says(error, "routed_experts")
+        return
+    wide = np.frombuffer(base64.b64decode(text.encode("ascii"), validate=True), dtype="<i4").reshape(-1, 3, 2)
+    assert len(wide) <= 5 and routes.dtype == np.uint8
+    for token, layer in np.ndindex(len(wide), 3):
+        chosen = wide[token, layer].tolist()
+        if layer:
+            assert routes[token, layer].tolist() == chosen
+            assert len(set(chosen)) == 2 and set(chosen) <= set(range(5))
+
+
+@fuzz(300)
+@given(st.booleans(), BYTE_MUTATIONS)
+@example(True, [("drop", 0.5, 0, b"x")])
+def test_mutated_routes_are_what_they_say_or_are_refused(encoded: bool, mutations: list[Any]) -> None:
+    """Bytes of the text, or of the numbers in it."""
+    if encoded:
+        check_routes(mutated_bytes(base64.b64encode(ROUTES.tobytes()), mutations).decode(errors="surrogateescape"))
+    else:
+        check_routes(base64.b64encode(mutated_bytes(ROUTES.tobytes(), mutations)).decode())
+
+
+@fuzz(50)
+@given(VALUES)
+def test_what_is_no_text_is_no_routes(value: Any) -> None:
+    check_routes(value)
 
 
 @fuzz(100)

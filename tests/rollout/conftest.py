@@ -47,7 +47,9 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def session_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     require_sglang()
     config = RolloutConfig(max_prompt_tokens=64, max_response_tokens=64)
-    with LocalServers(config, tiny_model, tmp_path_factory.mktemp("logs"), device="cpu", dtype="float32") as servers:
+    with LocalServers(
+        config, tiny_model, tmp_path_factory.mktemp("logs"), device="cpu", dtype="float32", routes=True
+    ) as servers:
         yield servers.urls[0]
 
 

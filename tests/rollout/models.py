@@ -63,6 +63,13 @@ def transformers_next(directory: Path, context: Sequence[int]) -> np.ndarray:
         return _load(directory)(torch.tensor([list(context)])).logits[0, -1].double().log_softmax(-1).numpy()
 
 
+def transformers_routes(directory: Path, tokens: Sequence[int]) -> np.ndarray:
+    """[T, L, K]: the experts of transformers' fp32 model, from the largest logit down."""
+    with torch.no_grad():
+        logits = _load(directory)(torch.tensor([list(tokens)]), output_router_logits=True).router_logits
+    return torch.stack([layer.topk(2, dim=-1).indices for layer in logits], dim=1).numpy()
+
+
 @functools.cache
 def _load(directory: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

@@ -174,6 +174,12 @@ def test_a_cpu_server_is_seeded_single_threaded_and_starts_at_version_0() -> Non
     assert {"--sleep-on-idle", "--skip-tokenizer-init", "--enable-deterministic-inference"} <= set(arguments)
 
 
+def test_a_server_captures_routes_only_when_a_run_asks_for_them() -> None:
+    for routes in (False, True):
+        arguments = server_arguments(RolloutConfig(), "model", 1, device="cpu", dtype="float32", routes=routes)
+        assert ("--enable-return-routed-experts" in arguments) == routes
+
+
 def test_a_gpu_server_is_seeded_only_on_request_and_the_users_arguments_come_last() -> None:
     config = RolloutConfig(server_args=("--mem-fraction-static", "0.7"))
     arguments = server_arguments(config, "model", 1, device="cuda", dtype="bfloat16", gpu=2)

@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,10 @@ from megatron_gspo.errors import EngineReplyError, EngineUnavailableError, Rollo
 from megatron_gspo.rollout.engine import Sampling, make_engine
 from megatron_gspo.sync.base import make_weight_sync
 from megatron_gspo.sync.peers import Peers
-from megatron_gspo.types import Prompt, Rollout
+from megatron_gspo.types import Prompt, Rollout, RouteShape
 from tests.rollout.cases import prompt
 from tests.rollout.conftest import require_sglang, weight_version
-from tests.rollout.models import VOCAB_SIZE, tensors_of, transformers_logprobs, transformers_next
+from tests.rollout.models import VOCAB_SIZE, tensors_of, transformers_logprobs, transformers_next, transformers_routes
 from tests.rollout.ranks import run_ranks
 
 pytestmark = pytest.mark.rollout
@@ -61,6 +63,21 @@ def logprob_error(groups: list[list[Rollout]], model: Path, temperature: float =
         for group in groups
         for rollout in group
     )
+
+
+def test_routes_are_those_of_transformers_and_so_are_those_of_tokens_from_the_prefix_cache(
+    server: str, tiny_model: Path
+) -> None:
+    asking = replace(SAMPLING, routes=RouteShape((True, True), top_k=2, num_experts=8))
+    once = draw(server, PROMPTS, asking)
+    again = draw(server, PROMPTS, asking)  # prompts and responses lie in the cache by now
+    for rollout, repeated in zip(chain(*once), chain(*again), strict=True):
+        assert rollout.routes is not None and repeated.routes is not None
+        tokens = [*rollout.prompt.token_ids, *rollout.response_ids.tolist()]
+        assert rollout.routes.shape == (len(tokens) - 1, 2, 2)
+        assert (rollout.routes == transformers_routes(tiny_model, tokens[:-1])).all()
+        assert (rollout.routes == repeated.routes).all()
+    assert draw(server, PROMPTS[:1])[0][0].routes is None  # not asked for
 
 
 def push(method: str, url: str, model: Path, version: int, directory: Path, **settings: Any) -> None:

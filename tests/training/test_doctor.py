@@ -166,7 +166,7 @@ def test_a_real_server_is_said_to_be_what_it_is(server: str, overrides: list[str
     (check,) = look(QUICKSTART / "gspo.toml", *overrides, f'rollout.servers=["{server}"]')
     assert check.status == "ok", check
     assert f"{server}: sglang 0.5.23, " in check.detail and "tp 1 dp 1" in check.detail
-    assert "weight version '" in check.detail and " ms" in check.detail
+    assert "weight version '" in check.detail and "routed experts returned" in check.detail and " ms" in check.detail
 
 
 def test_a_real_server_of_another_model_is_an_error_with_both_values(
@@ -252,6 +252,16 @@ def look_at(overrides: list[str], *stand_ins: TestServer, more: list[str] | None
 def test_what_is_wrong_with_a_server_is_said(overrides: list[str], pages: dict, status: str, said: str) -> None:
     (check,) = look_at(overrides, stand_in(**pages))
     assert check.status == status and said in check.detail, check
+
+
+@pytest.mark.parametrize(("setting", "said"), [('mode="r3"', "mode = 'r3'"), ("engine_routes_every=5", "every = 5")])
+def test_a_server_that_returns_no_routes_is_an_error_where_they_are_asked_for(
+    overrides: list[str], setting: str, said: str
+) -> None:
+    (check,) = look_at(overrides, stand_in(), more=[f"replay.{setting}"])
+    assert check.status == "error" and f"without --enable-return-routed-experts, and replay.{said}" in check.detail
+    able = stand_in(info=SOUND_INFO | {"enable_return_routed_experts": True})
+    assert [check.status for check in look_at(overrides, able, more=[f"replay.{setting}"])] == ["ok"]
 
 
 def test_a_dead_server_and_a_hanging_one_are_named_and_the_others_are_looked_at(

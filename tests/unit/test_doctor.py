@@ -505,6 +505,7 @@ def test_token_rewards_under_gspo_are_said_to_be_averaged(case: Case) -> None:
         (['rollout.servers=["http://a"]', 'sync.method="disk"'], "warning", "http://a is perhaps another"),
         (["train.checkpoint_every=0", "train.keep_last=5"], "warning", "train.keep_last has no effect"),
         (["eval.every=0", "eval.greedy=false"], "warning", "eval.greedy has no effect"),
+        (['replay.mode="r3"', "replay.drift_every=2"], "warning", "replay.drift_every has no effect"),
     ],
 )
 def test_a_setting_that_does_not_do_what_one_expects_is_named(case: Case, overrides, status: str, said: str) -> None:

@@ -272,7 +272,8 @@ function explanation(chart) {
   const details = element("details", "about quiet"), list = element("dl");
   details.append(element("summary", "", "what this is"), list);
   const text = (markdown) => markdown.replaceAll("`", "");
-  for (const { metric } of chart.curves) {
+  const rows = new Set(chart.curves.map(({ metric }) => metric.replace(/layer_\d+$/, "layer_NN")));  // layers share one
+  for (const metric of rows) {
     if (!DATA.metrics[metric]) continue;
     const [unit, meaning, lookFor] = DATA.metrics[metric];
     list.append(element("dt", "", `${metric} (${unit === "1" ? "no unit" : unit})`), element("dd", "", text(meaning)));
