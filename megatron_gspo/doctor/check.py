@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.errors import MegatronGspoError
+from megatron_gspo.report.text import count
 
 Status = Literal["ok", "warning", "error"]
 LONGEST = 700
@@ -81,11 +82,6 @@ def one_line(text: str) -> str:
     words = " ".join(text.split())
     plain = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in words)
     return plain if len(plain) <= LONGEST else plain[: LONGEST - 3] + "..."
-
-
-def count(number: int, noun: str) -> str:
-    """ "1 server", "2 servers"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def summary(checks: Sequence[Check]) -> str:

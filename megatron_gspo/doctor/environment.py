@@ -7,10 +7,11 @@ import os
 import subprocess
 from pathlib import Path
 
-from megatron_gspo.doctor.check import Check, count, error, ok, warning
+from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.machine import gib
 from megatron_gspo.errors import UserError
+from megatron_gspo.report.text import count
 from megatron_gspo.rollout.launcher import find_server_python
 from megatron_gspo.versions import TRAINER, installed, untested, untested_here
 

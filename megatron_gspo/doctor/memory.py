@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_gspo.doctor.check import Check, count, error, ok, warning
+from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.estimate import ITEM_BYTES, Estimate, worst_stage
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.machine import gib
+from megatron_gspo.report.text import count
 from megatron_gspo.rollout.launcher import GPU_SHARE, cpu_cache_tokens
 
 TIGHT = 0.85

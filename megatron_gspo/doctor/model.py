@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_gspo.doctor.check import Check, count, error, ok, warning
+from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.estimate import microbatches, tokens_of_minibatch
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.errors import WeightError
 from megatron_gspo.hf.catalog import read_config
 from megatron_gspo.hf.layout import check_recompute, check_replay
+from megatron_gspo.report.text import count
 
 NAMED = 3
 """Tensors that a line names before it counts the rest."""

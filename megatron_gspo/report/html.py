@@ -24,7 +24,7 @@ from megatron_gspo.report.rundir import RunDirectory
 from megatron_gspo.report.status import summarise
 from megatron_gspo.report.text import algorithm_text, layout_text
 
-SCRIPTS = ("page.js", "charts.js", "reader.js")
+SCRIPTS = ("common.js", "page.js", "charts.js", "reader.js")
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -32,31 +32,25 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
     Raises DataError for a directory that is no run, ConfigError for a run named twice.
     """
-    directories = [RunDirectory.open(path) for path in runs]
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    # A lone surrogate, of a directory's name or a torn manifest, is in no encoding.
-    temporary.write_text(render(directories), encoding="utf-8", errors="replace")
-    temporary.replace(out)
-    return out
+    return write_page(render([RunDirectory.open(path) for path in runs]), out)
 
 
 def render(runs: Sequence[RunDirectory]) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=PackageLoader("megatron_gspo.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     names, now = labels(runs), datetime.now(UTC)
-    return environment.get_template("report.html.j2").render(
-        title=", ".join(names),
-        runs=[run_facts(run, name, now) for run, name in zip(runs, names, strict=True)],
-        settings=settings_table([settings(run) | versions(run) for run in runs]),
-        style=_template("report.css"),
-        script=Markup("\n").join(map(_template, SCRIPTS)),
-        payload=Markup(to_json(payload(runs))),
-        plotly=Markup(packed_plotly()),
-        written=now.strftime("%Y-%m-%d %H:%M UTC"),
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=", ".join(names),
+            runs=[run_facts(run, name, now) for run, name in zip(runs, names, strict=True)],
+            settings=settings_table([settings(run) | versions(run) for run in runs]),
+            style=template("report.css"),
+            script=Markup("\n").join(map(template, SCRIPTS)),
+            payload=Markup(to_json(payload(runs))),
+            plotly=Markup(packed_plotly()),
+            written=now.strftime("%Y-%m-%d %H:%M UTC"),
+        )
     )
 
 
@@ -110,6 +104,29 @@ def settings_table(runs: Sequence[dict[str, str]]) -> list[Setting]:
     return [Setting(name, values[name], len(set(values[name])) > 1) for name in names]
 
 
+def environment() -> Environment:
+    """Where the pages' templates are found; what they are given is text and gets escaped."""
+    return Environment(
+        loader=PackageLoader("megatron_gspo.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+
+
+def template(name: str) -> Markup:
+    """A style sheet or a script, as it is."""
+    return Markup((Path(__file__).parent / "templates" / name).read_text(encoding="utf-8"))
+
+
+def write_page(text: str, out: Path) -> Path:
+    """Replaces ``out`` by the page in one move."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    # A lone surrogate, of a directory's name or a torn manifest, is in no encoding.
+    temporary.write_text(text, encoding="utf-8", errors="replace")
+    temporary.replace(out)
+    return out
+
+
 @cache
 def packed_plotly() -> str:
     """plotly.js, gzip and base64: 2 MB instead of 4.8."""
@@ -123,10 +140,6 @@ def packed_plotly() -> str:
 def _commit(manifest: dict[str, Any]) -> str:
     git = _mapping(manifest.get("git"))
     return f"{str(git['commit'])[:12]}{' + changes' if git.get('dirty') else ''}" if "commit" in git else ""
-
-
-def _template(name: str) -> Markup:
-    return Markup((Path(__file__).parent / "templates" / name).read_text(encoding="utf-8"))
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def settings(run: RunDirectory) -> dict[str, str]:
         tree = tomllib.loads(run.config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return dict(_flatten(tree))
+    return dict(flatten(tree))
 
 
 def labels(runs: Sequence[RunDirectory]) -> list[str]:
@@ -177,6 +177,17 @@ def labels(runs: Sequence[RunDirectory]) -> list[str]:
     return ["/".join(part[-depth:]) for part in parts]
 
 
+def flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """``section.key`` and its value as text, of a tree of settings."""
+    rows: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            rows += flatten(value, f"{prefix}{key}.")
+        else:
+            rows.append((prefix + key, value if isinstance(value, str) else json.dumps(value, default=str)))
+    return rows
+
+
 def to_json(value: Any) -> str:
     """JSON that may stand inside a ``<script>`` element: no character of it can end the element or break UTF-8."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -186,13 +197,3 @@ def to_json(value: Any) -> str:
 def _mean(records: Sequence[Record], name: str) -> float | None:
     values = [value for record in records if (value := number(record.get(name))) is not None]
     return number(sum(values) / len(values), digits=6) if values else None
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            rows += _flatten(value, f"{prefix}{key}.")
-        else:
-            rows.append((prefix + key, value if isinstance(value, str) else json.dumps(value, default=str)))
-    return rows

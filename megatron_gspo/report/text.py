@@ -35,3 +35,8 @@ def duration(seconds_left: float) -> str:
     if whole < 3600:
         return f"{minutes}m{whole % 60:02d}s"
     return f"{hours}h{minutes % 60:02d}m" if hours < 48 else f"{days}d{hours % 24:02d}h"
+
+
+def count(number: int, noun: str) -> str:
+    """``1 seed``, ``16 seeds``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

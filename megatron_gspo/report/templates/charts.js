@@ -8,8 +8,6 @@ const AXES = {
 const DASHES = ["solid", "dot", "dash", "dashdot"];
 const CHARTS = DATA.sections.flatMap((section) => section.charts);
 const axis = () => AXES[byId("axis").value];
-// Plotly reads a little markup in names and hover texts; a run's name is text.
-const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const named = (run, text) => plain(MANY ? `${DATA.runs[run].label} · ${text}` : text);
 
 // The points of a metric; lines that lack it are no gap, so that rare measurements still make a line.
@@ -173,27 +171,24 @@ function resumeLines() {
 
 function layout(chart) {
   const time = chart.kind === "time";
-  const look = { gridcolor: css("--grid"), linecolor: css("--line"), zerolinecolor: css("--line"), automargin: true };
-  const title = { standoff: 6, font: { size: 11, color: css("--quiet") } };
   return {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", uirevision: byId("axis").value,
-    font: { color: css("--text"), size: 12, family: "system-ui, sans-serif" },
-    margin: { l: 10, r: 10, t: 8, b: 10 }, hovermode: time && MANY ? "closest" : "x unified",
-    hoverlabel: { namelength: -1, bgcolor: css("--card"), bordercolor: css("--line"), font: { size: 11, color: css("--text") } },
+    ...plotLook(), uirevision: byId("axis").value, hovermode: time && MANY ? "closest" : "x unified",
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 }, traceorder: "normal" },
     xaxis: {
-      ...look, title: { ...title, text: time ? (MANY ? "" : "outer step") : axis().title }, zeroline: false,
+      ...axisLook(time ? (MANY ? "" : "outer step") : axis().title), zeroline: false,
       ...(time && MANY ? {} : stepAxis(time ? "outer_step" : byId("axis").value)),
     },
     yaxis: {
-      ...look, title: { ...title, text: chart.unit }, type: chart.log ? "log" : "linear", exponentformat: "e",
-      rangemode: chart.zero ? "tozero" : "normal", ...(chart.log ? logTicks(chart) : {}),
+      ...axisLook(chart.unit), type: chart.log ? "log" : "linear", exponentformat: "e",
+      rangemode: chart.zero ? "tozero" : "normal", ...(chart.log ? logTicks(drawnValues(chart)) : {}),
       ...(chart.kind === "ratio" && ratioRange() ? { range: ratioRange() } : {}),
     },
     shapes: [...(chart.kind === "ratio" ? clipLines() : []), ...(time ? [] : resumeLines())],
     barmode: "stack", bargap: 0.4,
   };
 }
+
+const drawnValues = (chart) => [...visible].flatMap((run) => chart.curves.flatMap(({ metric }) => points(run, metric).y));
 
 // One range for all charts, so that what happened at one time stands in one column.
 function stepAxis(name) {
@@ -206,18 +201,11 @@ function stepAxis(name) {
   return { range: [low - margin, high + margin], tickformat: "d", ...(high - low < 8 ? { dtick: 1 } : {}) };
 }
 
-// 1, 2 and 5 times powers of ten over a decade or two, the powers alone over more.
-function logTicks(chart) {
-  const values = [...visible].flatMap((run) => chart.curves.flatMap(({ metric }) => points(run, metric).y)).map(Math.abs).filter(Boolean);
-  const decades = values.length ? Math.log10(Math.max(...values) / Math.min(...values)) : 0;
-  return { tickformat: "~g", ...(0 < decades && decades < 1 ? {} : decades < 2 ? { dtick: "D2" } : decades < 8 ? { dtick: 1 } : {}) };
-}
-
 const TRACES = { lines: lineTraces, ratio: ratioTraces, time: timeTraces };
 
 function draw(index) {
   const chart = CHARTS[index], plot = byId(`chart-${index}`);
-  Plotly.react(plot, TRACES[chart.kind](chart), layout(chart), { responsive: true, displaylogo: false, displayModeBar: false });
+  Plotly.react(plot, TRACES[chart.kind](chart), layout(chart), PLOT_OPTIONS);
 }
 
 // Texts first: they decide how high a chart is.
@@ -249,37 +237,13 @@ function buildCharts() {
 }
 
 function chartCard(chart, index) {
-  const card = element("section", "card chart"), plot = element("div", "plot");
-  plot.id = `chart-${index}`;
-  plot.setAttribute("role", "img");
-  plot.setAttribute("aria-label", `${chart.title}, ${chart.unit}`);
-  card.append(element("h3", "", chart.title));
   const every = DATA.runs[0].bars.every;
   const means = MANY ? "Mean over the outer steps of each run." : every > 1 ? `Each bar is the mean of ${every} outer steps.` : "";
   const note = chart.kind === "time" ? means : chart.note;
-  if (note) card.append(element("p", "quiet", note));
-  if (chart.kind === "ratio") {
-    const ranges = element("p", "quiet");
-    ranges.id = "ratio-note";
-    card.append(ranges);
-  }
-  card.append(plot, explanation(chart));
-  return card;
-}
-
-// What docs/metrics.md says of the chart's metrics.
-function explanation(chart) {
-  const details = element("details", "about quiet"), list = element("dl");
-  details.append(element("summary", "", "what this is"), list);
-  const text = (markdown) => markdown.replaceAll("`", "");
-  const rows = new Set(chart.curves.map(({ metric }) => metric.replace(/layer_\d+$/, "layer_NN")));  // layers share one
-  for (const metric of rows) {
-    if (!DATA.metrics[metric]) continue;
-    const [unit, meaning, lookFor] = DATA.metrics[metric];
-    list.append(element("dt", "", `${metric} (${unit === "1" ? "no unit" : unit})`), element("dd", "", text(meaning)));
-    if (lookFor) list.append(element("dd", "", text(lookFor)));
-  }
-  return details;
+  const ranges = element("p", "quiet");
+  ranges.id = "ratio-note";
+  const notes = [note && element("p", "quiet", note), chart.kind === "ratio" && ranges];
+  return plotCard(`chart-${index}`, chart.title, chart.unit, notes, chart.curves.map(({ metric }) => metric));
 }
 
 function buildControls() {
