@@ -291,6 +291,9 @@ class RolloutConfig(Section):
     server_python: str = ""
     """Python of the environment that holds sglang; found at ``.venv-sglang/bin/python`` (in the working directory or
     the checkout) or in $MEGATRON_GSPO_SGLANG_PYTHON when empty."""
+    engine_dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    """Dtype of local servers and of the weights that are sent; ``model.dtype`` when empty. Another one makes an engine
+    gap: that of a reduced-precision engine, on a CPU too."""
     server_args: Annotated[tuple[str, ...], AsList] = ()
     """More arguments for each local server, after those that the launcher chooses for CPU or GPU."""
     server_start_s: PositiveFloat = 300.0
@@ -347,6 +350,10 @@ class SyncConfig(Section):
     """Parent directory of the files of "disk"; each sync removes the one before."""
     bucket_mb: Positive = 64
     """Megabytes of tensors a request of "tensor", or a file of "disk"."""
+    router_noise: NonNegativeFloat = 0.0
+    """Emulates, on a CPU, an engine that routes otherwise than the trainer: Gaussian noise on the router weights that
+    the servers receive, relative to each tensor's root mean square, drawn anew at every weight version from
+    ``train.seed``. The trainer's own weights stay as they are. 0: none."""
 
 
 class DataConfig(Section):
@@ -386,7 +393,9 @@ class EvalConfig(Section):
     """Evaluation on held-out prompts during training."""
 
     every: Annotated[int, Field(ge=0)] = 10
-    """Outer steps between evaluations; the first is before any training; 0 never."""
+    """Outer steps between evaluations; the first is before any training, the last at the end; 0 never."""
+    start: bool = True
+    """Also evaluates before any training."""
     prompts: Positive = 512
     """Prompts used: the first ones of ``data.eval_path``."""
     samples: Positive = 1
@@ -504,14 +513,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Relative paths are left as they are: they are relative to the working directory.
     Raises ConfigError (or LayoutError) with one line.
     """
-    path = Path(path)
+    return parse(read(path), source=str(path), overrides=overrides)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A TOML file's tree, not validated. Raises ConfigError."""
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not TOML, brackets or digits without end
         raise ConfigError(f"{path}: {error}") from None
-    return parse(tree, source=str(path), overrides=overrides)
 
 
 def parse(tree: dict[str, Any], source: str = "configuration", overrides: Sequence[str] = ()) -> RunConfig:

@@ -58,3 +58,9 @@ class Family:
     rules: Callable[[ModelShape], Sequence[WeightRule]]
     tensor_shapes: Callable[[ModelShape], Mapping[str, tuple[int, ...]]]
     """Hugging Face name, as in ``rules`` -> the stored tensor's shape: what a checkpoint's headers are held against."""
+    router: str = ""
+    """Hugging Face name of a router's weight, with ``{layer}``; empty for a family without mixtures of experts."""
+
+    def router_names(self, shape: ModelShape) -> frozenset[str]:
+        """Hugging Face names of the weights that choose experts; empty for a dense model."""
+        return frozenset(self.router.format(layer=layer) for layer, moe in enumerate(shape.moe_layers) if moe)

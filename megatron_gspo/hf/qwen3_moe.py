@@ -11,6 +11,8 @@ from megatron_gspo.hf import qwen3
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.weights import WeightRule
 
+ROUTER = f"{qwen3.HF_LAYER}.mlp.gate.weight"
+
 
 def shape(config: dict[str, Any]) -> ModelShape:
     """Reads a Qwen3-MoE ``config.json``.
@@ -42,7 +44,7 @@ def rules(model: ModelShape) -> Sequence[WeightRule]:
     layer, hf_layer = qwen3.LAYER, qwen3.HF_LAYER
     return (
         *qwen3.rules(model),
-        WeightRule(f"{layer}.mlp.router.weight", (f"{hf_layer}.mlp.gate.weight",), "whole"),
+        WeightRule(f"{layer}.mlp.router.weight", (ROUTER,), "whole"),
         *qwen3.gated_mlp_rules(f"{layer}.mlp.experts.local_experts.{{expert}}", f"{hf_layer}.mlp.experts.{{expert}}"),
     )
 
@@ -52,9 +54,9 @@ def tensor_shapes(model: ModelShape) -> dict[str, tuple[int, ...]]:
     hf_layer = qwen3.HF_LAYER
     return {
         **qwen3.tensor_shapes(model),
-        f"{hf_layer}.mlp.gate.weight": (model.num_experts, model.hidden_size),
+        ROUTER: (model.num_experts, model.hidden_size),
         **qwen3.gated_mlp_shapes(f"{hf_layer}.mlp.experts.{{expert}}", model.hidden_size, model.expert_hidden_size),
     }
 
 
-FAMILY = Family("Qwen3MoeForCausalLM", shape, rules, tensor_shapes)
+FAMILY = Family("Qwen3MoeForCausalLM", shape, rules, tensor_shapes, router=ROUTER)

@@ -39,11 +39,14 @@ class Continued(Protocol):
 class RunRecorder:
     """The ``Recorder`` of the one rank that reports.
 
-    Raises ConfigError when the run directory exists and is not continued, or when another process writes it.
+    ``page``: writes ``report.html`` at the end. Raises ConfigError when the run directory exists and is not continued,
+    or when another process writes it.
     """
 
-    def __init__(self, config: RunConfig, world_size: int, continued: Continued | None = None) -> None:
-        self._config, self._world_size = config, world_size
+    def __init__(
+        self, config: RunConfig, world_size: int, continued: Continued | None = None, *, page: bool = True
+    ) -> None:
+        self._config, self._world_size, self._page = config, world_size, page
         purge_step = None
         if continued is None:
             self._directory = RunDirectory.create(config)
@@ -104,7 +107,7 @@ class RunRecorder:
         for end in (
             self._sink.close,
             lambda: self._directory.finish(ended, what),
-            lambda: write_report([self._directory.path], self._directory.report_file),
+            lambda: self._page and write_report([self._directory.path], self._directory.report_file),
             self._lock.close,
         ):
             with self._writing() if error is None else contextlib.suppress(Exception):  # what failed first is said

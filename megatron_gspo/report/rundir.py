@@ -112,18 +112,7 @@ class RunDirectory:
 
         Raises ConfigError when another one is. A file system without locks takes any.
         """
-        try:
-            file = self.lock_file.open("w", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"train.run_dir = {self.path} cannot be written: {error}") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise ConfigError(f"train.run_dir = {self.path} is being written by another process") from None
-        except OSError:
-            pass
-        return file
+        return lock(self.lock_file, f"train.run_dir = {self.path}")
 
     def is_locked(self) -> bool | None:
         """Whether a living process writes this run; None when that cannot be known."""
@@ -224,6 +213,26 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+def lock(path: Path, name: str) -> TextIO:
+    """Locks the file at ``path`` until this process ends (however) or the result is closed.
+
+    Raises ConfigError, calling what is locked ``name``, when another process has it. A file system without locks takes
+    any.
+    """
+    try:
+        file = path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be written: {error}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(f"{name} is being written by another process") from None
+    except OSError:
+        pass
+    return file
 
 
 def initial_evaluation(metrics: Mapping[str, float]) -> StepReport:

@@ -215,7 +215,9 @@ def server_arguments(
             "--grammar-backend": "none",
             "--max-running-requests": "64",
             "--max-total-tokens": str(cpu_cache_tokens(config)),
-            "--mem-fraction-static": "0.1",
+            # --max-total-tokens is what bounds it. The share is of what was free before the weights were read: a small
+            # one fails when other processes take memory meanwhile.
+            "--mem-fraction-static": "0.5",
         }
         # --sleep-on-idle: an idle scheduler polls, and takes a whole core from the trainer.
         flags += ["--disable-cuda-graph", "--disable-overlap-schedule", "--sleep-on-idle"]

@@ -24,6 +24,7 @@ from megatron_gspo.policy.policy import Policy
 from megatron_gspo.rewards.registry import Reward, resolve_reward
 from megatron_gspo.rollout.engine import Engine, Sampling, make_engine
 from megatron_gspo.sync.base import WeightSync, make_weight_sync
+from megatron_gspo.sync.gap import in_dtype, with_router_noise
 from megatron_gspo.sync.peers import Peers
 from megatron_gspo.train.models import check_models, check_served
 from megatron_gspo.train.progress import fingerprint
@@ -53,6 +54,24 @@ class Run:
     def seeded(self) -> bool:
         """Whether rollouts are drawn from seeds."""
         return self.config.rollout.is_seeded(on_gpu=torch.cuda.is_available())
+
+    def push(self, version: int) -> None:
+        """Puts the policy's weights onto the servers as ``version``, with the engine gap that is asked for. Collective.
+
+        Raises SyncError.
+        """
+        weights, config = self.policy.weights(), self.config
+        if config.sync.router_noise:
+            weights = with_router_noise(
+                weights,
+                self.policy.family.router_names(self.policy.shape),
+                relative=config.sync.router_noise,
+                seed=config.train.seed,
+                version=version,
+            )
+        if config.rollout.engine_dtype:
+            weights = in_dtype(weights, getattr(torch, config.rollout.engine_dtype))
+        self.sync.push(weights, version)
 
     def sampling(self, outer_step: int) -> Sampling:
         """How this outer step's responses are drawn."""

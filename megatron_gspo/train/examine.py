@@ -107,7 +107,7 @@ def _servers(
         model,
         logs,
         device="cuda" if torch.cuda.is_available() else "cpu",
-        dtype=config.model.dtype,
+        dtype=config.rollout.engine_dtype or config.model.dtype,
         seed=config.train.seed,
     )
     with servers:

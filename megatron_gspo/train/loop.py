@@ -128,8 +128,8 @@ def outer_steps(run: Run, progress: Progress, recorder: Recorder) -> Iterator[No
     """
     config = run.config
     evaluating = bool(config.eval.every and run.eval_prompts)
-    run.sync.push(run.policy.weights(), progress.outer_steps)  # the servers' own reading is not trusted
-    if evaluating and progress.outer_steps == 0:
+    run.push(progress.outer_steps)  # the servers' own reading is not trusted
+    if evaluating and config.eval.start and progress.outer_steps == 0:
         recorder.phase("evaluating the cold start")
         seed_generators(config.train.seed, 0)
         recorder.initial(evaluate(run, 0))
@@ -171,7 +171,7 @@ def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> It
                 config.model.path,
                 Path(config.train.run_dir) / "servers",
                 device="cuda" if torch.cuda.is_available() else "cpu",
-                dtype=config.model.dtype,
+                dtype=config.rollout.engine_dtype or config.model.dtype,
                 seed=config.train.seed,
                 routes=config.replay.uses_engine_routes,
             )

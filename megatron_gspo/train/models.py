@@ -18,9 +18,14 @@ TOLD_APART_BY = ("architectures", "vocab_size", "num_hidden_layers", "hidden_siz
 
 
 def check_models(config: RunConfig) -> None:
-    """Raises ConfigError, naming the setting, for a policy of too few positions and a reference that cannot be one."""
-    _, shape = read_model(config.model.path)
+    """Raises ConfigError, naming the setting, for a policy of too few positions, noise on the routers of a model that
+    has none, and a reference that cannot be one."""
+    family, shape = read_model(config.model.path)
     check_positions(config.rollout, shape)
+    if config.sync.router_noise and not family.router_names(shape):
+        raise ConfigError(
+            f"sync.router_noise = {config.sync.router_noise:g}, but {config.model.path} has no router: set it to 0"
+        )
     path = config.algorithm.reference
     if not (path and config.algorithm.uses_reference):
         return

@@ -47,7 +47,8 @@ def world_of_torchrun() -> int | None:
 
 def run_rank(config: RunConfig, make_recorder: MakeRecorder) -> int:
     """Trains as one rank; returns the process's exit status."""
-    _die_with_parent()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by hand, its parent may be a shell that is left
+        die_with_parent()
     mute()
     for line in untested_here() if os.environ["RANK"] == "0" else ():
         print(f"warning: {line}", file=sys.stderr)
@@ -69,10 +70,9 @@ def run_rank(config: RunConfig, make_recorder: MakeRecorder) -> int:
     return 0
 
 
-def _die_with_parent() -> None:
-    """Asks Linux to kill this rank when its launcher is killed: else it would go on, and servers and GPUs with it."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return  # started by hand: its parent may be a shell that is left
+def die_with_parent() -> None:
+    """Asks Linux to kill this process when the one that started it is killed: else it would go on, and servers and
+    GPUs with it."""
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -22,7 +22,7 @@ PACKAGES = ("megatron-gspo", "torch", "megatron-core")
 FREE = frozenset(
     {
         "parallel",
-        "sync",
+        *(f"sync.{name}" for name in ("method", "directory", "bucket_mb")),
         "model.logprob_chunk",
         "model.recompute",
         "model.recompute_modules",
@@ -40,6 +40,7 @@ FREE = frozenset(
         "reward.concurrency",
         "eval.every",
         "eval.greedy",
+        "eval.start",
         "eval.prompts",
         "eval.samples",
     }

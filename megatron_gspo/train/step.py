@@ -92,7 +92,7 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
             reports.append(StepReport(first_step + index, number, index, summary | metrics))
             trained.append(outputs)
     with clock("sync"):
-        run.sync.push(run.policy.weights(), number + 1)
+        run.push(number + 1)
     reports[-1].metrics |= clock.metrics(sum(minibatch.tokens for minibatch in minibatches))
     return reports, read_samples(run, minibatches, shards, trained, collected.groups)
 

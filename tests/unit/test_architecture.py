@@ -19,7 +19,7 @@ LAYERS = [
     {"parallel"},
     {"rollout", "rewards", "sync", "policy", "hf", "data"},
     {"train", "report"},
-    {"bench", "doctor", "parity"},
+    {"bench", "compare", "doctor", "parity"},
     {"commands"},
     {"cli", "__init__", "__main__"},
 ]

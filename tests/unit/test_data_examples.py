@@ -12,9 +12,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from safetensors.torch import load_file
 
 from megatron_gspo import config
 from megatron_gspo.data import load_completions, load_prompts, load_tokenizer
+from megatron_gspo.hf.catalog import read_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 GSM8K = Path(
@@ -89,3 +91,24 @@ def test_gsm8k_makes_the_round_trip_through_its_tokenizer(monkeypatch: pytest.Mo
         assert example.completion_ids.count(tokenizer.eos_id) == 1
     questions = [json.loads(x)["question"] for n in ("train", "eval") for x in (tmp_path / f"{n}.jsonl").open()]
     assert len(set(questions)) == len(questions) == 7473
+
+
+def test_the_comparisons_models_have_as_many_parameters_with_experts_as_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = script("compare_tiny")
+    for kind in module.KINDS:
+        module.write_random_model(tmp_path / kind, kind, seed=3)
+    sizes = {
+        kind: sum(x.numel() for x in load_file(tmp_path / kind / "model.safetensors").values()) for kind in module.KINDS
+    }
+    routers = 4 * 16 * 64
+    assert sizes["moe"] - routers == sizes["dense"] == 444_736
+    assert {len(load_tokenizer(tmp_path / kind)) for kind in module.KINDS} == {13}
+    assert read_model(tmp_path / "dense")[1].num_experts == 0
+    monkeypatch.setattr(module, "TRAIN_PROMPTS", 300)
+    monkeypatch.setattr(module, "EVAL_PROMPTS", 200)
+    monkeypatch.setattr(module, "SFT_EXAMPLES", 400)
+    module.write_data(tmp_path)
+    rows = [json.loads(line) for name in ("train", "eval", "sft") for line in (tmp_path / f"{name}.jsonl").open()]
+    assert len({row["prompt"] for row in rows}) == len(rows) == 900

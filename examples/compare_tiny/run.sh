@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The four comparisons of examples/compare_tiny, one after the other; from the checkout. Interrupt it as you like: the
+# same command goes on. OUT, SEEDS and FEW can be set: OUT=runs/other SEEDS=4 bash examples/compare_tiny/run.sh
+set -euo pipefail
+
+here=examples/compare_tiny
+data=.cache/compare_tiny
+out=${OUT:-runs/compare_tiny}
+seeds=${SEEDS:-16} # of the comparisons that are tested
+few=${FEW:-4}      # of those that are described
+moe=($data/moe_{0..3}/hf)
+dense=($data/dense_{0..3}/hf)
+gap=sync.router_noise=0.2
+
+python $here/prepare.py $data
+
+compare() { megatron-gspo compare $here/compare.toml --losses grpo,gspo --cold-start "${moe[@]}" "$@"; }
+
+compare --replay off,r2    --seeds $seeds --out $out/no-gap
+compare --replay off,r2,r3 --seeds $seeds --out $out/gap $gap
+compare --replay off,r2    --seeds $few --out $out/fast optimizer.lr=2e-3
+compare --replay off       --seeds $few --out $out/dense --dense-twin "${dense[@]}"

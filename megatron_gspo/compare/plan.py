@@ -1,0 +1,299 @@
+"""What a comparison runs: arms, seeds, and the configuration of each cell; resolved before anything starts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_gspo.algorithm.catalog import LOSSES
+from megatron_gspo.config import RunConfig, parse, read
+from megatron_gspo.errors import ConfigError, UserError
+
+VERSION = 1
+REPLAY = ("off", "r2", "r3")
+CELL = {
+    "train": {"checkpoint_every": 0, "save_hf": False, "tensorboard": False, "wandb": False},
+}
+"""What a cell is not for; an override brings it back."""
+OURS = {
+    "algorithm.name": "--losses",
+    "replay.mode": "--replay",
+    "model.path": "--cold-start",
+    "train.seed": "--seeds and --first-seed",
+    "train.run_dir": "--out",
+    "train.resume": "starting the same command again",
+    "train.overwrite": "another --out",
+}
+"""Settings that the comparison gives its cells -> what decides them."""
+WHERE = frozenset(
+    {
+        "train.run_dir",
+        "sync.directory",
+        *(f"rollout.{name}" for name in ("servers", "local_servers", "server_python", "server_start_s")),
+        *(f"rollout.{name}" for name in ("concurrency", "timeout_s", "retries")),
+        *(f"reward.{name}" for name in ("timeout_s", "concurrency")),
+    }
+)
+"""Where and how fast cells run: may differ between starts of one comparison."""
+VARIES = frozenset({*OURS, "algorithm.clip_low", "algorithm.clip_high"})
+CLIPS = ("clip_low", "clip_high")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line."""
+
+    config: Path
+    out: Path
+    losses: tuple[str, ...]
+    replay: tuple[str, ...] = ("off",)
+    seeds: int = 4
+    first_seed: int = 0
+    cold_starts: tuple[str, ...] = ()
+    """Hugging Face directories; ``model.path`` when empty."""
+    dense_twins: tuple[str, ...] = ()
+    """Hugging Face directories of dense models, run with every loss and without replay."""
+    overrides: tuple[str, ...] = ()
+    """``section.key=value`` for every cell, ``LOSS:section.key=value`` for those of one loss."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: what its cells share, apart from their seeds."""
+
+    loss: str
+    replay: str
+    dense: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.loss}-{'dense' if self.dense else self.replay}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: an arm at a seed."""
+
+    arm: Arm
+    seed: int
+    cold_start: str
+    config: RunConfig
+    out: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}, seed {self.seed}"
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.train.run_dir)
+
+    @property
+    def digest_file(self) -> Path:
+        """Written when the cell is finished; not before."""
+        return self.run_dir.with_name(self.run_dir.name + ".json")
+
+    @property
+    def log_file(self) -> Path:
+        """What the cell's ranks printed."""
+        return self.run_dir.with_name(self.run_dir.name + ".log")
+
+    @property
+    def finished(self) -> bool:
+        return self.digest_file.is_file()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole comparison."""
+
+    out: Path
+    base: RunConfig
+    arms: tuple[Arm, ...]
+    cells: tuple[Cell, ...]
+    """Seed by seed, so that every arm has about as many when it is stopped."""
+    record: dict[str, Any]
+    """``compare.json``, but for when and where."""
+
+
+def make_plan(request: Request) -> Plan:
+    """Resolves every cell. Raises ConfigError (LayoutError) naming the arm whose configuration is wrong."""
+    _check(request)
+    common = [text for text in request.overrides if _loss_of(text) is None]
+    base = parse(
+        _with_cell_settings(read(request.config)), str(request.config), [*common, f'train.run_dir="{request.out}"']
+    )
+    arms = tuple(_arms(request))
+    own = {loss: [_override(text) for text in request.overrides if _loss_of(text) == loss] for loss in request.losses}
+    starts = request.cold_starts or (base.model.path,)
+    cells = []
+    for seed in range(request.first_seed, request.first_seed + request.seeds):
+        for arm in arms:
+            models = request.dense_twins if arm.dense else starts
+            cells.append(_cell(request.out, base, arm, seed, models[seed % len(models)], own[arm.loss]))
+    return Plan(request.out, base, arms, tuple(cells), _record(request, base, arms, cells))
+
+
+def check_cells(plan: Plan) -> None:
+    """Reads what the cells will read, as ``train`` does before it starts: each model once an arm. Raises UserError."""
+    from megatron_gspo.rollout.launcher import find_server_python
+    from megatron_gspo.train.launch import check_before_start
+
+    for cell in {(cell.arm, cell.cold_start): cell for cell in plan.cells}.values():
+        with _named(cell.arm.name):
+            check_before_start(cell.config)
+    if not plan.base.rollout.servers:
+        find_server_python(plan.base.rollout.server_python)
+
+
+def agree(plan: Plan, existing: Mapping[str, Any]) -> None:
+    """Raises ConfigError, listing what differs, unless ``plan`` is the comparison of ``existing`` (a ``compare.json``).
+
+    Seeds may differ: more of them may come later, and fewer may be asked for.
+    """
+    then, now = _identity(existing), _identity(plan.record)
+    differences = [
+        f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
+        for name in dict.fromkeys([*then, *now])
+        if then.get(name) != now.get(name)
+    ]
+    if differences:
+        raise ConfigError(
+            f"{plan.out} holds another comparison, whose cells would not compare with these: "
+            f"{'; '.join(differences[:8])}{' ...' if len(differences) > 8 else ''}. "
+            f"Set them back, or name another --out"
+        )
+
+
+def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two comparisons the same, flat: without seeds, and without what is about this start."""
+    flat: dict[str, Any] = {name: record.get(name) for name in ("version", "losses", "replay", "cold_starts")}
+    flat["dense_twins"] = record.get("dense_twins")
+    flat |= {name: value for name, value in flatten(record.get("config", {})).items() if name not in WHERE}
+    flat |= {f"{arm['name']}: {key}": value for arm in record.get("arms", ()) for key, value in arm["settings"].items()}
+    return flat | {f"versions.{name}": value for name, value in record.get("versions", {}).items()}
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of settings -> "section.key" -> value."""
+    return {f"{section}.{key}": value for section, settings in tree.items() for key, value in settings.items()}
+
+
+def _check(request: Request) -> None:
+    for name, values, known in (("--losses", request.losses, LOSSES), ("--replay", request.replay, REPLAY)):
+        unknown = [value for value in values if value not in known]
+        if unknown or not values or len(set(values)) < len(values):
+            raise ConfigError(f"{name} {','.join(values)}: name each of {', '.join(known)} at most once")
+    if request.seeds < 1 or request.first_seed < 0:
+        raise ConfigError(
+            f"--seeds {request.seeds} --first-seed {request.first_seed}: seeds count from 0, one at least"
+        )
+    for text in request.overrides:
+        loss, setting = _loss_of(text), _override(text).partition("=")[0].strip()
+        if loss is not None and loss not in request.losses:
+            raise ConfigError(f"{text!r}: --losses {','.join(request.losses)} has no {loss}")
+        if setting == "model.path" and loss is None and not request.cold_starts:
+            continue  # the one cold start
+        if setting in OURS:
+            raise ConfigError(f"{text!r}: {setting} differs from cell to cell, and is decided by {OURS[setting]}")
+
+
+def _arms(request: Request) -> Iterator[Arm]:
+    for loss in request.losses:
+        yield from (Arm(loss, mode) for mode in request.replay)
+        if request.dense_twins:
+            yield Arm(loss, "off", dense=True)
+
+
+def _cell(out: Path, base: RunConfig, arm: Arm, seed: int, model: str, overrides: Sequence[str]) -> Cell:
+    """The base configuration with what the arm and the seed change.
+
+    A clip range in the base is that of the base's own loss: on another one it would mean something else. A dense model
+    has no router to put noise on, and no routes.
+    """
+    tree = base.model_dump(mode="json", exclude_none=True)
+    if arm.loss != base.algorithm.name:
+        tree["algorithm"] = {name: value for name, value in tree["algorithm"].items() if name not in CLIPS}
+    tree["algorithm"]["name"] = arm.loss
+    tree["replay"]["mode"] = arm.replay
+    tree["model"]["path"] = model
+    run_dir = out / "cells" / arm.name / f"seed_{seed:03d}"
+    tree["train"] |= {"seed": seed, "run_dir": str(run_dir), "resume": True, "overwrite": False}
+    if arm.dense:
+        tree["sync"]["router_noise"] = 0.0
+        tree["replay"].pop("engine_routes_every", None)
+    with _named(arm.name):
+        return Cell(arm, seed, model, parse(tree, f"seed {seed}", overrides), out)
+
+
+def _record(request: Request, base: RunConfig, arms: Sequence[Arm], cells: Sequence[Cell]) -> dict[str, Any]:
+    from megatron_gspo.report.manifest import versions
+
+    first = {arm: next(cell.config for cell in cells if cell.arm == arm) for arm in arms}
+    return {
+        "version": VERSION,
+        "config": base.model_dump(mode="json"),
+        "losses": list(request.losses),
+        "replay": list(request.replay),
+        "seeds": [*range(request.first_seed, request.first_seed + request.seeds)],
+        "cold_starts": list(request.cold_starts or (base.model.path,)),
+        "dense_twins": list(request.dense_twins),
+        "overrides": list(request.overrides),
+        "arms": [
+            {
+                "name": arm.name,
+                "loss": arm.loss,
+                "replay": arm.replay,
+                "dense": arm.dense,
+                "settings": _settings(first[arm], base),
+            }
+            for arm in arms
+        ],
+        "versions": versions(None),
+    }
+
+
+def _settings(config: RunConfig, base: RunConfig) -> dict[str, Any]:
+    """What an arm sets otherwise than the base, and its clip range in any case."""
+    own, common = (flatten(tree.model_dump(mode="json")) for tree in (config, base))
+    differing = {name: value for name, value in own.items() if value != common[name] and name not in VARIES}
+    low, high = config.algorithm.clip_range()
+    return (
+        {"algorithm.name": config.algorithm.name, "replay.mode": config.replay.mode}
+        | differing
+        | {
+            "algorithm.clip_low": low,
+            "algorithm.clip_high": high,
+        }
+    )
+
+
+def _with_cell_settings(tree: dict[str, Any]) -> dict[str, Any]:
+    """The file's settings under those of ``CELL``."""
+    merged = {**tree}
+    for section, settings in CELL.items():
+        merged[section] = {**tree.get(section, {}), **settings}
+    return merged
+
+
+@contextlib.contextmanager
+def _named(arm: str) -> Iterator[None]:
+    """Puts the arm's name in front of what is wrong with its configuration."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"arm {arm}: {error}") from None
+
+
+def _loss_of(override: str) -> str | None:
+    """The loss before the colon of ``LOSS:section.key=value``; None without one."""
+    name, _, _ = override.partition("=")
+    loss, colon, _ = name.partition(":")
+    return loss.strip() if colon else None
+
+
+def _override(override: str) -> str:
+    return override if _loss_of(override) is None else override.partition(":")[2]
