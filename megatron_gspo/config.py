@@ -344,12 +344,21 @@ class RolloutConfig(Section):
 class SyncConfig(Section):
     """How new weights reach the rollout servers."""
 
-    method: Literal["disk", "tensor"] = "tensor"
-    """"disk": safetensors through a directory that servers can read; "tensor": over HTTP in an update session."""
+    method: Literal["disk", "tensor", "distributed"] = "tensor"
+    """"disk": safetensors through a directory that servers can read; "tensor": over HTTP in an update session;
+    "distributed": broadcast over a process group that rank 0 shares with the servers."""
     directory: str = "/dev/shm"
     """Parent directory of the files of "disk"; each sync removes the one before."""
     bucket_mb: Positive = 64
-    """Megabytes of tensors a request of "tensor", or a file of "disk"."""
+    """Megabytes of tensors a request of "tensor", a file of "disk", or a broadcast of "distributed"."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Of the process group of "distributed"; "auto" is nccl where trainer and servers all compute on GPUs, gloo
+    otherwise. nccl needs a GPU of its own for each: with servers that share the trainer's, "gloo"."""
+    timeout_s: PositiveFloat = 600.0
+    """Seconds that one request or broadcast may take; a server that is silent for longer fails the run."""
+    verify: Literal["off", "first", "every"] = "off"
+    """Which syncs of a run a checksum confirms: before it the servers' weights are overwritten by random numbers,
+    after it every parameter must have changed and servers must agree. Needs ``/weights_checker``."""
     router_noise: NonNegativeFloat = 0.0
     """Emulates, on a CPU, an engine that routes otherwise than the trainer: Gaussian noise on the router weights that
     the servers receive, relative to each tensor's root mean square, drawn anew at every weight version from

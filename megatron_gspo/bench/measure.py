@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -75,37 +75,38 @@ class PeakMemory:
     present size through ``/proc/self/clear_refs``, after what the allocator keeps for later has been given back.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, process: int | Literal["self"] = "self") -> None:
+        """``process``: on a CPU, the id of another one of the same user, instead of this."""
+        self._device, self._process = device, process
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             self._start = torch.cuda.memory_allocated(device)
         else:
             ctypes.CDLL(None).malloc_trim(0)
-            _reset_high_water_mark()
-            self._start = _status_bytes("VmRSS")
+            _reset_high_water_mark(process)
+            self._start = _status_bytes("VmRSS", process)
 
     def read(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) - self._start
-        return _status_bytes("VmHWM") - self._start
+        return _status_bytes("VmHWM", self._process) - self._start
 
 
-def _reset_high_water_mark() -> None:
+def _reset_high_water_mark(process: int | str) -> None:
     try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        Path(f"/proc/{process}/clear_refs").write_text("5", encoding="ascii")
     except OSError as error:
         raise DependencyError(
             f"peak memory cannot be measured here: {error}; it needs Linux with a writable /proc/self/clear_refs"
         ) from error
 
 
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+def _status_bytes(field: str, process: int | str) -> int:
+    for line in Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise DependencyError(f"/proc/self/status has no {field}: peak memory is measured on Linux")
+    raise DependencyError(f"/proc/{process}/status has no {field}: peak memory is measured on Linux")
 
 
 def available_bytes(device: torch.device) -> int:

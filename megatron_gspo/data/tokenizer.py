@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,8 +50,10 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory (nothing is downloaded), or of a SentencePiece ``.model`` file.
 
     A directory whose only tokenizer file is a ``.model`` is read by sentencepiece itself: transformers would guess a
-    class from the architecture, and for Qwen3 the guess drops every space without a word.
-    Raises DataError when there is no tokenizer, no stop token, or an id at or above ``config.vocab_size``.
+    class from the architecture, and for Qwen3 the guess drops every space without a word. Where
+    ``tokenizer_config.json`` makes it transformers' to read, the guess is compared with sentencepiece.
+    Raises DataError when there is no tokenizer, no stop token, an id at or above ``config.vocab_size``, or such a guess
+    that loses text.
     """
     path = Path(model_dir)
     if path.is_file() and path.suffix == ".model":
@@ -59,7 +62,10 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
         raise DataError(f"{path}: no such model directory")
     models = sorted(path.glob("*.model"))
     if any((path / name).is_file() for name in HF_TOKENIZER_FILES):
-        return _checked(HuggingFaceTokenizer(path), path)
+        tokenizer = HuggingFaceTokenizer(path)
+        if len(models) == 1 and not (path / "tokenizer.json").is_file():
+            _check_guess(tokenizer, SentencePieceTokenizer(models[0], directory=path), path)
+        return _checked(tokenizer, path)
     if len(models) == 1:
         return _checked(SentencePieceTokenizer(models[0], directory=path), path)
     found = ", ".join(model.name for model in models) or "none"
@@ -113,7 +119,11 @@ class HuggingFaceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A lone SentencePiece model. Control pieces (such as ``</s>``) have ids but no text, as SentencePiece has it."""
+    """A lone SentencePiece model. Control pieces (such as ``</s>``) have ids but no text, as SentencePiece has it.
+
+    Nothing is put in front of a prompt: that a model wants a begin-of-sequence token stands in no ``.model`` file, but
+    in a ``tokenizer_config.json``, and with one the tokenizer is transformers' to read.
+    """
 
     def __init__(self, model: Path, directory: Path) -> None:
         try:
@@ -148,10 +158,30 @@ class SentencePieceTokenizer:
                 text.append(piece)
         return "".join([*spans, str(self._sp.decode(text))])
 
+    def sample_words(self, count: int = 32) -> str:
+        """The first words of the vocabulary, a space between them."""
+        words = (str(self._sp.decode([i])).strip() for i in range(len(self)) if self._is_text(i))
+        return " ".join(itertools.islice(filter(None, words), count))
+
+    def _is_text(self, piece: int) -> bool:
+        special = (self._sp.is_control, self._sp.is_unknown, self._sp.is_unused, self._sp.is_byte)
+        return not any(is_kind(piece) for is_kind in special)
+
     def render(self, prompt: str | Sequence[ChatMessage], use_chat_template: bool) -> str:
         if isinstance(prompt, str):
             return prompt
         raise DataError("the prompt is chat messages, but a SentencePiece model has no chat template")
+
+
+def _check_guess(guess: HuggingFaceTokenizer, model: SentencePieceTokenizer, path: Path) -> None:
+    """Refuses a tokenizer of transformers' that gives back other words than the SentencePiece model it came from."""
+    text = model.sample_words()
+    given, back = (tokenizer.decode(tokenizer.encode(text)) for tokenizer in (model, guess))
+    if given.split() != back.split():  # how many spaces stand between words is either's own affair
+        raise DataError(
+            f"{path}: transformers guesses a tokenizer that makes {_short(back)} of {_short(given)}: name the right "
+            f"tokenizer_class in tokenizer_config.json, put a tokenizer.json beside it, or leave the .model alone there"
+        )
 
 
 def _checked(tokenizer: Tokenizer, path: Path) -> Tokenizer:

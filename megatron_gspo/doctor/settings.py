@@ -42,6 +42,7 @@ INERT: tuple[tuple[tuple[str, ...], When, str], ...] = (
         "rollout.servers names running servers, and none is started",
     ),
     (("sync.directory",), lambda c: c.sync.method != "disk", 'only sync.method = "disk" writes there'),
+    (("sync.backend",), lambda c: c.sync.method != "distributed", 'only sync.method = "distributed" makes a group'),
     (
         ("train.keep_last", "train.keep_every", "train.checkpoint_async"),
         lambda c: not c.train.checkpoint_every,

@@ -15,6 +15,7 @@ from megatron_gspo.errors import SyncError
 from megatron_gspo.hf.checkpoint import HfReader, buckets
 from megatron_gspo.sync.peers import Peers
 from megatron_gspo.sync.servers import Servers
+from megatron_gspo.sync.verify import Reset
 
 NamedTensor = tuple[str, torch.Tensor]
 """A Hugging Face name and its whole tensor, on the CPU."""
@@ -24,6 +25,7 @@ R = TypeVar("R")
 METHODS = {
     "disk": "megatron_gspo.sync.disk:DiskSync",
     "tensor": "megatron_gspo.sync.tensor:TensorSync",
+    "distributed": "megatron_gspo.sync.distributed:DistributedSync",
 }
 """Adding a method is one file with a subclass of ``BucketSync`` and one entry here (and in ``SyncConfig``)."""
 
@@ -36,7 +38,7 @@ class WeightSync(Protocol):
 
         ``tensors`` yields on the rank that owns a tensor, once over all ranks, and is exhausted on every rank, since
         producing it may be collective. No rank holds more than a bucket. Raises SyncError on all ranks if anything
-        failed on one; the servers then hold weights whose version no rollout accepts, or still the ones before.
+        failed on one; the servers' version is then one that no rollout accepts.
         """
         ...
 
@@ -69,7 +71,13 @@ class BucketSync:
     """The order of every method: rank 0 begins, every rank sends its tensors in buckets, rank 0 finishes.
 
     Each of the three ends in a collective that spreads failures, so that no rank waits for one that has raised.
+
+    The version is written last, after every bucket of every rank and what confirms them; until then the servers report
+    one that is no version, so that rollouts from half-written weights are refused.
     """
+
+    _verified = False
+    _reset: Reset | None = None
 
     def __init__(
         self,
@@ -81,39 +89,64 @@ class BucketSync:
     ) -> None:
         self.config = config
         self.peers = peers
-        self.servers = Servers(urls)
+        self.servers = Servers(urls, config.timeout_s)
         self.model_path = Path(model_path)
         self.expected_names = frozenset(HfReader(model_path).names() if expected_names is None else expected_names)
 
     def push(self, tensors: Iterator[NamedTensor], version: int) -> None:
         """See ``WeightSync.push``."""
-        limit = self.config.bucket_mb * 1_000_000
+        verifying = self.config.verify == "every" or (self.config.verify == "first" and not self._verified)
         try:
-            place = self.peers.together(lambda: self._begin(version) if self.peers.lead else "")[0]
-            sent = self.peers.together(lambda: send_all(tensors, limit, lambda bucket: self._send(place, bucket)))
+            place = self.peers.together(lambda: self._start(version, verifying) if self.peers.lead else "")[0]
+            sent = self.peers.together(lambda: self._stream(place, tensors))
             self.peers.together(lambda: self._complete(place, version, sent) if self.peers.lead else None)
         except SyncError:
             if self.peers.lead:
                 self._abandon()
             raise
+        self._verified = self._verified or verifying
 
     def close(self) -> None:
         """See ``WeightSync.close``."""
 
+    def _start(self, version: int, verifying: bool) -> str:
+        self.servers.flush_when_idle()
+        self.servers.set_version(f"{version}-incomplete")
+        place = self._begin()
+        self._reset = Reset(self.servers) if verifying else None
+        return place
+
+    def _stream(self, place: str, tensors: Iterator[NamedTensor]) -> list[tuple[Names, str]]:
+        self._open()
+        try:
+            return send_all(tensors, self.config.bucket_mb * 1_000_000, lambda bucket: self._send(place, bucket))
+        finally:
+            self._flush()
+
     def _complete(self, place: str, version: int, sent: list[list[tuple[Names, str]]]) -> None:
         check_names([name for rank in sent for names, _ in rank for name in names], self.expected_names)
-        self._finish(place, version, sent)
+        self._finish(place, sent)
+        if self._reset is not None:
+            self._reset.check()
+        self.servers.flush_when_idle()  # whatever was cached since _start comes from half-written weights
+        self.servers.set_version(str(version))
         self.servers.check_version(str(version))
 
-    def _begin(self, version: int) -> str:
+    def _begin(self) -> str:
         """On rank 0, with generation idle; the result reaches ``_send`` on every rank."""
         raise NotImplementedError
+
+    def _open(self) -> None:
+        """On every rank, before its first ``_send``."""
 
     def _send(self, place: str, bucket: list[NamedTensor]) -> str:
         """On the owner; the result reaches ``_finish`` with the bucket's names."""
         raise NotImplementedError
 
-    def _finish(self, place: str, version: int, sent: list[list[tuple[Names, str]]]) -> None:
+    def _flush(self) -> None:
+        """On every rank, after its last ``_send``, also when one failed: what is under way arrives, or is given up."""
+
+    def _finish(self, place: str, sent: list[list[tuple[Names, str]]]) -> None:
         """On rank 0, when every rank has sent its tensors; ``sent[rank]`` holds (names, ``_send``'s result)."""
         raise NotImplementedError
 

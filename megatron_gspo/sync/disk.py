@@ -38,8 +38,7 @@ class DiskSync(BucketSync):
             os.close(self._lock)
             self._directory = None
 
-    def _begin(self, version: int) -> str:
-        self.servers.flush_when_idle()
+    def _begin(self) -> str:
         self.close()
         remove_abandoned(Path(self.config.directory))
         try:
@@ -49,7 +48,7 @@ class DiskSync(BucketSync):
         except OSError as error:
             raise SyncError(f"sync.directory = {self.config.directory} cannot be written: {error}") from None
         os.chmod(self._directory.name, 0o755)  # servers may run as another user
-        place = Path(self._directory.name) / f"version-{version}"
+        place = Path(self._directory.name) / "weights"
         place.mkdir()
         shutil.copyfile(self.model_path / "config.json", place / "config.json")
         return str(place)
@@ -62,12 +61,11 @@ class DiskSync(BucketSync):
         partial.rename(path)
         return path.name
 
-    def _finish(self, place: str, version: int, sent: list[list[tuple[Names, str]]]) -> None:
+    def _finish(self, place: str, sent: list[list[tuple[Names, str]]]) -> None:
         weight_map = {name: file for rank in sent for names, file in rank for name in names}
         index = Path(place) / "model.safetensors.index.json"
         index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-        body = {"model_path": place, "weight_version": str(version), "flush_cache": True}
-        self.servers.post("/update_weights_from_disk", body)
+        self.servers.post("/update_weights_from_disk", {"model_path": place, "flush_cache": True})
 
 
 def remove_abandoned(directory: Path) -> None:

@@ -1,10 +1,12 @@
-"""The other trainer ranks, as weight sync sees them: one collective, handed in by training."""
+"""The other trainer ranks, as weight sync sees them: one collective and a way to rank 0, handed in by training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import torch
 
 from megatron_gspo.errors import SyncError
 
@@ -13,6 +15,10 @@ T = TypeVar("T")
 
 def _alone(value: Any) -> list[Any]:
     return [value]
+
+
+def _nobody(*_: Any) -> None:
+    raise SyncError("a single trainer rank has nobody to exchange tensors with")
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,10 @@ class Peers:
     all_gather: Callable[[Any], list[Any]] = _alone
     """Every rank's picklable value, in rank order, on every rank (as ``torch.distributed.all_gather_object``). It is
     the only collective of weight sync, and its barrier."""
+    send: Callable[[torch.Tensor], object] = _nobody
+    """A CPU tensor to rank 0; blocks until it may be reused. Tensors arrive in order."""
+    receive: Callable[[torch.Tensor, int], object] = _nobody
+    """Fills a CPU tensor with what the given rank sends. On rank 0; may be called from a thread for each rank."""
 
     @property
     def lead(self) -> bool:

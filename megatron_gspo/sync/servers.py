@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from megatron_gspo.errors import SyncError
+from megatron_gspo.sync.background import start
 
 TIMEOUT_S = 600.0
 IDLE_S = 30
@@ -18,29 +20,62 @@ IDLE_S = 30
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # servers are reached directly, as by rollouts
 
 
+class NoAnswerError(SyncError):
+    """A server that is gone, or was silent for too long."""
+
+
 class Servers:
-    """Blocking calls, each to every server in parallel. A refusal or a dead server is a SyncError naming the URL."""
+    """Calls to every server in parallel. A refusal or a dead server is a SyncError naming the URL."""
 
     def __init__(self, urls: Sequence[str], timeout_s: float = TIMEOUT_S) -> None:
         if not urls:
             raise SyncError("weight sync has no server to send to")
-        self._urls = tuple(url.rstrip("/") for url in urls)
+        self.urls = tuple(url.rstrip("/") for url in urls)
         self._timeout_s = timeout_s
+        self._infos: list[dict[str, Any]] | None = None
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> None:
         """POSTs the same JSON to every server; raises unless all succeed."""
         data = json.dumps(body or {}).encode()
-        self._all(path, [data] * len(self._urls))
+        self._all(path, [data] * len(self.urls))
+
+    def start(self, path: str, bodies: Sequence[dict[str, Any]], patience_s: float = 0.0) -> list[Future[str]]:
+        """Begins to POST ``bodies[i]`` to server i; its answer, or its SyncError, comes later.
+
+        ``patience_s``: seconds beyond the timeout, for a caller who has one of his own.
+        """
+        timeout_s = self._timeout_s + patience_s
+        return [
+            start(functools.partial(self._call, url + path, json.dumps(body).encode(), timeout_s))
+            for url, body in zip(self.urls, bodies, strict=True)
+        ]
 
     def post_tensors(self, payload: str) -> None:
         """One bucket (base64) in an open update session; each tensor-parallel rank of a server reads a copy."""
-        if not hasattr(self, "_ranks"):
-            self._ranks = [_ranks(url, info) for url, info in zip(self._urls, self._get("/server_info"), strict=True)]
         bodies = [
             json.dumps({"serialized_named_tensors": [payload] * ranks, "flush_cache": False}).encode()
-            for ranks in self._ranks
+            for ranks in self.tensor_ranks()
         ]
         self._all("/update_weights_from_tensor", bodies)
+
+    def tensor_ranks(self) -> tuple[int, ...]:
+        """Tensor-parallel ranks of each server."""
+        return tuple(_ranks(url, info) for url, info in zip(self.urls, self.infos(), strict=True))
+
+    def infos(self) -> list[dict[str, Any]]:
+        """Each server's settings; asked once."""
+        if self._infos is None:
+            self._infos = self._get("/server_info")
+        return self._infos
+
+    def checksums(self) -> list[list[dict[str, str]]]:
+        """Of each server and each of its tensor-parallel ranks: parameter -> hash of its bytes.
+
+        Parameters are named and fused as the server has them.
+        """
+        texts = self._all("/weights_checker", [b'{"action": "checksum"}'] * len(self.urls))
+        answers = [_object(f"{url}/weights_checker", text) for url, text in zip(self.urls, texts, strict=True)]
+        return [[rank["checksums"] for rank in answer.get("ranks", [])] for answer in answers]
 
     def flush_when_idle(self) -> None:
         """Empties the prefix caches. A server that still generates after ``IDLE_S`` refuses, and so does this."""
@@ -52,28 +87,28 @@ class Servers:
     def check_version(self, version: str) -> None:
         """Raises SyncError unless every server reports ``version``."""
         reported = [info.get("weight_version") for info in self._get("/model_info")]
-        wrong = [f"{url} {got!r}" for url, got in zip(self._urls, reported, strict=True) if got != version]
+        wrong = [f"{url} {got!r}" for url, got in zip(self.urls, reported, strict=True) if got != version]
         if wrong:
             raise SyncError(f"servers do not hold weight version {version} after the sync: {', '.join(wrong)}")
 
     def _get(self, path: str) -> list[dict[str, Any]]:
-        texts = self._all(path, [None] * len(self._urls))
-        return [_object(url + path, text) for url, text in zip(self._urls, texts, strict=True)]
+        texts = self._all(path, [None] * len(self.urls))
+        return [_object(url + path, text) for url, text in zip(self.urls, texts, strict=True)]
 
     def _all(self, path: str, bodies: Sequence[bytes | None]) -> list[str]:
-        with ThreadPoolExecutor(len(self._urls)) as pool:
-            return list(pool.map(lambda url, body: self._call(url + path, body), self._urls, bodies))
+        with ThreadPoolExecutor(len(self.urls)) as pool:
+            return list(pool.map(lambda url, body: self._call(url + path, body), self.urls, bodies))
 
-    def _call(self, url: str, body: bytes | None) -> str:
+    def _call(self, url: str, body: bytes | None, timeout_s: float | None = None) -> str:
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         try:
-            with _DIRECT.open(request, timeout=self._timeout_s) as response:
+            with _DIRECT.open(request, timeout=timeout_s or self._timeout_s) as response:
                 return str(response.read().decode(errors="replace"))
         except urllib.error.HTTPError as error:
             message = error.read().decode(errors="replace")[:500]
             raise SyncError(f"{url} refused (HTTP {error.code}): {message}") from None
         except (OSError, http.client.HTTPException) as error:
-            raise SyncError(f"{url} did not answer: {type(error).__name__}: {error}") from None
+            raise NoAnswerError(f"{url} did not answer: {type(error).__name__}: {error}") from None
 
 
 def _object(url: str, text: str) -> dict[str, Any]:

@@ -13,15 +13,9 @@ from megatron_gspo.sync.base import BucketSync, NamedTensor, Names
 
 
 class TensorSync(BucketSync):
-    """Every owner posts its tensors, a bucket at a time, to every server.
+    """Every owner posts its tensors, a bucket at a time, to every server."""
 
-    The version is written last, after every bucket of every rank; until then the servers report one that is no
-    version, so that rollouts from half-written weights are refused.
-    """
-
-    def _begin(self, version: int) -> str:
-        self.servers.flush_when_idle()
-        self.servers.set_version(f"{version}-incomplete")
+    def _begin(self) -> str:
         self.servers.post("/begin_weight_update", {"selector": "all"})
         return ""
 
@@ -29,10 +23,8 @@ class TensorSync(BucketSync):
         # Plain pickle: SGLang's own serializer shares file descriptors, which only a child process can open.
         self.servers.post_tensors(base64.b64encode(pickled(bucket)).decode())
 
-    def _finish(self, place: str, version: int, sent: list[list[tuple[Names, str]]]) -> None:
+    def _finish(self, place: str, sent: list[list[tuple[Names, str]]]) -> None:
         self.servers.post("/end_weight_update")
-        self.servers.flush_when_idle()  # whatever was cached since _begin comes from half-written weights
-        self.servers.set_version(str(version))
 
     def _abandon(self) -> None:
         with contextlib.suppress(SyncError):  # an open session would refuse the next one; it may be closed already

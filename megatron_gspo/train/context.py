@@ -202,4 +202,14 @@ def own_servers(urls: tuple[str, ...], groups: Groups) -> tuple[str, ...]:
 
 def make_peers(groups: Groups) -> Peers:
     """All trainer ranks, for weight sync."""
-    return Peers(dist.get_rank(), dist.get_world_size(), functools.partial(gather_objects, group=groups.world))
+
+    def receive(tensor: torch.Tensor, source: int) -> None:
+        dist.recv(tensor, source, group=groups.world)
+
+    return Peers(
+        dist.get_rank(),
+        dist.get_world_size(),
+        functools.partial(gather_objects, group=groups.world),
+        send=functools.partial(dist.send, dst=0, group=groups.world),
+        receive=receive,
+    )

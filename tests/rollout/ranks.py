@@ -1,10 +1,13 @@
-"""Trainer ranks as threads: ``Peers`` asks for one collective, and a barrier over a list is one."""
+"""Trainer ranks as threads: ``Peers``' collective is a barrier over a list, and a queue carries a rank's tensors."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from queue import Queue
 from typing import Any
+
+import torch
 
 from megatron_gspo.sync.peers import Peers
 
@@ -19,6 +22,7 @@ def run_ranks(world_size: int, rank_main: Callable[[Peers], Any]) -> None:
 def collect_failures(world_size: int, rank_main: Callable[[Peers], Any]) -> list[BaseException | None]:
     """Runs ``rank_main`` on every rank and returns what each raised."""
     barrier = threading.Barrier(world_size, timeout=60)
+    mail: list[Queue[torch.Tensor]] = [Queue(maxsize=1) for _ in range(world_size)]
     slots: list[Any] = [None] * world_size
     failures: list[BaseException | None] = [None] * world_size
 
@@ -31,7 +35,15 @@ def collect_failures(world_size: int, rank_main: Callable[[Peers], Any]) -> list
             return values
 
         try:
-            rank_main(Peers(rank, world_size, all_gather))
+            rank_main(
+                Peers(
+                    rank,
+                    world_size,
+                    all_gather,
+                    send=lambda tensor: mail[rank].put(tensor.clone()),
+                    receive=lambda tensor, source: tensor.copy_(mail[source].get(timeout=60)),
+                )
+            )
         except BaseException as error:
             failures[rank] = error
 

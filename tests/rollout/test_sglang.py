@@ -18,13 +18,17 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import sentencepiece
 from safetensors.torch import save_file
 
 from megatron_gspo.config import RolloutConfig, SyncConfig
+from megatron_gspo.data.prompts import load_prompts
+from megatron_gspo.data.tokenizer import load_tokenizer
 from megatron_gspo.errors import EngineReplyError, EngineUnavailableError, RolloutError, SyncError
 from megatron_gspo.rollout.engine import Sampling, make_engine
 from megatron_gspo.sync.base import make_weight_sync
 from megatron_gspo.sync.peers import Peers
+from megatron_gspo.sync.servers import Servers
 from megatron_gspo.types import Prompt, Rollout, RouteShape
 from tests.rollout.cases import prompt
 from tests.rollout.conftest import require_sglang, weight_version
@@ -36,7 +40,7 @@ pytestmark = pytest.mark.rollout
 STOPS = (0, 1)
 SAMPLING = Sampling(group_size=4, temperature=1.0, max_tokens=24, stop_token_ids=STOPS, seed=5)
 PROMPTS = [prompt(f"p{i}", tuple(2 + (7 * i + j) % 60 for j in range(3 + i))) for i in range(6)]
-METHODS = ("disk", "tensor")
+METHODS = ("disk", "tensor", "distributed")
 
 
 def draw(
@@ -148,6 +152,30 @@ def test_pushed_weights_become_the_servers(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_methods_leave_the_same_bytes_and_a_checksum_confirms_each(
+    server: str, tiny_model: Path, other_model: Path, tmp_path: Path
+) -> None:
+    servers = Servers([server])
+    before, found = servers.checksums(), []
+    for version, method in enumerate(METHODS, start=1):
+        push(method, server, other_model, version, tmp_path, bucket_mb=1, verify="every")
+        found.append(servers.checksums())
+    assert found[0] == found[1] == found[2] != before
+    push("distributed", server, tiny_model, 9, tmp_path)
+    assert servers.checksums() == before
+
+
+def test_a_tensor_that_no_push_brings_is_found_by_checksum(server: str, other_model: Path) -> None:
+    name = "model.layers.1.mlp.gate.weight"
+    named = [(key, tensor) for key, tensor in tensors_of(other_model) if key != name]
+    config = SyncConfig(method="distributed", verify="first")
+    expected = [key for key, _ in named]  # what a wrong table of names would say
+    sync = make_weight_sync(config, [server], Peers(), model_path=other_model, expected_names=expected)
+    with pytest.raises(SyncError, match=f"{server}: the sync did not reach 1 of its parameters, first {name}"):
+        sync.push(iter(named), 1)
+    assert weight_version(server) == "1-incomplete"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_three_ranks_push_their_own_tensors_and_one_that_has_none_takes_part(
     method: str, server: str, other_model: Path, tmp_path: Path
@@ -251,6 +279,30 @@ def test_bfloat16_weights_arrive_bit_for_bit(server: str, other_model: Path, tmp
         groups = draw(server, version=version)
         assert logprob_error(groups, reference) < 1e-5
         assert logprob_error(groups, other_model) > 1e-4
+
+
+def test_prompts_of_a_lone_sentencepiece_model_are_served_and_their_responses_are_text(
+    server: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["4 + 8 = 12", "7 + 5 = 12", "9 + 30 = 39", "half as many in May"] * 3),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=VOCAB_SIZE,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    (tmp_path / "generation_config.json").write_text("{}")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "4 + 8 =", "answer": "12"}\n')
+    tokenizer = load_tokenizer(tmp_path)
+    [asked] = load_prompts(tmp_path / "prompts.jsonl", tokenizer=tokenizer).prompts
+    assert tokenizer.decode(asked.token_ids) == "4 + 8 ="
+    [group] = draw(server, [asked], Sampling(8, 1.0, 24, tokenizer.stop_ids, seed=2), version=0)
+    texts = [tokenizer.decode(rollout.response_ids.tolist()) for rollout in group]
+    assert len(set(texts)) == 8  # one of them may be empty: a stop token alone
+    stopped = [rollout for rollout in group if rollout.finish_reason == "stop"]
+    assert stopped and all(rollout.response_ids[-1] in tokenizer.stop_ids for rollout in stopped)
 
 
 def test_an_over_long_prompt_is_refused_in_the_servers_words(server: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from megatron_gspo.config import SyncConfig
 from megatron_gspo.errors import SyncError
 from megatron_gspo.hf.checkpoint import HfReader, buckets
-from megatron_gspo.sync.base import NamedTensor, check_names, make_weight_sync, send_all
+from megatron_gspo.sync.base import METHODS, NamedTensor, check_names, make_weight_sync, send_all
 from megatron_gspo.sync.peers import Peers
 from megatron_gspo.sync.servers import Servers
 from tests.rollout.ranks import collect_failures
@@ -98,7 +98,7 @@ def test_results_of_all_ranks_reach_all_ranks() -> None:
     assert results == {rank: [0, 10, 20] for rank in range(3)}
 
 
-@pytest.mark.parametrize("method", ["disk", "tensor"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_server_that_is_gone_fails_the_push_on_every_rank(method: str, tiny_model: Path, tmp_path: Path) -> None:
     config = SyncConfig(method=method, directory=str(tmp_path))
 

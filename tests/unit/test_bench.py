@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_gspo.bench import packing
+from megatron_gspo.bench import packing, sync
 from megatron_gspo.bench.logprobs import Settings, ratios
 from megatron_gspo.bench.logprobs import run as run_logprobs
 from megatron_gspo.bench.measure import PeakMemory, Spread
@@ -94,3 +94,22 @@ def test_bench_packing_prints_each_mix_and_size_as_json(capfd: pytest.CaptureFix
         assert 0 < row["ms"]["smallest"] <= row["ms"]["median"] <= row["ms"]["largest"]
         assert 1 - 1e-12 <= row["heaviest_rank"] <= 1.02
         assert 1 <= row["microbatches"] <= 1.05
+
+
+def test_a_sync_s_ratio_is_of_the_broadcast_in_the_same_turn() -> None:
+    def turn(bare: float, mine: float) -> sync.Turn:
+        return {"broadcast": sync.Sample(bare, bare / 2, 0, 7), "disk": sync.Sample(mine, mine, 5, 6)}
+
+    row = sync.row("disk", [turn(1.0, 2.0), turn(4.0, 4.0), turn(3.0, 4.0)], size=800)
+    assert row["seconds"] == {"median": 4.0, "smallest": 2.0, "largest": 4.0}
+    assert row["bytes_per_s"] == 200.0
+    assert row["ratio"] == {"median": 0.75, "smallest": 0.5, "largest": 1.0}
+    assert row["cpu_ratio"]["median"] == 0.375
+    assert (row["trainer_bytes"], row["server_bytes"]) == (5, 6)
+
+
+def test_a_bare_broadcast_waits_until_every_byte_is_there() -> None:
+    weights = {"a": torch.ones(300_000), "b": torch.ones(300_000)}
+    with sync.BareBroadcast(weights, bucket_mb=2) as bare:
+        for _ in range(3):
+            bare.send()

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_gspo.data import load_tokenizer
 from megatron_gspo.errors import DataError
+from megatron_gspo.hf.checkpoint import copy_companions
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}[assistant]"
 
@@ -126,6 +127,64 @@ def test_a_lone_sentencepiece_model_gives_text_back_exactly(pieces: Path) -> Non
         assert tokenizer.decode([*ids, tokenizer.eos_id]) == TEXT
         assert tokenizer.decode([*ids, 1, *ids], skip_special=False) == f"{TEXT}</s>{TEXT}"
         assert (tokenizer.eos_id, tokenizer.stop_ids, tokenizer.vocab_size) == (1, (1,), 300)
+
+
+@pytest.fixture(scope="module")
+def llama_pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As Llama's: a space in front of every text, bytes for what it has no piece for, and a symbol of the user's."""
+    directory = tmp_path_factory.mktemp("llama")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["Natalia sold 48 clips in April, and then half as many in May."] * 3),
+        model_prefix=str(directory / "tokenizer"),
+        model_type="bpe",
+        vocab_size=330,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["<think>"],
+        minloglevel=2,
+    )
+    config(directory, vocab_size=330)
+    return directory
+
+
+@pytest.mark.parametrize("text", ["Natalia", " Natalia", "  in  May ", "\u20ac \U0001f600\n\t", "sold<think>48", ""])
+def test_leading_spaces_bytes_and_symbols_survive_a_model_that_puts_a_space_in_front(
+    llama_pieces: Path, text: str
+) -> None:
+    tokenizer = load_tokenizer(llama_pieces)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == tokenizer.decode(ids, skip_special=False) == text
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(llama_pieces / "tokenizer.model"))
+    assert ids == processor.encode(text)
+    assert ("<think>" in text) == (processor.piece_to_id("<think>") in ids)
+    assert tokenizer.decode([1, *ids, 2]) == text  # <s> and </s> are no text
+
+
+def test_text_cannot_name_a_control_token(llama_pieces: Path) -> None:
+    tokenizer = load_tokenizer(llama_pieces)
+    assert tokenizer.eos_id == 2 and 2 not in tokenizer.encode("</s>")
+    assert tokenizer.decode(tokenizer.encode("</s>")) == "</s>"
+
+
+def test_a_guess_of_transformers_that_loses_spaces_is_refused_and_a_named_class_is_taken(
+    llama_pieces: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((llama_pieces / "tokenizer.model").read_bytes())
+    config(tmp_path, vocab_size=330)
+    special = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(special))
+    with pytest.raises(DataError, match="transformers guesses a tokenizer that makes"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(special | {"tokenizer_class": "LlamaTokenizer"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("Natalia sold 48 clips")) == "Natalia sold 48 clips"
+    assert tokenizer.encode("Natalia sold") == load_tokenizer(llama_pieces).encode("Natalia sold")
+
+
+def test_a_saved_directory_carries_the_model_file(llama_pieces: Path, tmp_path: Path) -> None:
+    copy_companions(llama_pieces, tmp_path)
+    assert load_tokenizer(tmp_path).encode("in May") == load_tokenizer(llama_pieces).encode("in May")
 
 
 def test_a_sentencepiece_model_has_no_chat_template(pieces: Path) -> None:

@@ -1,0 +1,57 @@
+"""Work in threads of its own, so that a transfer and the next gather overlap. Failures are kept and handed back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import Queue
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+def start(action: Callable[[], T]) -> Future[T]:
+    """Runs ``action`` in a daemon thread: one that hangs in a transfer does not keep the process from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+class Pump(Generic[T]):
+    """Calls ``action`` on every item in order, in the background; ``put`` waits while ``depth`` items are under way.
+
+    After a failure items are taken and dropped, so that nobody who puts waits for ever; ``close`` raises it.
+    """
+
+    def __init__(self, action: Callable[[T], None], depth: int = 1) -> None:
+        self._action = action
+        self._items: Queue[T | None] = Queue(maxsize=depth)
+        self._done = start(self._run)
+
+    def put(self, item: T) -> None:
+        self._items.put(item)
+
+    def close(self) -> None:
+        """Waits for every item; raises the first failure."""
+        self._items.put(None)
+        self._done.result()
+
+    def _run(self) -> None:
+        failure: Exception | None = None
+        while (item := self._items.get()) is not None:
+            if failure is None:
+                try:
+                    self._action(item)
+                except Exception as error:
+                    failure = error
+            del item  # while waiting for the next one, nothing keeps this one's memory
+        if failure is not None:
+            raise failure

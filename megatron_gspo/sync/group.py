@@ -1,0 +1,147 @@
+"""The process group that the first trainer rank shares with the rollout servers."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from datetime import timedelta
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not marked so
+
+from megatron_gspo.errors import SyncError
+from megatron_gspo.sync.background import start
+from megatron_gspo.sync.flat import FlatBucket
+from megatron_gspo.sync.servers import NoAnswerError, Servers
+
+Backend = Literal["gloo", "nccl"]
+JOIN_S = 60.0
+"""Seconds in which every server must have joined."""
+GRACE_S = 10.0
+"""Seconds that what is under way gets to end after a failure, before it is left to its own timeout."""
+
+
+class ServerGroup:
+    """This process as rank 0, and behind it every tensor-parallel rank of every server in turn.
+
+    It is no part of torch's world, which its members do not share. A server joins as torch makes a group, under
+    torch's prefixes in the store, which ``_join`` repeats (SGLang 0.5.23, srt/utils/common.py).
+    """
+
+    def __init__(self, servers: Servers, *, backend: Backend, timeout_s: float) -> None:
+        """Joins with every server. Raises SyncError naming the one that does not."""
+        self._servers = servers
+        self._backend = backend
+        self._timeout_s = timeout_s
+        self._join_s = min(JOIN_S, timeout_s)
+        self._group: Any = None
+        self._device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+        ranks = servers.tensor_ranks()
+        self._world_size = 1 + sum(ranks)
+        address = reachable_address(servers.urls)
+        self._store = TCPStore(
+            "127.0.0.1", 0, self._world_size, True, timedelta(seconds=self._join_s), wait_for_workers=False
+        )
+        self._name = f"megatron-gspo-{self._store.port}"
+        bodies = [
+            {
+                "master_address": address,
+                "master_port": self._store.port,
+                "rank_offset": 1 + sum(ranks[:index]),
+                "world_size": self._world_size,
+                "group_name": self._name,
+                "backend": backend,
+            }
+            for index in range(len(ranks))
+        ]
+        joining = start(self._join)
+        self._all_or_none(servers.start("/init_weights_update_group", bodies), joining, self._join_s)
+        self._group = joining.result()
+
+    def broadcast(self, bucket: FlatBucket) -> None:
+        """Puts a bucket's tensors into every server's model. Raises SyncError naming the server that failed.
+
+        Afterwards the group is of no use: ``close`` it.
+        """
+        data = bucket.data.to(self._device)
+        body = bucket.layout | {
+            "group_name": self._name,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        posts = self._servers.start(
+            "/update_weights_from_distributed", [body] * len(self._servers.urls), patience_s=3 * GRACE_S
+        )
+        self._all_or_none(posts, start(lambda: self._send(data)), self._timeout_s)
+
+    def close(self) -> None:
+        """Takes the servers out of the group and frees it."""
+        wait(self._leave(), timeout=GRACE_S)
+        self._group = None
+
+    def _join(self) -> Any:
+        timeout = timedelta(seconds=self._join_s)
+        store = PrefixStore(f"{self._name}/", PrefixStore(self._name, self._store))
+        if self._backend == "gloo":
+            return dist.ProcessGroupGloo(PrefixStore("cpu/", store), 0, self._world_size, timeout)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(PrefixStore("cuda/", store), 0, self._world_size, options)
+
+    def _send(self, data: torch.Tensor) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        options.timeout = timedelta(seconds=self._timeout_s)
+        self._group.broadcast([data], options).wait()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def _all_or_none(self, posts: list[Future[str]], transfer: Future[Any], timeout_s: float) -> None:
+        """Waits ``timeout_s`` for the servers' answers and for our own part; raises for what failed first.
+
+        A broadcast cannot be called off. It ends when a server that refused it leaves the group, or has died; then the
+        others' end with our connections.
+        """
+        parts: list[Future[Any]] = [*posts, transfer]
+        _, pending = wait(parts, timeout=timeout_s, return_when=FIRST_EXCEPTION)
+        if not pending and all(part.exception() is None for part in parts):
+            return
+        refused = [str(post.exception()) for post in posts if post.done() and post.exception()]
+        leaving = self._leave()
+        wait([transfer], timeout=GRACE_S)
+        failure = transfer.exception() if transfer.done() else f"not over after {timeout_s:g} s"
+        self._group = None
+        wait([*leaving, *posts], timeout=GRACE_S)
+        causes = self._gone(posts, timeout_s) or refused or [f"broadcast to {', '.join(self._servers.urls)}: {failure}"]
+        raise SyncError("; ".join(causes))
+
+    def _gone(self, posts: list[Future[str]], timeout_s: float) -> list[str]:
+        """What to say of servers that do not answer. When one is gone, others refuse what they could not receive."""
+        gone = []
+        for url, post in zip(self._servers.urls, posts, strict=True):
+            if not post.done():
+                gone.append(f"{url} did not answer within {timeout_s:g} s")
+            elif isinstance(error := post.exception(), NoAnswerError):
+                gone.append(str(error))
+        return gone
+
+    def _leave(self) -> list[Future[str]]:
+        body = {"group_name": self._name}
+        return self._servers.start("/destroy_weights_update_group", [body] * len(self._servers.urls))
+
+
+def reachable_address(urls: Sequence[str]) -> str:
+    """This machine's address as the servers see it: that of the interface which leads to the first one elsewhere."""
+    for url in urls:
+        host = urlsplit(url).hostname or ""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+            probe.connect((host, 9))  # of a datagram socket: nothing is sent
+            address = str(probe.getsockname()[0])
+            if not address.startswith("127."):
+                return address
+    return "127.0.0.1"
