@@ -8,19 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.hf import qwen3, qwen3_moe
+from megatron_gspo.hf import deepseek_v3, glm4_moe, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
 from megatron_gspo.hf.family import Family, ModelShape
 
-FAMILIES: dict[str, Family] = {family.architecture: family for family in (qwen3.FAMILY, qwen3_moe.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.architecture: module.FAMILY
+    for module in (qwen3, qwen3_moe, mixtral, qwen2_moe, olmoe, deepseek_v3, glm4_moe)
+}
 
 SIZES = (
     *("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "max_position_embeddings"),
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
     *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"),
+    *("shared_expert_intermediate_size", "n_routed_experts", "n_shared_experts", "n_group", "topk_group"),
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
 )
 """Of config.json, in any family."""
 LARGEST = 2**24
-FLAGS = ("tie_word_embeddings", "norm_topk_prob", "attention_bias", "use_sliding_window")
+FLAGS = (
+    *("tie_word_embeddings", "norm_topk_prob", "attention_bias", "use_sliding_window"),
+    *("qkv_bias", "use_qk_norm", "rope_interleave"),
+)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

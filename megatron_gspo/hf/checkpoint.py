@@ -92,6 +92,17 @@ class HfReader:
             raise WeightError(f"{single}: {error}") from None
 
 
+def carried_tensors(reader: HfReader, first: int, count: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of layers ``first`` ... ``first + count - 1``, as they are stored: those that nothing here computes.
+
+    Raises WeightError as ``HfReader.read`` does.
+    """
+    prefixes = tuple(f"model.layers.{layer}." for layer in range(first, first + count))
+    for name in sorted(reader.names()):
+        if name.startswith(prefixes):
+            yield name, reader.read(name)
+
+
 def buckets(tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """Consecutive named tensors, at most ``max_bytes`` together; a larger tensor is a bucket of its own."""
     bucket: list[tuple[str, torch.Tensor]] = []

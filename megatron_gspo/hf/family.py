@@ -40,7 +40,16 @@ class ModelShape:
     tied_embeddings: bool
     max_positions: int
     megatron: dict[str, Any]
-    """Further ``TransformerConfig`` settings of the family (router, qk-norm, activation)."""
+    """Further ``TransformerConfig`` settings of the family (router, qk-norm, latent attention)."""
+    shared_expert_hidden_size: int = 0
+    """Of the experts, together, that every token goes through; 0 for none."""
+    norm_over_heads: bool = False
+    """Whether qk-norm is one norm over all heads of a token instead of one over each."""
+    rotary_fraction: float = 1.0
+    """Part of a head's dimensions, from the first on, that the rotary embedding turns."""
+    carried_layers: int = 0
+    """Layers that checkpoints store behind the last one (multi-token prediction): nothing here computes them, and a
+    saved directory gets them from the one that was loaded, byte for byte."""
 
     @property
     def routes(self) -> RouteShape:
@@ -58,9 +67,9 @@ class Family:
     rules: Callable[[ModelShape], Sequence[WeightRule]]
     tensor_shapes: Callable[[ModelShape], Mapping[str, tuple[int, ...]]]
     """Hugging Face name, as in ``rules`` -> the stored tensor's shape: what a checkpoint's headers are held against."""
-    router: str = ""
-    """Hugging Face name of a router's weight, with ``{layer}``; empty for a family without mixtures of experts."""
 
     def router_names(self, shape: ModelShape) -> frozenset[str]:
         """Hugging Face names of the weights that choose experts; empty for a dense model."""
-        return frozenset(self.router.format(layer=layer) for layer, moe in enumerate(shape.moe_layers) if moe)
+        (names,) = {rule.hf for rule in self.rules(shape) if rule.megatron.endswith(".mlp.router.weight")} or {()}
+        layers = [layer for layer, moe in enumerate(shape.moe_layers) if moe]
+        return frozenset(name.format(layer=layer) for name in names for layer in layers)

@@ -18,6 +18,7 @@ def check_layout(parallel: ParallelConfig, model: ModelShape) -> None:
     if model.num_experts:
         rows.append((model.num_experts, "experts", parallel.expert, "expert"))
         rows.append((model.expert_hidden_size, "rows of an expert", parallel.expert_tensor, "expert_tensor"))
+        rows.append((model.shared_expert_hidden_size, "rows of the shared expert", parallel.tensor, "tensor"))
     for count, noun, ranks, name in rows:
         if count % ranks:
             raise LayoutError(f"{count} {noun} / parallel.{name} {ranks} = {count / ranks:g}: it must divide")

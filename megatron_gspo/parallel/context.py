@@ -1,4 +1,6 @@
-"""Gathering what every context rank needs of every other: keys and values, by all-gather.
+"""Differentiable collectives of a layer: gathering keys and values over context ranks, and sums over tensor ranks.
+
+``gather_rows`` gives every context rank what it needs of every other: keys and values, by all-gather.
 
 With x_r the rows of context rank r of n, and L the loss that all ranks compute alike,
 
@@ -8,6 +10,9 @@ With x_r the rows of context rank r of n, and L the loss that all ranks compute 
 Each rank's queries attend to all of y, so each rank knows only the part of dL/dy that its own queries gave: the parts
 are summed, and each rank keeps its own rows. A local slice in place of the sum would leave out what other ranks'
 queries say of this rank's keys; logprobs and loss stay right, and only gradients show it.
+
+``sum_over`` is the same for a sum that every rank goes on with by itself, y = sum over q of x_q: each rank knows the
+part of dL/dy that its own heads gave, so dL/dx_r is the sum of all ranks' dL/dy.
 """
 
 from __future__ import annotations
@@ -39,3 +44,25 @@ class _GatherRows(torch.autograd.Function):
         own = whole.new_empty(whole.shape[0] // ctx.group.size(), *whole.shape[1:])
         dist.reduce_scatter_tensor(own, whole, group=ctx.group)
         return own, None
+
+
+def sum_over(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The sum of every rank's ``x``, on each of them; differentiable."""
+    return x if group.size() == 1 else _SumOver.apply(x, group)
+
+
+class _SumOver(torch.autograd.Function):
+    """All-reduce forward, all-reduce backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None

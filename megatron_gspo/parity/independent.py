@@ -93,17 +93,11 @@ def _load(case: Case) -> Any:
 
 
 def _stored_gradients(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """By checkpoint name. In memory an MoE layer's experts are two tensors; in the files three an expert."""
-    for name, weight in model.named_parameters():
-        gradient = (weight.grad if weight.grad is not None else torch.zeros_like(weight)).cpu()
-        prefix, _, last = name.rpartition(".")
-        if last == "gate_up_proj":  # [E, 2 I, H]: the gate's rows, then the up projection's
-            for expert, both in enumerate(gradient):
-                gate, up = both.chunk(2)
-                yield f"{prefix}.{expert}.gate_proj.weight", gate
-                yield f"{prefix}.{expert}.up_proj.weight", up
-        elif prefix.endswith("experts") and last == "down_proj":  # [E, H, I]
-            for expert, down in enumerate(gradient):
-                yield f"{prefix}.{expert}.down_proj.weight", down
-        else:
-            yield name, gradient
+    """By checkpoint name, as transformers itself would save them: in memory an MoE layer's experts are two tensors."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    gradients = {
+        name: (weight.grad if weight.grad is not None else torch.zeros_like(weight)).cpu()
+        for name, weight in model.named_parameters()
+    }
+    yield from revert_weight_conversion(model, gradients).items()

@@ -39,17 +39,77 @@ _EXPERTS: dict[str, Any] = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [0],
 }
+_SIGMOID: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "num_mtp_layers": 0,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "tiny-moe": _EXPERTS,
-    "tiny-dense": {"tie_word_embeddings": True},
+    "tiny-dense": {"model_type": "qwen3", "tie_word_embeddings": True},
     "uneven": _EXPERTS | {"num_hidden_layers": 5},
     "many-experts": _EXPERTS | {"num_experts": 300, "num_experts_per_tok": 8, "moe_intermediate_size": 8},
     "idle-expert": _EXPERTS,
+    "tiny-mixtral": {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2},
+    "tiny-qwen2-moe": _EXPERTS
+    | {"model_type": "qwen2_moe", "norm_topk_prob": False, "shared_expert_intermediate_size": 40},
+    "tiny-olmoe": {"model_type": "olmoe", "num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64},
+    "tiny-deepseek-v3": _SIGMOID
+    | {
+        "model_type": "deepseek_v3",
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 4,
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.7,
+        },
+    },
+    "tiny-moonlight": _SIGMOID
+    | {
+        "model_type": "deepseek_v3",
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_key_value_heads": 8,
+    },
+    "tiny-glm4-moe": _SIGMOID
+    | {
+        "model_type": "glm4_moe",
+        "n_group": 1,
+        "topk_group": 1,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
 }
-"""Name -> what its configuration adds to Qwen3's frame; one without experts is a dense Qwen3.
+"""Name -> what its configuration adds to the frame; a Qwen3-MoE unless ``model_type`` says otherwise.
 
 tiny-moe: a leading dense layer, then 8 experts, top-2. tiny-dense: dense, embedding and head tied. uneven: 5 layers.
-many-experts: 300, top-8. idle-expert: expert 0 of each layer gets no token, whatever the input."""
+many-experts: 300, top-8. idle-expert: expert 0 of each layer gets no token, whatever the input. The others are one of
+each further family, with what is particular to it."""
 
 
 def make_model(name: str, directory: Path, seed: int) -> Path:
@@ -57,16 +117,15 @@ def make_model(name: str, directory: Path, seed: int) -> Path:
 
     Weights are random at scale, so that logits differ by O(1), and norms lie in [0.5, 1.5]. Raises ConfigError.
     """
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     if name not in MODELS:
         raise ConfigError(f"no model {name} (known: {', '.join(MODELS)})")
-    settings = _FRAME | MODELS[name]
-    if "num_experts" in settings:
-        model: PreTrainedModel = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings))
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**settings))
+    settings = {"model_type": "qwen3_moe", **_FRAME, **MODELS[name]}
+    if settings["model_type"] in ("olmoe", "deepseek_v3"):
+        del settings["head_dim"]  # theirs follows from other sizes
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     _randomise(model.double(), seed)
     if name == "idle-expert":
         _starve_expert_0(model)
@@ -86,6 +145,10 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
         elif "embed_tokens" not in name or model.config.tie_word_embeddings:
             noise *= 1.0 / math.sqrt(weight.shape[-1])
         weight.data.copy_(noise)
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # of sigmoids; float32 whatever the model's dtype
+            noise = 0.05 * torch.randn(bias.shape, generator=generator, dtype=torch.float64)
+            bias.data = noise.float()
 
 
 def _starve_expert_0(model: PreTrainedModel) -> None:

@@ -46,6 +46,9 @@ class Reference:
     """Largest entry of any gradient."""
     parameter_scale: float = 0.0
     names: set[str] = field(default_factory=set)
+    """Of gradients."""
+    weights: set[str] = field(default_factory=set)
+    """Of parameters, and of what is no parameter but part of the model: routers' expert biases."""
     idle: list[str] = field(default_factory=list)
     """Tensors without a gradient: experts that got no token."""
     apart: list[Key] = field(default_factory=list)
@@ -119,7 +122,7 @@ def check_meaning(reference: Reference) -> None:
             f"{len(counted)} responses count, {sum(map(bool, shares))} of them clipped: the mini-batch could not tell "
             f"right from wrong; another --seed gives another one"
         )
-    silent = [name for name in reference.idle if ".experts." not in name and not name.endswith("mlp.gate.weight")]
+    silent = [name for name in reference.idle if ".experts." not in name and not name.endswith(".gate.weight")]
     if silent:
         raise BatchError(f"{len(silent)} gradients are zero without a cause, {silent[0]} first: nothing is compared")
 
@@ -155,6 +158,7 @@ def _write_tensors(policy: Policy, directory: Path, reference: Reference) -> Non
     save_file(gradients, directory / GRADIENTS)
     policy.step(0, 1)
     parameters = dict(policy.weights())
+    reference.weights = set(parameters)
     reference.parameter_scale = max(float(parameter.abs().max()) for parameter in parameters.values())
     save_file(parameters, directory / PARAMETERS)
 

@@ -73,10 +73,12 @@ def judge(row: Row, parts: Sequence[Part], reference: Reference, tolerance: floa
         _tokens(row, values, reference, excused)
     _clips(row, [part.training for part in last], reference, excused)
     _sequences(row, last, reference, excused)
-    _tensors(row.columns["gradients"], [part.gradients for part in parts], reference, reference.gradient_scale)
+    floor = reference.case.precision.floor
+    gradients = [part.gradients for part in parts]
+    _tensors(row.columns["gradients"], gradients, reference.names, floor * reference.gradient_scale)
     stepped = [part.parameters for part in parts if part.parameters is not None]
     if stepped:
-        _tensors(row.columns["parameters"], stepped, reference, reference.parameter_scale)
+        _tensors(row.columns["parameters"], stepped, reference.weights, floor * reference.parameter_scale)
     else:
         del row.columns["parameters"]
     for part in parts:
@@ -139,11 +141,10 @@ def _sequences(row: Row, parts: Sequence[Part], reference: Reference, excused: s
         loss.take(_relative(abs(total - reference.loss), sum_scale), "total")
 
 
-def _tensors(worst: Worst, parts: Sequence[dict[str, Difference]], reference: Reference, largest: float) -> None:
+def _tensors(worst: Worst, parts: Sequence[dict[str, Difference]], expected: set[str], floor: float) -> None:
     """Gradients or parameters: every name of the reference's, each on the one rank that owns it."""
-    floor = reference.case.precision.floor * largest
     names = [name for part in parts for name in part]
-    for name in sorted((reference.names - set(names)) | (set(names) - reference.names)):
+    for name in sorted(expected ^ set(names)):
         worst.take(float("inf"), f"{name} (on one side only)")
     for name in sorted({name for name in names if names.count(name) > 1}) if len(names) != len(set(names)) else ():
         worst.take(float("inf"), f"{name} (owned by two ranks)")

@@ -30,7 +30,9 @@ from megatron_gspo.parallel.context import gather_rows
 from megatron_gspo.types import Shard
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
-"""(query [T_own, heads, d], key and value [T, groups, d] as gathered, scale) -> [T_own, heads, d]."""
+"""(query [T_own, heads, d], key and value [T, groups, d] as gathered, scale) -> [T_own, heads, d].
+
+Latent attention's values have a d of their own, which is also the result's."""
 
 
 @dataclass
@@ -50,6 +52,8 @@ def attention_kernel(config: TransformerConfig) -> Literal["sdpa", "varlen", "tr
         return "sdpa"
     if _has_transformer_engine() and not config.deterministic_mode:
         return "transformer_engine"
+    if config.multi_latent_attention:  # values are narrower than keys
+        return "sdpa"
     flash = torch.cuda.get_device_capability() >= (8, 0) and config.kv_channels % 8 == 0 and config.kv_channels <= 256
     return "varlen" if flash else "sdpa"
 
@@ -163,7 +167,8 @@ class Sdpa:
                 q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
             )
             outputs.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.empty_like(query).index_copy(0, self.order, torch.cat(outputs))
+        out = torch.cat(outputs)
+        return torch.empty_like(out).index_copy(0, self.order, out)
 
 
 class Varlen:
@@ -233,10 +238,11 @@ class PackedAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """query [T_own, heads, d]; key, value [T_own, groups, d] -> [T_own, heads * d]; T_own = T / context ranks."""
+        """query, key, value [T_own, heads or groups, d] -> [T_own, heads * d of a value]; T_own = T / context ranks."""
         assert isinstance(packed_seq_params, PackedSequences) and packed_seq_params.attend, "the policy always packs"
         if self.context.size() > 1:
-            key, value = gather_rows(torch.stack([key, value], dim=1), self.context).unbind(1)
+            both = gather_rows(torch.cat([key, value], dim=-1), self.context)
+            key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
         return packed_seq_params.attend(query, key, value, self.softmax_scale).flatten(1)
 
 

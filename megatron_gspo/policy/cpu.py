@@ -167,6 +167,7 @@ def _uneven_reduce_scatter(
 
 def _install_in_megatron() -> None:
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     # Recompute and the random-state tracker keep the "CUDA" generator's state: here it is the CPU's.
@@ -175,6 +176,9 @@ def _install_in_megatron() -> None:
     # Never defined without Transformer Engine in 0.16.1; None selects the plain matmul.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    # A mock without Transformer Engine in 0.16.1, and no type to isinstance: here nothing is one.
+    if not isinstance(multi_latent_attention.TELinear, type):
+        multi_latent_attention.TELinear = type("TELinear", (), {})
 
     move = token_dispatcher.maybe_move_tensor_to_cpu
 

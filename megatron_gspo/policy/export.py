@@ -16,18 +16,20 @@ from megatron_gspo.policy.model import PolicyModel
 EMBEDDING = ("model.embed_tokens.weight",)
 
 
-def weight_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+def weight_of(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.data
 
 
-def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The accumulated gradient, in DDP's buffer; whole only after ``complete_gradients``."""
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
+    """The accumulated gradient, in DDP's buffer; whole only after ``complete_gradients``. A buffer has none."""
+    if not isinstance(parameter, torch.nn.Parameter):
+        return None
     return parameter.main_grad  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
 def stream_tensors(
-    chunks: Sequence[PolicyModel], family: Family, value: Callable[[torch.nn.Parameter], torch.Tensor] = weight_of
+    chunks: Sequence[PolicyModel], family: Family, value: Callable[[torch.Tensor], torch.Tensor | None] = weight_of
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, CPU tensor) on the rank that owns each tensor, nothing elsewhere; every rank must exhaust it.
 
@@ -39,7 +41,7 @@ def stream_tensors(
 
 
 def _stream_chunk(
-    model: PolicyModel, family: Family, value: Callable[[torch.nn.Parameter], torch.Tensor]
+    model: PolicyModel, family: Family, value: Callable[[torch.Tensor], torch.Tensor | None]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     groups = model.groups
     for parameter, named in model.rules(family):
@@ -48,9 +50,10 @@ def _stream_chunk(
         expert = named.rule.is_expert
         tensor = groups.megatron.expt_tp if expert else groups.tensor
         replicas = groups.expert_data if expert else groups.data_context
-        if replicas.rank() != 0:
+        mine = value(parameter)
+        if replicas.rank() != 0 or mine is None:
             continue  # all tensor ranks of a replica skip alike
-        for name, piece in zip(named.hf_names, named.rule.split(value(parameter)), strict=True):
+        for name, piece in zip(named.hf_names, named.rule.split(mine), strict=True):
             pieces = [piece] if named.rule.cut == "whole" else gather_pieces(piece, tensor)
             whole = put_together(pieces, named.rule.cut, model.shape.vocab_size)
             if tensor.rank() == 0:

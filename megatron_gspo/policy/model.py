@@ -9,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_gspo.algorithm.packing import zigzag_positions
@@ -58,13 +58,16 @@ class PolicyModel(GPTModel):
         last = (config.virtual_pipeline_model_parallel_size or 1) - 1
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(list(shape.moe_layers[offset : offset + layers]), config),
+            transformer_layer_spec=block_spec(
+                list(shape.moe_layers[offset : offset + layers]), config, shape, groups.tensor
+            ),
             vocab_size=padded_vocab_size(shape.vocab_size, groups.tensor.size()),
             max_sequence_length=shape.max_positions,
             pre_process=groups.is_first_stage and vp_stage in (None, 0),
             post_process=groups.is_last_stage and vp_stage in (None, last),
             position_embedding_type="rope",
             rotary_base=shape.rotary_base,
+            rotary_percent=shape.rotary_fraction,
             share_embeddings_and_output_weights=shape.tied_embeddings,
             pg_collection=groups.megatron,
             vp_stage=vp_stage,
@@ -113,11 +116,15 @@ class PolicyModel(GPTModel):
         # GPTModel ends in [1, T_local, H].
         return self.logprobs(batch.labels_T[own], hidden[0], temperature)
 
-    def rules(self, family: Family) -> Iterator[tuple[torch.nn.Parameter, NamedRule]]:
-        """Every parameter of this stage with its Hugging Face names, in an order that tensor ranks share."""
+    def rules(self, family: Family) -> Iterator[tuple[torch.Tensor, NamedRule]]:
+        """Every parameter of this stage with its Hugging Face names, in an order that tensor ranks share.
+
+        Behind them the routers' expert biases, which are buffers: without gradient, and no optimizer moves them.
+        """
         rules = family.rules(self.shape)
         experts = self.shape.num_experts // self.groups.expert.size()
-        for name, parameter in self.named_parameters():
+        biases = [(name, buffer) for name, buffer in self.named_buffers() if name.endswith(".expert_bias")]
+        for name, parameter in (*self.named_parameters(), *biases):
             yield parameter, find_rule(rules, self._global_name(name, experts * self.groups.expert.rank()))
 
     def _global_name(self, name: str, expert_offset: int) -> str:
@@ -138,7 +145,8 @@ def transformer_config(
     dtype = DTYPES[model.dtype]
     tensor = groups.tensor.size()
     moe = {} if not shape.num_experts else _moe_settings(model, shape)
-    return TransformerConfig(
+    kind = MLATransformerConfig if shape.megatron.get("multi_latent_attention") else TransformerConfig
+    return kind(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_attention_heads,
@@ -205,6 +213,7 @@ def _moe_settings(model: ModelConfig, shape: ModelShape) -> dict[str, object]:
         "num_moe_experts": shape.num_experts,
         "moe_router_topk": shape.top_k,
         "moe_ffn_hidden_size": shape.expert_hidden_size,
+        "moe_shared_expert_intermediate_size": shape.shared_expert_hidden_size or None,
         "moe_layer_freq": [int(is_moe) for is_moe in shape.moe_layers],
         "moe_grouped_gemm": False,
         # Hugging Face configurations carry an auxiliary loss of 0.001; it would make a step depend on the layout.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import torch.distributed as dist
 from safetensors import SafetensorError
 
 from megatron_gspo.config import RunConfig
-from megatron_gspo.hf.checkpoint import copy_companions, write_index, write_shards
+from megatron_gspo.errors import WeightError
+from megatron_gspo.hf.checkpoint import HfReader, carried_tensors, copy_companions, write_index, write_shards
 from megatron_gspo.parallel.exchange import agree, gather_objects
 from megatron_gspo.policy.groups import Groups
 from megatron_gspo.policy.policy import Policy
@@ -20,6 +22,8 @@ SHARD_BYTES = 4 * 1024**3
 
 def save_hugging_face(policy: Policy, config: RunConfig, groups: Groups, directory: Path) -> None:
     """Writes a directory that transformers and SGLang load. Collective; each owner writes its own tensors.
+
+    Layers that the family carries without computing them (multi-token prediction) come from ``model.path`` unchanged.
 
     It is written under another name and moved when it is whole. The configuration and the tokenizer are those of
     ``model.path``; ``dtype`` becomes the model's.
@@ -35,9 +39,12 @@ def save_hugging_face(policy: Policy, config: RunConfig, groups: Groups, directo
     agree(error, groups.world)
     weight_map: dict[str, str] = {}
     tensors = policy.weights()
+    if dist.get_rank() == 0 and policy.shape.carried_layers:
+        source = HfReader(config.model.path)
+        tensors = chain(tensors, carried_tensors(source, policy.shape.num_layers, policy.shape.carried_layers))
     try:
         weight_map = write_shards(unfinished, tensors, owner=dist.get_rank(), max_bytes=SHARD_BYTES)
-    except (OSError, SafetensorError) as caught:
+    except (OSError, SafetensorError, WeightError) as caught:
         error = caught
         for _ in tensors:  # the others are gathering with this rank
             pass
