@@ -57,7 +57,8 @@ class ModelConfig(Section):
     """The policy that is trained."""
 
     path: Named
-    """Hugging Face directory (``config.json``, safetensors, tokenizer) that training starts from."""
+    """Hugging Face directory (``config.json``, safetensors, tokenizer) that training starts from; or what
+    ``convert`` makes of one: a Megatron distributed checkpoint beside the same files."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Parameters and activations. float64 is for proofs on a CPU."""
     logprob_chunk: Positive = 1024
@@ -244,6 +245,9 @@ class TrainConfig(Section):
     """Responses of an outer step kept in ``rollouts/`` for reading; 0 keeps none."""
     save_hf: bool = True
     """Writes a Hugging Face directory at the end, beside the checkpoint."""
+    save_hf_every: Annotated[int, Field(ge=0)] = 0
+    """Outer steps between Hugging Face directories in ``exports/``, written while training goes on, from copies in host
+    memory (this rank's share of the weights); all stay. 0 none."""
     tensorboard: bool = True
     """Writes TensorBoard events."""
     wandb: bool = False

@@ -5,5 +5,5 @@ A command's module has ``SUMMARY`` (a phrase), ``EXAMPLE`` (a command line), per
 every module here is imported to print the list of commands.
 """
 
-COMMANDS = ("train", "compare", "eval", "doctor", "parity", "report", "status", "bench")
+COMMANDS = ("train", "compare", "eval", "doctor", "parity", "report", "status", "convert", "bench")
 """In the order in which ``--help`` lists them."""

@@ -8,7 +8,7 @@ from importlib import import_module
 SUMMARY = "measure time, memory and balance on this machine"
 EXAMPLE = "megatron-gspo bench logprobs --quick"
 
-BENCHMARKS = ("logprobs", "packing", "replay", "sync")
+BENCHMARKS = ("logprobs", "packing", "replay", "sync", "convert")
 """In the order in which ``--help`` lists them."""
 
 

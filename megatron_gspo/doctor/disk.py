@@ -51,10 +51,12 @@ def check_disk(facts: Facts) -> list[Check]:
     model = elements * item
     checkpoint = model + 3 * elements * max(4, item)
     kept = checkpoints_kept(config)
-    needed = checkpoint * (kept + 1) + (model if config.train.save_hf else 0)
+    exports = config.train.outer_steps // config.train.save_hf_every if config.train.save_hf_every else 0
+    needed = checkpoint * (kept + 1) + model * (exports + config.train.save_hf)
     text = (
         f"a checkpoint {gib(checkpoint)} (weights, fp32 master and two moments) x ({kept} kept + 1 being written)"
-        f"{f' + hf/ {gib(model)}' if config.train.save_hf else ''} = {gib(needed)}"
+        f"{f' + hf/ {gib(model)}' if config.train.save_hf else ''}"
+        f"{f' + exports/ {exports} x {gib(model)}' if exports else ''} = {gib(needed)}"
     )
     checks = [_room(text, needed, Path(config.train.run_dir), "train.run_dir: a larger disk")]
     if config.sync.method == "disk" and not facts.supervised:

@@ -142,14 +142,13 @@ class LayerBytes:
         norms = wide * (2 * hidden + q + k) if item < 4 else item * 2 * (hidden + q + k)
         linear = item * (3 * hidden + 5 * q + 3 * k) + item * hidden  # the last: what the MLP is given
         core = item * (2 * q + k)
+        mlp = 5.0 * item * (model.shared_expert_hidden_size if is_moe else model.ffn_hidden_size)
         if is_moe:
             routing = wide * (2 * model.num_experts + 6 * model.top_k)
             # Expert-tensor ranks gather each other's tokens: as many times more as the matrices are narrower.
             gathered = (1 + parallel.expert_tensor) * hidden + 6 * model.expert_hidden_size
             copies = model.top_k * item * gathered
-            mlp = routing + copies
-        else:
-            mlp = 5 * item * model.ffn_hidden_size
+            mlp += routing + copies
         entry = item * hidden
         rotary = 4 * wide * dim  # each rank its own, of all tokens
         return cls(entry / ranks, (norms + linear - core - entry) / ranks + rotary, core / ranks, mlp / ranks)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.estimate import microbatches, tokens_of_minibatch
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.errors import WeightError
+from megatron_gspo.hf.carried import carried_names
 from megatron_gspo.hf.catalog import read_config
 from megatron_gspo.hf.layout import check_recompute, check_replay
+from megatron_gspo.policy.checkpoint_files import is_distributed, read_header
 from megatron_gspo.report.text import count
 
 NAMED = 3
@@ -81,6 +84,9 @@ def check_model(facts: Facts) -> Check:
 
 def check_weights(facts: Facts) -> Check:
     """Every tensor that the family's table asks for, against the files' headers; no data is read."""
+    path = Path(facts.config.model.path)
+    if is_distributed(path):
+        return ok(f"a Megatron checkpoint, converted from {read_header(path)['extra'].get('converted_from', 'a run')}")
     reader, wanted = facts.reader, {tensor.name: tensor.shape for tensor in facts.tensors}
     stored = set(reader.names())
     missing = [name for name in wanted if name not in stored]
@@ -96,8 +102,11 @@ def check_weights(facts: Facts) -> Check:
             wrong.append(f"{name} {list(found)}, not {list(shape)}")
     if wrong:
         return error(f"{reader.directory}: {_some(wrong)}: not what config.json asks for", "model.path")
-    extra = sorted(stored - set(wanted) - {"lm_head.weight"})
+    carried = carried_names(stored, facts.shape)
+    extra = sorted(stored - set(wanted) - {"lm_head.weight"} - set(carried))
     text = f"{len(wanted)} tensors, each of the shape that config.json asks for"
+    if carried:
+        text += f", and {len(carried)} of {facts.shape.carried_layers} layers behind the last, which are only carried"
     if extra:
         return warning(f"{text}; {_some(extra)} in the files that no table names: not read", "model.path")
     return ok(text)

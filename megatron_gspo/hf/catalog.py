@@ -10,6 +10,7 @@ from typing import Any
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf import deepseek_v3, glm4_moe, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
 from megatron_gspo.hf.family import Family, ModelShape
+from megatron_gspo.hf.fp8 import without_quantization
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.architecture: module.FAMILY
@@ -45,9 +46,13 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return config
 
 
-def read_model(directory: str | Path) -> tuple[Family, ModelShape]:
-    """The family and shape of a Hugging Face directory. Raises ConfigError for an unknown architecture."""
+def read_model(directory: str | Path, *, dequantised: bool = False) -> tuple[Family, ModelShape]:
+    """The family and shape of a Hugging Face directory; with ``dequantised``, as if its fp8 weights were bfloat16.
+
+    Raises ConfigError for an unknown architecture, or what it cannot do.
+    """
     config = read_config(directory)
+    config = without_quantization(config) if dequantised else config
     names = config.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else "(none)"
     if name not in FAMILIES:

@@ -12,11 +12,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_gspo.errors import WeightError
+from megatron_gspo.hf import fp8
+from megatron_gspo.hf.stream import NAMES
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+MODEL = "model"
+"""What a model's files are called."""
+
+
+def index_name(stem: str) -> str:
+    """The index of several files."""
+    return f"{stem}.safetensors.index.json"
+
+
+def single_name(stem: str) -> str:
+    """The one file that needs no index."""
+    return f"{stem}.safetensors"
+
+
+INDEX, SINGLE = index_name(MODEL), single_name(MODEL)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Of weights that are read."""
+STORED = {name: dtype for dtype, name in NAMES.items()}
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -33,15 +49,20 @@ COMPANIONS = (
 
 
 class HfReader:
-    """Reads tensors of a Hugging Face directory by name, through memory maps, a file opened once."""
+    """Reads tensors of a Hugging Face directory by name, through memory maps, a file opened once.
 
-    def __init__(self, directory: str | Path) -> None:
+    Matrices of eight bits with scales a block are bfloat16 to whoever reads, and their scales have no names.
+    """
+
+    def __init__(self, directory: str | Path, stem: str = MODEL) -> None:
+        """``stem``: what its files are called. Raises WeightError when there are none."""
         self.directory = Path(directory)
-        self._files = self._locate()
+        self._files = self._locate(self.directory / index_name(stem), self.directory / single_name(stem))
         self._open: dict[Path, safe_open] = {}
+        self._scales = fp8.scales_among(self._files)
 
     def names(self) -> tuple[str, ...]:
-        return tuple(self._files)
+        return tuple(name for name in self._files if name not in self._scales)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, in its stored dtype, one of ``DTYPES``. Raises WeightError naming file and tensor."""
@@ -50,7 +71,9 @@ class HfReader:
             tensor = self._file(path).get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
             raise WeightError(f"{path}: {name}: {error}") from None
-        if tensor.dtype not in DTYPES:  # eight bits have their scales in tensors beside them, which nothing reads
+        if tensor.dtype == torch.float8_e4m3fn and name + fp8.SCALE in self._scales:
+            return fp8.dequantise(f"{path}: {name}", tensor, self.read(name + fp8.SCALE))
+        if tensor.dtype not in DTYPES:
             raise WeightError(
                 f"{path}: {name} is stored as {tensor.dtype}: weights must be {', '.join(map(str, DTYPES))}"
             )
@@ -64,6 +87,27 @@ class HfReader:
         except (SafetensorError, OSError, ValueError) as error:
             raise WeightError(f"{path}: {name}: {error}") from None
 
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's stored dtype, from its file's header, one of ``DTYPES``. Raises WeightError as ``read`` does."""
+        path = self.file_of(name)
+        try:
+            stored = self._file(path).get_slice(name).get_dtype()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise WeightError(f"{path}: {name}: {error}") from None
+        if stored == fp8.STORED and name + fp8.SCALE in self._scales:
+            return fp8.READ
+        if stored not in STORED:
+            raise WeightError(f"{path}: {name} is stored as {stored}: weights must be {', '.join(map(str, DTYPES))}")
+        return STORED[stored]
+
+    def files(self) -> tuple[Path, ...]:
+        """Every file that holds a tensor."""
+        return tuple(sorted(set(self._files.values())))
+
+    def release(self) -> None:
+        """Closes the files, and with them the pages that reading has mapped; a later read opens them again."""
+        self._open.clear()
+
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor. Raises WeightError when none does."""
         if name not in self._files:
@@ -75,8 +119,7 @@ class HfReader:
             self._open[path] = safe_open(path, framework="pt", device="cpu")
         return self._open[path]
 
-    def _locate(self) -> dict[str, Path]:
-        index, single = self.directory / INDEX, self.directory / SINGLE
+    def _locate(self, index: Path, single: Path) -> dict[str, Path]:
         if index.exists():
             try:
                 table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -84,23 +127,12 @@ class HfReader:
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise WeightError(f"{index}: not an index of tensors: {type(error).__name__}: {error}") from None
         if not single.exists():
-            raise WeightError(f"{self.directory}: neither {INDEX} nor {SINGLE}: not a Hugging Face directory")
+            raise WeightError(f"{self.directory}: neither {index.name} nor {single.name}: not a Hugging Face directory")
         try:
             with safe_open(single, framework="pt", device="cpu") as file:
                 return dict.fromkeys(file.keys(), single)
         except (SafetensorError, OSError, ValueError) as error:
             raise WeightError(f"{single}: {error}") from None
-
-
-def carried_tensors(reader: HfReader, first: int, count: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of layers ``first`` ... ``first + count - 1``, as they are stored: those that nothing here computes.
-
-    Raises WeightError as ``HfReader.read`` does.
-    """
-    prefixes = tuple(f"model.layers.{layer}." for layer in range(first, first + count))
-    for name in sorted(reader.names()):
-        if name.startswith(prefixes):
-            yield name, reader.read(name)
 
 
 def buckets(tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:

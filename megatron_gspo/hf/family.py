@@ -70,6 +70,13 @@ class Family:
 
     def router_names(self, shape: ModelShape) -> frozenset[str]:
         """Hugging Face names of the weights that choose experts; empty for a dense model."""
-        (names,) = {rule.hf for rule in self.rules(shape) if rule.megatron.endswith(".mlp.router.weight")} or {()}
+        return self._names_of_router(shape, "weight")
+
+    def bias_names(self, shape: ModelShape) -> frozenset[str]:
+        """Hugging Face names of what is added to scores when experts are chosen: float32 in a model of any dtype."""
+        return self._names_of_router(shape, "expert_bias")
+
+    def _names_of_router(self, shape: ModelShape, parameter: str) -> frozenset[str]:
+        (names,) = {rule.hf for rule in self.rules(shape) if rule.megatron.endswith(f".mlp.router.{parameter}")} or {()}
         layers = [layer for layer, moe in enumerate(shape.moe_layers) if moe]
         return frozenset(name.format(layer=layer) for name in names for layer in layers)

@@ -76,7 +76,10 @@ def refuse_everywhere(config: dict[str, Any]) -> None:
     """Raises ConfigError for what a ``config.json`` may ask and no family here does."""
     refuse(config, "use_sliding_window", "clip_qkv", "router_jitter_noise")
     if config.get("quantization_config"):
-        raise ConfigError("quantization_config in config.json is not supported: weights must be floating-point numbers")
+        raise ConfigError(
+            "quantization_config in config.json is not supported: servers would quantise what they are sent; "
+            "megatron-gspo convert makes bfloat16 of fp8 blocks"
+        )
     if config.get("hidden_act", "silu") != "silu":
         raise ConfigError(f'hidden_act = "{config["hidden_act"]}" in config.json is not supported: only "silu"')
 

@@ -57,7 +57,7 @@ def begin_save(policy: Policy, directory: Path, extra: Mapping[str, Any], *, bac
     Nothing has its name before ``finish`` of what is returned. With ``background`` training may go on meanwhile: what
     is written are copies in host memory, made here.
     """
-    header = {"step": _steps_taken(policy), "model": _plain(policy.shape), "extra": dict(extra)}
+    header = {"step": _steps_taken(policy), "model": plain(policy.shape), "extra": dict(extra)}
     json.dumps(header)
     tensors = (tensor for chunk in policy.chunks for tensor in (*chunk.parameters(), *chunk.buffers()))
     live = frozenset(map(address, tensors if background else ()))
@@ -73,14 +73,28 @@ def load_checkpoint(policy: Policy, directory: Path) -> dict[str, Any]:
     Raises WeightError, on every rank, when the checkpoint is missing, damaged or of another model.
     """
     header = _verified_header(policy, directory)
-    state = _sharded_state(policy, _empty_states)
+    loaded = _load_chunks(policy, _sharded_state(policy, _empty_states), directory)
+    _take_states(policy, loaded)
+    _count_steps(policy, header["step"])
+    return header["extra"]
+
+
+@torch.no_grad()
+def load_weights_of(policy: Policy, directory: Path) -> None:
+    """Fills the policy's weights alone, from a checkpoint that training or ``convert`` wrote, in any dtype. Collective.
+
+    Raises WeightError as ``load_checkpoint`` does.
+    """
+    _verified_header(policy, directory)
+    _load_chunks(policy, _sharded_weights(policy), directory)
+
+
+def _load_chunks(policy: Policy, state: dict[str, Any], directory: Path) -> dict[str, Any]:
     # In 0.16.1 all ranks fail when one does; in 0.19.2 every rank reads by itself, and the others would go on.
     loaded = together(lambda: _read(state, directory), policy.groups.world)
     for index, chunk in enumerate(policy.chunks):
         chunk.load_state_dict(loaded[_chunk_entry(index)])
-    _take_states(policy, loaded)
-    _count_steps(policy, header["step"])
-    return header["extra"]
+    return loaded
 
 
 def _read(state: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -97,10 +111,7 @@ def _sharded_state(policy: Policy, states_of: StatesOf) -> dict[str, Any]:
     shape and place. We put it together ourselves, since 0.16.1 takes the wrong elements wherever a
     buffer has two buckets with padding between them, which a tied embedding under pipeline parallelism makes.
     """
-    state: dict[str, Any] = {
-        _chunk_entry(index): chunk.sharded_state_dict(metadata={"dp_cp_group": policy.groups.data_context})
-        for index, chunk in enumerate(policy.chunks)
-    }
+    state = _sharded_weights(policy)
     place_of = {
         shard.data: (f"{index}.{name}", shard)
         for index in range(len(policy.chunks))
@@ -114,6 +125,13 @@ def _sharded_state(policy: Policy, states_of: StatesOf) -> dict[str, Any]:
             if states:
                 state[_entry(name)] = {key: _at_place_of(shard, key, whole) for key, whole in states.items()}
     return state
+
+
+def _sharded_weights(policy: Policy) -> dict[str, Any]:
+    return {
+        _chunk_entry(index): chunk.sharded_state_dict(metadata={"dp_cp_group": policy.groups.data_context})
+        for index, chunk in enumerate(policy.chunks)
+    }
 
 
 def _chunk_entry(index: int) -> str:
@@ -240,16 +258,17 @@ def _verified_header(policy: Policy, directory: Path) -> dict[str, Any]:
     """``checkpoint.json``, once every file that it lists was verified, on every rank. Raises WeightError on all."""
     world = policy.groups.world
     first = dist.get_rank() == 0
-    header = together(lambda: _header_of_model(directory, policy.shape) if first else None, world)
+    header = together(lambda: header_of_model(directory, policy.shape) if first else None, world)
     header = broadcast_object(header, 0, world)
     together(lambda: verify(directory, header["files"][dist.get_rank() :: dist.get_world_size()]), world)
     together(lambda: check_metadata(directory) if first else None, world)
     return header
 
 
-def _header_of_model(directory: Path, shape: ModelShape) -> dict[str, Any]:
+def header_of_model(directory: Path, shape: ModelShape) -> dict[str, Any]:
+    """``checkpoint.json`` of a checkpoint of such a model. Raises WeightError."""
     header = read_header(directory)
-    for name, mine in _plain(shape).items():
+    for name, mine in plain(shape).items():
         if header["model"].get(name) != mine:
             raise WeightError(
                 f"{directory}: a checkpoint of another model: "
@@ -258,7 +277,7 @@ def _header_of_model(directory: Path, shape: ModelShape) -> dict[str, Any]:
     return header
 
 
-def _plain(shape: ModelShape) -> dict[str, Any]:
+def plain(shape: ModelShape) -> dict[str, Any]:
     """The model's shape as JSON gives it back."""
     return json.loads(json.dumps(dataclasses.asdict(shape)))
 

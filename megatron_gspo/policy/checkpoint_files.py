@@ -49,6 +49,11 @@ class FileEntry:
             raise ValueError(f"{self.name!r:.80} with sha256 {self.sha256!r:.80} is no file of a checkpoint")
 
 
+def is_distributed(directory: Path) -> bool:
+    """Whether a directory holds a Megatron distributed checkpoint."""
+    return (directory / METADATA).is_file()
+
+
 def name_of(outer_steps: int) -> str:
     """The directory of the checkpoint after ``outer_steps`` outer steps."""
     return f"outer_{outer_steps:05d}"
@@ -124,13 +129,20 @@ def describe(path: Path) -> FileEntry:
 
 
 def publish(unfinished: Path, directory: Path, header: Mapping[str, Any], files: Iterable[FileEntry]) -> None:
-    """Writes ``checkpoint.json`` and moves ``unfinished`` to ``directory``; one that lay there is replaced.
+    """Writes ``checkpoint.json`` and moves ``unfinished`` to ``directory``; one that lay there is replaced."""
+    write_header(unfinished, header, files)
+    put_in_place(unfinished, directory)
 
-    The hash of ``checkpoint.json`` is in itself: of everything else in it.
-    """
+
+def write_header(directory: Path, header: Mapping[str, Any], files: Iterable[FileEntry]) -> None:
+    """Writes ``checkpoint.json``. Its hash is in itself: of everything else in it."""
     content = {**header, "files": [asdict(entry) for entry in sorted(files, key=lambda entry: entry.name)]}
     text = json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n"
-    (unfinished / HEADER).write_text(text, encoding="utf-8")
+    (directory / HEADER).write_text(text, encoding="utf-8")
+
+
+def put_in_place(unfinished: Path, directory: Path) -> None:
+    """Waits until ``unfinished`` is on disk and moves it to ``directory``; one that lay there is replaced."""
     for path in unfinished.iterdir():
         sync(path)
     sync(unfinished)
@@ -139,10 +151,14 @@ def publish(unfinished: Path, directory: Path, header: Mapping[str, Any], files:
         shutil.rmtree(replaced)
     if directory.exists():
         directory.rename(replaced)
-    unfinished.rename(directory)
-    sync(directory.parent)
+    _move_in(unfinished, directory)
     if replaced.exists():
         shutil.rmtree(replaced)
+
+
+def _move_in(unfinished: Path, directory: Path) -> None:
+    unfinished.rename(directory)
+    sync(directory.parent)
 
 
 def read_header(directory: Path) -> dict[str, Any]:
@@ -177,9 +193,14 @@ def verify(directory: Path, files: Iterable[Mapping[str, Any]]) -> None:
 
 def check_metadata(directory: Path) -> None:
     """Raises WeightError unless ``.metadata``, which torch unpickles, is made of descriptions alone: no code runs."""
+    read_metadata(directory)
+
+
+def read_metadata(directory: Path) -> Any:
+    """``.metadata``: torch's ``Metadata``, unpickled from classes of descriptions alone. Raises WeightError."""
     try:
         with (directory / METADATA).open("rb") as file:
-            _Descriptions(file).load()
+            return _Descriptions(file).load()
     except Exception as error:  # whatever pickle raises on a file that somebody made
         raise _damaged(directory, METADATA, f"{type(error).__name__}: {error}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -14,6 +15,7 @@ from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.layout import check_layout, check_recompute, check_replay
 from megatron_gspo.parallel.exchange import together
+from megatron_gspo.policy.checkpoint_files import is_distributed
 from megatron_gspo.policy.export import complete_gradients, gradient_of, stream_tensors
 from megatron_gspo.policy.groups import Groups
 from megatron_gspo.policy.load import ExpertLoad
@@ -53,9 +55,9 @@ class Policy:
             config.model, config.parallel, self.family, self.shape, groups, deterministic=config.train.deterministic
         )
         self.temperature = 1.0 if config.algorithm.name == "sft" else config.rollout.temperature
-        together(lambda: self._load(directory), groups.world)  # what is wrong may be so on one stage only
         self.optimizer: Optimizer | None = None
         self.replay = Replay(self.chunks, groups.world)
+        self._load(Path(directory))
         self.expert_load = ExpertLoad(self.chunks)
         self.modules: Sequence[torch.nn.Module] = self.chunks
         if trainable:
@@ -106,14 +108,27 @@ class Policy:
         """
         return stream_tensors(self.chunks, self.family)
 
+    def names(self) -> set[str]:
+        """Hugging Face names of what this rank holds a share of."""
+        named = (rule for chunk in self.chunks for _, rule in chunk.rules(self.family))
+        return {name for rule in named for name in rule.hf_names}
+
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The accumulated gradients in Hugging Face names, streamed as ``weights`` is."""
         for module in self.modules:
             complete_gradients(module)
         return stream_tensors(self.chunks, self.family, gradient_of)
 
-    def _load(self, directory: str) -> None:
-        reader = HfReader(directory)
+    def _load(self, directory: Path) -> None:
+        """Fills the chunks from safetensors, or from a distributed checkpoint beside ``config.json``. Collective."""
+        if is_distributed(directory):
+            from megatron_gspo.policy.checkpoint import load_weights_of  # which is of policies
+
+            load_weights_of(self, directory)
+            return
+        together(lambda: self._read(HfReader(directory)), self.groups.world)  # what is wrong may be so on one stage
+
+    def _read(self, reader: HfReader) -> None:
         for chunk in self.chunks:
             load_weights(chunk, self.family, reader)
 

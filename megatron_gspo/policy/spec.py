@@ -97,6 +97,7 @@ class Router(TopKRouter):
     """
 
     def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Megatron's, of [tokens, experts] logits."""
         with keep_float64() if logits.dtype == torch.float64 else nullcontext():
             return super().routing(logits, *args, **kwargs)
 

@@ -41,7 +41,10 @@ def noise_seed(seed: int, name: str, version: int) -> int:
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
 
 
-def in_dtype(tensors: Iterator[NamedTensor], dtype: torch.dtype) -> Iterator[NamedTensor]:
-    """The stream, rounded to ``dtype``."""
+def in_dtype(
+    tensors: Iterator[NamedTensor], dtype: torch.dtype, kept: Collection[str] = frozenset()
+) -> Iterator[NamedTensor]:
+    """The stream, rounded to ``dtype``; those named in ``kept`` as they are: an engine holds expert biases in float32,
+    whatever its dtype."""
     for name, tensor in tensors:
-        yield name, tensor.to(dtype)
+        yield name, tensor if name in kept else tensor.to(dtype)

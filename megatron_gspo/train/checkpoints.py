@@ -16,6 +16,7 @@ from megatron_gspo.policy.checkpoint_write import PendingSave
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.train.progress import Progress
 from megatron_gspo.train.resume import Resumption
+from megatron_gspo.train.save import Exports
 
 
 class Checkpoints:
@@ -30,6 +31,7 @@ class Checkpoints:
         self._root = Path(config.train.run_dir) / "checkpoints"
         self._pending: PendingSave | None = None
         self._saved_at = 0
+        self._exports = Exports(config, policy)
         self._on_first_rank(lambda: clear_leftovers(self._root))
 
     def restore(self, resumption: Resumption, progress: Progress) -> None:
@@ -39,7 +41,8 @@ class Checkpoints:
         self._saved_at = progress.outer_steps
 
     def after_step(self, progress: Progress, *, last: bool) -> None:
-        """Saves when it is time; always when ``last``, which also waits until it is on disk."""
+        """Saves when it is time; always when ``last``, which also waits until it is on disk. Exports, too."""
+        self._exports.after_step(progress.outer_steps, last=last)
         self._publish(wait=last)
         every, done = self._train.checkpoint_every, progress.outer_steps
         if done > self._saved_at and (last or (every and done % every == 0)):

@@ -6,6 +6,7 @@ import asyncio
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,11 @@ from megatron_gspo.data.cursor import PromptCursor
 from megatron_gspo.data.prompts import PromptSet, load_prompts
 from megatron_gspo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_gspo.errors import DataError
+from megatron_gspo.hf.carried import carried_names
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.parallel.exchange import agree, gather_objects
 from megatron_gspo.parallel.sequence import ShardedSequenceSum
+from megatron_gspo.policy.checkpoint_files import is_distributed
 from megatron_gspo.policy.groups import Groups
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.rewards.registry import Reward, resolve_reward
@@ -70,7 +73,8 @@ class Run:
                 version=version,
             )
         if config.rollout.engine_dtype:
-            weights = in_dtype(weights, getattr(torch, config.rollout.engine_dtype))
+            kept = self.policy.family.bias_names(self.policy.shape)
+            weights = in_dtype(weights, getattr(torch, config.rollout.engine_dtype), kept)
         self.sync.push(weights, version)
 
     def sampling(self, outer_step: int) -> Sampling:
@@ -172,8 +176,12 @@ def build_run(config: RunConfig, groups: Groups, inputs: Inputs, urls: tuple[str
 
 
 def expected_names(config: RunConfig, policy: Policy) -> set[str]:
-    """The tensors that a sync must send: those of the checkpoint. A tied head may be stored there, and is not sent."""
+    """The tensors that a sync must send: those of the checkpoint. A tied head may be stored there, and layers that
+    nothing here computes; neither is sent. Collective."""
+    if is_distributed(Path(config.model.path)):
+        return set().union(*gather_objects(policy.names(), policy.groups.world))
     names = set(HfReader(config.model.path).names())
+    names -= set(carried_names(names, policy.shape))
     return names - {"lm_head.weight"} if policy.shape.tied_embeddings else names
 
 

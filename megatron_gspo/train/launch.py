@@ -22,6 +22,7 @@ from megatron_gspo.data.rows import read_rows
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.layout import check_layout, check_recompute, check_replay
+from megatron_gspo.policy.checkpoint_files import is_distributed
 from megatron_gspo.rewards.registry import resolve_reward
 from megatron_gspo.train.models import check_models
 
@@ -33,7 +34,8 @@ def check_before_start(config: RunConfig) -> None:
     check_recompute(config.model, shape)
     check_replay(config.replay, shape)
     check_models(config)
-    HfReader(config.model.path)
+    if not is_distributed(Path(config.model.path)):
+        HfReader(config.model.path)
     next(read_rows(Path(config.data.path)), None)
     if config.algorithm.name != "sft":
         resolve_reward(config.reward)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_gspo.config import RunConfig
+from megatron_gspo.config import RolloutConfig, RunConfig
 from megatron_gspo.data.cursor import PromptCursor
 from megatron_gspo.errors import ConfigError, RunStopped
 from megatron_gspo.parallel.exchange import agree, broadcast_object, together
+from megatron_gspo.policy.checkpoint_files import is_distributed
 from megatron_gspo.policy.groups import Groups, make_groups, start_distributed
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.rollout.engine import local_servers
@@ -167,7 +168,7 @@ def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> It
         if dist.get_rank() == 0:
             recorder.phase(f"starting {config.rollout.local_servers} rollout server(s)")
             servers = local_servers(config.rollout)(
-                config.rollout,
+                served(config),
                 config.model.path,
                 Path(config.train.run_dir) / "servers",
                 device="cuda" if torch.cuda.is_available() else "cpu",
@@ -181,6 +182,14 @@ def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> It
                 error = caught
         agree(error, groups.world)
         yield broadcast_object(urls, 0, groups.world)
+
+
+def served(config: RunConfig) -> RolloutConfig:
+    """``rollout`` for servers on ``model.path``; those of a Megatron checkpoint, which SGLang cannot read, start with
+    whatever is in memory, and the first push fills all of it."""
+    if not is_distributed(Path(config.model.path)):
+        return config.rollout
+    return config.rollout.model_copy(update={"server_args": ("--load-format", "dummy", *config.rollout.server_args)})
 
 
 def set_determinism(config: RunConfig) -> None:

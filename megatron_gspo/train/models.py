@@ -11,6 +11,7 @@ from megatron_gspo.errors import ConfigError, UserError
 from megatron_gspo.hf.catalog import read_config, read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.layout import check_layout, check_positions
+from megatron_gspo.policy.checkpoint_files import is_distributed
 from megatron_gspo.rollout.probe import probe
 
 TOLD_APART_BY = ("architectures", "vocab_size", "num_hidden_layers", "hidden_size", "num_experts")
@@ -31,7 +32,8 @@ def check_models(config: RunConfig) -> None:
         return
     try:
         _, other = read_model(path)
-        HfReader(path)
+        if not is_distributed(Path(path)):
+            HfReader(path)
         check_layout(config.parallel, other)
     except UserError as error:
         raise ConfigError(f"algorithm.reference: {error}") from None

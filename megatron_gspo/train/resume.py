@@ -31,7 +31,7 @@ FREE = frozenset(
         *(f"train.{name}" for name in ("run_dir", "overwrite", "resume", "resume_changes", "outer_steps")),
         *(f"train.{name}" for name in ("checkpoint_every", "keep_last", "keep_every", "checkpoint_async")),
         *(f"train.{name}" for name in ("microbatch_tokens", "oversize", "deterministic", "noise_floor_every")),
-        *(f"train.{name}" for name in ("save_rollouts", "save_hf", "tensorboard", "wandb")),
+        *(f"train.{name}" for name in ("save_rollouts", "save_hf", "save_hf_every", "tensorboard", "wandb")),
         *(f"rollout.{name}" for name in ("servers", "local_servers", "server_python", "server_args")),
         *(f"rollout.{name}" for name in ("server_start_s", "concurrency", "timeout_s", "retries")),
         *(f"replay.{name}" for name in ("min_coverage", "engine_routes_every", "drift_every")),

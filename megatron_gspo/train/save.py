@@ -1,65 +1,151 @@
-"""Writing the policy as a Hugging Face directory."""
+"""Writing the policy as a Hugging Face directory: at once, or in the background while training goes on."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
 from megatron_gspo.config import RunConfig
-from megatron_gspo.errors import WeightError
-from megatron_gspo.hf.checkpoint import HfReader, carried_tensors, copy_companions, write_index, write_shards
-from megatron_gspo.parallel.exchange import agree, gather_objects
+from megatron_gspo.errors import ConfigError, WeightError
+from megatron_gspo.hf.carried import find_carried
+from megatron_gspo.hf.catalog import read_model
+from megatron_gspo.hf.checkpoint import copy_companions, write_index, write_shards
+from megatron_gspo.parallel.exchange import agree, gather_objects, together
+from megatron_gspo.policy.checkpoint_files import UNFINISHED, clear_leftovers, name_of, put_in_place
 from megatron_gspo.policy.groups import Groups
 from megatron_gspo.policy.policy import Policy
 
 SHARD_BYTES = 4 * 1024**3
+EXPORTS = "exports"
+"""In a run's directory: what ``train.save_hf_every`` writes, a directory an outer step."""
+
+
+class HuggingFaceSave:
+    """A directory that transformers and SGLang load, on its way to disk; each owner writes its own tensors.
+
+    Every rank makes one and calls its methods; all are collective. It is written under another name and moved when it
+    is whole. The configuration and the tokenizer are those of ``model.path``; ``dtype`` becomes the model's. Layers
+    that the family carries without computing them (multi-token prediction) come from there unchanged.
+    """
+
+    def __init__(self, config: RunConfig, groups: Groups, directory: Path) -> None:
+        self._config, self._world, self.directory = config, groups.world, directory
+        self._unfinished = directory.with_name(directory.name + UNFINISHED)
+        _, shape = read_model(config.model.path)
+        self._carried = together(lambda: find_carried(Path(config.model.path), shape), groups.world)
+        self._on_first_rank(self._begin)
+
+    def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+        """Writes this rank's tensors; not collective. Returns {tensor name: file name}."""
+        if dist.get_rank() == 0:
+            tensors = chain(tensors, self._carried.tensors())
+        return write_shards(self._unfinished, tensors, owner=dist.get_rank(), max_bytes=SHARD_BYTES)
+
+    def publish(self, weight_map: dict[str, str]) -> None:
+        """Gives the directory its name, when every rank has written."""
+        parts = gather_objects(weight_map, self._world)
+        self._on_first_rank(lambda: self._publish({name: file for part in parts for name, file in part.items()}))
+
+    def discard(self) -> None:
+        """Removes what there is of it: a full disk needs the room. Not collective."""
+        if dist.get_rank() == 0:
+            shutil.rmtree(self._unfinished, ignore_errors=True)
+
+    def _begin(self) -> None:
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+        self._unfinished.mkdir(parents=True)
+
+    def _publish(self, weight_map: dict[str, str]) -> None:
+        write_index(self._unfinished, weight_map)
+        copy_companions(Path(self._config.model.path), self._unfinished)
+        _set_dtype(self._unfinished / "config.json", self._config.model.dtype)
+        put_in_place(self._unfinished, self.directory)
+
+    def _on_first_rank(self, action: object) -> None:
+        together(lambda: action() if dist.get_rank() == 0 else None, self._world)  # type: ignore[operator]
 
 
 def save_hugging_face(policy: Policy, config: RunConfig, groups: Groups, directory: Path) -> None:
-    """Writes a directory that transformers and SGLang load. Collective; each owner writes its own tensors.
-
-    Layers that the family carries without computing them (multi-token prediction) come from ``model.path`` unchanged.
-
-    It is written under another name and moved when it is whole. The configuration and the tokenizer are those of
-    ``model.path``; ``dtype`` becomes the model's.
-    """
-    unfinished = directory.with_name(directory.name + ".unfinished")
+    """Writes the policy now, a tensor at a time. Collective."""
+    save = HuggingFaceSave(config, groups, directory)
     error: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-        except OSError as caught:
-            error = caught
-    agree(error, groups.world)
     weight_map: dict[str, str] = {}
     tensors = policy.weights()
-    if dist.get_rank() == 0 and policy.shape.carried_layers:
-        source = HfReader(config.model.path)
-        tensors = chain(tensors, carried_tensors(source, policy.shape.num_layers, policy.shape.carried_layers))
     try:
-        weight_map = write_shards(unfinished, tensors, owner=dist.get_rank(), max_bytes=SHARD_BYTES)
+        weight_map = save.write(tensors)
     except (OSError, SafetensorError, WeightError) as caught:
         error = caught
         for _ in tensors:  # the others are gathering with this rank
             pass
     agree(error, groups.world)
-    parts = gather_objects(weight_map, groups.world)
-    if dist.get_rank() == 0:
+    save.publish(weight_map)
+
+
+class BackgroundSave:
+    """The policy as it is now, written by a thread of each rank from copies in host memory. Methods are collective."""
+
+    def __init__(self, policy: Policy, config: RunConfig, directory: Path) -> None:
+        self._world = policy.groups.world
+        self._save = HuggingFaceSave(config, policy.groups, directory)
+        tensors = list(policy.weights())
+        executor = ThreadPoolExecutor(1, thread_name_prefix="export")
+        self._writing: Future[dict[str, str]] = executor.submit(self._save.write, tensors)
+        executor.shutdown(wait=False)
+
+    def written(self) -> bool:
+        """Whether every rank has written its share, or failed to."""
+        return all(gather_objects(self._writing.done(), self._world))
+
+    def finish(self) -> None:
+        """Waits for all ranks and gives the directory its name. Raises ConfigError on every rank when one failed."""
         try:
-            write_index(unfinished, {name: file for part in parts for name, file in part.items()})
-            copy_companions(Path(config.model.path), unfinished)
-            _set_dtype(unfinished / "config.json", config.model.dtype)
-            shutil.rmtree(directory, ignore_errors=True)
-            unfinished.rename(directory)
-        except OSError as caught:
-            error = caught
-    agree(error, groups.world)
+            weight_map = together(self._result, self._world)
+            self._save.publish(weight_map)
+        except Exception:
+            self._save.discard()
+            raise
+
+    def _result(self) -> dict[str, str]:
+        try:
+            return self._writing.result()
+        except (OSError, SafetensorError, WeightError) as error:
+            raise ConfigError(f"{self._save.directory}: the export cannot be written: {error}") from error
+
+
+class Exports:
+    """Hugging Face directories at the outer steps of ``train.save_hf_every``, in ``run_dir/exports``. Collective.
+
+    One is written at a time: the next waits for it.
+    """
+
+    def __init__(self, config: RunConfig, policy: Policy) -> None:
+        self._config, self._policy = config, policy
+        self._root = Path(config.train.run_dir) / EXPORTS
+        self._pending: BackgroundSave | None = None
+        together(lambda: clear_leftovers(self._root) if dist.get_rank() == 0 else None, policy.groups.world)
+
+    def after_step(self, outer_steps: int, *, last: bool) -> None:
+        """Starts a save when it is time; when ``last``, also waits until it is on disk."""
+        self._publish(wait=False)
+        every = self._config.train.save_hf_every
+        if every and outer_steps % every == 0:
+            self._publish(wait=True)
+            self._pending = BackgroundSave(self._policy, self._config, self._root / name_of(outer_steps))
+        self._publish(wait=last)
+
+    def _publish(self, *, wait: bool) -> None:
+        if self._pending is None or not (wait or self._pending.written()):
+            return
+        pending, self._pending = self._pending, None
+        pending.finish()
 
 
 def _set_dtype(path: Path, dtype: str) -> None:

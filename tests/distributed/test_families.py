@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_gspo import config
+from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.parity.check import Settings, compare_layout, compare_transformers, make_reference
 from megatron_gspo.parity.layouts import parse_layout
 from megatron_gspo.parity.models import make_model
@@ -19,13 +21,16 @@ from megatron_gspo.parity.ranks import LocalRanks
 from megatron_gspo.parity.step import PARAMETERS
 from megatron_gspo.policy.groups import make_groups
 from megatron_gspo.policy.policy import Policy
+from megatron_gspo.train.context import expected_names
 from megatron_gspo.train.save import save_hugging_face
 from tests.pool import RankPool
 
 pytestmark = pytest.mark.distributed
 
 FAMILIES = ("tiny-mixtral", "tiny-qwen2-moe", "tiny-olmoe", "tiny-deepseek-v3", "tiny-moonlight", "tiny-glm4-moe")
-LAYOUTS = {"TP2xPP2xEP2": {"tensor": 2, "pipeline": 2, "expert": 2}, "EP4": {"expert": 4}}
+ALL = {"tensor": 2, "pipeline": 2, "expert": 2}
+LAYOUTS = dict.fromkeys(FAMILIES, ALL) | {"tiny-mixtral": {"expert": 4}, "tiny-moonlight": {"expert": 4}}
+"""Of four ranks that load a Hugging Face directory; ``tests/convert`` has others, of distributed checkpoints."""
 Make = Callable[[str], Path]
 
 
@@ -75,12 +80,22 @@ def stream(path: str, parallel: dict[str, int], dtype: str) -> dict[str, torch.T
     return dict(Policy(settings, make_groups(settings.parallel), trainable=False).weights())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_expert_bias_is_float32_in_a_bfloat16_model(ranks: RankPool, make: Make) -> None:
+    path = make("tiny-glm4-moe")
+    stored = load_file(path / "model.safetensors")
+    parts = ranks.run(2, stream, str(path), {"pipeline": 2}, "bfloat16")
+    sent = {name: tensor for part in parts for name, tensor in part.items()}
+    for name, tensor in stored.items():
+        expected = tensor if name.endswith("e_score_correction_bias") else tensor.to(torch.bfloat16)
+        assert sent[name].dtype == expected.dtype and torch.equal(sent[name], expected), name
+    assert {tensor.dtype for tensor in sent.values()} == {torch.bfloat16, torch.float32}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_a_layout_sends_is_the_file_byte_for_byte(ranks: RankPool, make: Make, name: str, layout: str) -> None:
+def test_what_a_layout_sends_is_the_file_byte_for_byte(ranks: RankPool, make: Make, name: str) -> None:
     path = make(name)
     stored = load_file(path / "model.safetensors")
-    parts = ranks.run(4, stream, str(path), LAYOUTS[layout], "float64")
+    parts = ranks.run(4, stream, str(path), LAYOUTS[name], "float64")
     names = [tensor for part in parts for tensor in part]
     assert sorted(names) == sorted(stored), "each once, none more"
     for part in parts:
@@ -102,7 +117,12 @@ def save(path: str, directory: str) -> None:
     save_hugging_face(Policy(settings, groups, trainable=False), settings, groups, Path(directory))
 
 
-def test_a_saved_directory_has_the_prediction_layers_that_training_does_not_touch(
+def expected_by_a_sync(path: Path) -> set[str]:
+    settings = config.parse({"model": {"path": str(path)}, "data": {"path": "unused"}, "train": {"run_dir": "run"}})
+    return expected_names(settings, mock.Mock(shape=read_model(path)[1]))
+
+
+def test_prediction_layers_are_saved_as_they_were_and_no_sync_waits_for_them(
     ranks: RankPool, make: Make, tmp_path: Path
 ) -> None:
     source, saved = Path(shutil.copytree(make("tiny-glm4-moe"), tmp_path / "source")), tmp_path / "saved"
@@ -113,6 +133,7 @@ def test_a_saved_directory_has_the_prediction_layers_that_training_does_not_touc
     settings.pop("num_mtp_layers", None)
     (source / "config.json").write_text(json.dumps(settings | {"num_nextn_predict_layers": 1}))
     ranks.run(2, save, str(source), str(saved))
+    assert expected_by_a_sync(source) == {name for name in stored if not name.startswith("model.layers.4.")}
     written = {name: tensor for file in saved.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert set(written) == set(stored)
     assert all(written[name].dtype == stored[name].dtype for name in stored)

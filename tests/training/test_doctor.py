@@ -254,7 +254,9 @@ def test_what_is_wrong_with_a_server_is_said(overrides: list[str], pages: dict, 
     assert check.status == status and said in check.detail, check
 
 
-@pytest.mark.parametrize(("setting", "said"), [('mode="r3"', "mode = 'r3'"), ("engine_routes_every=5", "every = 5")])
+@pytest.mark.parametrize(
+    ("setting", "said"), [('mode="r3"', "mode = 'r3'"), ("engine_routes_every=5", "engine_routes_every = 5")]
+)
 def test_a_server_that_returns_no_routes_is_an_error_where_they_are_asked_for(
     overrides: list[str], setting: str, said: str
 ) -> None:

@@ -18,7 +18,7 @@ LAYERS = [
     {"config"},
     {"parallel"},
     {"rollout", "rewards", "sync", "policy", "hf", "data"},
-    {"train", "report"},
+    {"train", "report", "convert"},
     {"bench", "compare", "doctor", "parity"},
     {"commands"},
     {"cli", "__init__", "__main__"},

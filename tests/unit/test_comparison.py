@@ -275,11 +275,11 @@ def test_a_digest_has_the_profile_over_mini_batches(tmp_path: Path):
     assert digest(run.path, CELL)["by_minibatch"]["clip/frac_tokens"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_digest_of_layers(tmp_path: Path):
+def test_a_digest_of_layers_has_the_drift_that_an_outer_step_ends_with(tmp_path: Path):
     run = make_run(tmp_path / "run", outer_steps=1)
     lines = [{"step": m, "outer_step": 0, "minibatch": m, "route/drift/layer_07": m / 100} for m in range(4)]
     run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert digest(run.path, CELL)["series"] == {"route/drift/layer_07": [0.015]}
+    assert digest(run.path, CELL)["series"] == {"route/drift/layer_07": [0.03]}
 
 
 @pytest.mark.parametrize(

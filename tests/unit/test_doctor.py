@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -389,6 +390,8 @@ def test_recompute_keeps_a_layers_input_and_one_layer(case: Case) -> None:
     assert needed.activations == int(4096 * (3 * 64 * 4 + layer.kept(())))
     assert layer.kept(["moe"]) == layer.kept(()) - 4 * (4 * (2 * 64 + 6 * 32) + 2 * 16 + 6 * 4)
     assert layer.kept(["core_attn"]) == layer.kept(()) - 4 * (2 * 64 + 32)
+    shared = LayerBytes.of(replace(facts.shape, shared_expert_hidden_size=48), facts.config.parallel, 4, True)
+    assert shared.kept(()) - layer.kept(()) == 5 * 4 * 48 and shared.kept(["moe"]) == layer.kept(["moe"])
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,7 @@ def reference_of(case: Case) -> Reference:
         gradient_scale=1.0,
         parameter_scale=1.0,
         names=set(NAMES),
+        weights=set(NAMES),
     )
 
 

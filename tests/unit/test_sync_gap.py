@@ -69,3 +69,15 @@ def test_the_engines_dtype_is_what_is_sent() -> None:
     received = dict(in_dtype(iter(own.items()), torch.bfloat16))
     assert {tensor.dtype for tensor in received.values()} == {torch.bfloat16}
     assert torch.equal(received[EXPERT], own[EXPERT].bfloat16())
+
+
+def test_expert_biases_keep_their_dtype_on_the_way_to_an_engine_of_another() -> None:
+    sigmoid = {"n_routed_experts": 16, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    family = FAMILIES["Glm4MoeForCausalLM"]
+    shape = family.shape(MOE | sigmoid | {"architectures": ["Glm4MoeForCausalLM"], "norm_topk_prob": True})
+    bias = "model.layers.{}.mlp.gate.e_score_correction_bias".format
+    assert family.bias_names(shape) == {bias(1), bias(2)}
+    own = tensors() | {bias(1): torch.tensor([1.0, 1.0 + 2**-20])}
+    received = dict(in_dtype(iter(own.items()), torch.bfloat16, family.bias_names(shape)))
+    assert received[EXPERT].dtype == torch.bfloat16
+    assert received[bias(1)].dtype == torch.float32 and torch.equal(received[bias(1)], own[bias(1)])

@@ -52,7 +52,7 @@ ROUTING = (
         "Routing drift",
         "share of choices changed",
         "route/drift",
-        "Since π_old, mean over the mini-batches of an outer step.",
+        "Since π_old, in the last mini-batch of an outer step.",
         zero=True,
     ),
     Curve("Tokens with a changed layer", "share of tokens", "route/drift_tokens", zero=True),

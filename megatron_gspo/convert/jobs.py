@@ -1,0 +1,217 @@
+"""The two directions: which files there will be, what goes into each, and what makes them a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from megatron_gspo.convert.kinds import copy_companions, set_dtype
+from megatron_gspo.convert.sources import REPEATED, HuggingFaceSource, MegatronSource, Source, same_dtype
+from megatron_gspo.hf.carried import CARRIED
+from megatron_gspo.hf.checkpoint import MODEL, index_name, single_name
+from megatron_gspo.hf.stream import StreamWriter, TensorInfo
+from megatron_gspo.policy.checkpoint import plain
+from megatron_gspo.policy.checkpoint_files import METADATA, FileEntry, describe, write_header
+from megatron_gspo.policy.checkpoint_stream import Block, BlockWriter, write_description
+from megatron_gspo.policy.checkpoint_write import COMMON
+from megatron_gspo.policy.places import Place
+
+Item = TypeVar("Item")
+Moved = Callable[[int], None]
+"""Told of bytes as they are written."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file to write."""
+
+    name: str
+    places: tuple[Place, ...]
+    bytes: int
+    """Of its tensors."""
+    first: bool
+    """Whether it also takes what belongs to no place."""
+    carried: tuple[str, ...] = ()
+    """Tensors that are copied as they are: in files of their own beside Megatron's."""
+
+
+class ToMegatron:
+    """Hugging Face tensors joined into Megatron's parameters."""
+
+    def __init__(self, source: HuggingFaceSource, max_shard_bytes: int) -> None:
+        self.source, self._model = source, source.model
+        self._dtypes = {
+            place: same_dtype(place, [source.info(name) for name in place.named.hf_names])
+            for place in self._model.places.parameters
+        }
+        sized = [(place, _bytes(place, self._dtypes[place])) for place in self._model.places.parameters]
+        self.shards = [
+            Shard(f"__0_{number}.distcp", places, size, number == 0)
+            for number, (places, size) in enumerate(_cut(sized, max_shard_bytes))
+        ]
+        carried = list(_cut(_sized(source), max_shard_bytes))
+        self.shards += [
+            Shard(_file_name(CARRIED, number, len(carried)), (), size, False, names)
+            for number, (names, size) in enumerate(carried)
+        ]
+
+    def write(self, shard: Shard, path: Path, moved: Moved) -> list[Any]:
+        """Writes a file; returns its blocks, as JSON can hold them, or the names of carried tensors."""
+        if shard.carried:
+            return _write_tensors(self.source, path, [self.source.info(name) for name in shard.carried], moved)
+        writer = BlockWriter(path)
+        try:
+            for key in self._model.places.objects if shard.first else ():
+                writer.empty_object(key)
+            for place in shard.places:
+                joined = place.named.rule.join([self.source.read(name) for name in place.named.hf_names])
+                start = 0
+                for piece in place.pieces:
+                    block = joined[start : start + piece.rows] if len(place.pieces) > 1 else joined
+                    writer.tensor(piece.key, piece.offset, block.reshape(piece.size))
+                    start += piece.rows
+                moved(joined.nbytes)
+        finally:
+            writer.close()
+        return [asdict(block) for block in writer.blocks]
+
+    def complete(self, partial: Path, entries: Mapping[str, dict[str, Any]]) -> None:
+        """Adds what makes the files a checkpoint. ``entries``: file -> journal's entry."""
+        blocks = {
+            shard.name: [_block(block) for block in entries[shard.name]["contents"]]
+            for shard in self.shards
+            if shard.places
+        }
+        carried = {shard.name: entries[shard.name] for shard in self.shards if shard.carried}
+        indices = _write_index(partial, CARRIED, carried, sum(shard.bytes for shard in self.shards if shard.carried))
+        tensors = {
+            piece.key: (self._dtypes[place], piece.whole)
+            for place in self._model.places.parameters
+            for piece in place.pieces
+        }
+        write_description(partial, tensors, blocks)
+        copy_companions(self._model.home, partial)
+        files = [FileEntry(**entry["file"]) for entry in entries.values()]
+        files += [describe(partial / name) for name in (METADATA, COMMON, "metadata.json", *indices)]
+        extra = {"converted_from": str(self.source.directory), REPEATED: dict(self.source.repeated)}
+        write_header(partial, {"step": 0, "model": plain(self._model.shape), "extra": extra}, files)
+
+
+class ToHuggingFace:
+    """Megatron's parameters split into Hugging Face tensors."""
+
+    def __init__(self, source: MegatronSource, max_shard_bytes: int) -> None:
+        self.source, self._model = source, source.model
+        sized = [(place, sum(info.nbytes for info in self._infos(place))) for place in self._model.places.parameters]
+        cut = list(_cut([*sized, *_sized(source)], max_shard_bytes))
+        self.shards = [
+            Shard(
+                name=_file_name(MODEL, number, len(cut)),
+                places=tuple(item for item in items if isinstance(item, Place)),
+                bytes=size,
+                first=number == 0,
+                carried=tuple(item for item in items if isinstance(item, str)),
+            )
+            for number, (items, size) in enumerate(cut)
+        ]
+
+    def write(self, shard: Shard, path: Path, moved: Moved) -> list[str]:
+        """Writes a file; returns the names of its tensors."""
+        return _write_tensors(self.source, path, self._infos_of(shard), moved)
+
+    def complete(self, partial: Path, entries: Mapping[str, dict[str, Any]]) -> None:
+        """As ``ToMegatron.complete``."""
+        _write_index(partial, MODEL, entries, sum(shard.bytes for shard in self.shards))
+        copy_companions(self._model.home, partial)
+        if self._model.home != self.source.directory:  # of the model that training started from: perhaps in bfloat16
+            set_dtype(partial / "config.json", str(self._most_common_dtype()).removeprefix("torch."))
+
+    def _infos_of(self, shard: Shard) -> list[TensorInfo]:
+        parameters = [info for place in shard.places for info in self._infos(place)]
+        return parameters + [self.source.info(name) for name in shard.carried]
+
+    def _infos(self, place: Place) -> list[TensorInfo]:
+        """A place's tensors, and those that repeat one of them."""
+        infos = [self.source.info(name) for name in place.named.hf_names]
+        again = [
+            TensorInfo(name, info.dtype, info.shape)
+            for info in infos
+            for name, original in self.source.repeated.items()
+            if original == info.name
+        ]
+        return infos + again
+
+    def _most_common_dtype(self) -> torch.dtype:
+        sizes: dict[torch.dtype, int] = {}
+        for shard in self.shards:
+            for info in self._infos_of(shard):
+                sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+Job = ToMegatron | ToHuggingFace
+
+
+def make_job(source: Source, max_shard_bytes: int) -> Job:
+    """The direction is what the source is not."""
+    if isinstance(source, HuggingFaceSource):
+        return ToMegatron(source, max_shard_bytes)
+    return ToHuggingFace(source, max_shard_bytes)
+
+
+def _bytes(place: Place, dtype: torch.dtype) -> int:
+    return torch.Size(place.shape).numel() * dtype.itemsize
+
+
+def _sized(source: Source) -> list[tuple[str, int]]:
+    """Carried tensors and their bytes."""
+    return [(name, source.info(name).nbytes) for name in source.carried]
+
+
+def _cut(sized: Iterable[tuple[Item, int]], most: int) -> Iterator[tuple[tuple[Item, ...], int]]:
+    """Consecutive items (places, names), at most ``most`` bytes together; a larger one is alone. With their bytes."""
+    items: list[Item] = []
+    total = 0
+    for item, size in sized:
+        if items and total + size > most:
+            yield tuple(items), total
+            items, total = [], 0
+        items.append(item)
+        total += size
+    if items:
+        yield tuple(items), total
+
+
+def _write_tensors(source: Source, path: Path, infos: Sequence[TensorInfo], moved: Moved) -> list[str]:
+    """Writes a safetensors file; returns its names."""
+    writer = StreamWriter(path, infos)
+    for info in infos:
+        tensor = source.read(source.repeated.get(info.name, info.name))
+        writer.write(info.name, tensor)
+        moved(tensor.nbytes)
+    writer.close()
+    return [info.name for info in infos]
+
+
+def _write_index(directory: Path, stem: str, entries: Mapping[str, dict[str, Any]], size: int) -> list[str]:
+    """Makes several files one; returns the index's name, or nothing where one file needs none."""
+    if len(entries) < 2:
+        return []
+    weight_map = {tensor: name for name, entry in entries.items() for tensor in entry["contents"]}
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / index_name(stem)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return [index_name(stem)]
+
+
+def _file_name(stem: str, number: int, count: int) -> str:
+    return single_name(stem) if count == 1 else f"{stem}-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _block(entry: dict[str, Any]) -> Block:
+    offset = None if entry["offset"] is None else tuple(entry["offset"])
+    return Block(entry["key"], offset, tuple(entry["size"]), entry["start"], entry["length"])

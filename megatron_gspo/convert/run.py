@@ -1,0 +1,202 @@
+"""A conversion from its source to its destination, by one process or by torchrun's ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_gspo.convert.jobs import Job, Moved, Shard, make_job
+from megatron_gspo.convert.kinds import check_replaceable, kind_of
+from megatron_gspo.convert.sources import MegatronSource, open_source
+from megatron_gspo.convert.workplace import Watch, Workplace
+from megatron_gspo.errors import ConfigError
+from megatron_gspo.parallel.exchange import broadcast_object, gather_objects, together
+from megatron_gspo.policy.checkpoint_files import verify
+from megatron_gspo.policy.groups import Groups
+
+HASHERS = 2
+"""Threads that bring written files to disk and hash them, and hash the source's, while others are written."""
+ROOM = 1.01
+"""Of the disk, as a part of the tensors' bytes: headers and companions."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to convert."""
+
+    max_shard_bytes: int = 4 * 1024**3
+    overwrite: bool = False
+    config: Path | None = None
+    """Where ``config.json`` and the tokenizer are, when not in the source."""
+    drop_unknown: bool = False
+
+
+@dataclass(frozen=True)
+class Show:
+    """What the conversion tells whoever watches; called on every rank."""
+
+    note: Callable[[str], None] = lambda line: None
+    total: Callable[[int], None] = lambda size: None
+    """Bytes of tensors that this rank will write."""
+    moved: Moved = lambda size: None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written."""
+
+    source: str
+    destination: str
+    kind: str
+    """Of the destination."""
+    tensors: int
+    """In Hugging Face names."""
+    bytes: int
+    files: int
+    kept_files: int
+    """Of them, finished before by a conversion that was cut short."""
+
+
+def convert(source: Path, destination: Path, options: Options, groups: Groups, show: Show) -> Converted:
+    """Writes the checkpoint at ``source`` as one of the other kind at ``destination``. Collective.
+
+    What was at ``destination`` is there until the new one is whole. A conversion that is cut short leaves its finished
+    files in ``destination`` + ".partial", from where the next one continues. Raises ConfigError or WeightError on all
+    ranks.
+    """
+    world = groups.world
+    first = dist.get_rank() == 0
+    together(lambda: _check_paths(source, destination, options), world)
+    opened = together(lambda: open_source(source, options.config, groups, drop_unknown=options.drop_unknown), world)
+    job = together(lambda: make_job(opened, options.max_shard_bytes), world)
+    watch = Watch(opened.files())
+    place = Workplace(destination)
+    plan = _plan(job, watch, options)
+    found = together(lambda: _open(place, plan, job) if first else "", world)
+    show.note(found)
+    try:
+        done = together(lambda: _write_share(job, place, watch, show), world)
+        entries = {name: entry for part in gather_objects(done.entries, world) for name, entry in part.items()}
+        together(watch.check, world)
+        together(lambda: _publish(job, place, entries) if first else None, world)
+    finally:
+        place.unlock()
+    return Converted(
+        source=str(source),
+        destination=str(destination),
+        kind=broadcast_object(kind_of(destination) if first else None, 0, world),
+        tensors=len(opened.names()) + len(opened.repeated),
+        bytes=sum(shard.bytes for shard in job.shards),
+        files=len(job.shards),
+        kept_files=sum(gather_objects(done.kept, world)),
+    )
+
+
+@dataclass
+class _Done:
+    entries: dict[str, dict[str, Any]]
+    kept: int
+
+
+@torch.no_grad()
+def _write_share(job: Job, place: Workplace, watch: Watch, show: Show) -> _Done:
+    """This rank's shards: read, written, and in threads hashed; and its share of the source's hashes."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mine = job.shards[rank::ranks]
+    show.total(sum(shard.bytes for shard in mine))
+    done = _Done({}, 0)
+    waiting: dict[str, Future[dict[str, Any]]] = {}
+    with ThreadPoolExecutor(HASHERS, thread_name_prefix="hash") as pool:
+        source = pool.submit(_verify_source, job, rank, ranks)
+        for shard in mine:
+            kept = place.finished(shard.name)
+            if kept is not None:
+                done.entries[shard.name] = kept
+                done.kept += 1
+                show.moved(shard.bytes)
+                continue
+            contents = _write(job, place, shard, watch, show.moved)
+            waiting[shard.name] = pool.submit(place.finish, shard.name, contents)
+        for name, future in waiting.items():
+            with _as_config_error(place):
+                done.entries[name] = future.result()
+        source.result()
+    job.source.release()
+    return done
+
+
+def _write(job: Job, place: Workplace, shard: Shard, watch: Watch, moved: Moved) -> Any:
+    watch.check()
+    try:
+        with _as_config_error(place):
+            return job.write(shard, place.unfinished(shard.name), moved)
+    except Exception:
+        place.discard(shard.name)  # a full disk needs the room
+        raise
+
+
+def _verify_source(job: Job, rank: int, ranks: int) -> None:
+    """Holds a checkpoint's files against the hashes that were written with them. Hugging Face has none."""
+    source = job.source
+    if isinstance(source, MegatronSource) and source.header:
+        read = {path.name for path in source.files()}
+        verify(source.directory, [entry for entry in source.header["files"] if entry["name"] in read][rank::ranks])
+
+
+def _plan(job: Job, watch: Watch, options: Options) -> dict[str, Any]:
+    """What must be the same for finished files to be of use."""
+    return {
+        "source": str(job.source.directory.resolve()),
+        "files": watch.stamps(),
+        "shards": [[shard.name, shard.bytes] for shard in job.shards],
+        "drop_unknown": options.drop_unknown,
+    }
+
+
+def _open(place: Workplace, plan: dict[str, Any], job: Job) -> str:
+    with _as_config_error(place):
+        place.destination.parent.mkdir(parents=True, exist_ok=True)
+        found = place.open(plan)
+        there = sum(path.stat().st_size for path in place.path.iterdir() if path.is_file())
+        needed = int(sum(shard.bytes for shard in job.shards) * ROOM) - there
+        free = shutil.disk_usage(place.path).free
+    if needed > free:
+        raise ConfigError(
+            f"{place.path}: the conversion needs {needed / 1e9:.2f} GB more, and the disk has {free / 1e9:.2f} GB free"
+        )
+    return found
+
+
+def _publish(job: Job, place: Workplace, entries: dict[str, dict[str, Any]]) -> None:
+    with _as_config_error(place):
+        job.complete(place.path, {shard.name: entries[shard.name] for shard in job.shards})
+        place.publish()
+
+
+def _check_paths(source: Path, destination: Path, options: Options) -> None:
+    kind_of(source)
+    if destination.resolve() == source.resolve() or source.resolve() in destination.resolve().parents:
+        raise ConfigError(f"{destination} is {source} or lies in it: name another destination")
+    check_replaceable(destination, overwrite=options.overwrite)
+
+
+@contextlib.contextmanager
+def _as_config_error(place: Workplace) -> Iterator[None]:
+    """What the file system refuses, in one line. (torch wraps it, and says little itself.)"""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise ConfigError(
+            f"{place.path} cannot be written: {cause}; finished files stay there, and the same command continues"
+        ) from error
