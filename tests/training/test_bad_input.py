@@ -152,7 +152,7 @@ HELD_BY: dict[str, list[tuple[str, str]]] = {
         (MODELS, "test_a_header_of_safetensors_is_followed_or_refused"),
     ],
     "weights that are no floating-point numbers": [
-        (MODELS, "test_weights_in_eight_bits_are_refused_since_their_scales_would_be_lost")
+        (MODELS, "test_weights_in_eight_bits_are_refused_where_their_scales_would_be_lost")
     ],
     "a tokenizer that does not match the vocabulary": [(FAULTS, "test_a_tokenizer_of_another_model_is_refused")],
     "a reference that cannot be one": [
