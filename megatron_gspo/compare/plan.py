@@ -172,9 +172,17 @@ def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
     """What makes two comparisons the same, flat: without seeds, and without what is about this start."""
     flat: dict[str, Any] = {name: record.get(name) for name in ("version", "losses", "replay", "cold_starts")}
     flat["dense_twins"] = record.get("dense_twins")
-    flat |= {name: value for name, value in flatten(record.get("config", {})).items() if name not in WHERE}
+    flat |= {name: value for name, value in _all_settings(record).items() if name not in WHERE}
     flat |= {f"{arm['name']}: {key}": value for arm in record.get("arms", ()) for key, value in arm["settings"].items()}
     return flat | {f"versions.{name}": value for name, value in record.get("versions", {}).items()}
+
+
+def _all_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan's settings. One that is younger than the plan had its default, which is what there was before it."""
+    config = record.get("config", {})
+    with contextlib.suppress(ConfigError):  # of a version with other settings, which are compared as they stand
+        config = parse(config).model_dump(mode="json")
+    return flatten(config)
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:

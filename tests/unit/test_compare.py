@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,6 +165,24 @@ def test_another_comparison_in_the_same_directory_is_refused_with_what_differs(
     ):
         pass
     assert (make_plan(request_of()).out / "compare.json").read_bytes() == before
+
+
+def test_a_setting_that_is_younger_than_the_comparison_had_its_default(request_of: Any) -> None:
+    plan = make_plan(request_of())
+    older = copy.deepcopy(plan.record)
+    del older["config"]["sync"]["router_noise"]
+    agree(plan, older)
+    noisy = make_plan(request_of(overrides=("sync.router_noise=0.1",)))
+    with pytest.raises(ConfigError, match=r"sync.router_noise was 0.0 and is 0.1"):
+        agree(noisy, older)
+
+
+def test_a_setting_that_is_gone_is_another_comparison(request_of: Any) -> None:
+    plan = make_plan(request_of())
+    older = copy.deepcopy(plan.record)
+    older["config"]["sync"]["compress"] = "zstd"
+    with pytest.raises(ConfigError, match=r"sync.compress was 'zstd' and is None"):
+        agree(plan, older)
 
 
 def test_other_versions_are_another_comparison(request_of: Any) -> None:
