@@ -73,6 +73,12 @@ def test_servers_that_ignore_the_request_to_stop_are_killed_with_their_children(
     assert (tmp_path / "logs" / "sglang-1.log").exists()
 
 
+def test_a_server_that_has_started_is_told_to_freeze_what_its_start_has_made(tmp_path: Path) -> None:
+    with servers(tmp_path, HEALTHY):
+        asked = (tmp_path / "logs" / "sglang-0.log").read_text()
+    assert asked.index("GET /health_generate") < asked.index("GET /freeze_gc")
+
+
 def test_a_server_that_exits_is_reported_in_one_line_with_its_log_and_what_stands_last_in_it(tmp_path: Path) -> None:
     script = "print('reading'); print('no such model'); raise SystemExit(3)"
     with pytest.raises(EngineUnavailableError, match=r"exited with 3; its log .*sglang-0\.log: no such model$"):

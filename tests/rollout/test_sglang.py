@@ -26,6 +26,7 @@ from megatron_gspo.data.prompts import load_prompts
 from megatron_gspo.data.tokenizer import load_tokenizer
 from megatron_gspo.errors import EngineReplyError, EngineUnavailableError, RolloutError, SyncError
 from megatron_gspo.rollout.engine import Sampling, make_engine
+from megatron_gspo.rollout.probe import get
 from megatron_gspo.sync.base import make_weight_sync
 from megatron_gspo.sync.peers import Peers
 from megatron_gspo.sync.servers import Servers
@@ -303,6 +304,10 @@ def test_prompts_of_a_lone_sentencepiece_model_are_served_and_their_responses_ar
     assert len(set(texts)) == 8  # one of them may be empty: a stop token alone
     stopped = [rollout for rollout in group if rollout.finish_reason == "stop"]
     assert stopped and all(rollout.response_ids[-1] in tokenizer.stop_ids for rollout in stopped)
+
+
+def test_the_server_freezes_what_its_start_has_made(server: str) -> None:
+    assert get(f"{server}/freeze_gc", timeout_s=30) == b"Garbage collection frozen.\n"
 
 
 def test_an_over_long_prompt_is_refused_in_the_servers_words(server: str) -> None:
