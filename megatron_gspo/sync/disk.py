@@ -65,7 +65,9 @@ class DiskSync(BucketSync):
         weight_map = {name: file for rank in sent for names, file in rank for name in names}
         index = Path(place) / "model.safetensors.index.json"
         index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-        self.servers.post("/update_weights_from_disk", {"model_path": place, "flush_cache": True})
+        # A server that started from no files ("--load-format dummy") would look for these weights in the same way.
+        body = {"model_path": place, "load_format": "auto", "flush_cache": True}
+        self.servers.post("/update_weights_from_disk", body)
 
 
 def remove_abandoned(directory: Path) -> None:
