@@ -50,13 +50,16 @@ class Servers:
             for url, body in zip(self.urls, bodies, strict=True)
         ]
 
-    def post_tensors(self, payload: str) -> None:
-        """One bucket (base64) in an open update session; each tensor-parallel rank of a server reads a copy."""
-        bodies = [
-            json.dumps({"serialized_named_tensors": [payload] * ranks, "flush_cache": False}).encode()
-            for ranks in self.tensor_ranks()
-        ]
-        self._all("/update_weights_from_tensor", bodies)
+    def post_tensors(self, payload: bytes) -> None:
+        """One bucket (base64) in an open update session; each tensor-parallel rank of a server reads a copy.
+
+        The JSON is put together from bytes: to encode a bucket as text takes longer than to send it.
+        """
+        bodies = {
+            ranks: b'{"serialized_named_tensors": [%s], "flush_cache": false}' % b", ".join([b'"%s"' % payload] * ranks)
+            for ranks in set(self.tensor_ranks())
+        }
+        self._all("/update_weights_from_tensor", [bodies[ranks] for ranks in self.tensor_ranks()])
 
     def tensor_ranks(self) -> tuple[int, ...]:
         """Tensor-parallel ranks of each server."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import pickle
 
+import pybase64
 import torch
 
 from megatron_gspo.errors import SyncError
@@ -21,7 +21,7 @@ class TensorSync(BucketSync):
 
     def _send(self, place: str, bucket: list[NamedTensor]) -> None:  # type: ignore[override]  # nothing to report
         # Plain pickle: SGLang's own serializer shares file descriptors, which only a child process can open.
-        self.servers.post_tensors(base64.b64encode(pickled(bucket)).decode())
+        self.servers.post_tensors(pybase64.b64encode(pickled(bucket)))
 
     def _finish(self, place: str, sent: list[list[tuple[Names, str]]]) -> None:
         self.servers.post("/end_weight_update")

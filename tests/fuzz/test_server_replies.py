@@ -184,7 +184,7 @@ def test_a_mutated_status_page_moves_no_version(
     except SyncError as error:
         assert_says(error)
     try:
-        servers.post_tensors("payload")
+        servers.post_tensors(b"payload")
         ranks = json.loads(text)["tp_size"]
         assert type(ranks) is int and json.loads(sent[-1])["serialized_named_tensors"] == ["payload"] * ranks
     except SyncError as error:
