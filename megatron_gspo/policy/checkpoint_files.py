@@ -29,6 +29,8 @@ LATEST = "latest"
 METADATA = ".metadata"
 UNFINISHED, REPLACED, REMOVED = ".unfinished", ".replaced", ".removed"
 NAME = re.compile(r"outer_\d{5,}")
+PIECE = 1 << 22
+"""Bytes hashed at a time. Other threads run meanwhile, and may keep this one waiting after each."""
 UNPICKLED = re.compile(
     r"torch\.distributed\.checkpoint\.(metadata|planner)\.\w+|torch\.distributed\.checkpoint\.filesystem\._StorageInfo"
     r"|torch\.(Size|b?float\d+|u?int\d+|bool)|torch\.serialization\._get_layout"
@@ -123,9 +125,11 @@ def make_empty(directory: Path) -> None:
 
 def describe(path: Path) -> FileEntry:
     """Hashes a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileEntry(path.name, path.stat().st_size, digest)
+    digest, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+    return FileEntry(path.name, path.stat().st_size, digest.hexdigest())
 
 
 def publish(unfinished: Path, directory: Path, header: Mapping[str, Any], files: Iterable[FileEntry]) -> None:

@@ -58,6 +58,7 @@ class DistributedReader:
         self._metadata = read_metadata(directory)
         self._open: dict[str, io.BufferedReader] = {}
         self._last: tuple[object, torch.Tensor] | None = None
+        self._by_place: dict[str, dict[tuple[Size, Size], ChunkStorageMetadata]] = {}
 
     def close(self) -> None:
         for file in self._open.values():
@@ -81,11 +82,11 @@ class DistributedReader:
 
     def read(self, key: str, offset: Size, size: Size) -> torch.Tensor:
         """A block of a tensor, put together from whatever blocks the files have. Raises WeightError."""
+        if (whole := self._chunks(key).get((offset, size))) is not None:
+            return self._load(key, whole)
         out: torch.Tensor | None = None
         filled = 0
-        for chunk in self._tensor(key).chunks:
-            if tuple(chunk.offsets) == offset and tuple(chunk.sizes) == size:
-                return self._load(key, chunk)
+        for chunk in self._chunks(key).values():
             common = _overlap(offset, size, chunk)
             if common is None:
                 continue
@@ -106,6 +107,13 @@ class DistributedReader:
         if not _is_tensor(entry):
             raise WeightError(f"{self.directory / METADATA}: no tensor {key}: a checkpoint of another model")
         return entry
+
+    def _chunks(self, key: str) -> Mapping[tuple[Size, Size], ChunkStorageMetadata]:
+        """A tensor's blocks by offset and size: experts of a layer are blocks of one tensor, each asked for in turn."""
+        if key not in self._by_place:
+            chunks = self._tensor(key).chunks
+            self._by_place[key] = {(tuple(chunk.offsets), tuple(chunk.sizes)): chunk for chunk in chunks}
+        return self._by_place[key]
 
     def _infos(self) -> Mapping[MetadataIndex, _StorageInfo]:
         return self._metadata.storage_data
