@@ -15,7 +15,7 @@ from megatron_gspo.errors import MegatronGspoError
 from megatron_gspo.hf.catalog import read_config
 from megatron_gspo.rollout.launcher import free_ports
 from megatron_gspo.rollout.probe import get
-from megatron_gspo.train.models import first_difference
+from megatron_gspo.train.models import check_engine, first_difference
 from megatron_gspo.versions import untested
 
 TIMEOUT_S = 10.0
@@ -43,6 +43,7 @@ def check_servers(facts: Facts) -> list[Check]:
     rollout = facts.config.rollout
     if facts.supervised:
         return [ok("supervised fine-tuning needs none")]
+    check_engine(facts.config, facts.shape)
     if not rollout.servers:
         ports = free_ports(facts.local_servers)
         return [ok(f"{facts.local_servers} to be started here; ports are free ({', '.join(map(str, ports))})")]

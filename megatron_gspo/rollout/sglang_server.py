@@ -113,6 +113,17 @@ def _seeded_hash() -> None:
     torch.library.impl("sgl_kernel::murmur_hash32_cpu", "CPU", murmur_hash32)
 
 
+def _shared_expert_gate() -> None:
+    """Qwen2-MoE adds its gated shared expert by a Triton kernel."""
+    import torch
+    from sglang.kernels.ops.elementwise import elementwise
+
+    def add(hidden_TH: torch.Tensor, gate_H: torch.Tensor, shared_TH: torch.Tensor, output_TH: torch.Tensor) -> None:
+        output_TH.addcmul_(torch.sigmoid(hidden_TH @ gate_H).unsqueeze(1), shared_TH)
+
+    elementwise.fused_gate_sigmoid_mul_add = add
+
+
 def _attention_by_length() -> None:
     """SGLang's attention in torch takes one sequence at a time, which is most of what a small model costs."""
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend as Backend
@@ -200,6 +211,7 @@ STAND_INS = (
     _torchvision_operators,
     _sgl_kernel,
     _pinned_memory,
+    _shared_expert_gate,
     _attention_by_length,
     # Seeded sampling:
     _deterministic_attention,

@@ -10,8 +10,10 @@ from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import ConfigError, UserError
 from megatron_gspo.hf.catalog import read_config, read_model
 from megatron_gspo.hf.checkpoint import HfReader
+from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.hf.layout import check_layout, check_positions
 from megatron_gspo.policy.checkpoint_files import is_distributed
+from megatron_gspo.rollout.engine import ENGINES
 from megatron_gspo.rollout.probe import probe
 
 TOLD_APART_BY = ("architectures", "vocab_size", "num_hidden_layers", "hidden_size", "num_experts")
@@ -19,10 +21,11 @@ TOLD_APART_BY = ("architectures", "vocab_size", "num_hidden_layers", "hidden_siz
 
 
 def check_models(config: RunConfig) -> None:
-    """Raises ConfigError, naming the setting, for a policy of too few positions, noise on the routers of a model that
-    has none, and a reference that cannot be one."""
+    """Raises ConfigError, naming the setting, for a policy of too few positions or of layers that the engine does not
+    have, noise on the routers of a model that has none, and a reference that cannot be one."""
     family, shape = read_model(config.model.path)
     check_positions(config.rollout, shape)
+    check_engine(config, shape)
     if config.sync.router_noise and not family.router_names(shape):
         raise ConfigError(
             f"sync.router_noise = {config.sync.router_noise:g}, but {config.model.path} has no router: set it to 0"
@@ -41,6 +44,18 @@ def check_models(config: RunConfig) -> None:
         raise ConfigError(
             f"algorithm.reference = {path} has a vocabulary of {other.vocab_size}, model.path one of "
             f"{shape.vocab_size}: the reference must be a model of the same tokenizer"
+        )
+
+
+def check_engine(config: RunConfig, shape: ModelShape) -> None:
+    """Raises ConfigError for a model that the rollout engine takes for another one, without a word."""
+    dense = [layer for layer, moe in enumerate(shape.moe_layers) if not moe]
+    served = config.algorithm.name != "sft"
+    if served and dense and shape.architecture in ENGINES[config.rollout.engine].without_dense_layers:
+        raise ConfigError(
+            f"{config.model.path} has dense layers ({', '.join(map(str, dense[:8]))}; mlp_only_layers and "
+            f"decoder_sparse_step in config.json), and {config.rollout.engine} makes every layer of a "
+            f"{shape.architecture} a mixture of experts: its responses would come from another model"
         )
 
 

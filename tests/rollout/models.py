@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 VOCAB_SIZE = 64
 
@@ -30,12 +31,54 @@ def save_tiny_model(directory: Path, seed: int) -> Path:
         max_position_embeddings=256,
         tie_word_embeddings=False,
     )
-    model = Qwen3MoeForCausalLM(config).float()
+    return _save_random(Qwen3MoeForCausalLM(config), directory, seed)
+
+
+FRAME: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+FURTHER: dict[str, dict[str, Any]] = {
+    "glm4_moe": {
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "use_qk_norm": True,
+        "attention_bias": True,
+    },
+    "qwen2_moe": {"num_experts": 8, "shared_expert_intermediate_size": 48, "norm_topk_prob": False},
+}
+"""Model type -> what is particular to it: shared experts, expert biases, a leading dense layer, biases of attention."""
+
+
+def save_further_model(model_type: str, directory: Path, seed: int) -> Path:
+    """A tiny random model of ``FURTHER``."""
+    config = AutoConfig.for_model(**FRAME, **FURTHER[model_type], model_type=model_type)
+    return _save_random(AutoModelForCausalLM.from_config(config), directory, seed)
+
+
+@torch.no_grad()
+def _save_random(model: torch.nn.Module, directory: Path, seed: int) -> Path:
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = 0.1 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + noise if "norm" in name else noise)
+    for name, tensor in [*model.float().named_parameters(), *model.named_buffers()]:
+        noise = 0.1 * torch.randn(tensor.shape, generator=generator)
+        if isinstance(tensor, torch.nn.Parameter) or name.endswith("e_score_correction_bias"):
+            tensor.copy_(1 + noise if "norm" in name else noise)
     model.save_pretrained(directory)
     return directory
 

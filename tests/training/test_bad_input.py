@@ -18,6 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gspo.config import load
+from megatron_gspo.hf.catalog import read_model
+from megatron_gspo.train.models import check_engine
+
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 Refusal = Callable[..., str]
 
@@ -76,6 +80,15 @@ def test_another_architecture_is_refused_with_those_that_are_known(refusal: Refu
     config = broken_model / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["LlamaForCausalLM"]}))
     assert "LlamaForCausalLM is not supported (known: Qwen3ForCausalLM, " in refusal(f'model.path="{broken_model}"')
+
+
+def test_dense_layers_that_the_engine_would_take_for_others_are_refused(refusal: Refusal, broken_model: Path) -> None:
+    config = broken_model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"mlp_only_layers": [0, 2]}))
+    line = refusal(f'model.path="{broken_model}"')
+    assert "has dense layers (0, 2; mlp_only_layers and decoder_sparse_step in config.json), and sglang makes" in line
+    tuned = load(QUICKSTART / "sft.toml", [f'model.path="{broken_model}"'])
+    check_engine(tuned, read_model(broken_model)[1])  # supervised fine-tuning has no engine
 
 
 @pytest.mark.parametrize("setting", ["data.path", "data.eval_path"])

@@ -284,6 +284,12 @@ def test_a_config_json_that_cannot_be_is_named_by_what_is_wrong(case: Case, sett
     assert check.status == "error" and said in check.detail and check.fix == "model.path"
 
 
+def test_a_model_that_the_engine_takes_for_another_one_is_an_error_of_its_servers(case: Case) -> None:
+    case.change_config(mlp_only_layers=[1])
+    check = case.check("servers")
+    assert check.status == "error" and "has dense layers (1; mlp_only_layers and" in check.detail
+
+
 def test_a_tensor_that_is_missing_or_mis_shaped_is_named_with_both_shapes(case: Case) -> None:
     path = case.model / "model.safetensors"
     tensors = load_file(path)
