@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-import uuid
 from collections.abc import Callable
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.launcher.api import elastic_launch
 
 from megatron_gspo.errors import MegatronGspoError
 from megatron_gspo.quiet import ENVIRONMENT
+from megatron_gspo.train.launch import ranks_here
 
 
 def on_ranks(ranks: int, threads: int, function: Callable[..., Any], *arguments: Any) -> dict[int, Any]:
@@ -25,18 +25,8 @@ def on_ranks(ranks: int, threads: int, function: Callable[..., Any], *arguments:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        run_id=uuid.uuid4().hex,
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
     try:
-        results: dict[int, Any] = elastic_launch(config, function)(*arguments)
+        results: dict[int, Any] = elastic_launch(ranks_here(ranks), function)(*arguments)
         return results
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()

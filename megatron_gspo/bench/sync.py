@@ -7,7 +7,7 @@ import json
 import multiprocessing as mp
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from megatron_gspo.bench.measure import PeakMemory, Spread, machine
 from megatron_gspo.config import RolloutConfig, SyncConfig
 from megatron_gspo.hf.checkpoint import SINGLE, buckets
 from megatron_gspo.rollout.launcher import LocalServers
-from megatron_gspo.sync.base import METHODS, NamedTensor, WeightSync, make_weight_sync
+from megatron_gspo.sync.base import METHODS, WeightSync, make_weight_sync
 from megatron_gspo.sync.peers import Peers
 
 AIM = 0.7
@@ -97,7 +97,7 @@ Turn = dict[str, Sample]
 def _turn(bare: BareBroadcast, syncs: dict[str, WeightSync], weights: dict[str, torch.Tensor], version: int) -> Turn:
     measured = {BROADCAST: _measured(bare.send)}
     for method, sync in syncs.items():
-        measured[method] = _measured(functools.partial(sync.push, streamed(weights), version))
+        measured[method] = _measured(functools.partial(sync.push, iter(weights.items()), version))
     return measured
 
 
@@ -130,12 +130,6 @@ def row(name: str, turns: list[Turn], size: int) -> dict[str, Any]:
         "trainer_bytes": max(sample.trainer_bytes for sample in mine),
         "server_bytes": max(sample.server_bytes for sample in mine),
     }
-
-
-def streamed(weights: dict[str, torch.Tensor]) -> Iterator[NamedTensor]:
-    """The tensors as a policy streams them: a copy of each, made when it is asked for."""
-    for name, tensor in weights.items():
-        yield name, tensor.clone()
 
 
 def make_model(directory: Path, settings: Settings) -> dict[str, torch.Tensor]:

@@ -29,19 +29,24 @@ def gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
 
 @torch.no_grad()
 def stream_tensors(
-    chunks: Sequence[PolicyModel], family: Family, value: Callable[[torch.Tensor], torch.Tensor | None] = weight_of
+    chunks: Sequence[PolicyModel],
+    family: Family,
+    value: Callable[[torch.Tensor], torch.Tensor | None] = weight_of,
+    *,
+    copies: bool = True,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, CPU tensor) on the rank that owns each tensor, nothing elsewhere; every rank must exhaust it.
 
     The owner is the first of the ranks that hold the same parameter: tensor rank 0 of context and data rank 0 of its
-    pipeline stage, and for an expert, rank 0 of those that hold the same expert.
+    pipeline stage, and for an expert, rank 0 of those that hold the same expert. Without ``copies``, what lies whole on
+    the CPU comes as a view of live memory.
     """
     for chunk in chunks:
-        yield from _stream_chunk(chunk, family, value)
+        yield from _stream_chunk(chunk, family, value, copies)
 
 
 def _stream_chunk(
-    model: PolicyModel, family: Family, value: Callable[[torch.Tensor], torch.Tensor | None]
+    model: PolicyModel, family: Family, value: Callable[[torch.Tensor], torch.Tensor | None], copies: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     groups = model.groups
     for parameter, named in model.rules(family):
@@ -57,7 +62,7 @@ def _stream_chunk(
             pieces = [piece] if named.rule.cut == "whole" else gather_pieces(piece, tensor)
             whole = put_together(pieces, named.rule.cut, model.shape.vocab_size)
             if tensor.rank() == 0:
-                yield name, whole.to("cpu", copy=True).contiguous()  # never a view of live memory
+                yield name, whole.to("cpu", copy=copies).contiguous()
 
 
 @torch.no_grad()

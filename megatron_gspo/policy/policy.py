@@ -101,12 +101,13 @@ class Policy:
         lr = learning_rate(self.config.optimizer, step, total_steps)
         return self._trained().step(lr), lr
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self, *, copies: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
         """The model in Hugging Face names, one tensor at a time, each on the one rank that owns it.
 
-        Every rank must exhaust the iterator: making a tensor gathers it over tensor ranks.
+        Every rank must exhaust the iterator: making a tensor gathers it over tensor ranks. ``copies = False`` is for
+        who is done with a tensor before the next optimizer step, which moves what is a view on a CPU.
         """
-        return stream_tensors(self.chunks, self.family)
+        return stream_tensors(self.chunks, self.family, copies=copies)
 
     def names(self) -> set[str]:
         """Hugging Face names of what this rank holds a share of."""

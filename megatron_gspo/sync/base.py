@@ -37,8 +37,9 @@ class WeightSync(Protocol):
         """Replaces the servers' weights by ``tensors`` and their version by ``version``.
 
         ``tensors`` yields on the rank that owns a tensor, once over all ranks, and is exhausted on every rank, since
-        producing it may be collective. No rank holds more than a bucket. Raises SyncError on all ranks if anything
-        failed on one; the servers' version is then one that no rollout accepts.
+        producing it may be collective. They may be views of live weights: nothing reads them after the push. No rank
+        holds more than a bucket. Raises SyncError on all ranks if anything failed on one; the servers' version is then
+        one that no rollout accepts.
         """
         ...
 
@@ -163,7 +164,7 @@ def send_all(
     """
     sent: list[tuple[Names, R]] = []
     failure: Exception | None = None
-    for bucket in buckets(((name, _own_storage(tensor)) for name, tensor in tensors), limit):
+    for bucket in buckets(((name, tensor.detach().contiguous()) for name, tensor in tensors), limit):
         if failure is None:
             try:
                 sent.append(([name for name, _ in bucket], send(bucket)))
@@ -188,7 +189,6 @@ def check_names(names: Sequence[str], expected: frozenset[str]) -> None:
         )
 
 
-def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, contiguous in a storage of its own size: pickle writes a view's whole storage."""
-    tensor = tensor.detach().contiguous()
+def own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in a storage of its own size: of a view, pickle writes the whole storage."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from megatron_gspo.errors import SyncError
-from megatron_gspo.sync.base import BucketSync, NamedTensor, Names
+from megatron_gspo.sync.base import BucketSync, NamedTensor, Names, own_storage
 
 PREFIX = "megatron-gspo-"
 SETTLED_S = 60.0
@@ -57,7 +57,7 @@ class DiskSync(BucketSync):
         self._files += 1
         path = Path(place) / f"rank-{self.peers.rank:05}-{self._files:05}.safetensors"
         partial = path.with_suffix(".partial")
-        save_file(dict(bucket), partial, metadata={"format": "pt"})
+        save_file({name: own_storage(tensor) for name, tensor in bucket}, partial, metadata={"format": "pt"})
         partial.rename(path)
         return path.name
 

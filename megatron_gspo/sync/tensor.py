@@ -9,7 +9,7 @@ import pybase64
 import torch
 
 from megatron_gspo.errors import SyncError
-from megatron_gspo.sync.base import BucketSync, NamedTensor, Names
+from megatron_gspo.sync.base import BucketSync, NamedTensor, Names, own_storage
 
 
 class TensorSync(BucketSync):
@@ -39,4 +39,4 @@ def pickled(bucket: list[NamedTensor]) -> bytes:
     """
     load = torch.storage._load_from_bytes
     load.__module__, load.__qualname__ = "torch.storage", "_load_from_bytes"
-    return pickle.dumps(bucket)
+    return pickle.dumps([(name, own_storage(tensor)) for name, tensor in bucket])

@@ -63,7 +63,7 @@ class Run:
 
         Raises SyncError.
         """
-        weights, config = self.policy.weights(), self.config
+        weights, config = self.policy.weights(copies=False), self.config
         if config.sync.router_noise:
             weights = with_router_noise(
                 weights,

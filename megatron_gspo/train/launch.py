@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -52,17 +53,8 @@ def launch(config_path: Path, overrides: Sequence[str], *, ranks: int) -> int:
     # Several ranks on few cores fight over them when each starts a thread a core.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank says itself what failed
-    config = LaunchConfig(
-        run_id=uuid.uuid4().hex,
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # on SIGTERM it would kill the ranks 30 s later, in their step
-    )
+    # On SIGTERM it would kill the ranks 30 s later, in their step.
+    config = ranks_here(ranks, signals_to_handle="SIGINT,SIGHUP,SIGQUIT")
     signal.signal(signal.SIGTERM, _pass_on)
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_gspo.cli", "train", str(config_path), *overrides)
@@ -78,6 +70,21 @@ def launch(config_path: Path, overrides: Sequence[str], *, ranks: int) -> int:
     except SignalException as error:  # Ctrl-C, or a scheduler's end of the job; the ranks have been ended with it
         return _ended_by(error.sigval)
     return 0
+
+
+def ranks_here(ranks: int, **settings: Any) -> LaunchConfig:
+    """So many processes on this machine, none of which is started again; further settings are ``LaunchConfig``'s."""
+    return LaunchConfig(
+        run_id=uuid.uuid4().hex,
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        **settings,
+    )
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:

@@ -264,8 +264,16 @@ def test_a_padding_row_of_the_vocabulary_takes_no_probability(ranks: RankPool, c
 
 
 def exported(path: str, dtype: str, parallel: dict[str, int]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """What the model was before it is zeroed: copies keep it, and views are read before."""
     policy, _ = steps.make_policy(Case(path, (), (), dtype=dtype), parallel)
-    return {name: fingerprint(tensor) for name, tensor in policy.weights()}
+    views = {name: fingerprint(tensor) for name, tensor in policy.weights(copies=False)}
+    copies = dict(policy.weights())
+    for chunk in policy.chunks:
+        for parameter in chunk.parameters():
+            parameter.data.zero_()
+    kept = {name: fingerprint(tensor) for name, tensor in copies.items()}
+    assert kept == views
+    return kept
 
 
 def fingerprint(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:

@@ -1,0 +1,33 @@
+"""The whole configuration: one validated tree, read from TOML, that imports no torch.
+
+``load(path, overrides)`` reads a file and applies ``section.key=value`` overrides. Each field's docstring says what it
+means and in which unit. An unknown key, a value out of range or two settings that contradict each other raise
+``ConfigError`` (``LayoutError`` for layouts) with one line that shows the values.
+"""
+
+from megatron_gspo.config.layout import ParallelConfig
+from megatron_gspo.config.rollouts import EvalConfig, ReplayConfig, RewardConfig, RolloutConfig, SyncConfig
+from megatron_gspo.config.run import RunConfig
+from megatron_gspo.config.section import Section
+from megatron_gspo.config.text import dump, load, parse, read
+from megatron_gspo.config.training import AlgorithmConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+__all__ = [
+    "AlgorithmConfig",
+    "DataConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ReplayConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "Section",
+    "SyncConfig",
+    "TrainConfig",
+    "dump",
+    "load",
+    "parse",
+    "read",
+]

@@ -1,0 +1,163 @@
+"""What comes from the inference engine, how it is judged, and what goes back to it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field, model_validator
+
+from megatron_gspo.config.section import AsList, NonNegativeFloat, Positive, PositiveFloat, Section
+
+
+def _server_url(text: str) -> str:
+    """Raises ValueError for what no request could be sent to."""
+    parts = urlsplit(text)  # raises for brackets that do not match; ``port`` for one that is no port
+    plain = text.isprintable() and not any(map(str.isspace, text))
+    if not (plain and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0):
+        raise ValueError(f"{text!r} is no server: write http://HOST:PORT")
+    return text
+
+
+Url = Annotated[str, AfterValidator(_server_url)]
+
+
+class RolloutConfig(Section):
+    """Sampling from the inference engine."""
+
+    engine: Literal["sglang"] = "sglang"
+    """Inference engine, an entry of ``rollout.engine.ENGINES``."""
+    servers: Annotated[tuple[Url, ...], AsList] = ()
+    """Base URLs of running servers. Empty: ``local_servers`` are started and stopped with the run."""
+    local_servers: Positive = 1
+    """Servers to start on this machine when ``servers`` is empty."""
+    server_python: str = ""
+    """Python of the environment that holds sglang; found at ``.venv-sglang/bin/python`` (in the working directory or
+    the checkout) or in $MEGATRON_GSPO_SGLANG_PYTHON when empty."""
+    engine_dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    """Dtype of local servers and of the weights that are sent; ``model.dtype`` when empty. Another one makes an engine
+    gap: that of a reduced-precision engine, on a CPU too."""
+    server_args: Annotated[tuple[str, ...], AsList] = ()
+    """More arguments for each local server, after those that the launcher chooses for CPU or GPU."""
+    server_start_s: PositiveFloat = 300.0
+    """Seconds a local server may take until it is healthy."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Responses G a prompt."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the trainer's logprobs and entropy use the same."""
+    top_p: float = 1.0
+    """Only 1 is accepted: the engine returns logprobs that are not renormalised over the kept tokens."""
+    top_k: int = -1
+    """Only -1 is accepted, for the same reason."""
+    min_p: float = 0.0
+    """Only 0 is accepted, for the same reason."""
+    max_prompt_tokens: Positive = 1024
+    """Longer prompts are an error, or are skipped and counted when ``data.skip_bad`` is set."""
+    max_response_tokens: Positive = 1024
+    """Longer responses are cut: ``finish_reason`` "length"."""
+    concurrency: Positive = 64
+    """Prompts in flight a data-parallel leader."""
+    timeout_s: PositiveFloat = 600.0
+    """Seconds until a request that has not answered is given up."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """Further tries after a connection failure, a 5xx answer or an abort; each with the same seed."""
+    seeded: bool | None = None
+    """Repeatable sampling: seed = hash(run seed, outer step, prompt, sample). Absent: on a CPU only."""
+    on_truncated: Literal["keep", "drop", "zero"] = "keep"
+    """Truncated responses: keep their reward, drop them, or keep them with reward 0."""
+    on_mixed_version: Literal["drop", "keep", "error"] = "drop"
+    """Responses whose tokens come from more than one weight version."""
+
+    def is_seeded(self, *, on_gpu: bool) -> bool:
+        """``seeded``, with its default filled in."""
+        return not on_gpu if self.seeded is None else self.seeded
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutConfig:
+        for name, only in (("top_p", 1.0), ("top_k", -1), ("min_p", 0.0)):
+            value = getattr(self, name)
+            if value != only:
+                raise ValueError(
+                    f"{name} = {value:g}: training needs the logprobs of the distribution that was sampled, and the "
+                    f"engine returns untruncated ones; remove it (only {only:g} is accepted)"
+                )
+        return self
+
+
+class SyncConfig(Section):
+    """How new weights reach the rollout servers."""
+
+    method: Literal["disk", "tensor", "distributed"] = "tensor"
+    """"disk": safetensors through a directory that servers can read; "tensor": over HTTP in an update session;
+    "distributed": broadcast over a process group that rank 0 shares with the servers."""
+    directory: str = "/dev/shm"
+    """Parent directory of the files of "disk"; each sync removes the one before."""
+    bucket_mb: Positive = 64
+    """Megabytes of tensors a request of "tensor", a file of "disk", or a broadcast of "distributed"."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Of the process group of "distributed"; "auto" is nccl where trainer and servers all compute on GPUs, gloo
+    otherwise. nccl needs a GPU of its own for each: with servers that share the trainer's, "gloo"."""
+    timeout_s: PositiveFloat = 600.0
+    """Seconds that one request or broadcast may take; a server that is silent for longer fails the run."""
+    verify: Literal["off", "first", "every"] = "off"
+    """Which syncs of a run a checksum confirms: before it the servers' weights are overwritten by random numbers,
+    after it every parameter must have changed and servers must agree. Needs ``/weights_checker``."""
+    router_noise: NonNegativeFloat = 0.0
+    """Emulates, on a CPU, an engine that routes otherwise than the trainer: Gaussian noise on the router weights that
+    the servers receive, relative to each tensor's root mean square, drawn anew at every weight version from
+    ``train.seed``. The trainer's own weights stay as they are. 0: none."""
+
+
+class RewardConfig(Section):
+    """The reward function."""
+
+    function: str = "exact"
+    """A built-in name ("exact", "arithmetic", "gsm8k"), ``package.module:function`` or ``path/to/file.py:function``."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments bound to the function."""
+    timeout_s: PositiveFloat = 30.0
+    """Seconds a call may take."""
+    concurrency: Positive = 64
+    """Asynchronous calls in flight; a plain function runs in at most 8 threads."""
+
+
+class EvalConfig(Section):
+    """Evaluation on held-out prompts during training."""
+
+    every: Annotated[int, Field(ge=0)] = 10
+    """Outer steps between evaluations; the first is before any training, the last at the end; 0 never."""
+    start: bool = True
+    """Also evaluates before any training."""
+    prompts: Positive = 512
+    """Prompts used: the first ones of ``data.eval_path``."""
+    samples: Positive = 1
+    """Responses a prompt at the training temperature; above 1, ``eval/pass_at_k`` is logged too."""
+    greedy: bool = True
+    """Also evaluates at temperature 0, one response a prompt (``eval/greedy_accuracy``)."""
+
+
+class ReplayConfig(Section):
+    """Routing Replay for mixture-of-experts models, and how routing is watched."""
+
+    mode: Literal["off", "r2", "r3"] = "off"
+    """"r2" replays the routes of the pi_old pass in every mini-batch of its outer step; "r3" replays those of the
+    engine, in the pi_old pass too."""
+    min_coverage: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
+    """With "r3", the step fails when the engine gave routes for a smaller share of the tokens that have one."""
+    engine_routes_every: Annotated[int, Field(ge=0)] = 0
+    """Without "r3", outer steps between requests of the engine's routes, for ``route/engine_mismatch``; 0 never."""
+    drift_every: Annotated[int, Field(ge=0)] = 1
+    """With "off", outer steps between measurements of ``route/drift``, 0 never; with replay every step has one."""
+
+    @property
+    def uses_engine_routes(self) -> bool:
+        """Whether servers are asked for routes at all: they must have been started to capture them."""
+        return self.mode == "r3" or self.engine_routes_every > 0
+
+    def asks_for_routes(self, outer_step: int) -> bool:
+        """Whether the responses of this outer step come with the engine's routes."""
+        return self.mode == "r3" or bool(self.engine_routes_every and outer_step % self.engine_routes_every == 0)
+
+    def measures_drift(self, outer_step: int) -> bool:
+        """Whether this outer step's mini-batches have a ``route/drift``."""
+        return self.mode != "off" or bool(self.drift_every and outer_step % self.drift_every == 0)

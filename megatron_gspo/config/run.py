@@ -1,0 +1,89 @@
+"""The root of the configuration, and what its sections must be to each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import model_validator
+
+from megatron_gspo.algorithm.planning import padded_length
+from megatron_gspo.config.layout import ParallelConfig
+from megatron_gspo.config.rollouts import EvalConfig, ReplayConfig, RewardConfig, RolloutConfig, SyncConfig
+from megatron_gspo.config.section import Section
+from megatron_gspo.config.training import AlgorithmConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+
+class RunConfig(Section):
+    """The root: one section a concern."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sync: SyncConfig = SyncConfig()
+    reward: RewardConfig = RewardConfig()
+    eval: EvalConfig = EvalConfig()
+    replay: ReplayConfig = ReplayConfig()
+
+    @property
+    def minibatches(self) -> int:
+        """Optimizer steps an outer step: 1 for sft."""
+        return 1 if self.algorithm.name == "sft" else self.train.minibatches
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.train.outer_steps * self.minibatches
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        prompts, minibatches = self.train.prompts_per_step, self.train.minibatches
+        if self.algorithm.name != "sft" and prompts % minibatches:
+            raise ValueError(
+                f"train.prompts_per_step = {prompts} is not a multiple of train.minibatches = {minibatches}: "
+                f"a mini-batch is made of whole groups ({prompts} / {minibatches} = {prompts / minibatches:g})"
+            )
+        if self.optimizer.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"optimizer.min_lr = {self.optimizer.min_lr:g} is above optimizer.lr = {self.optimizer.lr:g}"
+            )
+        warmup, total = self.optimizer.warmup_steps, self.total_steps
+        if warmup >= total:
+            raise ValueError(f"optimizer.warmup_steps = {warmup} leaves nothing of the run's {total} optimizer steps")
+        if self.algorithm.reference and not self.algorithm.uses_reference:
+            raise ValueError("algorithm.reference is set, but algorithm.kl_loss_coef = 0 does not use it")
+        if self.algorithm.name == "sft" and (self.replay.mode != "off" or self.replay.engine_routes_every):
+            name = "mode" if self.replay.mode != "off" else "engine_routes_every"
+            raise ValueError(
+                f"replay.{name} = {getattr(self.replay, name)!r} is about the routes of rollouts, and sft has none: "
+                f"remove it"
+            )
+        self._check_paths()
+        prompt, response = self.rollout.max_prompt_tokens, self.rollout.max_response_tokens
+        longest = padded_length(prompt + response, self.parallel.context)
+        if self.train.oversize == "error" and longest > self.train.microbatch_tokens:
+            padded = f", padded to {longest} for parallel.context = {self.parallel.context},"
+            raise ValueError(
+                f"rollout.max_prompt_tokens {prompt} + max_response_tokens {response} = {prompt + response}"
+                f"{padded if longest > prompt + response else ''} does not fit into train.microbatch_tokens = "
+                f'{self.train.microbatch_tokens}: raise it to at least {longest}, or set train.oversize = "own"'
+            )
+        return self
+
+    def _check_paths(self) -> None:
+        """A run directory is replaced under ``train.overwrite``, so nothing that the run reads may lie in it."""
+        run = Path(self.train.run_dir).resolve()
+        inputs = {
+            "model.path": self.model.path,
+            "algorithm.reference": self.algorithm.reference,
+            "data.path": self.data.path,
+            "data.eval_path": self.data.eval_path,
+        }
+        for name, path in inputs.items():
+            if path and (run == Path(path).resolve() or run in Path(path).resolve().parents):
+                raise ValueError(
+                    f"{name} = {path} lies in train.run_dir = {self.train.run_dir}: name another directory"
+                )

@@ -1,0 +1,192 @@
+"""What is trained, on what, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_gspo.algorithm.catalog import LOSSES
+from megatron_gspo.config.section import AsList, Decay, Named, NonNegativeFloat, Positive, PositiveFloat, Section
+
+WIDE_CLIP = 0.05
+"""A sequence-ratio clip range above this needs ``allow_wide_clip``: it is what PPO uses for single tokens, and s_i,
+a geometric mean over the response, hardly ever leaves it, so nothing would be clipped."""
+
+
+class ModelConfig(Section):
+    """The policy that is trained."""
+
+    path: Named
+    """Hugging Face directory (``config.json``, safetensors, tokenizer) that training starts from; or what
+    ``convert`` makes of one: a Megatron distributed checkpoint beside the same files."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Parameters and activations. float64 is for proofs on a CPU."""
+    logprob_chunk: Positive = 1024
+    """Tokens (per tensor rank group) whose logprobs are computed at one time, over a tile of 8,192 vocabulary rows at
+    a time: memory is two such tiles."""
+    recompute: Literal["off", "selective", "full"] = "off"
+    """Activation recompute, for memory; it cannot change a step. "selective" runs ``recompute_modules`` again in
+    backward; "full" keeps only each layer's input and runs the whole layer again."""
+    recompute_modules: Annotated[tuple[Literal["core_attn", "mlp", "moe"], ...], AsList] = ("mlp", "moe")
+    """What "selective" runs again: attention scores, dense MLPs, mixtures of experts (with their routing)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.recompute == "selective" and not self.recompute_modules:
+            raise ValueError('recompute = "selective" with recompute_modules = [] recomputes nothing: use "off"')
+        default = type(self).model_fields["recompute_modules"].default
+        if self.recompute != "selective" and self.recompute_modules != default:
+            raise ValueError(
+                f"recompute_modules = {list(self.recompute_modules)} has no effect with recompute = "
+                f'"{self.recompute}": use "selective"'
+            )
+        return self
+
+
+class AlgorithmConfig(Section):
+    """The objective."""
+
+    name: Literal["gspo", "gspo-token", "grpo", "ppo", "sft"] = "gspo"
+    """A loss of ``algorithm/catalog.py``, or "sft" for supervised fine-tuning on the prompts' completions."""
+    clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """The ratio is clipped below at 1 - clip_low; the loss's own default when absent (3e-4 for GSPO)."""
+    clip_high: PositiveFloat | None = None
+    """The ratio is clipped above at 1 + clip_high; the loss's own default when absent (4e-4 for GSPO)."""
+    allow_wide_clip: bool = False
+    """Permits a sequence-ratio clip range above 0.05, where GSPO hardly ever clips."""
+    aggregation: Literal["paper", "token-mean", "token-sum"] = "paper"
+    """How a mini-batch's tokens are weighted. "paper": prompt 1/P, response 1/G, token 1/|y|. "token-mean": every
+    response token alike (DAPO). "token-sum": 1/P, 1/G, token 1/max_response_tokens (Dr.GRPO). Token-ratio losses and
+    gspo-token take any; gspo only "paper", since its loss has no token terms."""
+    kl_loss_coef: NonNegativeFloat = 0.0
+    """Weight of the k3 estimate of KL(new || reference) in the loss."""
+    reference: str = ""
+    """Hugging Face directory of the reference policy; ``model.path`` when empty."""
+
+    def clip_range(self) -> tuple[float, float]:
+        """(clip_low, clip_high), with the loss's defaults filled in."""
+        entry = LOSSES[self.name]
+        low = entry.clip_low if self.clip_low is None else self.clip_low
+        high = entry.clip_high if self.clip_high is None else self.clip_high
+        return low, high
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.kl_loss_coef > 0
+
+    @model_validator(mode="after")
+    def _check(self) -> AlgorithmConfig:
+        if self.name == "sft":
+            return self
+        low, high = self.clip_range()
+        if LOSSES[self.name].ratio == "sequence" and max(low, high) > WIDE_CLIP and not self.allow_wide_clip:
+            raise ValueError(
+                f"clip_low = {low:g}, clip_high = {high:g} is a range for token ratios; {self.name} clips the sequence "
+                f"ratio s_i, whose defaults are 0.0003 and 0.0004: use those, or set algorithm.allow_wide_clip = true"
+            )
+        if self.name == "gspo" and self.aggregation != "paper":
+            raise ValueError(
+                f'aggregation = "{self.aggregation}" weights tokens, and gspo has one term a sequence: use "paper", '
+                f'or name = "gspo-token"'
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Prompts."""
+
+    path: Named
+    """JSONL or Parquet file of training prompts."""
+    eval_path: str = ""
+    """Held-out prompts; empty: no evaluation."""
+    format: Literal["prompts", "gsm8k"] = "prompts"
+    """"prompts": fields ``prompt`` (text or chat messages), ``answer``, optional ``id`` and metadata; "gsm8k": the
+    dataset's own ``question`` and ``answer``."""
+    chat_template: bool = True
+    """Renders prompts with the tokenizer's chat template when it has one; chat messages need it."""
+    shuffle: bool = True
+    """A new deterministic order every epoch, from ``train.seed``."""
+    skip_bad: bool = False
+    """Skips and counts malformed lines and over-long prompts instead of stopping."""
+    limit: Positive | None = None
+    """Reads at most this many training prompts."""
+
+
+class TrainConfig(Section):
+    """The outer loop."""
+
+    run_dir: Named
+    """Where the run writes; must not exist unless ``resume`` or ``overwrite``."""
+    overwrite: bool = False
+    """Replaces an existing run directory."""
+    resume: bool = False
+    """Continues from ``checkpoints/latest`` in ``run_dir``; starts afresh where there is no checkpoint yet, so that a
+    job can be queued again unchanged."""
+    resume_changes: Annotated[tuple[str, ...], AsList] = ()
+    """Settings that may differ from the checkpoint's although that makes it another experiment: ["optimizer.lr"]."""
+    outer_steps: Positive = 100
+    """Rollout-train-sync rounds; for sft, optimizer steps."""
+    prompts_per_step: Positive = 16
+    """Prompts P an outer step, over all ranks; for sft, examples an optimizer step."""
+    minibatches: Positive = 4
+    """Optimizer steps an outer step; each takes prompts_per_step / minibatches whole groups."""
+    microbatch_tokens: Positive = 4096
+    """Token budget of a packed micro-batch (prompt, response, and what context parallelism fills a sequence up with),
+    of which a rank holds 1/context. Memory, not mathematics: it cannot change a step."""
+    oversize: Literal["error", "own"] = "error"
+    """A sequence above the budget: an error, or a micro-batch of its own."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 10
+    """Outer steps between checkpoints; the end always has one, and 0 is only there."""
+    keep_last: Positive = 2
+    """Newest checkpoints that stay."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints whose number of outer steps this divides stay as well; 0 none."""
+    checkpoint_async: bool = False
+    """Writes checkpoints while training goes on, from copies in host memory (weights, moments: this rank's share)."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seeds data order, rollouts and whatever else is drawn."""
+    deterministic: bool = False
+    """torch deterministic algorithms (always so on a CPU)."""
+    noise_floor_every: Annotated[int, Field(ge=0)] = 10
+    """Outer steps between measurements of the numerical noise in log s_i; 0 never."""
+    save_rollouts: Annotated[int, Field(ge=0)] = 8
+    """Responses of an outer step kept in ``rollouts/`` for reading; 0 keeps none."""
+    save_hf: bool = True
+    """Writes a Hugging Face directory at the end, beside the checkpoint."""
+    save_hf_every: Annotated[int, Field(ge=0)] = 0
+    """Outer steps between Hugging Face directories in ``exports/``, written while training goes on, from copies in host
+    memory (this rank's share of the weights); all stay. 0 none."""
+    tensorboard: bool = True
+    """Writes TensorBoard events."""
+    wandb: bool = False
+    """Also logs to Weights & Biases (the ``wandb`` extra)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.resume and self.overwrite:
+            raise ValueError(
+                "resume = true continues the run in run_dir, overwrite = true removes it: set train.overwrite = false"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW under Megatron's distributed optimizer."""
+
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat = 0.0
+    """Floor of a decaying schedule."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after warm-up, over the run's optimizer steps."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of linear warm-up from 0."""
+    betas: Annotated[tuple[Decay, Decay], AsList] = (0.9, 0.98)
+    """Adam's decay rates."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay; norms and biases are exempt."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 never."""
