@@ -22,7 +22,7 @@ from megatron_gspo.policy.places import Place, Places, find_places
 
 REPEATED = "repeated"
 """In a converted checkpoint's header: {name: the tensor that it repeats}, of a stored head that is tied."""
-HELD_BYTES = 256 * 1024**2
+HELD_BYTES = 64 * 1024**2
 """Read through memory maps before they are let go: mapped pages count as this process's memory."""
 
 

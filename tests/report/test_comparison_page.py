@@ -4,6 +4,7 @@ overlaps."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,26 @@ def test_the_band_is_the_interval_the_extremes_or_every_seed(page: Page, compari
     assert page.value(edges) == pytest.approx(values)
     page.choose("#bands", "interval")
     assert page.value(edges) == [low, high]
+
+
+def test_axes_show_what_can_be_and_are_not_stretched_by_bands(tmp_path: Path, browser: Browser) -> None:
+    """Two seeds far apart: Student's interval of the reward leaves [0, 1], that of the gradient norm goes below 0."""
+    out = make_comparison(tmp_path / "out", ("grpo-off", "gspo-off"), seeds=2)
+    for path in out.glob("cells/*/*.json"):
+        digest, odd = json.loads(path.read_text()), int(path.stem[-1]) % 2
+        series = digest["series"]
+        series["reward/mean"] = [0.9 if odd else 0.1] * len(series["reward/mean"])
+        series["grad_norm"] = [2.0 if odd else 0.5] * len(series["grad_norm"])
+        path.write_text(json.dumps(digest))
+    with browser.open(drawn(out) / "report.html") as page:
+        reward, norm = (
+            page.value(f"{plot(page, title)}._fullLayout.yaxis.range")
+            for title in ("Reward on training prompts", "Gradient norm")
+        )
+        intervals = page.value(f"{plot(page, 'Reward on training prompts')}.data.map(({{ y }}) => y[0])")
+    assert min(intervals) < 0 and max(intervals) > 1, "the band does not leave the axis, and nothing is shown"
+    assert -0.02 <= reward[0] < 0.1 and 0.9 < reward[1] <= 1.02
+    assert norm[0] > math.log10(0.5)
 
 
 def test_differences_are_drawn_with_their_intervals(page: Page, out: Path) -> None:

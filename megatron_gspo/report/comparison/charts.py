@@ -29,12 +29,14 @@ class Curve:
     note: str = ""
     log: bool = False
     zero: bool = False
+    share: bool = False
+    """Whether its values end at 1."""
 
 
 ZERO = "Zero lies below a log axis and leaves a gap; a band that reaches it ends at the bottom."
 REWARD = (
-    Curve("Reward on training prompts", "reward (0 to 1)", "reward/mean"),
-    Curve("Held-out accuracy", "accuracy (0 to 1)", "eval/accuracy"),
+    Curve("Reward on training prompts", "reward (0 to 1)", "reward/mean", share=True),
+    Curve("Held-out accuracy", "accuracy (0 to 1)", "eval/accuracy", share=True),
 )
 CLIPPING = (
     Curve("Clipped tokens", "share of tokens (log)", "clip/frac_tokens", ZERO, log=True),
@@ -55,10 +57,10 @@ ROUTING = (
         "Since π_old, in the last mini-batch of an outer step.",
         zero=True,
     ),
-    Curve("Tokens with a changed layer", "share of tokens", "route/drift_tokens", zero=True),
-    Curve("Engine ≠ trainer, by choice", "share of choices", "route/engine_mismatch", zero=True),
-    Curve("Engine ≠ trainer, by token", "share of tokens", "route/engine_mismatch_tokens", zero=True),
-    Curve("Replayed routes", "share (0 to 1)", "replay/coverage"),
+    Curve("Tokens with a changed layer", "share of tokens", "route/drift_tokens", zero=True, share=True),
+    Curve("Engine ≠ trainer, by choice", "share of choices", "route/engine_mismatch", zero=True, share=True),
+    Curve("Engine ≠ trainer, by token", "share of tokens", "route/engine_mismatch_tokens", zero=True, share=True),
+    Curve("Replayed routes", "share (0 to 1)", "replay/coverage", share=True),
     Curve("Expert load", "fullest expert / mean", "expert/load_max", zero=True),
 )
 ENGINE = (
@@ -110,7 +112,8 @@ def curve_chart(comparison: Comparison, curve: Curve) -> dict[str, Any] | None:
         )
         for arm in comparison.arms
     }
-    return _bands(curve.title, curve.unit, bands, "outer step", curve.note, curve.log, curve.zero, (curve.metric,))
+    chart = _bands(curve.title, curve.unit, bands, "outer step", curve.note, curve.log, curve.zero, (curve.metric,))
+    return chart and chart | {"share": curve.share}
 
 
 def profile_chart(

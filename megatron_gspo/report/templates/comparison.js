@@ -11,7 +11,7 @@ const around = (low, high) => (low === null ? "" : ` (${digits(low)} to ${digits
 
 // Curves over outer steps, mini-batches or layers: a band over seeds under each arm's mean.
 function bandTraces(chart) {
-  const mode = byId("bands").value, curves = shown(chart.curves), floor = logFloor(chart);
+  const mode = byId("bands").value, curves = shown(chart.curves), floor = logFloor(chart, mode);
   const under = curves.flatMap((curve) => (mode === "seeds" ? seedTraces(curve, floor) : bandOf(curve, mode, floor)));
   return [...under, ...curves.map((curve) => meanTrace(curve, mode, chart))];
 }
@@ -40,10 +40,11 @@ function meanTrace({ arm, x, y, n, low, high, min, max }, mode, chart) {
   };
 }
 
-// On a log axis a band that reaches 0 ends here, below all that is drawn.
-function logFloor(chart) {
+// On a log axis a band that reaches 0 ends here, below every mean; below every seed where seeds are drawn. An interval
+// around few seeds may reach far below both, and would leave the curves a strip at the top.
+function logFloor(chart, mode) {
   if (!chart.log) return null;
-  const values = chart.curves.flatMap(({ y, min }) => [...y, ...(min || [])]).filter((value) => value > 0);
+  const values = chart.curves.flatMap(({ y, min }) => [...y, ...((mode !== "interval" && min) || [])]).filter((value) => value > 0);
   return values.length ? Math.min(...values) / 2 : null;
 }
 
@@ -107,7 +108,7 @@ function armRows(groups) {
 const LAYOUTS = {
   bands: (chart) => ({
     hovermode: "x unified", xaxis: { ...axisLook(chart.xtitle), zeroline: false, ...wholeTicks(chart) },
-    yaxis: { ...axisLook(chart.unit), ...valueAxis(chart, chart.curves.flatMap(({ y }) => y)) },
+    yaxis: { ...axisLook(chart.unit), ...valueAxis(chart, chart.curves.flatMap(({ y }) => y)), ...limits(chart) },
   }),
   dots: (chart) => ({ hovermode: "closest", yaxis: armRows(chart.groups), xaxis: { ...axisLook(chart.unit), zeroline: false } }),
   quantiles: (chart) => ({
@@ -137,6 +138,11 @@ const wholeTicks = ({ curves }) => (Math.max(...curves.map(({ x }) => x.at(-1) -
 function valueAxis({ log, zero }, values) {
   if (!log) return { rangemode: zero ? "tozero" : "normal", exponentformat: "e" };
   return { type: "log", exponentformat: "e", ...logTicks(values.filter((value) => value > 0)) };
+}
+
+// What is drawn is never negative, and shares end at 1: a band that goes on there says nothing.
+function limits({ log, zero, share }) {
+  return log ? {} : { autorangeoptions: { clipmin: zero ? 0 : -0.02, ...(share ? { clipmax: 1.02 } : {}) } };
 }
 
 const TRACES = { bands: bandTraces, dots: dotTraces, forest: forestTraces, quantiles: quantileTraces };
