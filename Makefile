@@ -12,6 +12,8 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 RUN := .venv/bin/python -m
+# Two files at a time: many tests wait, for a server or for ranks. A file stays together, since its tests share both.
+PYTEST := -q -n 2 --dist loadfile --durations=15
 
 # digest WORDS,FILES: a short name for their content
 digest = $(shell (echo "$(CURDIR) $(TORCH) $(1)"; cat $(2)) 2>/dev/null | sha256sum | cut -c1-16)
@@ -44,11 +46,11 @@ quickstart: install ## install, then train a tiny mixture of experts with GSPO a
 
 .PHONY: test
 test: install browser ## install, then run all tests
-	OMP_NUM_THREADS=1 $(RUN) pytest -q --durations=15
+	OMP_NUM_THREADS=1 $(RUN) pytest $(PYTEST)
 
 .PHONY: test-latest
 test-latest: $(LATEST_STAMP) $(SGLANG_STAMP) browser ## run all tests on Python 3.12 and the newest Megatron-Core (PYTHON_LATEST=...)
-	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -q --durations=15
+	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest $(PYTEST)
 
 .PHONY: browser
 browser: ## find a Chromium for the tests of the report, or install Debian's (CHROMIUM=...)

@@ -26,6 +26,10 @@ Under torchrun, ranks share the files.
 bytes. Exit status: 0 when they are the same, 1 when they are not, 2 for a mistake in what was asked."""
 
 
+MOST_GB = 1e6
+"""Of a file: more than there is of any model."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="Hugging Face directory, or Megatron distributed checkpoint")
     parser.add_argument("destination", metavar="DST", help="directory to write")
@@ -52,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
 
     from megatron_gspo.quiet import mute
 
+    check(options)
     mute()
     groups = join_world()
     import torch.distributed as dist
@@ -64,8 +69,6 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.source} is a {kind} checkpoint, and --expect says {options.expect}")
     if options.verify:
         return verify(options, groups)
-    if not options.max_shard_gb > 0:
-        raise ConfigError(f"--max-shard-gb {options.max_shard_gb:g}: it must be above 0")
     settings = Options(
         max_shard_bytes=int(options.max_shard_gb * 1e9),
         overwrite=options.overwrite,
@@ -86,6 +89,16 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(report) if options.json else _sentence(report), flush=True)
     dist.barrier(groups.world)
     return 0
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ConfigError for options that cannot be, or that would be passed over."""
+    from megatron_gspo.errors import ConfigError
+
+    if not options.verify and (options.logits or options.tokens or options.layout):
+        raise ConfigError("--logits, --tokens and --layout belong to --verify, which compares and writes nothing")
+    if not 0 < options.max_shard_gb <= MOST_GB:
+        raise ConfigError(f"--max-shard-gb {options.max_shard_gb:g}: it must be above 0, and at most {MOST_GB:g}")
 
 
 def verify(options: argparse.Namespace, groups: Groups) -> int:

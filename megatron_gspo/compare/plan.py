@@ -154,7 +154,10 @@ def agree(plan: Plan, existing: Mapping[str, Any]) -> None:
 
     Seeds may differ: more of them may come later, and fewer may be asked for.
     """
-    then, now = _identity(existing), _identity(plan.record)
+    try:
+        then, now = _identity(existing), _identity(plan.record)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{plan.out}/compare.json is no comparison's plan: {type(error).__name__}: {error}") from None
     differences = [
         f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
         for name in dict.fromkeys([*then, *now])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ import torch
 
 from megatron_gspo.convert.kinds import copy_companions, set_dtype
 from megatron_gspo.convert.sources import REPEATED, HuggingFaceSource, MegatronSource, Source, same_dtype
+from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.carried import CARRIED
 from megatron_gspo.hf.checkpoint import MODEL, index_name, single_name
 from megatron_gspo.hf.stream import StreamWriter, TensorInfo
@@ -49,6 +51,7 @@ class ToMegatron:
             place: same_dtype(place, [source.info(name) for name in place.named.hf_names])
             for place in self._model.places.parameters
         }
+        check_dtypes(self._dtypes)
         sized = [(place, _bytes(place, self._dtypes[place])) for place in self._model.places.parameters]
         self.shards = [
             Shard(f"__0_{number}.distcp", places, size, number == 0)
@@ -68,8 +71,8 @@ class ToMegatron:
         try:
             for key in self._model.places.objects if shard.first else ():
                 writer.empty_object(key)
-            for place in shard.places:
-                joined = place.named.rule.join([self.source.read(name) for name in place.named.hf_names])
+            whole = (place.named.rule.join(list(map(self.source.read, place.named.hf_names))) for place in shard.places)
+            for place, joined in zip(shard.places, ahead(whole), strict=True):
                 start = 0
                 for piece in place.pieces:
                     block = joined[start : start + piece.rows] if len(place.pieces) > 1 else joined
@@ -100,6 +103,20 @@ class ToMegatron:
         files += [describe(partial / name) for name in (METADATA, COMMON, "metadata.json", *indices)]
         extra = {"converted_from": str(self.source.directory), REPEATED: dict(self.source.repeated)}
         write_header(partial, {"step": 0, "model": plain(self._model.shape), "extra": extra}, files)
+
+
+def check_dtypes(dtypes: Mapping[Place, torch.dtype]) -> None:
+    """Raises ConfigError unless the parameters of one stored tensor, as a layer's experts are, have one dtype."""
+    first: dict[str, Place] = {}
+    for place, dtype in dtypes.items():
+        for piece in place.pieces:
+            other = first.setdefault(piece.key, place)
+            if dtypes[other] != dtype:
+                one, two = other.named.hf_names[0], place.named.hf_names[0]
+                raise ConfigError(
+                    f"{one} is {dtypes[other]}, {two} is {dtype}: Megatron keeps them in one tensor ({piece.key}), "
+                    f"which has one dtype"
+                )
 
 
 class ToHuggingFace:
@@ -164,6 +181,16 @@ def make_job(source: Source, max_shard_bytes: int) -> Job:
     return ToHuggingFace(source, max_shard_bytes)
 
 
+def ahead(values: Iterator[Item]) -> Iterator[Item]:
+    """The values, each made in a thread while the one before is used."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        coming: Future[Any] = pool.submit(next, values, end)
+        while (value := coming.result()) is not end:
+            coming = pool.submit(next, values, end)
+            yield value
+
+
 def _bytes(place: Place, dtype: torch.dtype) -> int:
     return torch.Size(place.shape).numel() * dtype.itemsize
 
@@ -190,8 +217,8 @@ def _cut(sized: Iterable[tuple[Item, int]], most: int) -> Iterator[tuple[tuple[I
 def _write_tensors(source: Source, path: Path, infos: Sequence[TensorInfo], moved: Moved) -> list[str]:
     """Writes a safetensors file; returns its names."""
     writer = StreamWriter(path, infos)
-    for info in infos:
-        tensor = source.read(source.repeated.get(info.name, info.name))
+    tensors = (source.read(source.repeated.get(info.name, info.name)) for info in infos)
+    for info, tensor in zip(infos, ahead(tensors), strict=True):
         writer.write(info.name, tensor)
         moved(tensor.nbytes)
     writer.close()

@@ -36,6 +36,15 @@ def kind_of(directory: Path) -> Kind:
     )
 
 
+def holds_checkpoint(directory: Path) -> bool:
+    """Whether ``kind_of`` knows it."""
+    try:
+        kind_of(directory)
+    except ConfigError:
+        return False
+    return True
+
+
 def home_of_config(directory: Path, config: Path | None) -> Path:
     """The directory that holds ``config.json`` and the tokenizer of a checkpoint.
 
@@ -81,10 +90,8 @@ def check_replaceable(destination: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(f"{destination} exists: name another destination, or replace it with --overwrite")
-    try:
-        kind_of(destination)
-    except ConfigError:
-        raise ConfigError(f"{destination} holds no checkpoint, so nothing replaces it: name another") from None
+    if not holds_checkpoint(destination):
+        raise ConfigError(f"{destination} holds no checkpoint, so nothing replaces it: name another")
 
 
 def set_dtype(path: Path, dtype: str) -> None:

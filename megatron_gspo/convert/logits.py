@@ -61,7 +61,8 @@ def compare_logits(first: Path, second: Path, token_ids: Sequence[int], parallel
             expected = logits if expected is None else expected
             largest = float((logits - expected).abs().max())
             largest = math.inf if math.isnan(largest) else largest
-            rows.append(LogitsRow(str(directory), name, largest, largest / float(expected.abs().max())))
+            scale = float(expected.abs().max()) or 1.0  # where all are 0 there is nothing to be relative to
+            rows.append(LogitsRow(str(directory), name, largest, largest / scale))
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,10 +17,11 @@ import torch.distributed as dist
 from megatron_gspo.convert.jobs import Job, Moved, Shard, make_job
 from megatron_gspo.convert.kinds import check_replaceable, kind_of
 from megatron_gspo.convert.sources import MegatronSource, open_source
-from megatron_gspo.convert.workplace import Watch, Workplace
+from megatron_gspo.convert.workplace import PARTIAL, Watch, Workplace
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.parallel.exchange import broadcast_object, gather_objects, together
-from megatron_gspo.policy.checkpoint_files import verify
+from megatron_gspo.policy.checkpoint import plain
+from megatron_gspo.policy.checkpoint_files import REPLACED, verify
 from megatron_gspo.policy.groups import Groups
 
 HASHERS = 2
@@ -80,13 +82,16 @@ def convert(source: Path, destination: Path, options: Options, groups: Groups, s
     watch = Watch(opened.files())
     place = Workplace(destination)
     plan = _plan(job, watch, options)
-    found = together(lambda: _open(place, plan, job) if first else "", world)
+    found = together(lambda: _open(place, plan, job, options) if first else "", world)
     show.note(found)
+    layers = opened.model.shape.carried_layers
+    if layers and not opened.carried:
+        show.note(f"no tensors of the {layers} layer(s) behind the last were found: the result has none of them")
     try:
         done = together(lambda: _write_share(job, place, watch, show), world)
         entries = {name: entry for part in gather_objects(done.entries, world) for name, entry in part.items()}
         together(watch.check, world)
-        together(lambda: _publish(job, place, entries) if first else None, world)
+        together(lambda: _publish(job, place, entries, options) if first else None, world)
     finally:
         place.unlock()
     return Converted(
@@ -144,27 +149,36 @@ def _write(job: Job, place: Workplace, shard: Shard, watch: Watch, moved: Moved)
 
 
 def _verify_source(job: Job, rank: int, ranks: int) -> None:
-    """Holds a checkpoint's files against the hashes that were written with them. Hugging Face has none."""
+    """Holds a checkpoint's files against the hashes that were written with them. Hugging Face has none.
+
+    Of a checkpoint of a run those that are read, of a converted one all: a file that is gone is read by nobody.
+    """
     source = job.source
     if isinstance(source, MegatronSource) and source.header:
         read = {path.name for path in source.files()}
-        verify(source.directory, [entry for entry in source.header["files"] if entry["name"] in read][rank::ranks])
+        whole = "converted_from" in source.header["extra"]
+        listed = [entry for entry in source.header["files"] if whole or entry["name"] in read]
+        verify(source.directory, listed[rank::ranks])
 
 
 def _plan(job: Job, watch: Watch, options: Options) -> dict[str, Any]:
     """What must be the same for finished files to be of use."""
-    return {
+    plan = {
         "source": str(job.source.directory.resolve()),
+        "home": str(job.source.model.home.resolve()),
+        "model": plain(job.source.model.shape),
         "files": watch.stamps(),
         "shards": [[shard.name, shard.bytes] for shard in job.shards],
         "drop_unknown": options.drop_unknown,
     }
+    return dict(json.loads(json.dumps(plan)))  # as it is read back
 
 
-def _open(place: Workplace, plan: dict[str, Any], job: Job) -> str:
+def _open(place: Workplace, plan: dict[str, Any], job: Job, options: Options) -> str:
     with _as_config_error(place):
         place.destination.parent.mkdir(parents=True, exist_ok=True)
         found = place.open(plan)
+        check_replaceable(place.destination, overwrite=options.overwrite)  # which may have been brought back
         there = sum(path.stat().st_size for path in place.path.iterdir() if path.is_file())
         needed = int(sum(shard.bytes for shard in job.shards) * ROOM) - there
         free = shutil.disk_usage(place.path).free
@@ -175,16 +189,23 @@ def _open(place: Workplace, plan: dict[str, Any], job: Job) -> str:
     return found
 
 
-def _publish(job: Job, place: Workplace, entries: dict[str, dict[str, Any]]) -> None:
+def _publish(job: Job, place: Workplace, entries: dict[str, dict[str, Any]], options: Options) -> None:
     with _as_config_error(place):
         job.complete(place.path, {shard.name: entries[shard.name] for shard in job.shards})
+        check_replaceable(place.destination, overwrite=options.overwrite)  # hours may have passed
         place.publish()
 
 
 def _check_paths(source: Path, destination: Path, options: Options) -> None:
     kind_of(source)
-    if destination.resolve() == source.resolve() or source.resolve() in destination.resolve().parents:
+    if destination.name in ("", ".."):
+        raise ConfigError(f"{destination}: name the directory that is to be made")
+    place, read = destination.resolve(), source.resolve()
+    if place == read or read in place.parents:
         raise ConfigError(f"{destination} is {source} or lies in it: name another destination")
+    for name in (place, *(place.with_name(place.name + suffix) for suffix in (PARTIAL, REPLACED))):
+        if name == read or name in read.parents:
+            raise ConfigError(f"{source} is {name} or lies in it, which a conversion to {destination} replaces")
     check_replaceable(destination, overwrite=options.overwrite)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from megatron_gspo.convert.kinds import Kind, home_of_config, kind_of
-from megatron_gspo.errors import ConfigError, WeightError
+from megatron_gspo.errors import ConfigError, MegatronGspoError, WeightError
 from megatron_gspo.hf.carried import carried_names, find_carried
 from megatron_gspo.hf.catalog import read_model
-from megatron_gspo.hf.checkpoint import HfReader
+from megatron_gspo.hf.checkpoint import INDEX, HfReader
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.stream import TensorInfo
 from megatron_gspo.policy.checkpoint import header_of_model
@@ -34,7 +34,12 @@ class Model:
         self.family: Family
         self.shape: ModelShape
         self.family, self.shape = read_model(home, dequantised=True)
-        self.places: Places = find_places(self.family, self.shape, groups)
+        try:
+            self.places: Places = find_places(self.family, self.shape, groups)
+        except MegatronGspoError:
+            raise
+        except (ValueError, TypeError, AssertionError, ZeroDivisionError, RuntimeError) as error:
+            raise ConfigError(f"{home / 'config.json'}: Megatron makes no model of it: {error}") from None
         templates = self.family.tensor_shapes(self.shape)
         self.shapes: dict[str, tuple[int, ...]] = {
             name: tuple(templates[template])
@@ -77,8 +82,8 @@ class StoredTensors:
         return self._reader.read(name)
 
     def files(self) -> list[Path]:
-        """Everything that it is read from."""
-        return [self.directory / "config.json", *self._reader.files()]
+        """Everything that tensors are read from."""
+        return list(self._reader.files())
 
     def release(self) -> None:
         self._reader.release()
@@ -102,6 +107,9 @@ class HuggingFaceSource(StoredTensors):
                 )
         self._names = [*(name for name in stored if name in model.shapes), *self.carried]
 
+    def files(self) -> list[Path]:
+        return [self.model.home / "config.json", self.directory / INDEX, *super().files()]
+
     def _check_names(self, stored: set[str], drop_unknown: bool) -> None:
         missing = sorted(self.model.shapes.keys() - stored)
         if missing:
@@ -120,10 +128,10 @@ class HuggingFaceSource(StoredTensors):
             return {}
         embedding = next(n for p in self.model.places.parameters if "embedding" in p.name for n in p.named.hf_names)
         extra = stored & {"lm_head.weight"}
-        if extra and not torch.equal(self._reader.read("lm_head.weight"), self._reader.read(embedding)):
+        if extra and not _same(self._reader.read("lm_head.weight"), self._reader.read(embedding)):
             raise WeightError(
-                f"{self._reader.file_of('lm_head.weight')}: lm_head.weight differs from {embedding}, and config.json "
-                f"ties them (tie_word_embeddings = true): set it to false, or remove the tensor"
+                f"{self._reader.file_of('lm_head.weight')}: lm_head.weight is not {embedding} byte for byte, and "
+                f"config.json ties them (tie_word_embeddings = true): set it to false, or remove the tensor"
             )
         return dict.fromkeys(extra, embedding)
 
@@ -153,19 +161,22 @@ class MegatronSource:
         if whole:
             self._check(drop_unknown)
 
+    @property
+    def unknown(self) -> list[str]:
+        """Tensors that the family's model has no parameter for; the optimizer's are none of it."""
+        wanted = {piece.key for place in self.model.places.parameters for piece in place.pieces}
+        return sorted(key for key in self.reader.keys() - wanted if not key.startswith("optimizer."))
+
     def _check(self, drop_unknown: bool) -> None:
-        wanted = set()
         for place in self.model.places.parameters:
             for piece in place.pieces:
-                wanted.add(piece.key)
                 found = self.reader.shape(piece.key)
                 cut = place.named.rule.cut == "vocabulary" and found[0] > piece.whole[0]  # a layout's padding
                 if found != piece.whole and not (cut and found[1:] == piece.whole[1:]):
                     raise WeightError(
                         f"{self.directory}: {piece.key} has shape {found}, and config.json asks for {piece.whole}"
                     )
-        unknown = sorted(key for key in self.reader.keys() - wanted if not key.startswith("optimizer."))
-        if unknown and not drop_unknown:
+        if (unknown := self.unknown) and not drop_unknown:
             raise WeightError(
                 f"{self.directory}: {some(unknown)} in the checkpoint, and {self.model.family.architecture} has no "
                 f"such parameter: leave them out with --drop-unknown"
@@ -204,7 +215,8 @@ class MegatronSource:
 
     def files(self) -> list[Path]:
         beside = [self._carried.reader.file_of(name) for name in self.carried] if self._carried.reader else []
-        return [self.directory / ".metadata", *self.reader.files(), *sorted(set(beside))]
+        described = [self.model.home / "config.json", self.directory / ".metadata"]
+        return [*described, *self.reader.files(), *sorted(set(beside))]
 
     def release(self) -> None:
         self.reader.close()
@@ -214,6 +226,11 @@ class MegatronSource:
 
 
 Source = HuggingFaceSource | MegatronSource
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Byte for byte: a NaN is itself."""
+    return a.dtype == b.dtype and torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 def same_dtype(place: Place, infos: list[TensorInfo]) -> torch.dtype:

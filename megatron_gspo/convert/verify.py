@@ -61,19 +61,20 @@ def verify_tensors(first: Path, second: Path, config: Path | None, groups: Group
     names_a, names_b = _names(a), _names(b)
     order = b if isinstance(b, MegatronSource) else a  # in which a parameter's tensors follow one another
     common = [name for name in (*order.names(), *sorted(_repeated(order))) if name in names_a & names_b]
+    listed = common + sorted(names_a - names_b)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    mine = common[len(common) * rank // ranks : len(common) * (rank + 1) // ranks]
-    compared = list(_compare_all(a, b, mine, show))
+    mine = listed[len(listed) * rank // ranks : len(listed) * (rank + 1) // ranks]
+    compared = list(_compare_all(a, b, mine, names_b, show))
     parts = [item for part in gather_objects(compared, groups.world) for item in part]
-    alone = [Difference(name, "missing", f"not in {second}") for name in sorted(names_a - names_b)]
-    alone += [Difference(name, "extra", f"not in {first}") for name in sorted(names_b - names_a)]
+    alone = [Difference(name, "missing", f"not in {second}") for name in sorted(names_a - names_b) + _unknown(a)]
+    alone += [Difference(name, "extra", f"not in {first}") for name in sorted(names_b - names_a) + _unknown(b)]
     hashes = "".join(f"{name} {digest}\n" for name, digest, _, _ in sorted(parts, key=lambda part: part[0]))
     return Verdict(
         first=str(first),
         second=str(second),
         tensors=len(names_a),
         bytes=sum(size for _, _, size, _ in parts),
-        equal=sum(difference is None for _, _, _, difference in parts),
+        equal=sum(difference is None and name in names_b for name, _, _, difference in parts),
         digest=hashlib.sha256(hashes.encode()).hexdigest(),
         differences=(*alone, *(difference for _, _, _, difference in parts if difference)),
     )
@@ -93,14 +94,19 @@ def _repeated(side: Side) -> dict[str, str]:
     return side.repeated if isinstance(side, MegatronSource) else {}
 
 
+def _unknown(side: Side) -> list[str]:
+    """Tensors in no Hugging Face name."""
+    return side.unknown if isinstance(side, MegatronSource) else []
+
+
 def _compare_all(
-    a: Side, b: Side, names: Sequence[str], show: Show
+    a: Side, b: Side, names: Sequence[str], names_b: set[str], show: Show
 ) -> Iterator[tuple[str, str, int, Difference | None]]:
-    """(name, hash in the first, bytes, what differs) of each tensor that both have."""
+    """(name, hash in the first, bytes, what differs) of each of the first's tensors; of one that it alone has, None."""
     show.total(sum(_info_bytes(a, name) for name in names))
     for name in names:
         try:
-            digest, size, difference = _compare(name, _reader(a), _reader(b))
+            digest, size, difference = _compare(name, _reader(a), _reader(b if name in names_b else a))
         except WeightError as error:
             digest, size, difference = "", 0, Difference(name, "unreadable", str(error))
         show.moved(size)

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_gspo.convert.kinds import holds_checkpoint
 from megatron_gspo.errors import ConfigError, WeightError
 from megatron_gspo.policy.checkpoint_files import REPLACED, FileEntry, describe, put_in_place, sync
 
@@ -38,12 +39,14 @@ class Workplace:
     def open(self, plan: Mapping[str, Any]) -> str:
         """Locks the place and clears it unless it holds work of the same plan; returns a line on what was found.
 
-        Raises ConfigError when another converter works here.
+        Raises ConfigError when another converter works here, or when it is somebody else's.
         """
-        recover(self.destination)
         found = self.journal.is_dir()
+        if self.path.exists() and not found and not _is_empty(self.path):
+            raise ConfigError(f"{self.path} was left by no conversion, and one needs its name: move it away")
         self.journal.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path)
+        recover(self.destination)
         if self._plan() == dict(plan):
             return f"continuing the conversion in {self.path}"
         _empty(self.path)
@@ -82,11 +85,12 @@ class Workplace:
         self.unfinished(name).unlink(missing_ok=True)
 
     def publish(self) -> None:
-        """Moves all but the journal, and what a kill left, to the destination; what lay there is replaced."""
+        """Moves all but what a kill left to the destination; what lay there is replaced. The journal goes last: until
+        then it says whose work this is."""
         for path in self.path.glob(f"*{UNFINISHED}"):
             path.unlink()
-        shutil.rmtree(self.journal)
         put_in_place(self.path, self.destination)
+        shutil.rmtree(self.destination / JOURNAL)
 
     def _plan(self) -> dict[str, Any]:
         return _read(self.journal / PLAN)
@@ -113,10 +117,19 @@ class Watch:
 
 
 def recover(destination: Path) -> None:
-    """Brings back what a kill between two renames left without its name."""
+    """Brings back what a kill between two renames left without its name, and removes the journal that one behind
+    them left. Raises ConfigError when what has that name is no checkpoint: the next conversion would remove it."""
     replaced = destination.with_name(destination.name + REPLACED)
+    if replaced.exists() and not (holds_checkpoint(replaced) or _is_empty(replaced)):
+        raise ConfigError(f"{replaced} was left by no conversion, and one needs its name: move it away")
     if replaced.exists() and not destination.exists():
         replaced.rename(destination)
+    if (destination / JOURNAL / PLAN).is_file():
+        shutil.rmtree(destination / JOURNAL)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _stamp(path: Path) -> list[int]:
@@ -146,7 +159,7 @@ def _lock(directory: Path) -> int:
 
 
 def _empty(directory: Path) -> None:
-    for path in directory.iterdir():
+    for path in sorted(directory.iterdir(), key=lambda path: path.name == JOURNAL):  # which says whose it is
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

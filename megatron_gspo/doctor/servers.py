@@ -43,7 +43,7 @@ def check_servers(facts: Facts) -> list[Check]:
     rollout = facts.config.rollout
     if facts.supervised:
         return [ok("supervised fine-tuning needs none")]
-    check_engine(facts.config, facts.shape)
+    check_engine(facts.config.rollout.engine, facts.config.model.path, facts.shape)
     if not rollout.servers:
         ports = free_ports(facts.local_servers)
         return [ok(f"{facts.local_servers} to be started here; ports are free ({', '.join(map(str, ports))})")]

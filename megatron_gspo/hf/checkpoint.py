@@ -59,7 +59,9 @@ class HfReader:
         self.directory = Path(directory)
         self._files = self._locate(self.directory / index_name(stem), self.directory / single_name(stem))
         self._open: dict[Path, safe_open] = {}
-        self._scales = fp8.scales_among(self._files)
+        self._scales = frozenset(
+            name for name in fp8.scales_among(self._files) if self._is_fp8(name.removesuffix(fp8.SCALE))
+        )
 
     def names(self) -> tuple[str, ...]:
         return tuple(name for name in self._files if name not in self._scales)
@@ -89,16 +91,22 @@ class HfReader:
 
     def dtype(self, name: str) -> torch.dtype:
         """A tensor's stored dtype, from its file's header, one of ``DTYPES``. Raises WeightError as ``read`` does."""
-        path = self.file_of(name)
-        try:
-            stored = self._file(path).get_slice(name).get_dtype()
-        except (SafetensorError, OSError, ValueError) as error:
-            raise WeightError(f"{path}: {name}: {error}") from None
+        path, stored = self.file_of(name), self._stored(name)
         if stored == fp8.STORED and name + fp8.SCALE in self._scales:
             return fp8.READ
         if stored not in STORED:
             raise WeightError(f"{path}: {name} is stored as {stored}: weights must be {', '.join(map(str, DTYPES))}")
         return STORED[stored]
+
+    def _is_fp8(self, name: str) -> bool:
+        return self._stored(name) == fp8.STORED
+
+    def _stored(self, name: str) -> str:
+        path = self.file_of(name)
+        try:
+            return str(self._file(path).get_slice(name).get_dtype())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise WeightError(f"{path}: {name}: {error}") from None
 
     def files(self) -> tuple[Path, ...]:
         """Every file that holds a tensor."""
@@ -123,9 +131,12 @@ class HfReader:
         if index.exists():
             try:
                 table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                return {name: self.directory / file for name, file in table.items()}
+                files = {name: self.directory / file for name, file in table.items()}
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise WeightError(f"{index}: not an index of tensors: {type(error).__name__}: {error}") from None
+            if single.exists() and {*files.values()} != {single}:
+                raise WeightError(f"{self.directory}: both {single.name} and {index.name}, of other files: remove one")
+            return files
         if not single.exists():
             raise WeightError(f"{self.directory}: neither {index.name} nor {single.name}: not a Hugging Face directory")
         try:

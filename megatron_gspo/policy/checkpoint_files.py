@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_gspo.errors import WeightError
 
@@ -31,11 +31,19 @@ UNFINISHED, REPLACED, REMOVED = ".unfinished", ".replaced", ".removed"
 NAME = re.compile(r"outer_\d{5,}")
 PIECE = 1 << 22
 """Bytes hashed at a time. Other threads run meanwhile, and may keep this one waiting after each."""
-UNPICKLED = re.compile(
-    r"torch\.distributed\.checkpoint\.(metadata|planner)\.\w+|torch\.distributed\.checkpoint\.filesystem\._StorageInfo"
-    r"|torch\.(Size|b?float\d+|u?int\d+|bool)|torch\.serialization\._get_layout"
-)
-"""Classes that Megatron's description of a checkpoint is made of."""
+_TORCH = "torch.distributed.checkpoint."
+UNPICKLED = {
+    f"{_TORCH}metadata": (
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
+    f"{_TORCH}planner": ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+    f"{_TORCH}filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+}
+"""Module -> what Megatron's description of a checkpoint is made of, beside torch's dtypes and ``torch.Size``. Names
+alone: a module holds what it imports, and ``dataclass`` is one that runs text."""
+TORCH_NAME = re.compile(r"Size|b?float\d+|u?int\d+|bool")
 
 
 @dataclass(frozen=True)
@@ -218,11 +226,27 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-class _Descriptions(pickle.Unpickler):
+class _Descriptions(pickle._Unpickler):
+    """Finds the names of ``UNPICKLED`` alone, and sets attributes of what it has made, never of what it has found.
+
+    pickle's own in Python: what the one in C does with attributes cannot be held back.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
-        if not UNPICKLED.fullmatch(f"{module}.{name}"):
+        known = TORCH_NAME.fullmatch(name) if module == "torch" else name in UNPICKLED.get(module, ())
+        if not known:
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a description of tensors")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        found = self.stack[-2]  # type: ignore[attr-defined]
+        if isinstance(found, type) or not type(found).__module__.startswith(_TORCH):
+            raise pickle.UnpicklingError(f"{found!r:.80} gets no attributes in a description of tensors")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 def _digest(content: Mapping[str, Any]) -> str:

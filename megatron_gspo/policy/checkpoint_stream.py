@@ -34,6 +34,8 @@ from megatron_gspo.policy.checkpoint_files import METADATA, read_metadata
 from megatron_gspo.policy.checkpoint_write import BACKEND, COMMON
 
 Size = tuple[int, ...]
+MOST_OPEN = 16
+"""Files at a time: a checkpoint of many ranks has more than a process may open."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class DistributedReader:
         if (whole := self._chunks(key).get((offset, size))) is not None:
             return self._load(key, whole)
         out: torch.Tensor | None = None
-        filled = 0
+        there = torch.zeros(size, dtype=torch.bool)
         for chunk in self._chunks(key).values():
             common = _overlap(offset, size, chunk)
             if common is None:
@@ -93,8 +95,8 @@ class DistributedReader:
             out = torch.empty(size, dtype=self.dtype(key)) if out is None else out
             block = self._load(key, chunk)
             out[common.there].copy_(block[common.here])
-            filled += out[common.there].numel()
-        wanted = torch.Size(size).numel()
+            there[common.there] = True
+        filled, wanted = int(there.sum()), there.numel()
         if out is None or filled != wanted:
             raise WeightError(
                 f"{self.directory / METADATA}: {key}: its blocks hold {filled} of the {wanted} elements at "
@@ -141,9 +143,10 @@ class DistributedReader:
     def _slice(self, path: Path, info: _StorageInfo) -> Any:
         if path.name != info.relative_path:
             raise ValueError(f"{info.relative_path!r:.80} is no name of a file beside {METADATA}")
-        if path.name not in self._open:
-            self._open[path.name] = path.open("rb")
-        file = self._open[path.name]
+        file = self._open.pop(path.name, None) or path.open("rb")
+        self._open[path.name] = file  # behind those that were used before it
+        if len(self._open) > MOST_OPEN:
+            self._open.pop(next(iter(self._open))).close()
         if info.offset + info.length > path.stat().st_size:
             raise EOFError(f"the file ends before the block at {info.offset} of {info.length} bytes")
         return _create_file_view(file, info.offset, info.length)

@@ -20,6 +20,7 @@ from megatron_gspo.rewards.registry import Reward, resolve_reward
 from megatron_gspo.rollout.engine import Progress, Sampling, local_servers, make_engine
 from megatron_gspo.rollout.probe import ServerState, probe
 from megatron_gspo.train.grade import Graded, evaluation_sampling, grade
+from megatron_gspo.train.models import check_engine
 from megatron_gspo.train.subject import Subject
 
 
@@ -49,7 +50,8 @@ def read_questions(subject: Subject, *, greedy: bool) -> Questions:
     """Reads prompts and finds the reward, before anything is started or written. Raises UserError."""
     config = subject.config
     directory = subject.model or Path(config.model.path)
-    read_model(directory)
+    _, shape = read_model(directory)
+    check_engine(config.rollout.engine, directory, shape)
     HfReader(directory)
     tokenizer = load_tokenizer(directory)
     prompts = load_prompts(

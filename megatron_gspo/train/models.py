@@ -25,7 +25,8 @@ def check_models(config: RunConfig) -> None:
     have, noise on the routers of a model that has none, and a reference that cannot be one."""
     family, shape = read_model(config.model.path)
     check_positions(config.rollout, shape)
-    check_engine(config, shape)
+    if config.algorithm.name != "sft":
+        check_engine(config.rollout.engine, config.model.path, shape)
     if config.sync.router_noise and not family.router_names(shape):
         raise ConfigError(
             f"sync.router_noise = {config.sync.router_noise:g}, but {config.model.path} has no router: set it to 0"
@@ -47,15 +48,14 @@ def check_models(config: RunConfig) -> None:
         )
 
 
-def check_engine(config: RunConfig, shape: ModelShape) -> None:
-    """Raises ConfigError for a model that the rollout engine takes for another one, without a word."""
+def check_engine(engine: str, path: str | Path, shape: ModelShape) -> None:
+    """Raises ConfigError for a model, that at ``path``, which the engine takes for another one without a word."""
     dense = [layer for layer, moe in enumerate(shape.moe_layers) if not moe]
-    served = config.algorithm.name != "sft"
-    if served and dense and shape.architecture in ENGINES[config.rollout.engine].without_dense_layers:
+    if dense and shape.architecture in ENGINES[engine].without_dense_layers:
         raise ConfigError(
-            f"{config.model.path} has dense layers ({', '.join(map(str, dense[:8]))}; mlp_only_layers and "
-            f"decoder_sparse_step in config.json), and {config.rollout.engine} makes every layer of a "
-            f"{shape.architecture} a mixture of experts: its responses would come from another model"
+            f"{path} has dense layers ({', '.join(map(str, dense[:8]))}; mlp_only_layers and decoder_sparse_step in "
+            f"config.json), and {engine} makes every layer of a {shape.architecture} a mixture of experts: its "
+            f"responses would come from another model"
         )
 
 

@@ -7,18 +7,24 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.convert.ranks import convert
+from megatron_gspo.errors import WeightError
+from megatron_gspo.policy.checkpoint_stream import MOST_OPEN, BlockWriter, DistributedReader, write_description
+from tests.convert.ranks import convert, convert_rank, tensors_of
 from tests.convert.test_interruptions import SMALL, damage
 from tests.pool import RankError, RankPool
 
 pytestmark = pytest.mark.distributed
 
 UP = "model.layers.1.mlp.experts.3.up_proj.weight"
+DOWN = "model.layers.1.mlp.experts.3.down_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +81,23 @@ def with_eight_bits(path: Path) -> None:
     rewrite(path, lambda tensors: tensors.update({UP: tensors[UP].to(torch.float8_e4m3fn)}))
 
 
+def with_one_expert_of_another_dtype(path: Path) -> None:
+    """Its own parameters agree; Megatron stores a layer's experts as one tensor."""
+    rewrite(path, lambda tensors: tensors.update({DOWN: tensors[DOWN].half()}), DOWN)
+
+
+def with_the_scale_of_no_eight_bits(path: Path) -> None:
+    rewrite(path, lambda tensors: tensors.update({f"{UP}_scale_inv": torch.ones(1, 1)}))
+    index = path / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    table["weight_map"][f"{UP}_scale_inv"] = table["weight_map"][UP]
+    index.write_text(json.dumps(table))
+
+
+def with_one_file_beside_the_index(path: Path) -> None:
+    save_file({UP: torch.zeros(2, 2)}, path / "model.safetensors")
+
+
 def without_a_tensor(path: Path) -> None:
     index = path / "model.safetensors.index.json"
     table = json.loads(index.read_text())
@@ -105,6 +128,9 @@ BAD_HF = {
     with_eight_bits: rf"safetensors: {UP} is stored as F8_E4M3: weights must be",
     without_a_tensor: rf"{UP} missing: config.json asks for them",
     with_a_stranger: r"safetensors: model.stranger in the files, .* --drop-unknown",
+    with_one_expert_of_another_dtype: r"3\.down_proj\.weight is torch\.float16: Megatron keeps them in one tensor",
+    with_the_scale_of_no_eight_bits: rf"{UP}_scale_inv in the files",
+    with_one_file_beside_the_index: r"both model\.safetensors and model\.safetensors\.index\.json",
     of_an_unknown_architecture: r"architecture NobodyForCausalLM is not supported \(known: Qwen3ForCausalLM, ",
 }
 
@@ -140,6 +166,17 @@ def with_a_command(path: Path) -> None:
     (path / ".metadata").write_bytes(pickle.dumps(Command()))
 
 
+def with_a_function_that_runs_text(path: Path) -> None:
+    """``dataclass`` makes source of field names and runs it; the module of descriptions imports it."""
+    (path / ".metadata").write_bytes(b"\x80\x02ctorch.distributed.checkpoint.metadata\ndataclass\n.")
+
+
+def with_attributes_for_a_class(path: Path) -> None:
+    slots = b"}X\x04\x00\x00\x00sizeK\x01s"
+    found = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
+    (path / ".metadata").write_bytes(b"\x80\x02" + found + b"N" + slots + b"\x86b.")
+
+
 def with_a_block_less(path: Path) -> None:
     metadata = pickle.loads((path / ".metadata").read_bytes())
     metadata.state_dict_metadata["decoder.layers.1.mlp.experts.experts.linear_fc2.weight"].chunks.pop()
@@ -162,6 +199,8 @@ def of_another_model(path: Path) -> None:
 
 BAD_MEGATRON = {
     with_a_command: r"\.metadata: UnpicklingError: .*system has no place in a description of tensors",
+    with_a_function_that_runs_text: r"metadata\.dataclass has no place in a description of tensors",
+    with_attributes_for_a_class: r"Metadata'> gets no attributes in a description of tensors",
     with_a_block_less: r"linear_fc2\.weight: its blocks hold 0 of the 768 elements|linear_fc2\.weight: no file has",
     with_half_a_file: r"__0_0\.distcp",
     with_a_flipped_bit: r"__0_0\.distcp: it was altered: sha256",
@@ -187,6 +226,75 @@ def test_a_destination_that_is_there_is_kept(ranks: RankPool, tiny: Path, tmp_pa
         with pytest.raises(RankError, match=line):
             convert(ranks, tiny, tmp_path / "m", overwrite=overwrite)
     assert (tmp_path / "m" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["m.partial", "m.replaced"])
+def test_what_no_conversion_left_is_kept(ranks: RankPool, tiny: Path, tmp_path: Path, name: str):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("years of work")
+    with pytest.raises(RankError, match=rf"{name} was left by no conversion, and one needs its name"):
+        convert(ranks, tiny, tmp_path / "m")
+    assert (tmp_path / name / "thesis.tex").read_text() == "years of work"
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("name", ["m.partial", "m.replaced", "m/hf"])
+def test_a_source_that_the_conversion_would_replace_is_refused(ranks: RankPool, tiny: Path, tmp_path: Path, name: str):
+    shutil.copytree(tiny, tmp_path / name)
+    if name == "m/hf":  # and its parent is one more checkpoint
+        shutil.copytree(tiny, tmp_path / "m", dirs_exist_ok=True)
+    with pytest.raises(RankError, match=r"which a conversion to .*/m replaces"):
+        convert(ranks, tmp_path / name, tmp_path / "m", overwrite=True)
+    assert tensors_of(tmp_path / name) == tensors_of(tiny)
+
+
+def test_what_appears_at_the_destination_meanwhile_is_kept(ranks: RankPool, tiny: Path, tmp_path: Path):
+    with pytest.raises(RankError, match="m exists: name another destination"):
+        ranks.run(1, raced_rank, tiny, tmp_path / "m")
+    assert (tmp_path / "m" / "thesis.tex").read_text() == "years of work"
+
+
+def raced_rank(source: Path, destination: Path) -> None:
+    from megatron_gspo.convert import jobs
+
+    genuine = jobs.write_description
+
+    def raced(*arguments: Any) -> None:
+        destination.mkdir()
+        (destination / "thesis.tex").write_text("years of work")
+        genuine(*arguments)
+
+    with mock.patch.object(jobs, "write_description", raced):
+        convert_rank(source, destination, {})
+
+
+def test_a_file_of_a_converted_checkpoint_that_is_gone_is_missed(ranks: RankPool, megatron: Path, tmp_path: Path):
+    source = Path(shutil.copytree(megatron, tmp_path / "source"))
+    (source / "metadata.json").unlink()  # which nothing here reads
+    with pytest.raises(RankError, match=r"metadata\.json: it is missing"):
+        convert(ranks, source, tmp_path / "hf")
+
+
+def test_blocks_that_overlap_do_not_hide_a_gap(tmp_path: Path):
+    writer = BlockWriter(tmp_path / "__0_0.distcp")
+    for row in (0, 1):
+        writer.tensor("w", (row, 0), torch.ones(2, 3))
+    writer.close()
+    write_description(tmp_path, {"w": (torch.float32, (4, 3))}, {"__0_0.distcp": writer.blocks})
+    with pytest.raises(WeightError, match="w: its blocks hold 9 of the 12 elements"):
+        DistributedReader(tmp_path).read("w", (0, 0), (4, 3))
+
+
+def test_a_checkpoint_of_many_files_is_read_with_few_of_them_open(ranks: RankPool, tiny: Path, tmp_path: Path):
+    convert(ranks, tiny, tmp_path / "m", max_shard_bytes=1)
+    assert len(list((tmp_path / "m").glob("*.distcp"))) > 2 * MOST_OPEN
+    reader = DistributedReader(tmp_path / "m")
+    most = 0
+    for key in sorted(reader.keys()):
+        shape = reader.shape(key)
+        assert reader.read(key, (0,) * len(shape), shape).shape == shape
+        most = max(most, sum(file.path.endswith(".distcp") for file in psutil.Process().open_files()))
+    assert most == MOST_OPEN
 
 
 def test_a_destination_inside_the_source_is_refused(ranks: RankPool, tiny: Path):

@@ -14,7 +14,7 @@ import torch
 
 from megatron_gspo.parity.models import make_model
 from tests.convert.ranks import Tensors, convert, make_policy, names_of_index, plain, store, tensors_of, verify_rank
-from tests.pool import RankPool
+from tests.pool import RankError, RankPool
 
 pytestmark = pytest.mark.distributed
 
@@ -126,6 +126,13 @@ def test_layers_that_are_only_carried_have_files_of_their_own(ranks: RankPool, m
     convert(ranks, megatron, tmp_path / "back", world=2)
     assert tensors_of(tmp_path / "back") == tensors_of(source)
     assert {path.name for path in (tmp_path / "back").iterdir()} == {path.name for path in source.iterdir()}
+
+
+def test_carried_tensors_whose_file_is_gone_are_missed(ranks: RankPool, make: Make, tmp_path: Path) -> None:
+    convert(ranks, make("tiny-glm4-moe", torch.float32), tmp_path / "megatron")
+    (tmp_path / "megatron" / "carried.safetensors").unlink()
+    with pytest.raises(RankError, match=r"carried\.safetensors: it is missing"):
+        convert(ranks, tmp_path / "megatron", tmp_path / "back")
 
 
 def test_a_carried_tensor_that_differs_is_named(ranks: RankPool, make: Make, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import resource
 import shutil
@@ -58,7 +59,7 @@ POINTS = {
 }
 
 
-KEPT = {"before the description": 5, "before the header": 5, "between two renames": 0}
+KEPT = {"before the description": 5, "before the header": 5, "between two renames": 5}
 """Files that the next try does not write again; threads finish them while the next are written."""
 
 
@@ -105,6 +106,19 @@ def test_finished_files_of_another_source_are_not_kept(ranks: RankPool, tiny: Pa
     assert convert(ranks, source, tmp_path / "m", **options).kept_files == 0
     convert(ranks, tmp_path / "m", tmp_path / "back")
     assert tensors_of(tmp_path / "back") == tensors_of(source)
+
+
+def test_files_that_were_finished_by_another_configuration_are_not_kept(ranks: RankPool, tiny: Path, tmp_path: Path):
+    """Of equal shapes: another size of heads, say, would cut query, key and value otherwise."""
+    home = tmp_path / "home"
+    home.mkdir()
+    config = json.loads((tiny / "config.json").read_text())
+    (home / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.125}))
+    options = {"max_shard_bytes": SMALL, "config": home}
+    with pytest.raises(RankError, match="the process died"):
+        ranks.run(1, killed_rank, tiny, tmp_path / "m", options, *POINTS["before the header"])
+    (home / "config.json").write_text(json.dumps(config))
+    assert convert(ranks, tiny, tmp_path / "m", **options).kept_files == 0
 
 
 def test_two_converters_do_not_write_to_one_place(ranks: RankPool, tiny: Path, tmp_path: Path):

@@ -10,7 +10,7 @@ import torch
 
 from tests import oracle
 from tests.convert.ranks import convert, names_of_index, save_rank, tensors_of, weights_rank
-from tests.pool import RankPool
+from tests.pool import RankError, RankPool
 
 pytestmark = pytest.mark.distributed
 
@@ -104,11 +104,22 @@ def test_tied_embeddings(ranks: RankPool, tmp_path: Path, stored_twice: bool):
     assert loaded == {name: found for name, found in tensors_of(source).items() if name != "lm_head.weight"}
 
 
-def store_head(directory: Path) -> None:
+def test_a_tied_head_is_the_embedding_byte_for_byte_or_refused(ranks: RankPool, tmp_path: Path):
+    source = oracle.make_tiny_qwen3_moe(tmp_path / "source", layers=2, tie=True, dtype=torch.bfloat16)
+    store_head(source, nan=True)
+    convert(ranks, source, tmp_path / "megatron")
+    store_head(source, dtype=torch.float32)
+    with pytest.raises(RankError, match=r"lm_head\.weight is not model\.embed_tokens\.weight byte for byte"):
+        convert(ranks, source, tmp_path / "other")
+
+
+def store_head(directory: Path, dtype: torch.dtype | None = None, nan: bool = False) -> None:
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(directory / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    if nan:
+        tensors["model.embed_tokens.weight"][0, 0] = torch.nan
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].to(dtype, copy=True)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 

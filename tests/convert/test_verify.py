@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,24 @@ def test_missing_extra_shape_and_dtype_are_named(ranks: RankPool, tiny: Path, me
         "model.norm.weight": "dtype",
     }
     assert verdict.equal == 47 - 3 and not verdict.held
+
+
+def test_the_digest_is_of_all_that_the_first_has(ranks: RankPool, tiny: Path, tmp_path: Path):
+    more = changed(tiny, tmp_path / "more", {"model.stranger": torch.zeros(2)})
+    assert verify(ranks, more, tiny).digest != verify(ranks, tiny, more).digest
+    assert verify(ranks, more, tiny).digest == verify(ranks, more, more).digest
+    assert verify(ranks, more, tiny).equal == verify(ranks, tiny, more).equal == 47
+
+
+def test_a_tensor_of_no_hugging_face_name_is_named(ranks: RankPool, tiny: Path, megatron: Path, tmp_path: Path):
+    other = Path(shutil.copytree(megatron, tmp_path / "other"))
+    metadata = pickle.loads((other / ".metadata").read_bytes())
+    norm, stranger = "decoder.final_layernorm.weight", "decoder.stranger.weight"
+    metadata.state_dict_metadata[stranger] = metadata.state_dict_metadata[norm]
+    (other / ".metadata").write_bytes(pickle.dumps(metadata))
+    for first, second, what in ((tiny, other, "extra"), (other, tiny, "missing")):
+        (found,) = verify(ranks, first, second).differences
+        assert (found.name, found.what) == (stranger, what)
 
 
 def test_a_damaged_block_is_named(ranks: RankPool, tiny: Path, megatron: Path, tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,17 @@ def test_a_reward_that_raises_leaves_the_responses_and_no_result(
     assert "RuntimeError: paper jam" in line and "the 6 responses that had arrived" in line
     assert [path.name for path in out.iterdir()] == ["unscored.jsonl"]
     assert "reward" not in json.loads((out / "unscored.jsonl").read_text().splitlines()[0])
+
+
+def test_a_model_that_the_engine_takes_for_another_one_is_not_examined(
+    quickstart: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    model = Path(shutil.copytree(quickstart / "model", tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"mlp_only_layers": [1]}))
+    command = ["eval", str(model), "--prompts", str(quickstart / "eval.jsonl"), "--reward", "exact"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert f"error: {model} has dense layers (1; mlp_only_layers" in capsys.readouterr().err
 
 
 def test_a_server_that_is_down_is_one_line_and_leaves_nothing(

@@ -177,6 +177,13 @@ def test_a_setting_that_is_younger_than_the_comparison_had_its_default(request_o
         agree(noisy, older)
 
 
+@pytest.mark.parametrize("spoiled", [{"config": 3}, {"arms": [{}]}, {"versions": "old"}, {"arms": 7}])
+def test_a_plan_that_is_none_is_one_line(request_of: Any, spoiled: dict[str, Any]) -> None:
+    plan = make_plan(request_of())
+    with pytest.raises(ConfigError, match=r"compare\.json is no comparison's plan"):
+        agree(plan, plan.record | spoiled)
+
+
 def test_a_setting_that_is_gone_is_another_comparison(request_of: Any) -> None:
     plan = make_plan(request_of())
     older = copy.deepcopy(plan.record)

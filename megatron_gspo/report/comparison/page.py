@@ -133,7 +133,7 @@ def tiles(comparison: Comparison, analysis: Analysis) -> list[Tile]:
         Tile("differences shown", f"{shown}/{len(tested)}", "tested, in final reward") if tested else None,
         Tile("collapsed", f"{collapsed}/{finished}", "cells under half of their peak"),
         *[
-            Tile("clipped tokens", f"{times_text(float(f'{ratio.mean.value:.2g}'))} times", ratio.name)
+            Tile("clipped tokens", f"{times_text(ratio.mean.value)} times", ratio.name)
             for ratio in analysis.clipping[:1]
             if ratio.mean
         ],
