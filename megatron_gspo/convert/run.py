@@ -21,11 +21,12 @@ from megatron_gspo.convert.workplace import PARTIAL, Watch, Workplace
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.parallel.exchange import broadcast_object, gather_objects, together
 from megatron_gspo.policy.checkpoint import plain
-from megatron_gspo.policy.checkpoint_files import REPLACED, verify
+from megatron_gspo.policy.checkpoint_files import REPLACED, sync, verify
 from megatron_gspo.policy.groups import Groups
 
 HASHERS = 2
 """Threads that bring written files to disk and hash them, and hash the source's, while others are written."""
+EARLY = 64 * 1024**2
 ROOM = 1.01
 """Of the disk, as a part of the tensors' bytes: headers and companions."""
 
@@ -119,7 +120,8 @@ def _write_share(job: Job, place: Workplace, watch: Watch, show: Show) -> _Done:
     show.total(sum(shard.bytes for shard in mine))
     done = _Done({}, 0)
     waiting: dict[str, Future[dict[str, Any]]] = {}
-    with ThreadPoolExecutor(HASHERS, thread_name_prefix="hash") as pool:
+    early = EarlySync()
+    with early, ThreadPoolExecutor(HASHERS, thread_name_prefix="hash") as pool:
         source = pool.submit(_verify_source, job, rank, ranks)
         for shard in mine:
             kept = place.finished(shard.name)
@@ -128,7 +130,7 @@ def _write_share(job: Job, place: Workplace, watch: Watch, show: Show) -> _Done:
                 done.kept += 1
                 show.moved(shard.bytes)
                 continue
-            contents = _write(job, place, shard, watch, show.moved)
+            contents = _write(job, place, shard, watch, early.told_of(place.unfinished(shard.name), show.moved))
             waiting[shard.name] = pool.submit(place.finish, shard.name, contents)
         for name, future in waiting.items():
             with _as_config_error(place):
@@ -136,6 +138,38 @@ def _write_share(job: Job, place: Workplace, watch: Watch, show: Show) -> _Done:
         source.result()
     job.source.release()
     return done
+
+
+class EarlySync:
+    """Brings files to disk while they are written: else the disk has nothing to do until the first one is whole."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="sync")
+        self._last: Future[None] | None = None
+        self._waiting = 0
+
+    def __enter__(self) -> None:
+        """Leaving waits for what is under way."""
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def told_of(self, path: Path, moved: Moved) -> Moved:
+        """``moved``, and of every ``EARLY`` bytes that go to ``path`` the disk hears."""
+
+        def told(size: int) -> None:
+            moved(size)
+            self._waiting += size
+            if self._waiting >= EARLY and (self._last is None or self._last.done()):
+                self._waiting = 0
+                self._last = self._pool.submit(_sync_if_there, path)
+
+        return told
+
+
+def _sync_if_there(path: Path) -> None:
+    with contextlib.suppress(OSError):  # it may be whole by now, under its name; what fails is said there
+        sync(path)
 
 
 def _write(job: Job, place: Workplace, shard: Shard, watch: Watch, moved: Moved) -> Any:
