@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from megatron_gspo.policy.groups import Groups
 HASHERS = 2
 """Threads that bring written files to disk and hash them, and hash the source's, while others are written."""
 EARLY = 64 * 1024**2
+"""Bytes that are written before the disk is told of them."""
 ROOM = 1.01
 """Of the disk, as a part of the tensors' bytes: headers and companions."""
 
@@ -120,8 +121,7 @@ def _write_share(job: Job, place: Workplace, watch: Watch, show: Show) -> _Done:
     show.total(sum(shard.bytes for shard in mine))
     done = _Done({}, 0)
     waiting: dict[str, Future[dict[str, Any]]] = {}
-    early = EarlySync()
-    with early, ThreadPoolExecutor(HASHERS, thread_name_prefix="hash") as pool:
+    with EarlySync() as early, ThreadPoolExecutor(HASHERS, thread_name_prefix="hash") as pool:
         source = pool.submit(_verify_source, job, rank, ranks)
         for shard in mine:
             kept = place.finished(shard.name)
@@ -148,11 +148,11 @@ class EarlySync:
         self._last: Future[None] | None = None
         self._waiting = 0
 
-    def __enter__(self) -> None:
-        """Leaving waits for what is under way."""
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+        self._pool.shutdown()  # waits for what is under way
 
     def told_of(self, path: Path, moved: Moved) -> Moved:
         """``moved``, and of every ``EARLY`` bytes that go to ``path`` the disk hears."""

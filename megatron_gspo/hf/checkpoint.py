@@ -59,9 +59,8 @@ class HfReader:
         self.directory = Path(directory)
         self._files = self._locate(self.directory / index_name(stem), self.directory / single_name(stem))
         self._open: dict[Path, safe_open] = {}
-        self._scales = frozenset(
-            name for name in fp8.scales_among(self._files) if self._is_fp8(name.removesuffix(fp8.SCALE))
-        )
+        scales = fp8.scales_among(self._files)
+        self._scales = {name for name in scales if self._stored(name.removesuffix(fp8.SCALE)) == fp8.STORED}
 
     def names(self) -> tuple[str, ...]:
         return tuple(name for name in self._files if name not in self._scales)
@@ -97,9 +96,6 @@ class HfReader:
         if stored not in STORED:
             raise WeightError(f"{path}: {name} is stored as {stored}: weights must be {', '.join(map(str, DTYPES))}")
         return STORED[stored]
-
-    def _is_fp8(self, name: str) -> bool:
-        return self._stored(name) == fp8.STORED
 
     def _stored(self, name: str) -> str:
         path = self.file_of(name)

@@ -29,8 +29,6 @@ LATEST = "latest"
 METADATA = ".metadata"
 UNFINISHED, REPLACED, REMOVED = ".unfinished", ".replaced", ".removed"
 NAME = re.compile(r"outer_\d{5,}")
-PIECE = 1 << 22
-"""Bytes hashed at a time. Other threads run meanwhile, and may keep this one waiting after each."""
 _TORCH = "torch.distributed.checkpoint."
 UNPICKLED = {
     f"{_TORCH}metadata": (
@@ -133,11 +131,9 @@ def make_empty(directory: Path) -> None:
 
 def describe(path: Path) -> FileEntry:
     """Hashes a file."""
-    digest, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(piece):
-            digest.update(piece[:count])
-    return FileEntry(path.name, path.stat().st_size, digest.hexdigest())
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileEntry(path.name, path.stat().st_size, digest)
 
 
 def publish(unfinished: Path, directory: Path, header: Mapping[str, Any], files: Iterable[FileEntry]) -> None:

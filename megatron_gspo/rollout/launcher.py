@@ -151,7 +151,7 @@ class _Server:
         """Keeps what the start has made out of the server's garbage collections.
 
         On a CPU every flush of its cache is a collection, two a weight sync: 0.4 s each over all that was imported,
-        0.01 s frozen. SGLang 0.5.23 asks itself for this at its start, at times before it listens.
+        3 ms frozen. SGLang 0.5.23 asks itself for this at its start, at times before it listens.
         """
         with contextlib.suppress(OSError, HTTPException):  # it only saves time
             get(f"{self.url}/freeze_gc", timeout_s=5)

@@ -128,6 +128,14 @@ def test_layers_that_are_only_carried_have_files_of_their_own(ranks: RankPool, m
     assert {path.name for path in (tmp_path / "back").iterdir()} == {path.name for path in source.iterdir()}
 
 
+def test_a_configuration_that_megatron_makes_no_model_of_is_named(ranks: RankPool, make: Make, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(make("tiny-moonlight", torch.float32), tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"v_head_dim": None}))
+    with pytest.raises(RankError, match=r"ConfigError: .*source/config\.json: Megatron makes no model of it: "):
+        convert(ranks, source, tmp_path / "megatron")
+
+
 def test_carried_tensors_whose_file_is_gone_are_missed(ranks: RankPool, make: Make, tmp_path: Path) -> None:
     convert(ranks, make("tiny-glm4-moe", torch.float32), tmp_path / "megatron")
     (tmp_path / "megatron" / "carried.safetensors").unlink()

@@ -1,11 +1,14 @@
 """What is sent to a server by value."""
 
+import json
 import pickle
 import pickletools
 
 import megatron.core  # noqa: F401  (0.19.2 replaces a function that pickles of tensors name)
+import pytest
 import torch
 
+from megatron_gspo.sync.servers import Servers
 from megatron_gspo.sync.tensor import pickled
 
 TAKEN = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch.storage", "_load_from_bytes")}
@@ -25,3 +28,13 @@ def test_a_bucket_names_nothing_that_a_server_refuses_and_holds_the_tensors() ->
     for (name, tensor), (sent_name, sent) in zip(bucket, pickle.loads(content), strict=True):
         assert name == sent_name
         assert torch.equal(tensor, sent)
+
+
+def test_every_tensor_rank_of_every_server_is_sent_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[bytes] = []
+    monkeypatch.setattr(Servers, "tensor_ranks", lambda self: (2, 1))
+    monkeypatch.setattr(Servers, "_all", lambda self, path, bodies: sent.extend(bodies))
+    Servers(["http://a", "http://b"]).post_tensors(b"QUJD")
+    assert [json.loads(body) for body in sent] == [
+        {"serialized_named_tensors": ["QUJD"] * ranks, "flush_cache": False} for ranks in (2, 1)
+    ]
