@@ -48,6 +48,10 @@ quickstart: install ## install, then train a tiny mixture of experts with GSPO a
 test: install browser ## install, then run all tests
 	OMP_NUM_THREADS=1 $(RUN) pytest $(PYTEST)
 
+.PHONY: test-slow
+test-slow: install ## install, then run the tests that take minutes, which `make test` leaves out
+	OMP_NUM_THREADS=1 $(RUN) pytest -q -m slow_suite --durations=0
+
 .PHONY: test-latest
 test-latest: $(LATEST_STAMP) $(SGLANG_STAMP) browser ## run all tests on Python 3.12 and the newest Megatron-Core (PYTHON_LATEST=...)
 	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest $(PYTEST)
