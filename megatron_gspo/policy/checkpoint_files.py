@@ -290,7 +290,7 @@ class _Descriptions(pickle._Unpickler):
         super().load_setitems()  # type: ignore[misc]
 
     def load_refused(self) -> None:
-        raise pickle.UnpicklingError("sets and objects with keyword arguments have no place in a description of tensors")
+        raise pickle.UnpicklingError("sets and calls by keyword have no place in a description of tensors")
 
     dispatch |= {
         pickle.BUILD[0]: load_build,

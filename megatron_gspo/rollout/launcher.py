@@ -20,6 +20,7 @@ import psutil
 
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
+from megatron_gspo.parallel.rendezvous import INTERFACES
 from megatron_gspo.rollout.probe import get
 
 Device = Literal["cpu", "cuda"]
@@ -249,6 +250,7 @@ def server_environment(environment: Mapping[str, str], device: Device) -> dict[s
     drop = {*TORCHRUN_VARIABLES, "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
     kept = {key: value for key, value in environment.items() if key not in drop and not key.startswith("TORCHELASTIC")}
     kept["MEGATRON_GSPO_PARENT_PID"] = str(os.getpid())
+    kept = dict.fromkeys(INTERFACES, "lo") | kept  # it serves this machine alone
     if device == "cpu":
         kept["OMP_NUM_THREADS"] = "1"  # before torch is imported: its threads spin, 10 to 30 times slower on few cores
     return kept

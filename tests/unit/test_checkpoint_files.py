@@ -193,9 +193,7 @@ def as_key(key: Any, *, single: bool = True) -> bytes:
         (frozenset({1}), "sets"),
     ],
 )
-def test_metadata_cannot_change_what_torch_shares_or_take_exponential_time(
-    root: Path, content: Any, said: str
-) -> None:
+def test_metadata_cannot_change_what_torch_shares_or_take_exponential_time(root: Path, content: Any, said: str) -> None:
     before = [(item.name, item.value) for item in WriteItemType]
     metadata = root / "outer_00008" / files.METADATA
     metadata.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
@@ -208,7 +206,7 @@ def test_metadata_cannot_change_what_torch_shares_or_take_exponential_time(
 
 def test_metadata_above_the_bound_is_not_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MOST_METADATA_BYTES", 10)
-    with pytest.raises(WeightError, match=r"\.metadata: ValueError: \d+ bytes: a description of tensors has at most 10"):
+    with pytest.raises(WeightError, match=r"\.metadata: ValueError: \d+ bytes: .* at most 10"):
         files.check_metadata(root / "outer_00008")
 
 
