@@ -26,7 +26,8 @@ def on_ranks(ranks: int, threads: int, function: Callable[..., Any], *arguments:
         os.environ.setdefault(name, value)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        results: dict[int, Any] = elastic_launch(ranks_here(ranks), function)(*arguments)
+        with ranks_here(ranks) as config:
+            results: dict[int, Any] = elastic_launch(config, function)(*arguments)
         return results
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()

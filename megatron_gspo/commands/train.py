@@ -28,4 +28,5 @@ def run(options: argparse.Namespace) -> int:
     from megatron_gspo.train.launch import check_before_start, launch
 
     check_before_start(config)
-    return launch(options.config, options.overrides, ranks=config.parallel.world_size())
+    ranks = config.parallel.world_size()
+    return launch(options.config, options.overrides, ranks=ranks, servers=config.rollout.servers)

@@ -84,16 +84,19 @@ def train(config: RunConfig) -> int:
         with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
             file.write(dump(config))
             file.flush()
-            return launch(Path(file.name), (), ranks=ranks)
+            return launch(Path(file.name), (), ranks=ranks, servers=config.rollout.servers)
     import torch
 
+    from megatron_gspo.parallel.rendezvous import keep_to_loopback, private_store
     from megatron_gspo.report.recorder import RunRecorder
     from megatron_gspo.train.rank import run_rank
 
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+    os.environ.update(alone)
     torch.set_num_threads(1)
-    return run_rank(config, partial(RunRecorder, page=False))
+    keep_to_loopback(config.rollout.servers)
+    with private_store():
+        return run_rank(config, partial(RunRecorder, page=False))
 
 
 def peak_memory_mb() -> float:

@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from megatron_gspo.errors import MegatronGspoError
+from megatron_gspo.parallel.rendezvous import INTERFACES
 from megatron_gspo.quiet import ENVIRONMENT, mute
 
 PRELOAD = [
@@ -100,8 +101,9 @@ class LocalRanks:
 
 @contextmanager
 def _environment(device: str) -> Iterator[None]:
-    """What a started process finds, and this one only within: no remarks at imports, a thread a rank, the device."""
-    settings = ENVIRONMENT | {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    """What a started process finds, and this one only within: no remarks at imports, a thread, loopback, the device."""
+    settings = ENVIRONMENT | {"OMP_NUM_THREADS": "1"} | dict.fromkeys(INTERFACES, "lo")
+    settings |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:

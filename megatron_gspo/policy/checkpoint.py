@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import pickle
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_gspo.errors import WeightError
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.parallel.exchange import broadcast_object, together
-from megatron_gspo.policy.checkpoint_files import check_metadata, read_header, verify
+from megatron_gspo.policy.checkpoint_files import check_metadata, read_header, verify, weights_only
 from megatron_gspo.policy.checkpoint_write import PendingSave, address
 from megatron_gspo.policy.policy import Policy
 
@@ -99,8 +100,9 @@ def _load_chunks(policy: Policy, state: dict[str, Any], directory: Path) -> dict
 
 def _read(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
-    except (CheckpointException, CheckpointingException) as error:
+        with weights_only():
+            return dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
+    except (CheckpointException, CheckpointingException, pickle.UnpicklingError) as error:
         raise WeightError(f"{directory}: the checkpoint cannot be read: {_first_cause(error)}") from error
 
 

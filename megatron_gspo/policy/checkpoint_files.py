@@ -11,16 +11,20 @@ The number is the outer steps done. No collectives here: who calls what on which
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_gspo.errors import WeightError
 
@@ -42,6 +46,9 @@ UNPICKLED = {
 """Module -> what Megatron's description of a checkpoint is made of, beside torch's dtypes and ``torch.Size``. Names
 alone: a module holds what it imports, and ``dataclass`` is one that runs text."""
 TORCH_NAME = re.compile(r"Size|b?float\d+|u?int\d+|bool")
+MOST_METADATA_BYTES = 2**30
+"""Of ``.metadata``: 100,000 blocks take some 30 MB."""
+_PLAIN = (str, int, float, bool, type(None))
 
 
 @dataclass(frozen=True)
@@ -207,10 +214,29 @@ def check_metadata(directory: Path) -> None:
 def read_metadata(directory: Path) -> Any:
     """``.metadata``: torch's ``Metadata``, unpickled from classes of descriptions alone. Raises WeightError."""
     try:
+        size = (directory / METADATA).stat().st_size
+        if size > MOST_METADATA_BYTES:
+            raise ValueError(f"{size} bytes: a description of tensors has at most {MOST_METADATA_BYTES}")
         with (directory / METADATA).open("rb") as file:
             return _Descriptions(file).load()
     except Exception as error:  # whatever pickle raises on a file that somebody made
         raise _damaged(directory, METADATA, f"{type(error).__name__}: {error}") from None
+
+
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """Within it every ``torch.load`` of this process reads tensors and plain values, and refuses whatever runs code.
+
+    Megatron's and torch's own readers ask for the whole of pickle where a checkpoint holds bytes (``_extra_state``).
+    """
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")  # torch refuses both together
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[names[0]]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def sync(path: Path) -> None:
@@ -223,7 +249,11 @@ def sync(path: Path) -> None:
 
 
 class _Descriptions(pickle._Unpickler):
-    """Finds the names of ``UNPICKLED`` alone, and sets attributes of what it has made, never of what it has found.
+    """Finds the names of ``UNPICKLED`` alone, sets attributes of what it has made, never of what it has found, and
+    hashes and calls with flat values only.
+
+    An enum's members are found and not made, and torch shares them: one with other attributes would change torch. A
+    tuple of a tuple of ..., each in the next one twice, takes a few bytes a level and twice the time to hash.
 
     pickle's own in Python: what the one in C does with attributes cannot be held back.
     """
@@ -238,11 +268,64 @@ class _Descriptions(pickle._Unpickler):
 
     def load_build(self) -> None:
         found = self.stack[-2]  # type: ignore[attr-defined]
-        if isinstance(found, type) or not type(found).__module__.startswith(_TORCH):
-            raise pickle.UnpicklingError(f"{found!r:.80} gets no attributes in a description of tensors")
+        if isinstance(found, type | enum.Enum) or not type(found).__module__.startswith(_TORCH):
+            raise pickle.UnpicklingError(f"{_shown(found)} gets no attributes in a description of tensors")
         super().load_build()  # type: ignore[misc]
 
-    dispatch[pickle.BUILD[0]] = load_build
+    def load_reduce(self) -> None:
+        _check_flat(self.stack[-1])  # type: ignore[attr-defined]
+        super().load_reduce()  # type: ignore[misc]
+
+    def load_newobj(self) -> None:
+        _check_flat(self.stack[-1])  # type: ignore[attr-defined]
+        super().load_newobj()  # type: ignore[misc]
+
+    def load_setitem(self) -> None:
+        _check_key(self.stack[-2])  # type: ignore[attr-defined]
+        super().load_setitem()  # type: ignore[misc]
+
+    def load_setitems(self) -> None:
+        for key in self.stack[::2]:  # type: ignore[attr-defined]
+            _check_key(key)
+        super().load_setitems()  # type: ignore[misc]
+
+    def load_refused(self) -> None:
+        raise pickle.UnpicklingError("sets and calls by keyword have no place in a description of tensors")
+
+    dispatch |= {
+        pickle.BUILD[0]: load_build,
+        pickle.REDUCE[0]: load_reduce,
+        pickle.NEWOBJ[0]: load_newobj,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+    }
+    dispatch |= dict.fromkeys(
+        (pickle.ADDITEMS[0], pickle.FROZENSET[0], pickle.NEWOBJ_EX[0], pickle.OBJ[0], pickle.INST[0]), load_refused
+    )
+
+
+def _check_key(key: object) -> None:
+    """Raises UnpicklingError unless a key is text, a number, or torch's index of a tensor's block."""
+    if isinstance(key, MetadataIndex):
+        _check_flat((key.fqn, key.index))
+        _check_flat(tuple(key.offset or ()))
+    elif not isinstance(key, _PLAIN):
+        raise pickle.UnpicklingError(f"{_shown(key)} is no key in a description of tensors")
+
+
+def _check_flat(values: object) -> None:
+    """Raises UnpicklingError unless ``values`` are plain ones, or tuples of plain ones."""
+    if not isinstance(values, tuple):
+        raise pickle.UnpicklingError(f"{_shown(values)} are no arguments in a description of tensors")
+    for value in values:
+        inner = value if isinstance(value, tuple | list) else (value,)
+        if not all(isinstance(part, _PLAIN) for part in inner):
+            raise pickle.UnpicklingError(f"{_shown(value)} is nested deeper than a description of tensors")
+
+
+def _shown(value: object) -> str:
+    """What a value is. Not its repr, which may take for ever."""
+    return f"an object of {type(value).__name__}"
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_gspo.config import ParallelConfig
 from megatron_gspo.errors import LayoutError
+from megatron_gspo.parallel.rendezvous import join_world
 from megatron_gspo.policy import cpu
 from megatron_gspo.types import Shard
 
@@ -97,7 +98,7 @@ def device() -> torch.device:
 
 
 def start_distributed(timeout_s: float = 1800.0) -> None:
-    """Joins the world that torchrun describes: nccl with CUDA, gloo without. Does nothing when already joined."""
+    """Joins the world of the launcher or of torchrun: nccl with CUDA, gloo without; once."""
     cpu.install()
     if dist.is_initialized():
         return
@@ -107,7 +108,7 @@ def start_distributed(timeout_s: float = 1800.0) -> None:
             raise LayoutError(f"rank {local} of this machine has no GPU: there are {devices}, and nccl needs one each")
         torch.cuda.set_device(local)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    join_world(backend, timedelta(seconds=timeout_s))
 
 
 def make_groups(parallel: ParallelConfig) -> Groups:

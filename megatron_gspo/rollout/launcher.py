@@ -15,11 +15,13 @@ from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal, Self
+from urllib.parse import urlsplit
 
 import psutil
 
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
+from megatron_gspo.parallel.rendezvous import INTERFACES
 from megatron_gspo.rollout.probe import get
 
 Device = Literal["cpu", "cuda"]
@@ -99,7 +101,7 @@ class LocalServers:
         self.stop()
 
     def check(self) -> None:
-        """Raises EngineUnavailableError when a server has died."""
+        """Raises EngineUnavailableError when a server has died, or its port is another program's."""
         for server in self._servers:
             server.check()
 
@@ -118,6 +120,7 @@ class _Server:
 
     def __init__(self, python: Path, arguments: list[str], url: str, log: Path, device: Device) -> None:
         self.url = url
+        self._answered = False
         self._log_path = log
         self._log: IO[bytes] = log.open("wb")
         try:
@@ -145,6 +148,7 @@ class _Server:
                     f"{self.url} was not healthy within rollout.server_start_s; {self._log_tail()}"
                 )
             time.sleep(POLL_S)
+        self.check()  # whoever bound the port first is healthy too
         self._freeze()
 
     def _freeze(self) -> None:
@@ -160,6 +164,21 @@ class _Server:
         status = self._process.poll()
         if status is not None:
             raise EngineUnavailableError(f"the rollout server of {self.url} exited with {status}; {self._log_tail()}")
+        if self._answered and not self._listens():
+            raise EngineUnavailableError(
+                f"{self.url} is answered by a program that is not the server started here (process group "
+                f"{self._process.pid}): something else has taken its port, and would be sent weights and prompts"
+            )
+
+    def _listens(self) -> bool:
+        """Whether a process of this server's own holds the port."""
+        port = urlsplit(self.url).port
+        for member in _group_members(self._process.pid):
+            with contextlib.suppress(psutil.Error):
+                sockets = psutil.Process(member).net_connections("tcp")
+                if any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets):
+                    return True
+        return False
 
     def terminate(self) -> None:
         self._process.terminate()
@@ -181,6 +200,7 @@ class _Server:
             get(f"{self.url}/health_generate", timeout_s=5)
         except (OSError, HTTPException):
             return False
+        self._answered = True
         return True
 
     def _log_tail(self) -> str:
@@ -249,6 +269,7 @@ def server_environment(environment: Mapping[str, str], device: Device) -> dict[s
     drop = {*TORCHRUN_VARIABLES, "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
     kept = {key: value for key, value in environment.items() if key not in drop and not key.startswith("TORCHELASTIC")}
     kept["MEGATRON_GSPO_PARENT_PID"] = str(os.getpid())
+    kept = dict.fromkeys(INTERFACES, "lo") | kept  # it serves this machine alone
     if device == "cpu":
         kept["OMP_NUM_THREADS"] = "1"  # before torch is imported: its threads spin, 10 to 30 times slower on few cores
     return kept

@@ -10,8 +10,10 @@ are spawned processes that import this file again, so the stand-ins are installe
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -49,6 +51,26 @@ def die_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def listen_on_loopback() -> None:
+    """Has torch's store listen where its address says, if that is loopback: by itself it listens on every interface."""
+    rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")
+    plain = rendezvous.TCPStore
+
+    def store(*, host_name: str, port: int, is_master: bool, **settings: Any) -> Any:
+        if not (is_master and host_name.startswith("127.")):
+            return plain(host_name=host_name, port=port, is_master=is_master, **settings)
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host_name, port))
+            listener.listen(128)
+            settings |= {"master_listen_fd": listener.fileno(), "multi_tenant": False}
+            made = plain(host_name=host_name, port=port, is_master=True, **settings)
+            listener.detach()  # the store closes it
+        return made
+
+    rendezvous.TCPStore = store
 
 
 def install_cpu_stand_ins() -> None:
@@ -250,7 +272,10 @@ def _without_cuda() -> bool:
     return not torch.cuda.is_available()
 
 
-if __name__ in ("__main__", "__mp_main__") and _without_cuda():  # the server, or a process that it spawned
+if __name__ in ("__main__", "__mp_main__"):  # the server, or a process that it spawned
+    listen_on_loopback()
+
+if __name__ in ("__main__", "__mp_main__") and _without_cuda():
     for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     install_cpu_stand_ins()

@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not marked so
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, but not marked so
 
 from megatron_gspo.errors import SyncError
+from megatron_gspo.parallel.rendezvous import listening_store
 from megatron_gspo.sync.background import start
 from megatron_gspo.sync.flat import FlatBucket
 from megatron_gspo.sync.servers import NoAnswerError, Servers
@@ -44,9 +45,8 @@ class ServerGroup:
         ranks = servers.tensor_ranks()
         self._world_size = 1 + sum(ranks)
         address = reachable_address(servers.urls)
-        self._store = TCPStore(
-            "127.0.0.1", 0, self._world_size, True, timedelta(seconds=self._join_s), wait_for_workers=False
-        )
+        self._address = address
+        self._store = listening_store(address, self._world_size, timedelta(seconds=self._join_s))
         self._name = f"megatron-gspo-{self._store.port}"
         bodies = [
             {
@@ -88,10 +88,14 @@ class ServerGroup:
         timeout = timedelta(seconds=self._join_s)
         store = PrefixStore(f"{self._name}/", PrefixStore(self._name, self._store))
         if self._backend == "gloo":
-            return dist.ProcessGroupGloo(PrefixStore("cpu/", store), 0, self._world_size, timeout)
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timeout
-        return dist.ProcessGroupNCCL(PrefixStore("cuda/", store), 0, self._world_size, options)
+            gloo: Any = dist.ProcessGroupGloo
+            options = gloo._Options()
+            options._timeout = timeout
+            options._devices = [gloo.create_device(hostname=self._address)]
+            return gloo(PrefixStore("cpu/", store), 0, self._world_size, options)
+        nccl_options = dist.ProcessGroupNCCL.Options()
+        nccl_options._timeout = timeout
+        return dist.ProcessGroupNCCL(PrefixStore("cuda/", store), 0, self._world_size, nccl_options)
 
     def _send(self, data: torch.Tensor) -> None:
         options = dist.BroadcastOptions()

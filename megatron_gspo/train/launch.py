@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +23,7 @@ from megatron_gspo.data.rows import read_rows
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.layout import check_layout, check_recompute, check_replay
+from megatron_gspo.parallel.rendezvous import keep_to_loopback, private_store
 from megatron_gspo.policy.checkpoint_files import is_distributed
 from megatron_gspo.rewards.registry import resolve_reward
 from megatron_gspo.train.models import check_models
@@ -44,8 +45,8 @@ def check_before_start(config: RunConfig) -> None:
             next(read_rows(Path(config.data.eval_path)), None)
 
 
-def launch(config_path: Path, overrides: Sequence[str], *, ranks: int) -> int:
-    """Runs ``train`` on ``ranks`` processes.
+def launch(config_path: Path, overrides: Sequence[str], *, ranks: int, servers: Sequence[str] = ()) -> int:
+    """Runs ``train`` on ``ranks`` processes, which talk to ``servers`` (URLs).
 
     SIGTERM goes on to the ranks, which finish their outer step, save and stop. Returns 0, the exit status (1, 2, or 75
     when stopped so) of the rank that failed first, or 128 + the signal that ended the run.
@@ -53,11 +54,12 @@ def launch(config_path: Path, overrides: Sequence[str], *, ranks: int) -> int:
     # Several ranks on few cores fight over them when each starts a thread a core.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank says itself what failed
-    # On SIGTERM it would kill the ranks 30 s later, in their step.
-    config = ranks_here(ranks, signals_to_handle="SIGINT,SIGHUP,SIGQUIT")
     signal.signal(signal.SIGTERM, _pass_on)
+    command = ("-m", "megatron_gspo.cli", "train", str(config_path), *overrides)
     try:
-        elastic_launch(config, sys.executable)("-m", "megatron_gspo.cli", "train", str(config_path), *overrides)
+        # On SIGTERM it would kill the ranks 30 s later, in their step.
+        with ranks_here(ranks, servers, signals_to_handle="SIGINT,SIGHUP,SIGQUIT") as config:
+            elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # it could not say so itself
@@ -72,19 +74,28 @@ def launch(config_path: Path, overrides: Sequence[str], *, ranks: int) -> int:
     return 0
 
 
-def ranks_here(ranks: int, **settings: Any) -> LaunchConfig:
-    """So many processes on this machine, none of which is started again; further settings are ``LaunchConfig``'s."""
-    return LaunchConfig(
-        run_id=uuid.uuid4().hex,
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        **settings,
-    )
+@contextlib.contextmanager
+def ranks_here(ranks: int, servers: Sequence[str] = (), **settings: Any) -> Iterator[LaunchConfig]:
+    """So many processes on this machine, none of which is started again; further settings are ``LaunchConfig``'s.
+
+    Ranks and torch's launcher meet in files of a private directory, and what gloo and nccl listen on is loopback,
+    unless one of ``servers`` (URLs) is on another machine.
+    """
+    keep_to_loopback(servers)
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the launcher listens for ranks that never call
+    with private_store() as directory:
+        yield LaunchConfig(
+            run_id=uuid.uuid4().hex,
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            rdzv_backend="c10d",
+            rdzv_endpoint=str(directory / "rendezvous"),
+            rdzv_configs={"store_type": "file"},
+            max_restarts=0,
+            monitor_interval=0.1,
+            **settings,
+        )
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:

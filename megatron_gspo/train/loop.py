@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def supervise(session: Session, inputs: Examples) -> Policy:
 def reinforce(session: Session, inputs: Inputs) -> Policy:
     """Builds what a run needs, brings it to the checkpoint if there is one, and trains; returns the policy."""
     config, recorder = session.config, session.recorder
-    with rollout_servers(config, session.groups, recorder) as urls:
+    with rollout_servers(config, session.groups, recorder) as (urls, check_servers):
         run = build_run(config, session.groups, inputs, urls)
         recorder.engine({"version": run.engine.version, "seeded": run.seeded, "urls": list(urls)})
         if untested_engine := untested("sglang", run.engine.version):
@@ -117,6 +117,7 @@ def reinforce(session: Session, inputs: Inputs) -> Policy:
         try:
             for _ in outer_steps(run, progress, recorder):
                 session.end_step(progress, checkpoints)
+                check_servers()
         finally:
             run.sync.close()
     return run.policy
@@ -149,13 +150,16 @@ def outer_steps(run: Run, progress: Progress, recorder: Recorder) -> Iterator[No
 
 
 @contextlib.contextmanager
-def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> Iterator[tuple[str, ...]]:
+def rollout_servers(
+    config: RunConfig, groups: Groups, recorder: Recorder
+) -> Iterator[tuple[tuple[str, ...], Callable[[], None]]]:
     """The servers' URLs, on every rank: those of the configuration, or local ones that the first rank starts.
 
+    With them a collective call that raises EngineUnavailableError when a local one has died or lost its port.
     Raises ConfigError when local servers would have to serve ranks on other machines.
     """
     if config.rollout.servers:
-        yield config.rollout.servers
+        yield config.rollout.servers, nothing
         return
     world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     if local != world:
@@ -165,6 +169,7 @@ def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> It
         )
     with contextlib.ExitStack() as stack:
         urls, error = None, None
+        check: Callable[[], None] = nothing
         if dist.get_rank() == 0:
             recorder.phase(f"starting {config.rollout.local_servers} rollout server(s)")
             servers = local_servers(config.rollout)(
@@ -177,11 +182,15 @@ def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> It
                 routes=config.replay.uses_engine_routes,
             )
             try:
-                urls = stack.enter_context(servers).urls
+                urls, check = stack.enter_context(servers).urls, servers.check
             except Exception as caught:
                 error = caught
         agree(error, groups.world)
-        yield broadcast_object(urls, 0, groups.world)
+        yield broadcast_object(urls, 0, groups.world), lambda: together(check, groups.world)
+
+
+def nothing() -> None:
+    """What there is to check of servers that somebody else has started, and on other ranks than the first."""
 
 
 def served(config: RunConfig) -> RolloutConfig:

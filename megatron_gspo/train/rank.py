@@ -50,8 +50,11 @@ def run_rank(config: RunConfig, make_recorder: MakeRecorder) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by hand, its parent may be a shell that is left
         die_with_parent()
     mute()
-    for line in untested_here() if os.environ["RANK"] == "0" else ():
-        print(f"warning: {line}", file=sys.stderr)
+    if os.environ["RANK"] == "0":
+        from megatron_gspo.parallel.rendezvous import exposed_store
+
+        for line in filter(None, (*untested_here(), exposed_store())):
+            print(f"warning: {line}", file=sys.stderr)
     from megatron_gspo.train.loop import train
 
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -18,6 +20,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 from tests import oracle
 from tests.distributed import steps
@@ -528,3 +531,52 @@ def test_the_header_is_read_by_people(saved: Any, path: str) -> None:
     assert header["step"] == UPDATES
     assert header["extra"] == EXTRA
     assert header["model"]["vocab_size"] == 67
+
+
+class Evil:
+    """Code, as a pickle: it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def put_into(directory: Path, place: str, payload: bytes) -> None:
+    """Puts bytes where a checkpoint holds some of that kind; every hash is that of what is there then."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    from megatron_gspo.policy import checkpoint_files as files
+
+    if place == "common.pt":
+        (directory / place).write_bytes(payload)
+    else:
+        metadata = files.read_metadata(directory)
+        wanted = next(
+            key
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, BytesStorageMetadata) == (place == "object")
+        )
+        index, info = next((index, info) for index, info in metadata.storage_data.items() if index.fqn == wanted)
+        path = directory / info.relative_path
+        metadata.storage_data[index] = replace(info, offset=path.stat().st_size, length=len(payload))
+        path.write_bytes(path.read_bytes() + payload)
+        (directory / files.METADATA).write_bytes(pickle.dumps(metadata))
+    header = files.read_header(directory)
+    header.pop("files")
+    entries = [files.describe(path) for path in directory.iterdir() if path.name != files.HEADER]
+    files.write_header(directory, header, entries)
+
+
+@pytest.mark.parametrize("place", ["object", "tensor", "common.pt"])
+def test_nothing_that_a_checkpoint_holds_runs_code(
+    ranks: RankPool, saved: Any, path: str, tmp_path: Path, place: str
+) -> None:
+    case = case_of(path)
+    directory = shutil.copytree(saved(case, "TP1")[0], tmp_path / "checkpoint")
+    buffer = io.BytesIO()
+    torch.save(Evil(tmp_path / "touched"), buffer)
+    put_into(directory, place, buffer.getvalue())
+    assert "the checkpoint cannot be read" in refusals(ranks, case, directory)
+    assert not (tmp_path / "touched").exists()

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_gspo.config import RolloutConfig
@@ -118,6 +119,38 @@ def test_a_server_that_dies_during_the_run_is_noticed_by_check(tmp_path: Path) -
             local.check()
 
 
+TOO_LATE = """
+import time
+time.sleep(600)
+"""
+
+
+def test_a_program_that_has_taken_the_port_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(launcher, "free_ports", lambda count: [port])
+    (tmp_path / "impostor.py").write_text(HEALTHY)
+    with subprocess.Popen([sys.executable, str(tmp_path / "impostor.py"), "--port", str(port)]) as impostor:
+        try:
+            with pytest.raises(EngineUnavailableError, match="answered by a program that is not the server started"):
+                servers(tmp_path, TOO_LATE).__enter__()
+        finally:
+            for process in psutil.Process(impostor.pid).children():
+                process.kill()
+            impostor.kill()
+
+
+def test_a_port_that_changes_hands_during_the_run_is_noticed_by_check(tmp_path: Path) -> None:
+    end = "server.handle_request(); server.handle_request(); server.server_close(); time.sleep(600)"
+    start = 'server = http.server.HTTPServer(("127.0.0.1", port), Handler)'
+    script = "\n".join([*HEALTHY.strip().splitlines()[:-1], start, end])
+    with servers(tmp_path, script) as local:
+        time.sleep(1)  # the port is given up after the launcher's own two requests
+        with pytest.raises(EngineUnavailableError, match="something else has taken its port"):
+            local.check()
+
+
 def test_a_server_ends_with_its_parent_even_when_it_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "orphan.py"
     checkout = Path(launcher.__file__).resolve().parents[2]
@@ -203,6 +236,8 @@ def test_a_server_inherits_nothing_of_torchrun_or_of_this_pythons_path() -> None
         "PATH": "p",
         "OMP_NUM_THREADS": "1",
         "MEGATRON_GSPO_PARENT_PID": str(os.getpid()),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
     }
     assert server_environment(environment, "cuda")["OMP_NUM_THREADS"] == "8"
 

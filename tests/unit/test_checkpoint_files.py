@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_gspo.errors import WeightError
 from megatron_gspo.policy import checkpoint_files as files
@@ -141,3 +146,81 @@ def test_metadata_that_would_run_code_is_refused_even_with_the_right_hash(root: 
     with pytest.raises(WeightError, match=r"\.metadata: UnpicklingError: .* has no place in a description of tensors"):
         files.check_metadata(directory)
     assert not (root / "touched").exists()
+
+
+def nested(depth: int) -> tuple[Any, ...]:
+    """A tuple of two of one of two of ...: few bytes, and 2**depth values to whoever hashes or compares it."""
+    value: tuple[Any, ...] = ("x",)
+    for _ in range(depth):
+        value = (value, value)
+    return value
+
+
+class Built:
+    """Pickles as a call, or an object found by name, that is then given attributes."""
+
+    def __init__(self, *reduced: Any) -> None:
+        self.reduced = reduced
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.reduced
+
+
+def index_at(offset: Any) -> MetadataIndex:
+    index = MetadataIndex("a")
+    object.__setattr__(index, "offset", offset)  # as a pickle does, past the constructor
+    return index
+
+
+def as_key(key: Any, *, single: bool = True) -> bytes:
+    """The pickle of {key: None}. To make the dictionary here would take as long as to read it."""
+    body = pickle.dumps(key, protocol=2)[2:-1]
+    if single:
+        return b"\x80\x02}" + body + b"Ns."
+    return b"\x80\x02}(" + body + b"Nu."
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (Built(WriteItemType, (1,), {"_value_": 7, "name": "EVIL"}), "WriteItemType gets no attributes"),
+        (as_key(nested(40)), "tuple is no key"),
+        (as_key(nested(40), single=False), "tuple is no key"),
+        (as_key(index_at(nested(40))), "nested deeper"),
+        (Built(torch.Size, (nested(40),)), "nested deeper"),
+        (Built(WriteItemType, (nested(40),)), "nested deeper"),
+        ({1, 2}, "sets"),
+        (frozenset({1}), "sets"),
+    ],
+)
+def test_metadata_cannot_change_what_torch_shares_or_take_exponential_time(root: Path, content: Any, said: str) -> None:
+    before = [(item.name, item.value) for item in WriteItemType]
+    metadata = root / "outer_00008" / files.METADATA
+    metadata.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    started = time.process_time()
+    with pytest.raises(WeightError, match=rf"\.metadata: UnpicklingError: .*{said}"):
+        files.check_metadata(root / "outer_00008")
+    assert time.process_time() - started < 1
+    assert [(item.name, item.value) for item in WriteItemType] == before
+
+
+def test_metadata_above_the_bound_is_not_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MOST_METADATA_BYTES", 10)
+    with pytest.raises(WeightError, match=r"\.metadata: ValueError: \d+ bytes: .* at most 10"):
+        files.check_metadata(root / "outer_00008")
+
+
+def test_weights_only_holds_for_callers_that_ask_for_all_of_pickle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({"a": Evil()}, tmp_path / "evil.pt")
+    torch.save([None, torch.ones(2)], tmp_path / "honest.pt")
+    with files.weights_only():
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / "evil.pt", weights_only=False)
+        assert torch.load(tmp_path / "honest.pt", weights_only=False)[1].sum() == 2
+    assert not (tmp_path / "touched").exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ

@@ -1,0 +1,94 @@
+"""How processes find each other: within one machine through a file that nobody else reads and sockets on loopback.
+
+torch's TCP store listens on every interface and asks nobody who he is. Whoever reaches it can read and change what
+ranks tell each other, and torchrun's rendezvous unpickles one of its values: that is running code as the user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not marked so
+
+STORE = "MEGATRON_GSPO_STORE"
+"""Environment variable: the file in which ranks of one machine find each other."""
+LOOPBACK = "127.0.0.1"
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+@contextlib.contextmanager
+def private_store() -> Iterator[Path]:
+    """An empty directory that only this user can read, with ``STORE`` in the environment naming a file in it."""
+    before = os.environ.get(STORE)
+    with tempfile.TemporaryDirectory(prefix="megatron-gspo-ranks-") as directory:  # 0700
+        os.environ[STORE] = f"{directory}/store"
+        try:
+            yield Path(directory)
+        finally:
+            os.environ.pop(STORE)
+            if before is not None:
+                os.environ[STORE] = before
+
+
+def join_world(backend: str, timeout: timedelta) -> None:
+    """``init_process_group``: through the file that ``STORE`` names, else as torchrun's variables say."""
+    path = os.environ.get(STORE)
+    if path is None:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.FileStore(path, world)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def keep_to_loopback(urls: Sequence[str] = ()) -> None:
+    """Makes gloo and nccl of this process and its children listen on loopback alone, unless the environment says
+    otherwise or a server in ``urls`` is on another machine."""
+    if all(is_loopback(urlsplit(url).hostname or "") for url in urls):
+        for name in INTERFACES:
+            os.environ.setdefault(name, "lo")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address is this machine's own, which no other machine reaches."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def listening_store(address: str, world_size: int, timeout: timedelta) -> TCPStore:
+    """A store that listens on ``address`` alone, at a free port (its ``port``); other processes join it there."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET))
+        listener.bind((address, 0))
+        listener.listen(128)
+        store = TCPStore(
+            address,
+            listener.getsockname()[1],
+            world_size,
+            True,
+            timeout,
+            wait_for_workers=False,
+            master_listen_fd=listener.fileno(),
+        )
+        listener.detach()  # the store closes it
+        stack.pop_all()
+    return store
+
+
+def exposed_store() -> str:
+    """What to say of a store of torchrun's that other machines can reach though no rank is there; empty otherwise."""
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    world, local = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
+    if STORE in os.environ or world is None or world != local:
+        return ""
+    return (
+        f"the store of this world ({address}:{port}) listens on all interfaces, without authentication, though all "
+        f"{world} ranks are on this machine: `megatron-gspo train` without torchrun starts ranks without one"
+    )
