@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "convert checkpoints between Hugging Face directories and Megatron distributed ones"
 EXAMPLE = "megatron-gspo convert Qwen3-30B-A3B Qwen3-30B-A3B-megatron"
+DOCS = "docs/converting.md"
 MORE = """
 The direction follows from what SRC is. Tensors pass one at a time: memory does not grow with the model. A conversion
 that is cut short continues when the same command is given again; what was at DST stays until the new one is whole.

@@ -30,7 +30,7 @@ COLOURS = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's")
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="world size under torchrun (default: what it needs here)"
     )

@@ -22,7 +22,7 @@ MORE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("subject", type=Path, metavar="CONFIG|RUN|HF_DIR", help="what to evaluate")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's")
     parser.add_argument("--prompts", metavar="FILE", help="prompts, JSONL or Parquet, all of them (data.eval_path)")
     parser.add_argument("--format", choices=("prompts", "gsm8k"), help="of the prompt file (data.format)")
     parser.add_argument("--reward", metavar="NAME", help="reward without options (reward.function)")

@@ -12,7 +12,7 @@ MORE = "Starts its own ranks on this machine; under torchrun it is one rank of t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's")
 
 
 def run(options: argparse.Namespace) -> int:
