@@ -138,7 +138,7 @@ class Parser(argparse.ArgumentParser):
         """Ends with the words that nobody takes, and the option that the first one may have been meant to be."""
         words = list(words)
         name = words[0].partition("=")[0]
-        known = [option for option in self._option_string_actions if option.startswith("--")]
+        known = {option for option in self._option_string_actions if option.startswith("--")} - {"--help", "--version"}
         self.error(f"unrecognized arguments: {' '.join(words)}{did_you_mean(name, known)}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
