@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 
 from megatron_gspo.commands import COMMANDS, GROUPS
 from megatron_gspo.commands.parsing import DOCS, Parser
@@ -18,7 +19,10 @@ FAILED, USER_ERROR = 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status."""
+    """Runs one command and returns its exit status. Raises SystemExit for help, a version and words that are wrong."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # not every terminal has a sign for "≥"
     options = _parse(arguments)
     try:
         return int(options.run(options))

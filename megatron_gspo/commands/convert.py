@@ -96,6 +96,8 @@ def check(options: argparse.Namespace) -> None:
     """Raises ConfigError for options that cannot be, or that would be passed over."""
     from megatron_gspo.errors import ConfigError
 
+    if not Path(options.source).is_dir():
+        raise ConfigError(f"{options.source}: no such directory")
     if not options.verify and (options.logits or options.tokens or options.layout):
         raise ConfigError("--logits, --tokens and --layout belong to --verify, which compares and writes nothing")
     if not 0 < options.max_shard_gb <= MOST_GB:
