@@ -159,7 +159,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def _filled(paragraph: str, width: int, indent: str) -> str:
     if not paragraph.startswith(EXAMPLE):
-        return textwrap.fill(" ".join(paragraph.split()), width, initial_indent=indent, subsequent_indent=indent)
+        text = " ".join(paragraph.split())
+        return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
     lines = textwrap.wrap(
         " ".join(paragraph.split()), width - 2, subsequent_indent=f"{indent}    ", break_on_hyphens=False
     )

@@ -232,7 +232,11 @@ def test_what_a_terminal_cannot_show_does_not_end_the_program():
     """``explain`` says "≥"."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        [*FORMS["module"], "explain", "rollout.group_size"], capture_output=True, text=True, check=False, env=environment
+        [*FORMS["module"], "explain", "rollout.group_size"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "Responses G a prompt." in done.stdout
