@@ -9,16 +9,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 
-from megatron_gspo import __version__
-from megatron_gspo.commands import COMMANDS
+from megatron_gspo.commands import COMMANDS, GROUPS
+from megatron_gspo.commands.parsing import DOCS, Parser
 from megatron_gspo.errors import MegatronGspoError, UserError
 
 FAILED, USER_ERROR = 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status."""
+    """Runs one command and returns its exit status. Raises SystemExit for help, a version and words that are wrong."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # not every terminal has a sign for "≥"
     options = _parse(arguments)
     try:
         return int(options.run(options))
@@ -34,31 +38,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options. Overrides may stand behind them too, where argparse takes no more positional words."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = _parser().parse_known_args(arguments)
     if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.parser.refuse(rest)
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron-gspo", description="GSPO on Megatron-Core with SGLang rollouts.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        module = import_module(f"megatron_gspo.commands.{name}")
-        summary: str = module.SUMMARY
-        command = commands.add_parser(
-            name,
-            help=summary,
-            description=f"{summary[0].upper()}{summary[1:]}. {getattr(module, 'MORE', '')}".strip(),
-            epilog=f"example: {module.EXAMPLE}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+def _parser() -> Parser:
+    parser = Parser(
+        prog="megatron-gspo",
+        description="GSPO for mixture-of-experts models on Megatron-Core, with rollouts from SGLang.",
+        epilog=f"megatron-gspo COMMAND --help says how a command is used, megatron-gspo explain SECTION.KEY what a "
+        f"setting means.\n\nThe docs: {DOCS} to begin with; docs/configuration.md has every setting.",
+    )
+    parser.add_commands("COMMAND", GROUPS, {name: import_module(f"megatron_gspo.commands.{name}") for name in COMMANDS})
+    parser.set_defaults(run=lambda options: parser.say_commands(), parser=parser)
     return parser
 
 

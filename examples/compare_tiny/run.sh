@@ -1,7 +1,16 @@
 #!/usr/bin/env bash
+# usage: bash examples/compare_tiny/run.sh
+#
 # The four comparisons of examples/compare_tiny, one after the other; from the checkout. Interrupt it as you like: the
 # same command goes on. OUT, SEEDS and FEW can be set: OUT=runs/other SEEDS=4 bash examples/compare_tiny/run.sh
 set -euo pipefail
+
+if [ $# -gt 0 ]; then
+    sed -n '2,5s/^# \{0,1\}//p' "$0"
+    case $1 in -h | --help) exit 0 ;; esac
+    echo "error: it takes no arguments, and was given: $*" >&2
+    exit 2
+fi
 
 here=examples/compare_tiny
 data=.cache/compare_tiny

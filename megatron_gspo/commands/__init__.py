@@ -1,9 +1,15 @@
-"""The commands of ``megatron-gspo``, a file each. Adding one is a file here and its name in ``COMMANDS``.
+"""The commands of ``megatron-gspo``, a file each. Adding one is a file here and its name in ``GROUPS``.
 
 A command's module has ``SUMMARY`` (a phrase), ``EXAMPLE`` (a command line), perhaps ``MORE`` (sentences for
-``--help``), ``add_arguments(parser)`` and ``run(options) -> exit status``. Heavy imports belong inside ``run``:
-every module here is imported to print the list of commands.
+``--help``) and ``DOCS`` (its page), ``add_arguments(parser)`` and ``run(options) -> exit status``. Heavy imports belong
+inside ``run``: every module here is imported to print the list of commands.
 """
 
-COMMANDS = ("train", "compare", "eval", "doctor", "parity", "report", "status", "convert", "bench")
-"""In the order in which ``--help`` lists them."""
+GROUPS = {
+    "train and measure a policy": ("train", "eval", "compare"),
+    "look before, during and after a run": ("doctor", "explain", "parity", "status", "report"),
+    "convert checkpoints": ("convert",),
+    "measure this machine": ("bench",),
+}
+"""What commands are for, in the order in which ``--help`` lists them."""
+COMMANDS = tuple(name for names in GROUPS.values() for name in names)

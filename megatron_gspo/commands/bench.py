@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import argparse
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_gspo.commands.parsing import Parser
 
 SUMMARY = "measure time, memory and balance on this machine"
 EXAMPLE = "megatron-gspo bench logprobs --quick"
+DOCS = "docs/benchmarks.md"
 
 BENCHMARKS = ("logprobs", "packing", "replay", "sync", "convert")
 """In the order in which ``--help`` lists them."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    for name in BENCHMARKS:
-        module = import_module(f"megatron_gspo.commands.bench_{name}")
-        summary: str = module.SUMMARY
-        benchmark = benchmarks.add_parser(
-            name,
-            help=summary,
-            description=f"{summary[0].upper()}{summary[1:]}. {module.MORE}",
-            epilog=f"example: {module.EXAMPLE}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(benchmark)
+def add_arguments(parser: Parser) -> None:
+    modules = {name: import_module(f"megatron_gspo.commands.bench_{name}") for name in BENCHMARKS}
+    parser.add_commands("BENCHMARK", {"benchmarks": BENCHMARKS}, modules)
+    for benchmark in parser.commands.choices.values():
         benchmark.add_argument("--json", action="store_true", help="print JSON")
-        benchmark.set_defaults(benchmark=module.run)
 
 
 def positive(text: str) -> int:
@@ -38,4 +33,5 @@ def positive(text: str) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    return int(options.benchmark(options))
+    """Without the name of a benchmark: says which there are."""
+    return int(options.parser.say_commands())

@@ -8,6 +8,7 @@ from typing import Any
 
 SUMMARY = "rate and peak memory of convert, both ways, beside cp"
 EXAMPLE = "megatron-gspo bench convert --gb 4 --json"
+DOCS = "docs/benchmarks.md"
 MORE = """Makes a random Qwen3-MoE checkpoint (128
 experts a layer), converts it to Megatron's format and back, copies its files with cp, and compares what came back."""
 

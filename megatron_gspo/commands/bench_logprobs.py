@@ -9,6 +9,7 @@ from megatron_gspo.commands.bench import positive
 
 SUMMARY = "time and peak memory of the logprob pass"
 EXAMPLE = "megatron-gspo bench logprobs --tokens 1024 4096 --ranks 1 2"
+DOCS = "docs/benchmarks.md"
 MORE = """Forward and backward, beside the four matrix products
 alone, full logits with log_softmax, and Megatron's vocab_parallel_cross_entropy. Starts a process for each tensor rank.
 On a GPU: bfloat16, 4,096 and 32,768 tokens. On a CPU: float32, 1,024 and 4,096 tokens and ours alone at 32,768, which

@@ -9,6 +9,7 @@ from megatron_gspo.commands.bench import positive
 
 SUMMARY = "time and balance of the micro-batch planner"
 EXAMPLE = "megatron-gspo bench packing --sequences 100000 --ranks 8 64"
+DOCS = "docs/benchmarks.md"
 MORE = """Sequences of four realistic mixes of lengths over
 several data-parallel sizes: milliseconds on one core, the heaviest rank over the lower bound, and the number of
 micro-batches over the lower bound."""

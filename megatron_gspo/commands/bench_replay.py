@@ -9,6 +9,7 @@ from megatron_gspo.commands.bench import positive
 
 SUMMARY = "bytes and time of routes, and what replay adds to a step"
 EXAMPLE = "megatron-gspo bench replay --hidden 64"
+DOCS = "docs/benchmarks.md"
 MORE = """Routes of Qwen3-30B-A3B's shape are decoded and
 checked, swapped between leaders and dealt to the ranks of a replica; steps of a small model are taken with replay off,
 r2 and r3 in turns. On CPU ranks."""

@@ -9,6 +9,7 @@ from megatron_gspo.commands.bench import positive
 
 SUMMARY = "rate and peak memory of weight sync"
 EXAMPLE = "megatron-gspo bench sync --layers 2 --repetitions 5"
+DOCS = "docs/benchmarks.md"
 MORE = """Starts one SGLang server on this machine's CPU with a random Qwen3-MoE (435 MB
 of float32 by default) and pushes its weights by every method, beside a bare broadcast of the same bytes over gloo."""
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "train the same prompts and seeds with several losses and replay modes, and compare"
 EXAMPLE = "megatron-gspo compare CONFIG.toml --losses grpo,gspo --replay off,r2,r3 --seeds 4 --out comparisons/first"
+DOCS = "docs/comparison.md"
 MORE = """
 Runs a matrix of arms (loss x replay mode) and seeds. A cell is an ordinary run in OUT/cells/ARM/seed_000; a seed has
 the same prompts, sampling seeds and cold start in every arm. Start the same command again to finish an interrupted
@@ -24,7 +25,7 @@ STOPPED = 130
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="TOML file of what all cells share")
     parser.add_argument(
-        "overrides", nargs="*", metavar="[LOSS:]section.key=value",
+        "overrides", nargs="*", default=[], metavar="[LOSS:]section.key=value",
         help="settings that replace the file's, in every arm or in those of one loss (gspo:algorithm.clip_low=1e-3)",
     )  # fmt: skip
     parser.add_argument("--losses", type=_names, default=("grpo", "gspo"), metavar="A,B", help="default: grpo,gspo")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "convert checkpoints between Hugging Face directories and Megatron distributed ones"
 EXAMPLE = "megatron-gspo convert Qwen3-30B-A3B Qwen3-30B-A3B-megatron"
+DOCS = "docs/converting.md"
 MORE = """
 The direction follows from what SRC is. Tensors pass one at a time: memory does not grow with the model. A conversion
 that is cut short continues when the same command is given again; what was at DST stays until the new one is whole.
@@ -95,6 +96,8 @@ def check(options: argparse.Namespace) -> None:
     """Raises ConfigError for options that cannot be, or that would be passed over."""
     from megatron_gspo.errors import ConfigError
 
+    if not Path(options.source).is_dir():
+        raise ConfigError(f"{options.source}: no such directory")
     if not options.verify and (options.logits or options.tokens or options.layout):
         raise ConfigError("--logits, --tokens and --layout belong to --verify, which compares and writes nothing")
     if not 0 < options.max_shard_gb <= MOST_GB:

@@ -30,7 +30,9 @@ COLOURS = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
+    )
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="world size under torchrun (default: what it needs here)"
     )
@@ -49,10 +51,12 @@ def run(options: argparse.Namespace) -> int:
     from megatron_gspo.doctor.facts import Facts
 
     with quiet():
-        checks = examine(Facts(options.config, options.overrides, options.ranks), CHECKS)
+        facts = Facts(options.config, options.overrides, options.ranks)
+        unread = facts.problem("config") is not None
+        checks = examine(facts, CHECKS if options.json or not unread else CHECKS[:1])
     if options.json:
         print(json.dumps(as_json(checks), indent=2))
-    else:
+    elif not unread:  # else the one error says all
         show(checks)
     first = first_error(checks)
     if first is not None:
@@ -74,15 +78,16 @@ def quiet() -> Iterator[None]:
 
 
 def show(checks: list[Check]) -> None:
-    """A line a check, aligned; colours on a terminal only."""
+    """A line a check, aligned; colours on a terminal only. What was not looked at for one reason is one line."""
     from rich.console import Console
     from rich.text import Text
 
-    from megatron_gspo.doctor.check import summary
+    from megatron_gspo.doctor.check import fold, summary
 
     console = Console(highlight=False, soft_wrap=True)
-    width = max(len(check.name) for check in checks)
-    for check in checks:
+    lines = fold(checks)
+    width = max(len(line.name) for line in lines)
+    for check in lines:
         fix = f"  ->  {check.fix}" if check.fix else ""
         status = (f"{check.status:7}", COLOURS[check.status])
         console.print(Text.assemble(status, f"  {check.name:{width}}  {check.detail}{fix}"))

@@ -22,7 +22,9 @@ MORE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("subject", type=Path, metavar="CONFIG|RUN|HF_DIR", help="what to evaluate")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
+    )
     parser.add_argument("--prompts", metavar="FILE", help="prompts, JSONL or Parquet, all of them (data.eval_path)")
     parser.add_argument("--format", choices=("prompts", "gsm8k"), help="of the prompt file (data.format)")
     parser.add_argument("--reward", metavar="NAME", help="reward without options (reward.function)")
@@ -47,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
     from megatron_gspo.train.subject import exported
 
     subject = find_subject(options)
+    check_subject(subject)
     questions = read_questions(subject, greedy=options.greedy)
     started, clock = datetime.now(UTC), time.monotonic()
     out = EvaluationDirectory(options.out or default_out(subject, f"{started:%Y%m%dT%H%M%S}"))
@@ -88,6 +91,16 @@ def find_subject(options: argparse.Namespace) -> Subject:
     if path.is_dir():
         raise DataError(f"{path}: neither a run (config.toml) nor a Hugging Face directory (config.json)")
     raise DataError(f"{path}: no such configuration, run or Hugging Face directory")
+
+
+def check_subject(subject: Subject) -> None:
+    """Raises DataError for an input of a configuration, or of a run, that is not there and can be made."""
+    from megatron_gspo.config.inputs import check_inputs
+
+    if subject.kind == "configuration":
+        check_inputs(subject.config, subject.argument, ("model.path", "data.eval_path"))
+    elif subject.kind == "run":
+        check_inputs(subject.config, subject.argument / "config.toml", ("data.eval_path",))
 
 
 def settings(options: argparse.Namespace) -> list[str]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "show that parallel layouts compute the same training step as one process"
 EXAMPLE = "megatron-gspo parity --layouts TP2,TP2xPP2xEP2 --dtype float64"
+DOCS = "docs/parity.md"
 MORE = """
 Runs one mini-batch in each layout and compares logprobs, entropy, s_i, loss, clip decisions, every gradient and every
 parameter after an optimizer step with one process (no packing, naive float64 formulas), and that with transformers.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 SUMMARY = "write one HTML page for one run or several"
 EXAMPLE = "megatron-gspo report runs/a runs/b --out ab.html"
+DOCS = "docs/metrics.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

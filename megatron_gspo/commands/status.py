@@ -11,6 +11,7 @@ from typing import Any
 
 SUMMARY = "say how a run is doing"
 EXAMPLE = "megatron-gspo status runs/quickstart --watch"
+DOCS = "docs/metrics.md"
 MORE = (
     "While the run goes on, its servers are asked for their health and weight version. Exit status 0;\n"
     "with --watch, which ends with the run, 1 if the run failed or was killed, and 130 after Ctrl-C."

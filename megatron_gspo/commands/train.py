@@ -12,13 +12,17 @@ MORE = "Starts its own ranks on this machine; under torchrun it is one rank of t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     from megatron_gspo.config import load
+    from megatron_gspo.config.inputs import check_inputs
 
     config = load(options.config, options.overrides)
+    check_inputs(config, options.config)
     from megatron_gspo.train.rank import run_rank, world_of_torchrun
 
     if world_of_torchrun() is not None:

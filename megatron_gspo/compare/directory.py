@@ -7,6 +7,8 @@ cells/ARM/seed_003.log         what a cell that did not finish printed
 servers/                       logs of the rollout servers
 report.html, comparison.json   made from compare.json and the digests alone
 .lock                          locked by the one process that writes
+
+``cells.jsonl`` in place of ``cells`` holds the digests of a comparison that is kept: it is drawn again, and not run.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import psutil
 
 from megatron_gspo.compare.plan import Plan, agree
 from megatron_gspo.errors import ConfigError
+from megatron_gspo.report.comparison.cells import LINES
 from megatron_gspo.report.rundir import lock
 
 
@@ -41,6 +44,11 @@ def open_directory(plan: Plan) -> Iterator[None]:
     path = plan.out / "compare.json"
     if not path.is_file() and any(entry.name != ".lock" for entry in plan.out.iterdir()):
         raise ConfigError(f"--out {plan.out} holds something else than a comparison: name another directory")
+    if (plan.out / LINES).is_file():
+        raise ConfigError(
+            f"--out {plan.out} holds a comparison that is kept in {LINES}, and runs would not be found there again: "
+            f"name another directory (--redraw {plan.out} draws its page)"
+        )
     with lock(plan.out / ".lock", f"--out {plan.out}"):
         existing = read_plan(path)
         if existing:

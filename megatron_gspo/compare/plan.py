@@ -117,6 +117,8 @@ class Plan:
     """Seed by seed, so that every arm has about as many when it is stopped."""
     record: dict[str, Any]
     """``compare.json``, but for when and where."""
+    source: Path
+    """The TOML file of what all cells share."""
 
 
 def make_plan(request: Request) -> Plan:
@@ -134,16 +136,18 @@ def make_plan(request: Request) -> Plan:
         for arm in arms:
             models = request.dense_twins if arm.dense else starts
             cells.append(_cell(request.out, base, arm, seed, models[seed % len(models)], own[arm.loss]))
-    return Plan(request.out, base, arms, tuple(cells), _record(request, base, arms, cells))
+    return Plan(request.out, base, arms, tuple(cells), _record(request, base, arms, cells), request.config)
 
 
 def check_cells(plan: Plan) -> None:
     """Reads what the cells will read, as ``train`` does before it starts: each model once an arm. Raises UserError."""
+    from megatron_gspo.config.inputs import check_inputs
     from megatron_gspo.rollout.launcher import find_server_python
     from megatron_gspo.train.launch import check_before_start
 
     for cell in {(cell.arm, cell.cold_start): cell for cell in plan.cells}.values():
         with _named(cell.arm.name):
+            check_inputs(cell.config, plan.source)
             check_before_start(cell.config)
     if not plan.base.rollout.servers:
         find_server_python(plan.base.rollout.server_python)

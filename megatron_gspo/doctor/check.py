@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron_gspo.doctor.facts import Facts
@@ -26,6 +27,8 @@ class Check:
     """What to change, by the setting's name; empty when nothing needs to be."""
     name: str = ""
     """Filled in by ``examine`` from the catalog."""
+    lacks: str = ""
+    """The fact for whose absence nothing was looked at; filled in by ``examine``."""
 
     def as_record(self) -> dict[str, str]:
         return {"name": self.name, "status": self.status, "detail": self.detail, "fix": self.fix}
@@ -55,6 +58,8 @@ class Entry:
     """Facts without which there is nothing to look at; the entry that owns each of them reports its failure."""
     setting: str = ""
     """What to change when looking raises: the setting that the entry is about."""
+    file: str = ""
+    """The setting whose file or directory this entry reports when it is not there."""
 
 
 def examine(facts: Facts, entries: Iterable[Entry]) -> list[Check]:
@@ -64,8 +69,10 @@ def examine(facts: Facts, entries: Iterable[Entry]) -> list[Check]:
 
 def _checks(facts: Facts, entry: Entry) -> list[Check]:
     lacking = next((need for need in entry.needs if facts.problem(need)), None)
-    if lacking:
-        results: Sequence[Check] = [warning(f"not checked: it needs {Facts.WORDS[lacking]}")]
+    if entry.file and not facts.problem("config") and entry.file in facts.missing:
+        results: Sequence[Check] = [_no_such_file(facts, entry)]
+    elif lacking:
+        results = [replace(warning(f"not checked: it needs {Facts.WORDS[lacking]}"), lacks=_root(facts, lacking))]
     else:
         try:
             result = entry.run(facts)
@@ -77,6 +84,34 @@ def _checks(facts: Facts, entry: Entry) -> list[Check]:
     return [replace(c, name=entry.name, detail=one_line(c.detail), fix=one_line(c.fix)) for c in results]
 
 
+def _no_such_file(facts: Facts, entry: Entry) -> Check:
+    path = facts.missing[entry.file]
+    what = "data file" if entry.file.startswith("data.") else "model directory"
+    lack = "no config.json in it" if what != "data file" and Path(path).is_dir() else f"no such {what}"
+    return error(f"{path}: {lack}", facts.advice(entry.file) or entry.file)
+
+
+def _root(facts: Facts, lacking: str) -> str:
+    """The fact to name: a tokenizer, and prompts in its tokens, are not there when the model's directory is not."""
+    return "model" if lacking != "config" and "model.path" in facts.missing else lacking
+
+
+def fold(checks: Sequence[Check]) -> list[Check]:
+    """The lines to read: one for all that was not looked at for the same reason, in the place of the first of them."""
+    names: dict[str, list[str]] = {}
+    for check in checks:
+        names.setdefault(check.lacks, []).append(check.name)
+    lines: list[Check] = []
+    for check in checks:
+        together = names[check.lacks] if check.lacks else []
+        if len(together) < 2:
+            lines.append(check)
+        elif together[0] == check.name:
+            detail = f"not checked without {Facts.WORDS[check.lacks]}: {', '.join(together)}"
+            lines.append(replace(check, name=check.lacks, detail=detail))
+    return lines
+
+
 def one_line(text: str) -> str:
     """The text on one line, without control characters (a file's name or content may hold any), cut at ``LONGEST``."""
     words = " ".join(text.split())
@@ -85,9 +120,13 @@ def one_line(text: str) -> str:
 
 
 def summary(checks: Sequence[Check]) -> str:
-    """ "14 checks: 12 ok, 1 warning, 1 error"."""
-    good, bad, doubtful = (sum(check.status == status for check in checks) for status in ("ok", "error", "warning"))
-    return f"{count(len(checks), 'check')}: {good} ok, {count(doubtful, 'warning')}, {count(bad, 'error')}"
+    """ "14 checks: 12 ok, 1 warning, 1 error"; those that ``fold`` puts into one line are counted by themselves."""
+    lines = fold(checks)
+    good, bad, doubtful = (sum(line.status == status for line in lines) for status in ("ok", "error", "warning"))
+    doubtful -= sum(line not in checks for line in lines)
+    text = f"{count(len(checks), 'check')}: {good} ok, {count(doubtful, 'warning')}, {count(bad, 'error')}"
+    skipped = len(checks) - good - bad - doubtful
+    return text + (f", {skipped} not checked" if skipped else "")
 
 
 def first_error(checks: Sequence[Check]) -> Check | None:

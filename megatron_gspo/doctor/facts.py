@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from megatron_gspo.config import RunConfig, load
+from megatron_gspo.config.inputs import MODELS, advice, missing
 from megatron_gspo.data.prompts import CompletionSet, PromptSet, load_completions, load_prompts
 from megatron_gspo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_gspo.doctor.machine import Machine, look_at_machine
@@ -71,6 +72,15 @@ class Facts:
     @fact
     def config(self) -> RunConfig:
         return load(self._path, self._overrides)
+
+    @fact
+    def missing(self) -> dict[str, str]:
+        """Setting -> path, of the files and directories that the configuration reads and that are not there."""
+        return missing(self.config)
+
+    def advice(self, setting: str) -> str:
+        """How to come by a missing input; empty where nothing is known."""
+        return advice(self.missing[setting], self._path, is_model=setting in MODELS)
 
     @fact
     def machine(self) -> Machine:

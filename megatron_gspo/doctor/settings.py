@@ -121,6 +121,12 @@ def reference(facts: Facts) -> Iterator[Check]:
     path = config.algorithm.reference
     if not path or facts.supervised:
         return
+    if "algorithm.reference" in facts.missing:
+        fix = facts.advice("algorithm.reference") or "algorithm.reference"
+        yield error(f"algorithm.reference = {path}: no such model directory", fix)
+        return
+    if facts.problem("model"):  # said by the model's own check
+        return
     _, other = read_model(path)
     if other.vocab_size != facts.shape.vocab_size:
         yield error(

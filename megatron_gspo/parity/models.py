@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.hf.catalog import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,6 +164,8 @@ def cut_model(source: Path, directory: Path, layers: int) -> Path:
 
     Raises ConfigError when the model has fewer layers.
     """
+    from megatron_gspo.hf.catalog import read_config  # it imports torch, and the names of MODELS are asked for without
+
     config = read_config(source)
     if not 1 <= layers <= config["num_hidden_layers"]:
         raise ConfigError(f"--layers {layers}: {source} has {config['num_hidden_layers']} layers")

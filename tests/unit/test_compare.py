@@ -200,6 +200,16 @@ def test_other_versions_are_another_comparison(request_of: Any) -> None:
         agree(plan, other)
 
 
+def test_a_comparison_that_is_kept_in_one_file_is_not_run_on(request_of: Any) -> None:
+    """Its cells would be run again: what is finished is told by their own files."""
+    plan = make_plan(request_of())
+    with open_directory(plan):
+        pass
+    (plan.out / "cells.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"kept in cells\.jsonl.*--redraw .* draws its page"), open_directory(plan):
+        pass
+
+
 def test_one_process_writes_a_comparison_and_nothing_else_lies_in_its_directory(request_of: Any) -> None:
     plan = make_plan(request_of())
     with open_directory(plan), pytest.raises(ConfigError, match="written by another process"), open_directory(plan):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from megatron_gspo.report.comparison.analysis import analyse, final_steps
 from megatron_gspo.report.comparison.cells import Arm, Comparison, read, short_names
 from megatron_gspo.report.comparison.contrasts import contrasts
 from megatron_gspo.report.comparison.page import arm_rows, progress, settings, title
+from megatron_gspo.report.comparison.page import result as page_result
 from megatron_gspo.report.comparison.sentences import findings, limits, signed, times_text
 from megatron_gspo.report.metrics import by_outer_step
 from tests.unit.comparison_cases import MATRIX, STEPS, effects, make_comparison, make_digest, make_plan, write
@@ -324,3 +327,64 @@ def test_names_are_as_short_as_they_can_be():
     assert short_names(["runs/a/hf", "runs/b/hf"]) == {"runs/a/hf": "a/hf", "runs/b/hf": "b/hf"}
     assert short_names(["runs/a"]) == {"runs/a": "a"}
     assert (signed(-0.1), signed(0.00004), times_text(12345.6)) == ("−0.100", "0.000", "12,300")
+
+
+def kept_in_lines(out: Path) -> Path:
+    """The same comparison with its digests as lines of one file."""
+    digests = sorted(out.glob("cells/*/*.json"))
+    (out / "cells.jsonl").write_text("".join(path.read_text() + "\n" for path in digests))
+    shutil.rmtree(out / "cells")
+    return out
+
+
+def test_digests_in_one_file_draw_the_same_page_as_digests_in_a_directory(tmp_path: Path):
+    out = make_comparison(tmp_path / "out", seeds=4, final=effects)
+    draw(out)
+    before, page = (out / "comparison.json").read_text(), (out / "report.html").read_text()
+    cells = read(out).cells
+    assert read(kept_in_lines(out)).cells == cells and len(cells) == 24
+    draw(out)
+    assert (out / "comparison.json").read_text() == before
+    written = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC")
+    assert written.sub("", (out / "report.html").read_text()) == written.sub("", page)
+
+
+def test_a_cell_that_is_run_after_the_others_were_put_together_counts_too(tmp_path: Path):
+    out = kept_in_lines(make_comparison(tmp_path / "out", ("grpo-off", "gspo-off"), seeds=2))
+    lines = (out / "cells.jsonl").read_text().splitlines()
+    (out / "cells.jsonl").write_text("\n".join(lines[:3]))
+    write(out, json.loads((out / "compare.json").read_text()), [json.loads(lines[3]), json.loads(lines[0])])
+    assert [(cell.arm, cell.seed) for cell in read(out).cells] == [
+        (a, s) for a in ("grpo-off", "gspo-off") for s in (0, 1)
+    ]
+    (out / "cells/grpo-off/seed_000.json").write_text(lines[0].replace("finished", "failed"))
+    with pytest.raises(DataError, match=r"cells\.jsonl differ in grpo-off with seed 0: remove the one that is wrong"):
+        draw(out)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[", r"cells\.jsonl, line 2 is no JSON"),
+        ("[]", r"cells\.jsonl, line 2: not a JSON object"),
+        ("{}", r"line 2: not the digest of a cell that compare\.json plans \(no arm and seed\)"),
+        ('{"cell": {"arm": "grpo-off", "seed": 9}}', r"plans \(\('grpo-off', 9\)\)"),
+        ('{"cell": {"arm": "grpo-off", "seed": true}}', "no arm and seed"),
+        ("first", "line 2: grpo-off with seed 0 is there twice"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_refused_by_its_number(tmp_path: Path, line: str, message: str):
+    out = kept_in_lines(make_comparison(tmp_path / "out", ("grpo-off", "gspo-off"), seeds=2))
+    first, *others = (out / "cells.jsonl").read_text().splitlines()
+    (out / "cells.jsonl").write_text("\n".join([first, first if line == "first" else line, *others]))
+    with pytest.raises(DataError, match=message):
+        draw(out)
+
+
+@pytest.mark.parametrize("name", ["no-gap", "gap", "fast", "dense"])
+def test_the_numbers_in_the_docs_come_from_the_digests_beside_them(name: str):
+    kept = Path(__file__).parents[2] / "docs" / "comparison" / name
+    comparison = read(kept)
+    assert len(comparison.cells) == comparison.planned
+    again = page_result(comparison, analyse(comparison))
+    assert json.loads(json.dumps(again)) == json.loads((kept / "comparison.json").read_text())

@@ -1,4 +1,8 @@
-"""A comparison as it lies on disk: the plan, and the digests of the cells that are finished."""
+"""A comparison as it lies on disk: the plan, and the digests of the cells that are finished.
+
+The digests are files of their own, ``cells/ARM/seed_003.json``, as ``compare`` writes them one by one, or the lines of
+``cells.jsonl`` (``cat cells/*/*.json > cells.jsonl``), which is easier to keep.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,9 @@ from typing import Any
 
 from megatron_gspo.errors import DataError
 
-PLAN, CELLS = "compare.json", "cells"
+PLAN, CELLS, LINES = "compare.json", "cells", "cells.jsonl"
+Place = tuple[str, int]
+"""Name of an arm, seed."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,10 @@ class Comparison:
 
 
 def read(out: Path) -> Comparison:
-    """The comparison in ``out``. Raises DataError where its plan or a digest is missing, torn or of another shape."""
+    """The comparison in ``out``, of digests in either form.
+
+    Raises DataError where its plan or a digest is missing, torn or of another shape.
+    """
     plan = _object(out / PLAN)
     try:
         arms = tuple(
@@ -101,9 +110,16 @@ def read(out: Path) -> Comparison:
         seeds = [int(seed) for seed in plan["seeds"]]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{out / PLAN}: not a comparison's plan: {type(error).__name__} {error}") from None
-    places = [(arm, seed, out / CELLS / arm.name / f"seed_{seed:03d}.json") for arm in arms for seed in seeds]
-    cells = tuple(_cell(arm, seed, path) for arm, seed, path in places if path.is_file())
-    return Comparison(plan, arms, cells)
+    places = [(arm.name, seed) for arm in arms for seed in seeds]
+    found = _from_lines(out / LINES, places) if (out / LINES).is_file() else {}
+    for arm, seed in places:
+        path = out / CELLS / arm / f"seed_{seed:03d}.json"
+        if not path.is_file():
+            continue
+        cell = _cell((arm, seed), _object(path), f"{path}", "remove it, and that cell is run again")
+        if found.setdefault((arm, seed), cell) != cell:
+            raise DataError(f"{path} and {out / LINES} differ in {arm} with seed {seed}: remove the one that is wrong")
+    return Comparison(plan, arms, tuple(found[place] for place in places if place in found))
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
@@ -115,21 +131,55 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     return {name: "/".join(part[-depth:]) for name, part in parts.items()}
 
 
-def _cell(arm: Arm, seed: int, path: Path) -> Cell:
-    content = _object(path)
+def _from_lines(path: Path, places: Sequence[Place]) -> dict[Place, Cell]:
+    """The cells of ``cells.jsonl``, a digest a line; each is one of the plan's ``places``, and there once."""
+    found: dict[Place, Cell] = {}
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        content = _parsed(line, where)
+        place = _place(content)
+        if place is None or place not in places:
+            raise DataError(f"{where}: not the digest of a cell that {PLAN} plans ({place or 'no arm and seed'})")
+        if place in found:
+            raise DataError(f"{where}: {place[0]} with seed {place[1]} is there twice")
+        found[place] = _cell(place, content, where, "")
+    return found
+
+
+def _cell(place: Place, content: Mapping[str, Any], where: str, advice: str) -> Cell:
+    if _place(content) != place:
+        raise DataError(f"{where}: not the digest of {place[0]} with seed {place[1]}: {advice}")
+    start, status = content["cell"].get("cold_start"), content.get("status")
+    return Cell(*place, str(start or ""), str(status or "unknown"), content)
+
+
+def _place(content: Mapping[str, Any]) -> Place | None:
+    """Whose digest it is; None when it does not say so."""
     cell = content.get("cell")
-    if not isinstance(cell, dict) or (cell.get("arm"), cell.get("seed")) != (arm.name, seed):
-        raise DataError(f"{path}: not the digest of {arm.name} with seed {seed}: remove it, and that cell is run again")
-    return Cell(arm.name, seed, str(cell.get("cold_start") or ""), str(content.get("status") or "unknown"), content)
+    arm, seed = (cell.get("arm"), cell.get("seed")) if isinstance(cell, dict) else (None, None)
+    return (arm, seed) if isinstance(arm, str) and type(seed) is int else None
 
 
 def _object(path: Path) -> dict[str, Any]:
+    return _parsed(_text(path), str(path))
+
+
+def _text(path: Path) -> str:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-    except ValueError as error:
+    except ValueError as error:  # no UTF-8
         raise DataError(f"{path} is no JSON: {error}") from None
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is no JSON: {error}") from None
     if not isinstance(value, dict):
-        raise DataError(f"{path}: not a JSON object")
+        raise DataError(f"{where}: not a JSON object")
     return value

@@ -28,8 +28,9 @@ SCRIPTS = ("common.js", "comparison.js")
 def draw(out: Path) -> None:
     """Writes ``out/report.html`` and ``out/comparison.json``.
 
-    Reads ``out/compare.json`` and the digests ``out/cells/ARM/seed_003.json``, and nothing else. Any of the cells may
-    be missing, or have failed; the page says how many. Raises DataError where the plan or a digest cannot be read.
+    Reads ``out/compare.json`` and the digests (``out/cells/ARM/seed_003.json``, or the lines of ``out/cells.jsonl``),
+    and nothing else. Any of the cells may be missing, or have failed; the page says how many. Raises DataError where
+    the plan or a digest cannot be read.
     """
     out = Path(out)
     comparison = read(out)
