@@ -24,7 +24,9 @@ STEPS = (1, 4)
 """What the two optimizer steps are numbered in a run of TOTAL_STEPS: one lies in the warm-up, one in the decay."""
 TOTAL_STEPS, WARMUP_STEPS = 8, 3
 GROUPS, GROUP_SIZE = 2, 4
-"""Of a mini-batch."""
+"""Groups of a mini-batch, and responses of a group."""
+SURVIVORS = ((0, 1, 2, 3), (0, 1, 2, 3), (0, 1), (2,))
+"""By group: which of its responses were not dropped."""
 BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.1
 KL_COEF = 0.3
 
@@ -36,7 +38,7 @@ class Case:
     path: str
     """Hugging Face directory."""
     samples: tuple[Sample, ...]
-    """Without weights, which ``train.batch.place`` gives them in a layout and ``naive.naive_weights`` in the reference."""
+    """Without weights: ``train.batch.place`` gives them theirs in a layout, and the reference has its own."""
     old: Mapping[int, np.ndarray] = field(default_factory=dict)
     """Sample -> [R] float64 log pi_old; set by the reference."""
     ref: Mapping[int, np.ndarray] = field(default_factory=dict)
@@ -87,9 +89,13 @@ class Case:
     def tokens(self) -> int:
         return int(self.starts[-1])
 
-    def members(self, step: int) -> list[int]:
-        """The samples of the mini-batch of an optimizer step, counted from 0."""
-        return [index for index, sample in enumerate(self.samples) if sample.group // GROUPS == step]
+    @cached_property
+    def minibatches(self) -> list[list[int]]:
+        """The samples of each mini-batch that has any, in order."""
+        by_step: dict[int, list[int]] = {}
+        for index, sample in enumerate(self.samples):
+            by_step.setdefault(sample.group // GROUPS, []).append(index)
+        return [by_step[step] for step in sorted(by_step)]
 
     def own(self, index: int) -> slice:
         """A sample's tokens, by number."""
@@ -136,7 +142,7 @@ class Case:
                     "outer_steps": TOTAL_STEPS // 2,
                     "prompts_per_step": 2 * GROUPS,
                     "minibatches": 2,
-                    "microbatch_tokens": -(-longest // 16) * 16,  # the longest response has a micro-batch to itself
+                    "microbatch_tokens": -(-longest // 16) * 16,
                 },
                 "parallel": dict(layout.parallel),
                 "optimizer": {
@@ -162,19 +168,24 @@ class Case:
 
 
 def random_samples(vocabulary: int, seed: int, *, max_prompt: int = 9, max_response: int = 40) -> tuple[Sample, ...]:
-    """Groups of random tokens for two mini-batches: advantages of both signs, which for token losses differ by token.
+    """Random tokens for two mini-batches: advantages of both signs, which for token losses differ by token.
 
-    Lengths are uneven, and the first response of each mini-batch is far longer than the others: whatever cuts a
-    micro-batch in two goes through it.
+    The first has two groups of four responses of uneven lengths. Of the second's two groups, three long responses are
+    left, each of which fills most of a micro-batch: groups count by the responses that survive, and of two or four data
+    ranks one has a dummy. A response of twice the length comes first in both: what cuts a micro-batch goes through it.
     """
     rng = np.random.default_rng(seed)
     samples = []
-    for group in range(2 * GROUPS):
+    for group, survivors in enumerate(SURVIVORS):
         prompt_ids = rng.integers(0, vocabulary, rng.integers(1, max_prompt + 1)).astype(np.int32)
         rewards = rng.random(GROUP_SIZE)
-        for number, advantage in enumerate((rewards - rewards.mean()) / rewards.std()):
-            longest = number == 0 and group % GROUPS == 0
-            length = 2 * max_response if longest else int(rng.integers(1, max_response + 1))
+        advantages = (rewards - rewards.mean()) / rewards.std()
+        clipped = 3 if group == 1 else 1  # ``straddling_old``: below the range, or above it
+        advantages *= np.sign(advantages[clipped]) * (-1 if clipped == 3 else 1)
+        for number in survivors:
+            length = int(rng.integers(1, max_response + 1))
+            if group >= GROUPS or number == group == 0:
+                length = round(max_response * (2.0 if number == 0 else 1.5))
             samples.append(
                 Sample(
                     group=group,
@@ -182,8 +193,8 @@ def random_samples(vocabulary: int, seed: int, *, max_prompt: int = 9, max_respo
                     prompt_ids=prompt_ids,
                     response_ids=rng.integers(0, vocabulary, length).astype(np.int32),
                     rollout_logprobs=rng.normal(-4.0, 1.0, length).astype(np.float32),
-                    advantage=float(advantage),
-                    token_advantages=rng.normal(advantage, 1.0, length),
+                    advantage=float(advantages[number]),
+                    token_advantages=rng.normal(advantages[number], 1.0, length),
                     weight=0.0,
                 )
             )

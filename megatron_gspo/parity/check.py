@@ -47,7 +47,7 @@ class Settings:
     dtype: str = "float64"
     seed: int = 0
     temperature: float = 0.8
-    chunk: int = 10
+    chunk: int = 24
     """``model.logprob_chunk``: smaller than a micro-batch, so that there are several."""
     tolerance: float | None = None
     """Replaces the dtype's own."""

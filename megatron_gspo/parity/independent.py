@@ -27,7 +27,7 @@ def transformers_step(reference: Reference, directory: str) -> Part:
     case, part, step = reference.case, Part(), StepPart()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _load(case).to(device)
-    members = case.members(0)
+    members = case.minibatches[0]
     weights = dict(zip(members, naive_weights([case.samples[index].group for index in members]), strict=True))
     for index in range(len(case.samples)):
         with torch.set_grad_enabled(index in weights):

@@ -114,7 +114,7 @@ def reference_step(case: Case, directory: str) -> Reference:
     assert learner.reference is not None
     case = replace(case, ref=_logprobs(case, learner.reference, range(len(case.samples)), live=True))
     writer = _Steps(case, learner, Path(directory))
-    steps = [writer.take(number) for number in range(len(STEPS))]
+    steps = [writer.take(number) for number in range(len(case.minibatches))]
     case = writer.case
     reference = Reference(
         case,
@@ -143,7 +143,7 @@ class _Steps:
         self._adam: NaiveAdamW | None = None
 
     def take(self, number: int) -> StepReference:
-        members = self.case.members(number)
+        members = self.case.minibatches[number]
         new = _logprobs(self.case, self.policy, members)
         old = {index: straddling_old(self.case, index, new[index]) for index in members}
         self.case = replace(self.case, old={**self.case.old, **old})
@@ -208,14 +208,13 @@ def check_meaning(reference: Reference) -> None:
     """Raises BatchError when nothing is compared: no response clipped or all, no KL, no clipping by the norm, or a
     gradient that is 0 without cause."""
     case = reference.case
-    for number, step in enumerate(reference.steps):
-        members = case.members(number)
-        shares = [step.clipped[case.predicting(index)].mean() for index in members]
-        if not any(shares) or all(share == 1 for share in shares):
-            raise BatchError(
-                f"{len(members)} responses, {sum(map(bool, shares))} of them clipped: the mini-batch could not tell "
-                f"right from wrong; another --seed gives another one"
-            )
+    shares = [reference.clipped[case.predicting(index)].mean() for index in range(len(case.samples))]
+    if not any(shares) or all(share == 1 for share in shares):
+        raise BatchError(
+            f"{len(shares)} responses, {sum(map(bool, shares))} of them clipped: the mini-batches could not tell "
+            f"right from wrong; another --seed gives others"
+        )
+    for step in reference.steps:
         silent = [name for name in step.idle if ".experts." not in name and not name.endswith(".gate.weight")]
         if silent:
             raise BatchError(
@@ -224,16 +223,13 @@ def check_meaning(reference: Reference) -> None:
         if not step.kl > 0 or not step.norm > case.clip_grad > 0:
             raise BatchError(
                 f"KL {step.kl:g}, gradient norm {step.norm:g} with clip_grad {case.clip_grad:g}: the KL term and "
-                f"gradient clipping could not tell right from wrong; another --seed gives another mini-batch"
+                f"gradient clipping could not tell right from wrong; another --seed gives other mini-batches"
             )
 
 
 def _check_filled(case: Case) -> None:
-    if not all(case.members(number) for number in range(len(STEPS))):
-        raise BatchError(
-            f"{len(case.samples)} responses have no near-tie in a router, none of one of the mini-batches: another "
-            f"--seed gives others"
-        )
+    if not case.samples:
+        raise BatchError("every response has a near-tie in a router: another --seed gives others")
 
 
 def _routes(case: Case, policy: Policy, indices: Sequence[int]) -> list[RouteShard] | None:

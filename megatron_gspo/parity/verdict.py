@@ -108,7 +108,7 @@ class _Step:
         self.mine: list[StepPart] = [part.steps[number] for part in parts]
         self.name = f"step {number + 1}"
         self.number = number
-        self.indices = [index for index in self.case.members(number) if index not in excused]
+        self.indices = [index for index in self.case.minibatches[number] if index not in excused]
 
     def judge(self) -> None:
         training = [part.steps[self.number].training for part in self.last]
