@@ -182,11 +182,13 @@ def _case(settings: Settings, path: str) -> Case:
     shape = read_model(path)[1]
     if settings.replay and not any(shape.moe_layers):
         raise ConfigError(f"--replay: {shape.architecture} with these layers is dense, and has no routes to replay")
-    vocabulary = shape.vocab_size
-    lengths = {"max_prompt": 64, "max_response": 128} if settings.path else {}
+    prompt, response = (64, 128) if settings.path else (9, 40)
+    response = round(PRECISIONS[settings.dtype].length * response)
     return Case(
         path=path,
-        samples=random_samples(vocabulary, settings.seed, **lengths),
+        samples=random_samples(
+            shape.vocab_size, settings.seed, max_prompt=prompt, max_response=round(length * response)
+        ),
         seed=settings.seed,
         loss=settings.loss,
         dtype=settings.dtype,

@@ -220,7 +220,7 @@ def check_meaning(reference: Reference) -> None:
             raise BatchError(
                 f"{len(silent)} gradients are zero without a cause, {silent[0]} first: nothing is compared"
             )
-        if not step.kl > 0 or not step.norm > case.clip_grad > 0:
+        if not step.kl > 0 or not reference.steps[0].norm > case.clip_grad > 0:
             raise BatchError(
                 f"KL {step.kl:g}, gradient norm {step.norm:g} with clip_grad {case.clip_grad:g}: the KL term and "
                 f"gradient clipping could not tell right from wrong; another --seed gives other mini-batches"
