@@ -186,9 +186,7 @@ def _case(settings: Settings, path: str) -> Case:
     response = round(PRECISIONS[settings.dtype].length * response)
     return Case(
         path=path,
-        samples=random_samples(
-            shape.vocab_size, settings.seed, max_prompt=prompt, max_response=round(length * response)
-        ),
+        samples=random_samples(shape.vocab_size, settings.seed, max_prompt=prompt, max_response=response),
         seed=settings.seed,
         loss=settings.loss,
         dtype=settings.dtype,
