@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -267,6 +267,16 @@ class LossOutput:
     """[T_local] bool: response tokens on the clipped branch with the ratio above 1 + clip_high."""
     clipped_S: torch.Tensor
     """[S] bool: the sequence has a token on the clipped branch, on whichever rank."""
+
+
+class Trained(NamedTuple):
+    """What a micro-batch gave in training."""
+
+    new_logprobs_T: torch.Tensor
+    """[T_local] detached."""
+    entropy_T: torch.Tensor
+    """[T_local] detached, nats."""
+    output: LossOutput
 
 
 @dataclass

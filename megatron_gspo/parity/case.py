@@ -1,8 +1,8 @@
-"""The mini-batch of a check, the same for every layout, and how a layout lays it out."""
+"""The mini-batches of a check, the same for every layout."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,29 +19,38 @@ from megatron_gspo.types import Sample
 
 Key = tuple[int, int]
 """(group, sample) of a response."""
-Plan = list[list[list[int]]]
-"""Data-parallel rank -> micro-batch -> indices of samples; an empty micro-batch is a dummy."""
 
-ADAM = {"lr": 1e-4, "weight_decay": 0.1, "betas": [0.9, 0.98], "eps": 1e-8}
-SGD_LIMIT = {"lr": 1e6, "weight_decay": 0.0, "betas": [0.9, 0.98], "eps": 1e6}
-"""Adam's first step where eps is far above every gradient: one unit of SGD."""
-MICROBATCHES = 4
+STEPS = (1, 4)
+"""What the two optimizer steps are numbered in a run of TOTAL_STEPS: one lies in the warm-up, one in the decay."""
+TOTAL_STEPS, WARMUP_STEPS = 8, 3
+GROUPS, GROUP_SIZE = 2, 4
+"""Groups of a mini-batch, and responses of a group."""
+SURVIVORS = ((0, 1, 2, 3), (0, 1, 2, 3), (0, 1), (2,))
+"""By group: which of its responses were not dropped."""
+BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.1
+KL_COEF = 0.3
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a mini-batch and a loss."""
+    """A model, the responses of an outer step of two mini-batches, and a loss."""
 
     path: str
     """Hugging Face directory."""
     samples: tuple[Sample, ...]
-    """Their advantages and weights are the mini-batch's. A weight of 0 sets a response with a near-tie apart."""
-    old: tuple[np.ndarray, ...] = ()
-    """By sample, [R] float64 log pi_old; set by the reference."""
-    alone: int = 0
-    """The sample with a micro-batch to itself; the reference chooses one that a cut in the middle goes through."""
+    """Without weights: ``train.batch.place`` gives them theirs in a layout, and the reference has its own."""
+    old: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """Sample -> [R] float64 log pi_old; set by the reference."""
+    ref: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """Sample -> [R] float64 log pi_ref; set by the reference. Layouts compute theirs."""
+    clip_grad: float = 0.0
+    """A part of the first gradient's norm; set by the reference."""
+    eps: float = 1.0
+    """Adam's, of the size of a gradient's entries: far below them, a step would not depend on clipping. Set by the
+    reference."""
+    dropped: tuple[Key, ...] = ()
+    """Responses that were left out for a near-tie in a router."""
     seed: int = 0
-    """Places the old logprobs."""
     loss: str = "gspo"
     dtype: str = "float64"
     temperature: float = 0.8
@@ -76,6 +85,22 @@ class Case:
         """[samples + 1] int64: tokens of all samples are numbered one after the other; where each sample begins."""
         return np.cumsum([0, *(sample.length for sample in self.samples)])
 
+    @property
+    def tokens(self) -> int:
+        return int(self.starts[-1])
+
+    @cached_property
+    def minibatches(self) -> list[list[int]]:
+        """The samples of each mini-batch that has any, in order."""
+        by_step: dict[int, list[int]] = {}
+        for index, sample in enumerate(self.samples):
+            by_step.setdefault(sample.group // GROUPS, []).append(index)
+        return [by_step[step] for step in sorted(by_step)]
+
+    def own(self, index: int) -> slice:
+        """A sample's tokens, by number."""
+        return slice(int(self.starts[index]), int(self.starts[index + 1]))
+
     def predicting(self, index: int) -> slice:
         """The tokens of a sample, by number, that predict its response tokens: from the prompt's last on."""
         first = int(self.starts[index]) + len(self.samples[index].prompt_ids) - 1
@@ -90,90 +115,102 @@ class Case:
     def routes(self, layer: int, experts: int, top_k: int) -> np.ndarray:
         """[tokens, K] int64: random experts of a layer, all different in a row, by token number; of any layout."""
         rng = np.random.default_rng([self.seed, layer])
-        return rng.random((int(self.starts[-1]), experts)).argsort(axis=1)[:, :top_k]
+        return rng.random((self.tokens, experts)).argsort(axis=1)[:, :top_k]
+
+    def without(self, indices: Collection[int]) -> Case:
+        """The case without these samples, before its reference was computed."""
+        kept = tuple(sample for index, sample in enumerate(self.samples) if index not in indices)
+        gone = tuple(self.keys[index] for index in sorted(indices))
+        return replace(self, samples=kept, dropped=self.dropped + gone, old={}, ref={})
 
     def run_config(self, layout: Layout) -> RunConfig:
         """The configuration of a layout. Raises LayoutError where ``ParallelConfig`` refuses it."""
+        longest = max(sample.length for sample in self.samples)
         return config.parse(
             {
                 "model": {**self.model, **layout.model, "path": self.path, "dtype": self.dtype},
                 "data": {"path": "unused"},
-                "train": {"run_dir": "unused-run"},
+                "algorithm": {
+                    "name": self.loss,
+                    "clip_low": self.clip,
+                    "clip_high": self.clip,
+                    "allow_wide_clip": LOSSES[self.loss].ratio == "sequence",
+                    "kl_loss_coef": KL_COEF,
+                },
+                "train": {
+                    "run_dir": "unused-run",
+                    "outer_steps": TOTAL_STEPS // 2,
+                    "prompts_per_step": 2 * GROUPS,
+                    "minibatches": 2,
+                    "microbatch_tokens": -(-longest // 16) * 16,
+                },
                 "parallel": dict(layout.parallel),
-                "optimizer": {**(ADAM if self.precision.adam else SGD_LIMIT), "clip_grad": 0.0},
-                "rollout": {"temperature": self.temperature},
+                "optimizer": {
+                    "lr": self.precision.lr,
+                    "min_lr": self.precision.lr / 10,
+                    "schedule": "cosine",
+                    "warmup_steps": WARMUP_STEPS,
+                    "weight_decay": WEIGHT_DECAY,
+                    "betas": list(BETAS),
+                    "eps": self.eps,
+                    "clip_grad": self.clip_grad,
+                },
+                "rollout": {
+                    "temperature": self.temperature,
+                    "group_size": GROUP_SIZE,
+                    "max_prompt_tokens": 1,
+                    "max_response_tokens": longest - 1,
+                },
+                "replay": {"mode": "r3" if self.replay else "off"},
             },
             source=layout.name,
         )
 
 
-def random_samples(
-    vocabulary: int, seed: int, *, groups: int = 4, group_size: int = 4, max_prompt: int = 9, max_response: int = 40
-) -> tuple[Sample, ...]:
-    """Groups of random tokens: uneven lengths, advantages of both signs, which for token losses differ by token."""
+def random_samples(vocabulary: int, seed: int, *, max_prompt: int = 9, max_response: int = 40) -> tuple[Sample, ...]:
+    """Random tokens for two mini-batches: advantages of both signs, which for token losses differ by token.
+
+    The first has two groups of four responses of uneven lengths. Of the second's two groups, three long responses are
+    left, each of which fills most of a micro-batch: groups count by the responses that survive, and of two or four data
+    ranks one has a dummy. A response of twice the length comes first in both: what cuts a micro-batch goes through it.
+    """
     rng = np.random.default_rng(seed)
     samples = []
-    for group in range(groups):
+    for group, survivors in enumerate(SURVIVORS):
         prompt_ids = rng.integers(0, vocabulary, rng.integers(1, max_prompt + 1)).astype(np.int32)
-        rewards = rng.random(group_size)
-        for number, advantage in enumerate((rewards - rewards.mean()) / rewards.std()):
+        rewards = rng.random(GROUP_SIZE)
+        advantages = (rewards - rewards.mean()) / rewards.std()
+        clipped = 3 if group == 1 else 1  # ``straddling_old``: below the range, or above it
+        advantages *= np.sign(advantages[clipped]) * (-1 if clipped == 3 else 1)
+        for number in survivors:
             length = int(rng.integers(1, max_response + 1))
+            if group >= GROUPS or number == group == 0:
+                length = round(max_response * (2.0 if number == 0 else 1.5))
             samples.append(
                 Sample(
                     group=group,
                     sample=number,
                     prompt_ids=prompt_ids,
                     response_ids=rng.integers(0, vocabulary, length).astype(np.int32),
-                    rollout_logprobs=np.zeros(length, np.float32),
-                    advantage=float(advantage),
-                    token_advantages=rng.normal(advantage, 1.0, length),
-                    weight=1.0 / (groups * group_size),
+                    rollout_logprobs=rng.normal(-4.0, 1.0, length).astype(np.float32),
+                    advantage=float(advantages[number]),
+                    token_advantages=rng.normal(advantages[number], 1.0, length),
+                    weight=0.0,
                 )
             )
     return tuple(samples)
 
 
-def straddling_old(case: Case, new: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """Old logprobs that put ratios on both sides of both ends of the clip range, and none near an end.
+def straddling_old(case: Case, index: int, new_R: np.ndarray) -> np.ndarray:
+    """Old logprobs of a sample that put ratios on both sides of both ends of the clip range, and none near an end.
 
-    A log-ratio is a third of the range or three times it, up or down. Sequence ratios: samples take the four in turn,
-    and tokens vary around them with a mean of zero. Token ratios: tokens take one of the four at random.
+    A log-ratio is a third of the range or three times it, up or down. Sequence ratios: the samples of a group take the
+    four in turn, and tokens vary around them with a mean of zero. Token ratios: tokens take one of the four at random.
     """
-    rng = np.random.default_rng(case.seed)
+    group, number = case.keys[index]
+    rng = np.random.default_rng([case.seed, group, number])
     places = case.clip * np.array([1 / 3, 3.0, -1 / 3, -3.0])
-    olds = []
-    for index, new_R in enumerate(new):
-        if LOSSES[case.loss].ratio == "token":
-            log_ratio_R = rng.choice(places, len(new_R))
-        else:
-            noise_R = case.clip * rng.normal(size=len(new_R))
-            log_ratio_R = places[index % 4] + noise_R - noise_R.mean()
-        olds.append(new_R - log_ratio_R)
-    return tuple(olds)
-
-
-def set_apart(case: Case, indices: Sequence[int]) -> Case:
-    """The case with the loss of these samples taken out: their weight is 0."""
-    samples = [replace(s, weight=0.0) if i in set(indices) else s for i, s in enumerate(case.samples)]
-    return replace(case, samples=tuple(samples))
-
-
-def uneven_plan(samples: int, data_ranks: int, multiple: int, alone: int = 0) -> Plan:
-    """Shares of different sizes, out of order; the last of several ranks has one micro-batch fewer and a dummy.
-
-    Args:
-        multiple: micro-batches a rank come in multiples of it.
-        alone: this sample is the first rank's first micro-batch.
-    """
-    order = np.random.default_rng(7).permutation(samples)
-    order = np.concatenate([[alone], order[order != alone]])
-    cuts = (np.linspace(0, 1, data_ranks + 1)[1:-1] ** 0.7 * samples).round().astype(int)  # the first rank has more
-    count = -(-MICROBATCHES // multiple) * multiple
-    plan: Plan = []
-    for rank, share in enumerate(np.split(order, cuts)):
-        used = MICROBATCHES - (data_ranks > 1 and rank == data_ranks - 1)
-        first = [share[:1]] if rank == 0 else []
-        rest, packs = share[len(first) :], np.arange(1, used - len(first) + 1)
-        parts = np.split(rest, (packs.cumsum()[:-1] / packs.sum() * len(rest)).round().astype(int))  # uneven packs
-        plan.append([part.tolist() for part in first + parts] + [[] for _ in range(count - used)])
-    return plan
+    if LOSSES[case.loss].ratio == "token":
+        return new_R - rng.choice(places, len(new_R))
+    noise_R = case.clip * rng.normal(size=len(new_R))
+    return new_R - (places[number % 4] + noise_R - noise_R.mean())

@@ -27,8 +27,9 @@ from megatron_gspo.parity.reference import Reference, reference_step, reference_
 from megatron_gspo.parity.step import Fault, layout_step
 from megatron_gspo.parity.verdict import Row, fallen, judge
 
-BYTES_A_PARAMETER = {"float64": 40, "float32": 20, "bfloat16": 18}
-"""Weight, gradient and the optimizer's two moments and copy, in one process without sharding."""
+BYTES_A_PARAMETER = {"float64": 72, "float32": 60, "bfloat16": 54}
+"""In one process: the policy's weight and gradient and the reference policy's weight, what they are written from, and
+the naive optimizer's float64 weight, moments and their successors."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Settings:
     dtype: str = "float64"
     seed: int = 0
     temperature: float = 0.8
-    chunk: int = 10
+    chunk: int = 24
     """``model.logprob_chunk``: smaller than a micro-batch, so that there are several."""
     tolerance: float | None = None
     """Replaces the dtype's own."""
@@ -113,7 +114,7 @@ def compare_layout(
     """Runs a layout, and gives its row; ``fault`` as in ``check``.
 
     Runs it twice, and the reference too, when a response's routes fall on the other side of a near-tie: the second time
-    without such responses in the loss, so that nothing of them is in a gradient.
+    without such responses, so that nothing of them is in a gradient.
     """
     row, started = Row(layout.name, 0), time.perf_counter()
     case = reference.case
@@ -123,12 +124,14 @@ def compare_layout(
         if refusal := ranks.refusal(row.ranks):
             raise LayoutError(refusal)
         parts = ranks.run(row.ranks, layout_step, case, layout, directory, fault)
-        if indices := fallen(parts, reference):
+        indices, near_ties = fallen(parts, reference)
+        if indices:
             again = f"{directory}/{layout.name}"
             reference = ranks.once(reference_without, case, indices, again)
             ranks.share(again)
             parts = ranks.run(row.ranks, layout_step, reference.case, layout, again, fault)
         judge(row, parts, reference, tolerance, max(case.precision.norm, tolerance))
+        row.near_ties = near_ties + [name for name in row.near_ties if name not in near_ties]
     except ConfigError as error:  # what our configuration or a rank refuses
         row.verdict, row.reason = "refused", _line(error)
     except RankError as error:
@@ -146,9 +149,10 @@ def _progress(row: Row) -> str:
 def _describe(reference: Reference) -> str:
     case = reference.case
     clipped = sum(bool(reference.clipped[case.predicting(i)].any()) for i in range(len(case.samples)))
+    idle = ", ".join(f"{len(step.idle)} of {len(step.names)}" for step in reference.steps)
     return (
-        f"{len(case.samples)} responses, {int(case.starts[-1])} tokens, {clipped} clipped, {len(reference.apart)} set "
-        f"apart for a near-tie in a router; {len(reference.idle)} of {len(reference.names)} tensors without a gradient"
+        f"{len(case.samples)} responses in {len(reference.steps)} mini-batches, {case.tokens} tokens, {clipped} "
+        f"clipped, {len(case.dropped)} left out for a near-tie in a router; tensors without a gradient: {idle}"
     )
 
 
@@ -178,11 +182,11 @@ def _case(settings: Settings, path: str) -> Case:
     shape = read_model(path)[1]
     if settings.replay and not any(shape.moe_layers):
         raise ConfigError(f"--replay: {shape.architecture} with these layers is dense, and has no routes to replay")
-    vocabulary = shape.vocab_size
-    lengths = {"max_prompt": 64, "max_response": 128} if settings.path else {}
+    prompt, response = (64, 128) if settings.path else (9, 40)
+    response = round(PRECISIONS[settings.dtype].length * response)
     return Case(
         path=path,
-        samples=random_samples(vocabulary, settings.seed, **lengths),
+        samples=random_samples(shape.vocab_size, settings.seed, max_prompt=prompt, max_response=response),
         seed=settings.seed,
         loss=settings.loss,
         dtype=settings.dtype,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,44 +11,61 @@ import numpy as np
 import torch
 
 from megatron_gspo.parity.case import Case
-from megatron_gspo.parity.naive import naive_term
-from megatron_gspo.parity.reference import Reference
-from megatron_gspo.parity.step import GRADIENTS, Part, TokenValues, compare
+from megatron_gspo.parity.naive import naive_weights
+from megatron_gspo.parity.naive_adamw import gradient_norm
+from megatron_gspo.parity.parts import Part, StepPart, TokenValues
+from megatron_gspo.parity.reference import Reference, term_of
+from megatron_gspo.parity.tensors import GRADIENTS, compare
 
 
 def transformers_step(reference: Reference, directory: str) -> Part:
-    """Logprobs, entropies, ratios, loss and gradients of the mini-batch by transformers, in the case's dtype.
+    """Logprobs of all responses, and the first mini-batch's entropies, ratios, loss and gradients by transformers, in
+    the case's dtype.
 
     For a process of its own: imported under ``policy.cpu``'s stand-ins, transformers leaves rotary angles unset.
     """
-    case, part = reference.case, Part(0, 0, 0)
+    case, part, step = reference.case, Part(), StepPart()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _load(case).to(device)
-    for index, sample in enumerate(case.samples):
-        ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64)).to(device)
-        with _routed(case, model, index):
-            logits = model(input_ids=ids[None], use_cache=False).logits[0]
-        first = len(sample.prompt_ids) - 1
-        log_probs = torch.log_softmax(logits[first:-1].to(case.loss_dtype) / case.temperature, dim=-1)
-        new_R = log_probs.gather(1, ids[first + 1 :, None])[:, 0]
-        old_R = torch.from_numpy(case.old[index])
-        term = naive_term(case.loss, new_R, old_R, case.advantages(index), sample.weight, case.clip, case.clip)
+    members = case.minibatches[0]
+    weights = dict(zip(members, naive_weights([case.samples[index].group for index in members]), strict=True))
+    for index in range(len(case.samples)):
+        with torch.set_grad_enabled(index in weights):
+            new_R, entropy_R = _response(case, model, index)
+        _append(part.old_pass, case, index, new_R)
+        if index not in weights:
+            continue
+        term = term_of(case, index, new_R, weights[index])
         term.loss.backward()
-        part.loss += float(term.loss.detach())
-        part.sequences[case.keys[index]] = (term.log_ratio, float(term.loss.detach()))
-        for values in (part.old_pass, part.training):
-            _append(values, case, index, new_R, -(log_probs.exp() * log_probs).sum(-1), term.clipped)
-    part.gradients = compare(_stored_gradients(model), Path(directory) / GRADIENTS)
-    squares = (float(w.grad.double().square().sum()) for w in model.parameters() if w.grad is not None)
-    part.norm = math.sqrt(sum(squares))
+        step.loss += float(term.loss.detach())
+        step.sequences[case.keys[index]] = (term.log_ratio, float(term.loss.detach()))
+        _append(step.training, case, index, new_R)
+        step.training.entropy.append(entropy_R.detach().double().cpu().numpy())
+        step.training.clipped.append(np.array(term.clipped))
+    gradients = dict(_stored_gradients(model))
+    step.gradients = compare(iter(gradients.items()), Path(directory) / GRADIENTS.format(step=0))
+    step.metrics = {"grad_norm": gradient_norm(gradients)}
+    part.steps.append(step)
     return part
+
+
+def _response(case: Case, model: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """([R] logprobs, [R] entropies) of a sample's response."""
+    sample = case.samples[index]
+    ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64)).to(model.device)
+    with _routed(case, model, index):
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    first = len(sample.prompt_ids) - 1
+    log_probs = torch.log_softmax(logits[first:-1].to(case.loss_dtype) / case.temperature, dim=-1)
+    new_R = log_probs.gather(1, ids[first + 1 :, None])[:, 0]
+    return new_R, -(log_probs.exp() * log_probs).sum(-1)
 
 
 @contextmanager
 def _routed(case: Case, model: Any, index: int) -> Iterator[None]:
     """Routers choose the case's routes of a sample, where it replays any; its last token has none."""
     gates = [(layer, block.mlp.gate) for layer, block in enumerate(model.model.layers) if hasattr(block.mlp, "gate")]
-    own = slice(int(case.starts[index]), int(case.starts[index + 1]) - 1)
+    own = slice(case.own(index).start, case.own(index).stop - 1)
 
     def hook(layer: int) -> Any:
         def choose(gate: Any, inputs: object, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -71,14 +87,10 @@ def _routed(case: Case, model: Any, index: int) -> Iterator[None]:
             handle.remove()
 
 
-def _append(
-    values: TokenValues, case: Case, index: int, new_R: torch.Tensor, entropy_R: torch.Tensor, clipped: list[bool]
-) -> None:
+def _append(values: TokenValues, case: Case, index: int, new_R: torch.Tensor) -> None:
     own = case.predicting(index)
     values.numbers.append(np.arange(own.start, own.stop))
     values.logprobs.append(new_R.detach().double().cpu().numpy())
-    values.entropy.append(entropy_R.detach().double().cpu().numpy())
-    values.clipped.append(np.array(clipped))
 
 
 def _load(case: Case) -> Any:

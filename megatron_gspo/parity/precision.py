@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Precision:
-    """Tolerances of a dtype, relative to the largest entry of a tensor, and how its mini-batch is made."""
+    """Tolerances of a dtype, relative to the largest entry of a tensor, and how its mini-batches are made."""
 
     tolerance: float
-    """Of logprobs, entropies, ratios, losses, gradients and parameters."""
+    """Of logprobs, entropies, ratios, losses, metrics, gradients and parameters."""
     norm: float
     """Of the gradient norm, which Megatron keeps in float32 whatever the model's dtype."""
     floor: float
@@ -25,17 +25,23 @@ class Precision:
     independent: float
     """Tolerance against transformers, which rounds norms, rotary angles and router scores to float32 inside."""
     sets_apart: bool
-    """Whether every response with a near-tie is taken out of the loss beforehand. In bfloat16 hardly one is without:
-    there only those go that do fall on the other side, and the layout is run again."""
-    adam: bool
-    """Whether the optimizer step is AdamW's own. Elsewhere a rounding of the gradient is a large part of Adam's first
-    step, g / (|g| + eps), wherever g is small: eps is then far above every gradient, and the step is SGD's."""
+    """Whether every response with a near-tie is left out beforehand. In bfloat16 hardly one is without: there only
+    those go that do fall on the other side, and the layout is run again."""
+    length: float
+    """How long responses are, as a share of what they are in float64: the coarser the dtype, the more of their tokens
+    are at a near-tie."""
+    lr: float
+    """Learning rate. In float64 it is so small that the float32 norm, by which gradients are clipped, moves no weight
+    by more than lr x norm = 1e-12 and no later gradient by more than the tolerance (docs/parity.md)."""
+    eps: float
+    """Adam's eps in units of the root mean square of the clipped gradient. A rounding of the gradient is a large part
+    of Adam's step, g / (|g| + eps), wherever |g| is small: the coarser the dtype, the more of it is eps."""
 
 
 PRECISIONS = {
-    "float64": Precision(1e-10, 1e-6, 1e-6, 1e-5, 1e-9, 1e-3, 1e-5, sets_apart=True, adam=True),
-    "float32": Precision(1e-5, 1e-5, 1e-3, 1e-4, 1e-5, 1e-3, 1e-5, sets_apart=True, adam=False),
-    "bfloat16": Precision(1e-1, 1e-1, 1e-1, 1e-1, 5e-2, 1e-1, 5e-1, sets_apart=False, adam=False),
+    "float64": Precision(1e-10, 1e-6, 1e-6, 1e-5, 1e-9, 1e-3, 1e-5, sets_apart=True, length=1.0, lr=1e-6, eps=1.0),
+    "float32": Precision(1e-5, 1e-5, 1e-3, 1e-4, 1e-5, 1e-3, 1e-5, sets_apart=True, length=1.0, lr=1e-3, eps=1.0),
+    "bfloat16": Precision(1e-1, 1e-1, 1e-1, 1e-1, 5e-2, 1e-1, 5e-1, sets_apart=False, length=0.25, lr=1e-2, eps=100.0),
 }
 """By ``model.dtype``. bfloat16's were measured on the tiny models: gradients within 5e-2 of one process's, and within
 2.1e-1 of transformers', whose routes are not seen and may fall on the other side of a near-tie."""

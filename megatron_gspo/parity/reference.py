@@ -1,9 +1,9 @@
-"""The reference: the product's model in one process, one sequence a micro-batch, under naive float64 formulas."""
+"""The reference: the product's model in one process, one sequence a micro-batch; all else is naive and in float64."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,34 +13,61 @@ from safetensors.torch import save_file
 
 from megatron_gspo.errors import BatchError
 from megatron_gspo.parity import shards
-from megatron_gspo.parity.case import Case, Key, set_apart, straddling_old
+from megatron_gspo.parity.case import (
+    BETAS,
+    KL_COEF,
+    STEPS,
+    TOTAL_STEPS,
+    WARMUP_STEPS,
+    WEIGHT_DECAY,
+    Case,
+    Key,
+    straddling_old,
+)
 from megatron_gspo.parity.layouts import Layout
-from megatron_gspo.parity.naive import naive_term
-from megatron_gspo.parity.step import GRADIENTS, PARAMETERS, Part, build, note, old_pass, replayed
+from megatron_gspo.parity.naive import NaiveTerm, naive_term, naive_weights
+from megatron_gspo.parity.naive_adamw import NaiveAdamW, gradient_norm, naive_lr
+from megatron_gspo.parity.naive_metrics import Measured, Metric, naive_metrics
+from megatron_gspo.parity.parts import Choices, recorded
+from megatron_gspo.parity.step import build
+from megatron_gspo.parity.tensors import GRADIENTS, PARAMETERS
+from megatron_gspo.policy.model import load_weights
 from megatron_gspo.policy.policy import Policy
-from megatron_gspo.types import PackedBatch
+from megatron_gspo.policy.routes import record_routes
+from megatron_gspo.train.context import Learner
+from megatron_gspo.types import RouteShard
 
 ONE_PROCESS = Layout("one process")
+CLIPPED_TO = 0.25
+"""``clip_grad`` over the norm of the first gradient: both steps are clipped."""
 
 
 @dataclass
-class Reference:
-    """What every layout is compared with, besides the files of gradients and parameters."""
+class Routing:
+    """Every router's choices in a pass, over all tokens by number."""
 
-    case: Case
-    """With old logprobs set, and responses with a near-tie set apart."""
+    experts: dict[int, np.ndarray] = field(default_factory=dict)
+    """Layer -> [tokens, K]; -1 where the pass did not come by."""
+    margins: dict[int, np.ndarray] = field(default_factory=dict)
+    """Layer -> [tokens]."""
+
+
+@dataclass
+class StepReference:
+    """One optimizer step, besides the files of gradients and parameters. Arrays are by token number, [tokens]."""
+
     logprobs: np.ndarray
-    """[tokens of all samples] float64; NaN where a token predicts no response token. By token number, like the rest."""
+    """Float64; NaN where a token predicts no response token of this mini-batch, like the entropies."""
     entropy: np.ndarray
     clipped: np.ndarray
     """Bool."""
-    routes: dict[int, np.ndarray]
-    """Layer -> [tokens, K] experts."""
-    margins: dict[int, np.ndarray]
-    """Layer -> [tokens]."""
+    routing: Routing
     sequences: dict[Key, tuple[float, float]]
     """(log s_i, its part of the loss)."""
     loss: float
+    kl: float = 0.0
+    """The part of the KL term in it, without its coefficient."""
+    metrics: dict[str, Metric] = field(default_factory=dict)
     norm: float = 0.0
     gradient_scale: float = 0.0
     """Largest entry of any gradient."""
@@ -51,122 +78,258 @@ class Reference:
     """Of parameters, and of what is no parameter but part of the model: routers' expert biases."""
     idle: list[str] = field(default_factory=list)
     """Tensors without a gradient: experts that got no token."""
-    apart: list[Key] = field(default_factory=list)
+
+
+@dataclass
+class Reference:
+    """What every layout is compared with, besides the files."""
+
+    case: Case
+    """With old and reference logprobs, and without responses with a near-tie."""
+    logprobs: np.ndarray
+    """[tokens] float64, of the pi_old pass; NaN where a token predicts no response token, like the next."""
+    ref_logprobs: np.ndarray
+    routing: Routing
+    """Of the pi_old pass."""
+    steps: list[StepReference]
+
+    @property
+    def clipped(self) -> np.ndarray:
+        """[tokens] bool, of both mini-batches."""
+        return np.logical_or.reduce([step.clipped for step in self.steps])
 
 
 def reference_step(case: Case, directory: str) -> Reference:
     """Runs the reference on this one rank, and writes its gradients and parameters into ``directory``.
 
-    Raises BatchError when the mini-batch could not tell right from wrong.
+    Raises BatchError when the mini-batches could not tell right from wrong.
     """
-    policy, groups = build(case, ONE_PROCESS)
-    batches = [shards.pack(case, [index], groups) for index in range(len(case.samples))]
-    part = Part(0, 0, 0)
-    old_pass(case, policy, batches, part)
-    total = int(case.starts[-1])
-    scatter = _scatter(total, np.concatenate(part.old_pass.numbers))
-    logprobs = scatter(np.concatenate(part.old_pass.logprobs), np.nan)
-    routes = {layer: _scatter(total, numbers)(experts, -1) for layer, (numbers, experts) in part.routes.items()}
-    margins = {layer: _scatter(total, part.routes[layer][0])(m, np.inf) for layer, m in part.margins.items()}
-    apart = near_ties(case, margins) if case.precision.sets_apart else []
-    case = set_apart(case, apart)
-    new = [logprobs[case.predicting(index)] for index in range(len(case.samples))]
-    case = replace(case, old=straddling_old(case, new))
-    clipped = _train(case, policy, batches, part)
-    case = replace(case, alone=longest_alive(case, clipped))
+    learner = build(case, ONE_PROCESS)
+    logprobs, routing = _old_pass(case, learner.policy)
+    ties = near_ties(case, routing.margins) if case.precision.sets_apart else []
+    if ties:  # what is left has numbers of its own
+        case = case.without(ties)
+        _check_filled(case)
+        logprobs, routing = _old_pass(case, learner.policy)
+    assert learner.reference is not None
+    case = replace(case, ref=_logprobs(case, learner.reference, range(len(case.samples)), live=True))
+    writer = _Steps(case, learner, Path(directory))
+    steps = [writer.take(number) for number in range(len(case.minibatches))]
+    case = writer.case
     reference = Reference(
-        case=case,
-        logprobs=logprobs,
-        entropy=scatter(np.concatenate(part.old_pass.entropy), np.nan),
-        clipped=clipped,
-        routes=routes,
-        margins=margins,
-        sequences=part.sequences,
-        loss=part.loss,
-        apart=[key for key, sample in zip(case.keys, case.samples, strict=True) if not sample.weight],
+        case,
+        logprobs=shards.scattered(case, logprobs, np.nan),
+        ref_logprobs=shards.scattered(case, case.ref, np.nan),
+        routing=routing,
+        steps=steps,
     )
-    _write_tensors(policy, Path(directory), reference)
     check_meaning(reference)
     return reference
 
 
-def reference_without(case: Case, indices: Sequence[int], directory: str) -> Reference:
-    """The reference once more, with these samples set apart."""
+def reference_without(case: Case, indices: Collection[int], directory: str) -> Reference:
+    """The reference once more, without these samples."""
     Path(directory).mkdir()
-    return reference_step(set_apart(case, indices), directory)
+    case = case.without(indices)
+    _check_filled(case)
+    return reference_step(case, directory)
 
 
-def longest_alive(case: Case, clipped: np.ndarray) -> int:
-    """The sample that counts, is not clipped, and whose response is longer than its prompt by most."""
-    alive = [i for i, s in enumerate(case.samples) if s.weight and not clipped[case.predicting(i)].all()]
-    return max(alive, key=lambda i: len(case.samples[i].response_ids) - len(case.samples[i].prompt_ids), default=0)
+class _Steps:
+    """The policy of the reference while its two optimizer steps are taken."""
+
+    def __init__(self, case: Case, learner: Learner, directory: Path) -> None:
+        self.case, self.policy, self.directory = case, learner.policy, directory
+        self._adam: NaiveAdamW | None = None
+
+    def take(self, number: int) -> StepReference:
+        members = self.case.minibatches[number]
+        new = _logprobs(self.case, self.policy, members)
+        old = {index: straddling_old(self.case, index, new[index]) for index in members}
+        self.case = replace(self.case, old={**self.case.old, **old})
+        step = _gradients(self.case, self.policy, members)
+        gradients = dict(self.policy.named_gradients())
+        self._describe(step, gradients)
+        save_file(gradients, self.directory / GRADIENTS.format(step=number))
+        lr = naive_lr(
+            STEPS[number],
+            lr=self.case.precision.lr,
+            min_lr=self.case.precision.lr / 10,
+            warmup=WARMUP_STEPS,
+            total=TOTAL_STEPS,
+        )
+        step.metrics["lr"] = Metric(lr, lr)
+        self._update(step, gradients, lr)
+        parameters = dict(self.policy.weights())
+        step.weights = set(parameters)
+        step.parameter_scale = max(float(parameter.abs().max()) for parameter in parameters.values())
+        save_file(parameters, self.directory / PARAMETERS.format(step=number))
+        return step
+
+    def _describe(self, step: StepReference, gradients: dict[str, torch.Tensor]) -> None:
+        step.norm, step.names = gradient_norm(gradients), set(gradients)
+        step.idle = [name for name, gradient in gradients.items() if not gradient.any()]
+        step.gradient_scale = max(float(gradient.abs().max()) for gradient in gradients.values())
+
+    def _update(self, step: StepReference, gradients: dict[str, torch.Tensor], lr: float) -> None:
+        """AdamW by the naive optimizer, whose weights are then the model's."""
+        if self._adam is None:
+            clip = float(f"{CLIPPED_TO * step.norm:.2g}")
+            count = sum(gradient.numel() for gradient in gradients.values())
+            eps = float(f"{self.case.precision.eps * clip / math.sqrt(count):.2g}")
+            self.case = replace(self.case, clip_grad=clip, eps=eps)
+            weights = {name: weight.double() for name, weight in self.policy.weights()}
+            self._adam = NaiveAdamW(weights, BETAS, eps, WEIGHT_DECAY, clip)
+        self._adam.step(gradients, lr)
+        source = _InMemory(self._adam.weights)
+        with torch.no_grad():
+            for chunk in self.policy.chunks:
+                load_weights(chunk, self.policy.family, source)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """Weights by Hugging Face name under ``HfReader``'s interface."""
+
+    weights: dict[str, torch.Tensor]
+    directory: str = "the naive optimizer's weights"
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.weights[name]
 
 
 def near_ties(case: Case, margins: dict[int, np.ndarray]) -> list[int]:
     """The samples with a token whose router nearly chose otherwise, in the layer where it was nearest."""
-    closest = np.min(list(margins.values()), axis=0) if margins else np.full(int(case.starts[-1]), np.inf)
-    return [
-        index
-        for index in range(len(case.samples))
-        if closest[case.starts[index] : case.starts[index + 1]].min() < case.precision.near_tie
-    ]
+    closest = np.min(list(margins.values()), axis=0) if margins else np.full(case.tokens, np.inf)
+    return [index for index in range(len(case.samples)) if closest[case.own(index)].min() < case.precision.near_tie]
 
 
 def check_meaning(reference: Reference) -> None:
-    """Raises BatchError when nothing is compared: no response clipped or all, or a gradient that is 0 without cause."""
+    """Raises BatchError when nothing is compared: no response clipped or all, no KL, no clipping by the norm, or a
+    gradient that is 0 without cause."""
     case = reference.case
-    counted = [i for i, sample in enumerate(case.samples) if sample.weight]
-    shares = [reference.clipped[case.predicting(i)].mean() for i in counted]
-    if not counted or not any(shares) or all(share == 1 for share in shares):
+    shares = [reference.clipped[case.predicting(index)].mean() for index in range(len(case.samples))]
+    if not any(shares) or all(share == 1 for share in shares):
         raise BatchError(
-            f"{len(counted)} responses count, {sum(map(bool, shares))} of them clipped: the mini-batch could not tell "
-            f"right from wrong; another --seed gives another one"
+            f"{len(shares)} responses, {sum(map(bool, shares))} of them clipped: the mini-batches could not tell "
+            f"right from wrong; another --seed gives others"
         )
-    silent = [name for name in reference.idle if ".experts." not in name and not name.endswith(".gate.weight")]
-    if silent:
-        raise BatchError(f"{len(silent)} gradients are zero without a cause, {silent[0]} first: nothing is compared")
+    for step in reference.steps:
+        silent = [name for name in step.idle if ".experts." not in name and not name.endswith(".gate.weight")]
+        if silent:
+            raise BatchError(
+                f"{len(silent)} gradients are zero without a cause, {silent[0]} first: nothing is compared"
+            )
+        if not step.kl > 0 or not reference.steps[0].norm > case.clip_grad > 0:
+            raise BatchError(
+                f"KL {step.kl:g}, gradient norm {step.norm:g} with clip_grad {case.clip_grad:g}: the KL term and "
+                f"gradient clipping could not tell right from wrong; another --seed gives other mini-batches"
+            )
 
 
-def _train(case: Case, policy: Policy, batches: Sequence[PackedBatch], part: Part) -> np.ndarray:
-    """Loss and gradients by the naive formulas; returns [tokens] whether each is on the clipped branch."""
-    clipped = np.zeros(int(case.starts[-1]), dtype=bool)
+def _check_filled(case: Case) -> None:
+    if not case.samples:
+        raise BatchError("every response has a near-tie in a router: another --seed gives others")
 
-    def objective(index: int, logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
-        sample, own = case.samples[index], case.predicting(index)
-        first = own.start - int(case.starts[index])
-        new_R = logprobs_T[first : first + len(sample.response_ids)]
-        old_R = torch.from_numpy(case.old[index])
-        term = naive_term(case.loss, new_R, old_R, case.advantages(index), sample.weight, case.clip, case.clip)
-        clipped[own] = term.clipped
-        part.sequences[case.keys[index]] = (term.log_ratio, float(term.loss.detach()))
-        part.loss += float(term.loss.detach())
-        note(case, batches[index], policy.groups, part.training, logprobs_T, entropy_T)
+
+def _routes(case: Case, policy: Policy, indices: Sequence[int]) -> list[RouteShard] | None:
+    """What routers are made to choose in a pass over these samples, where the case replays any."""
+    if not case.replay:
+        return None
+    return [shards.routes(case, shards.pack_alone(case, index), policy) for index in indices]
+
+
+def _logprobs(case: Case, policy: Policy, indices: Sequence[int], *, live: bool = False) -> dict[int, np.ndarray]:
+    """Sample -> [R] float64; ``live``: routers choose for themselves, as those of a reference policy always do."""
+    batches = [shards.pack_alone(case, index) for index in indices]
+    with policy.replay.replay(None if live else _routes(case, policy, indices)):
+        results = policy.logprobs(batches)
+    return {index: _of_response(case, index, new_T) for index, (new_T, _) in zip(indices, results, strict=True)}
+
+
+def _of_response(case: Case, index: int, values_T: torch.Tensor) -> np.ndarray:
+    own, start = case.predicting(index), int(case.starts[index])
+    return values_T[own.start - start : own.stop - start].detach().double().cpu().numpy()
+
+
+def _old_pass(case: Case, policy: Policy) -> tuple[dict[int, np.ndarray], Routing]:
+    indices = range(len(case.samples))
+    with record_routes(policy.chunks) as routers:
+        logprobs = _logprobs(case, policy, indices)
+    return logprobs, _whole(case, recorded(routers, _numbers(case, indices)))
+
+
+def _numbers(case: Case, indices: Sequence[int]) -> list[np.ndarray]:
+    """Of the tokens of each sample's micro-batch."""
+    return [np.arange(case.own(index).start, case.own(index).stop) for index in indices]
+
+
+def _whole(case: Case, choices: Choices) -> Routing:
+    routing = Routing()
+    for layer, (numbers, experts) in choices.experts.items():
+        routing.experts[layer] = np.full((case.tokens, experts.shape[1]), -1)
+        routing.experts[layer][numbers] = experts
+        routing.margins[layer] = np.full(case.tokens, np.inf)
+        routing.margins[layer][numbers] = choices.margins[layer]
+        if case.replay:  # what is replayed has no near-tie
+            routing.margins[layer][np.setdiff1d(numbers, case.starts[1:] - 1)] = np.inf
+    return routing
+
+
+def _gradients(case: Case, policy: Policy, members: list[int]) -> StepReference:
+    """Loss and gradients of a mini-batch by the naive formulas, and its metrics by theirs."""
+    weights = naive_weights([case.samples[index].group for index in members])
+    measured: list[Measured] = []
+    logprobs, entropy, clipped, kl = {}, {}, np.zeros(case.tokens, dtype=bool), 0.0
+    sequences: dict[Key, tuple[float, float]] = {}
+
+    def objective(position: int, logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
+        nonlocal kl
+        index = members[position]
+        own, start = case.predicting(index), int(case.starts[index])
+        term = term_of(case, index, logprobs_T[own.start - start : own.stop - start], weights[position])
+        logprobs[index], entropy[index] = (_of_response(case, index, v) for v in (logprobs_T, entropy_T))
+        clipped[own], kl = term.clipped, kl + term.kl
+        sequences[case.keys[index]] = (term.log_ratio, float(term.loss.detach()))
+        measured.append(_measured(case, index, logprobs[index], entropy[index], term))
         return term.loss
 
-    with policy.replay.replay(replayed(case, policy, batches)):
+    batches = [shards.pack_alone(case, index) for index in members]
+    with record_routes(policy.chunks) as routers, policy.replay.replay(_routes(case, policy, members)):
         policy.gradients(batches, objective)
-    return clipped
+    routing = _whole(case, recorded(routers, _numbers(case, members)))
+    own_tokens = np.concatenate(_numbers(case, members))
+    loads = {
+        layer: np.bincount(experts[own_tokens].ravel(), minlength=policy.shape.num_experts)
+        for layer, experts in routing.experts.items()
+    }
+    return StepReference(
+        logprobs=shards.scattered(case, logprobs, np.nan),
+        entropy=shards.scattered(case, entropy, np.nan),
+        clipped=clipped,
+        routing=routing,
+        sequences=sequences,
+        loss=sum(part for _, part in sequences.values()),
+        kl=kl,
+        metrics=naive_metrics(measured, loads),
+    )
 
 
-def _write_tensors(policy: Policy, directory: Path, reference: Reference) -> None:
-    gradients = dict(policy.named_gradients())
-    squares = [float(gradient.double().square().sum()) for gradient in gradients.values()]
-    reference.norm = math.sqrt(sum(squares))
-    reference.names = set(gradients)
-    reference.idle = [name for name, square in zip(gradients, squares, strict=True) if square == 0.0]
-    reference.gradient_scale = max(float(gradient.abs().max()) for gradient in gradients.values())
-    save_file(gradients, directory / GRADIENTS)
-    policy.step(0, 1)
-    parameters = dict(policy.weights())
-    reference.weights = set(parameters)
-    reference.parameter_scale = max(float(parameter.abs().max()) for parameter in parameters.values())
-    save_file(parameters, directory / PARAMETERS)
+def term_of(case: Case, index: int, new_R: torch.Tensor, weight: float) -> NaiveTerm:
+    """A sample's part of the loss by the naive formulas."""
+    old_R, ref_R = (torch.from_numpy(np.asarray(values[index])) for values in (case.old, case.ref))
+    return naive_term(case.loss, new_R, old_R, ref_R, case.advantages(index), weight, case.clip, KL_COEF)
 
 
-def _scatter(total: int, numbers: np.ndarray):  # type: ignore[no-untyped-def]  # of arrays of any dtype
-    def place(values: np.ndarray, fill: float) -> np.ndarray:
-        whole = np.full((total, *values.shape[1:]), fill, dtype=values.dtype)
-        whole[numbers] = values
-        return whole
-
-    return place
+def _measured(case: Case, index: int, new_R: np.ndarray, entropy_R: np.ndarray, term: NaiveTerm) -> Measured:
+    return Measured(
+        new=new_R,
+        old=case.old[index],
+        ref=case.ref[index],
+        rollout=case.samples[index].rollout_logprobs.astype(np.float64),
+        entropy=entropy_R,
+        advantages=case.advantages(index),
+        low=term.low,
+        high=term.high,
+        loss=float(term.loss.detach()),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,16 +13,12 @@ from megatron_gspo.parity.case import Case
 from megatron_gspo.policy.groups import Groups, device
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.policy.replay import route_dtype
-from megatron_gspo.types import PackedBatch, RouteShard, TokenShard
+from megatron_gspo.types import PackedBatch, RouteShape, RouteShard, Sample, TokenShard
 
 
-def pack(case: Case, indices: Sequence[int], groups: Groups) -> PackedBatch:
-    """A micro-batch as this layout's ranks need it, on this rank's device; a dummy for no samples."""
-    ranks = {"tensor": groups.tensor.size(), "context": groups.context.size()}
-    if indices:
-        batch = packing.pack([case.samples[i] for i in indices], loss_dtype=case.loss_dtype, **ranks)
-    else:
-        batch = packing.dummy_batch(case.loss_dtype, **ranks)
+def pack_alone(case: Case, index: int) -> PackedBatch:
+    """One response as a micro-batch of one process, on its device."""
+    batch = packing.pack([case.samples[index]], loss_dtype=case.loss_dtype)
     tensors = {name: value.to(device()) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
     return replace(batch, **tensors)  # type: ignore[arg-type]
 
@@ -35,21 +31,27 @@ def own_numbers(case: Case, batch: PackedBatch, groups: Groups) -> np.ndarray:
     numbers_T = torch.full((batch.num_tokens,), -1, dtype=torch.int64, device=batch.tokens_T.device)
     for key, start in zip(batch.samples, batch.cu_seqlens.tolist(), strict=False):
         if key in case.index_of:
-            index = case.index_of[key]
-            length = case.samples[index].length
-            first = int(case.starts[index])
-            numbers_T[start : start + length] = torch.arange(first, first + length, device=numbers_T.device)
+            own = case.own(case.index_of[key])
+            length = own.stop - own.start
+            numbers_T[start : start + length] = torch.arange(own.start, own.stop, device=numbers_T.device)
     return packing.shard_tokens(replace(batch, labels_T=numbers_T), groups.shard).labels_T.cpu().numpy()
 
 
-def with_old_logprobs(case: Case, batch: PackedBatch, groups: Groups) -> TokenShard:
-    """This rank's shard with the case's old logprobs; NaN wherever nothing may be read."""
-    by_number = np.full(int(case.starts[-1]) + 1, np.nan)  # the last one answers for padding
-    for index, old_R in enumerate(case.old):
-        by_number[case.predicting(index)] = old_R
-    shard = packing.shard_tokens(batch, groups.shard)
+def with_old_logprobs(case: Case, batch: PackedBatch, shard: TokenShard, groups: Groups) -> TokenShard:
+    """The shard of a micro-batch with the case's old logprobs; NaN wherever nothing may be read."""
+    by_number = scattered(case, case.old, np.nan, extra=1)  # the last one answers for padding
     old_T = torch.from_numpy(by_number[own_numbers(case, batch, groups)])
     return replace(shard, old_logprobs_T=old_T.to(shard.labels_T.device, case.loss_dtype))
+
+
+def scattered(
+    case: Case, values: Mapping[int, Sequence[float] | np.ndarray], fill: float, *, extra: int = 0
+) -> np.ndarray:
+    """[tokens + extra] float64: [R] values of samples at the tokens that predict their response tokens."""
+    whole = np.full(case.tokens + extra, fill)
+    for index, values_R in values.items():
+        whole[case.predicting(index)] = values_R
+    return whole
 
 
 def routes(case: Case, batch: PackedBatch, policy: Policy) -> RouteShard:
@@ -63,3 +65,15 @@ def routes(case: Case, batch: PackedBatch, policy: Policy) -> RouteShard:
         experts_LTK.to(device(), route_dtype(shape.num_experts)),
         torch.from_numpy((numbers >= 0) & ~np.isin(numbers, case.starts[1:] - 1)).to(device()),
     )
+
+
+def routed_samples(case: Case, shape: RouteShape) -> list[Sample]:
+    """The case's samples with its routes, as an engine would send them: [N + R - 1, L, K]."""
+    if not case.replay:
+        return list(case.samples)
+    by_layer = [
+        case.routes(layer, shape.num_experts, shape.top_k) if is_moe else np.zeros((case.tokens, shape.top_k))
+        for layer, is_moe in enumerate(shape.moe_layers)
+    ]
+    routes_TLK = np.stack(by_layer, axis=1).astype(shape.dtype)
+    return [replace(s, routes=routes_TLK[case.own(index)][:-1]) for index, s in enumerate(case.samples)]

@@ -1,195 +1,130 @@
-"""One training step of a layout, seen from one rank: what every rank of the check runs."""
+"""One outer step of a layout, seen from one rank: what a run computes from placed samples to the second update.
+
+Everything between the responses and the weights is what ``train.step`` runs. Only old logprobs are replaced: a run's
+would put every ratio of the first mini-batch at exactly 1.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
-from megatron_gspo.algorithm.objective import policy_objective, resolve_loss
 from megatron_gspo.errors import NonFiniteError
-from megatron_gspo.parallel.sequence import ShardedSequenceSum
 from megatron_gspo.parity import shards
-from megatron_gspo.parity.case import Case, Key, uneven_plan
+from megatron_gspo.parity.case import STEPS, Case
 from megatron_gspo.parity.layouts import Layout
-from megatron_gspo.policy.groups import Groups, make_groups
+from megatron_gspo.parity.parts import Choices, Part, StepPart, note, recorded
+from megatron_gspo.parity.tensors import GRADIENTS, PARAMETERS, compare, gradient_copies, parameter_copies
+from megatron_gspo.policy.groups import make_groups
 from megatron_gspo.policy.policy import Policy
-from megatron_gspo.policy.routes import Routes, record_routes
-from megatron_gspo.types import LossOutput, PackedBatch, RouteShard
+from megatron_gspo.policy.routes import record_routes
+from megatron_gspo.train import step as training
+from megatron_gspo.train.batch import Minibatch, place
+from megatron_gspo.train.context import Learner, build_learner
+from megatron_gspo.train.replay import MinibatchRoutes
+from megatron_gspo.types import RouteShard, TokenShard
 
 Fault = Callable[[], AbstractContextManager[object]]
 """Makes a context that each rank enters around its whole step. For tests: the check must be able to fail."""
 
-GRADIENTS, PARAMETERS = "gradients.safetensors", "parameters.safetensors"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of one tensor from the reference's."""
-
-    error: float
-    """max |a - b|; infinity for another shape or a NaN."""
-    scale: float
-    """max |b|."""
-
-
-@dataclass
-class TokenValues:
-    """Per-token results by token number; entries of several micro-batches are appended."""
-
-    numbers: list[np.ndarray] = field(default_factory=list)
-    """Each [n] int64."""
-    logprobs: list[np.ndarray] = field(default_factory=list)
-    entropy: list[np.ndarray] = field(default_factory=list)
-    clipped: list[np.ndarray] = field(default_factory=list)
-    """Bool: on the clipped branch; empty in the pass that has no loss."""
-
-
-@dataclass
-class Part:
-    """What one rank has of a layout's step."""
-
-    stage: int
-    token_rank: int
-    data_rank: int
-    norm: float = 0.0
-    old_pass: TokenValues = field(default_factory=TokenValues)
-    training: TokenValues = field(default_factory=TokenValues)
-    loss: float = 0.0
-    """Sum over its micro-batches of what is differentiated; 0 but on the last stage."""
-    sequences: dict[Key, tuple[float, float]] = field(default_factory=dict)
-    """(log s_i, its part of the loss), whole on every rank of the last stage."""
-    routes: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-    """Layer -> ([n] token numbers, [n, K] experts)."""
-    margins: dict[int, np.ndarray] = field(default_factory=dict)
-    """Layer -> [n] what parts the last chosen expert from the next, in logits."""
-    gradients: dict[str, Difference] = field(default_factory=dict)
-    """Of the tensors that this rank owns, by Hugging Face name."""
-    parameters: dict[str, Difference] | None = None
-    """None where no optimizer step was taken."""
-
 
 def layout_step(case: Case, layout: Layout, references: str, fault: Fault | None = None) -> Part:
-    """Runs a layout's step on this rank and compares the tensors that it owns with the files in ``references``.
+    """Runs a layout's steps on this rank and compares the tensors that it holds with the files in ``references``.
 
     Raises LayoutError where the layout is refused.
     """
     with (fault or nullcontext)():
-        policy, groups = build(case, layout)
+        learner = build(case, layout)
+        groups = learner.groups
         part = Part(groups.pipeline.rank(), groups.token.rank(), groups.data_rank)
-        multiple = policy.config.parallel.microbatch_multiple
-        plan = uneven_plan(len(case.samples), groups.data_size, multiple, case.alone)
-        batches = [shards.pack(case, indices, groups) for indices in plan[part.data_rank]]
-        old_pass(case, policy, batches, part)
-        train(case, policy, batches, part)
-        part.gradients = compare(policy.named_gradients(), Path(references) / GRADIENTS)
-        try:
-            part.norm, _ = policy.step(0, 1)
-        except NonFiniteError:  # on every rank alike; the columns say where it comes from
-            part.norm = math.nan
-        part.parameters = compare(policy.weights(), Path(references) / PARAMETERS)
+        samples = shards.routed_samples(case, learner.policy.shape.routes)
+        mine = samples[groups.data_rank :: groups.data_size] if groups.is_leader else []
+        minibatches = place(mine, learner.config, groups)
+        token_shards, routes = old_pass(case, learner, mine, minibatches, part)
+        for number, (minibatch, own, routed) in enumerate(zip(minibatches, token_shards, routes, strict=True)):
+            part.steps.append(train(case, learner, minibatch, own, routed, number, Path(references)))
+            if part.steps[-1].metrics is None:
+                break
     return part
 
 
-def build(case: Case, layout: Layout) -> tuple[Policy, Groups]:
-    """The layout's policy on this rank. Raises LayoutError where we or Megatron refuse it."""
+def build(case: Case, layout: Layout) -> Learner:
+    """The layout's models on this rank. Raises LayoutError where we or Megatron refuse it."""
     settings = case.run_config(layout)
-    groups = make_groups(settings.parallel)
-    return Policy(settings, groups), groups
-
-
-def old_pass(case: Case, policy: Policy, batches: list[PackedBatch], part: Part) -> None:
-    """The forward pass of pi_old: logprobs, entropies, and the routers' choices."""
-    routes = replayed(case, policy, batches)
-    with record_routes(policy.chunks) as routers, policy.replay.replay(routes):
-        results = policy.logprobs(batches)
-    for batch, (logprobs_T, entropy_T) in zip(batches if results else [], results, strict=True):
-        note(case, batch, policy.groups, part.old_pass, logprobs_T, entropy_T)
-    numbers = [shards.own_numbers(case, batch, policy.groups) for batch in batches]
-    for choices in filter(None, routers):
-        note_routes(part, choices, numbers)
-        if routes is not None:  # what is replayed has no near-tie
-            replayed_T = torch.cat([shard.present_T for shard in routes]).cpu().numpy()
-            part.margins[choices[0].layer][replayed_T[np.concatenate(numbers) >= 0]] = np.inf
-
-
-def replayed(case: Case, policy: Policy, batches: Sequence[PackedBatch]) -> list[RouteShard] | None:
-    """The routes of a pass over ``batches``, where the case replays any."""
-    return [shards.routes(case, batch, policy) for batch in batches] if case.replay else None
-
-
-def train(case: Case, policy: Policy, batches: list[PackedBatch], part: Part) -> None:
-    """Loss and gradients, by the product's own objective."""
-    inputs = [shards.with_old_logprobs(case, batch, policy.groups) for batch in batches]
-    loss, sequence_sum = resolve_loss(case.loss), ShardedSequenceSum(policy.groups.token)
-
-    def objective(index: int, logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
-        output = policy_objective(
-            inputs[index],
-            logprobs_T,
-            loss=loss,
-            clip_low=case.clip,
-            clip_high=case.clip,
-            kl_loss_coef=0.0,
-            sequence_sum=sequence_sum,
-        )
-        note(case, batches[index], policy.groups, part.training, logprobs_T, entropy_T, output)
-        part.loss += float(output.loss.detach())
-        rows = zip(output.log_ratio_S.tolist(), output.loss_S.tolist(), strict=True)
-        part.sequences.update(zip(batches[index].samples, rows, strict=True))
-        return output.loss
-
-    with policy.replay.replay(replayed(case, policy, batches)):
-        policy.gradients(batches, objective)
-    part.sequences.pop((-1, -1), None)  # dummies
+    learner = build_learner(settings, make_groups(settings.parallel))
+    assert learner.reference is not None
+    disturb(learner.reference)
+    return learner
 
 
 @torch.no_grad()
-def compare(tensors: Iterator[tuple[str, torch.Tensor]], reference: Path) -> dict[str, Difference]:
-    """Each tensor that this rank owns, against the reference's of its name; names that only one has are errors."""
-    found: dict[str, Difference] = {}
-    with safe_open(reference, framework="pt", device="cpu") as file:
-        known = set(file.keys())
-        for name, a in tensors:
-            b = file.get_tensor(name) if name in known else torch.empty(0)
-            error = (a.double() - b.double()).abs().max() if a.shape == b.shape else torch.tensor(torch.inf)
-            scale = float(b.double().abs().max()) if b.numel() else 0.0
-            found[name] = Difference(float(error) if error == error else float("inf"), scale)
-    return found
+def disturb(reference: Policy) -> None:
+    """Makes another policy of a reference that has the policy's weights: its final norm is scaled, entry by entry."""
+    for parameter, named in (rule for chunk in reference.chunks for rule in chunk.rules(reference.family)):
+        if named.hf_names == ("model.norm.weight",):
+            places = torch.arange(len(parameter), dtype=torch.float64, device=parameter.device)
+            parameter.mul_((1 + 0.2 * torch.cos(places)).to(parameter.dtype))
 
 
-def note(
+def old_pass(
+    case: Case, learner: Learner, mine: Sequence, minibatches: list[Minibatch], part: Part
+) -> tuple[list[list[TokenShard]], list[MinibatchRoutes]]:
+    """The forward passes of pi_old and the reference, with the routers' choices; returns what training takes."""
+    engine = training.engine_routes(learner, mine, minibatches, 0)
+    with record_routes(learner.policy.chunks) as routers:
+        token_shards, routes = training.pi_old_pass(learner, minibatches, engine)
+    batches = [batch for minibatch in minibatches for batch in minibatch.batches]
+    part.choices = recorded(routers, [shards.own_numbers(case, batch, learner.groups) for batch in batches])
+    for minibatch, own in zip(minibatches, token_shards, strict=True):
+        for index, (batch, shard) in enumerate(zip(minibatch.batches, own, strict=bool(own))):
+            assert shard.old_logprobs_T is not None and shard.ref_logprobs_T is not None
+            note(case, batch, learner.groups, part.old_pass, shard.old_logprobs_T)
+            note(case, batch, learner.groups, part.ref_pass, shard.ref_logprobs_T)
+            own[index] = shards.with_old_logprobs(case, batch, shard, learner.groups)
+    return token_shards, routes
+
+
+def train(
     case: Case,
-    batch: PackedBatch,
-    groups: Groups,
-    into: TokenValues,
-    logprobs_T: torch.Tensor,
-    entropy_T: torch.Tensor,
-    output: LossOutput | None = None,
-) -> None:
-    """Appends a micro-batch's values at the tokens that predict response tokens."""
-    numbers = shards.own_numbers(case, batch, groups)
-    wanted = np.zeros(int(case.starts[-1]) + 1, dtype=bool)
-    for index in range(len(case.samples)):
-        wanted[case.predicting(index)] = True
-    own = wanted[numbers]
-    into.numbers.append(numbers[own])
-    into.logprobs.append(logprobs_T.detach().double().cpu().numpy()[own])
-    into.entropy.append(entropy_T.detach().double().cpu().numpy()[own])
-    if output is not None:
-        into.clipped.append((output.clipped_low_T | output.clipped_high_T).cpu().numpy()[own])
+    learner: Learner,
+    minibatch: Minibatch,
+    token_shards: list[TokenShard],
+    routes: MinibatchRoutes,
+    number: int,
+    references: Path,
+) -> StepPart:
+    """An optimizer step; its tensors are compared between the gradients and the step, and after it."""
+    step = StepPart()
+    outputs, sums, live = training.minibatch_gradients(learner, minibatch, token_shards, routes)
+    for batch, (logprobs_T, entropy_T, output) in zip(minibatch.batches, outputs, strict=bool(outputs)):
+        note(case, batch, learner.groups, step.training, logprobs_T, entropy_T, output)
+        step.loss += float(output.loss.detach())
+        rows = zip(output.log_ratio_S.tolist(), output.loss_S.tolist(), strict=True)
+        step.sequences.update(zip(batch.samples, rows, strict=True))
+    step.sequences.pop((-1, -1), None)  # dummies
+    if routes.replayed is None:
+        step.choices = chosen(live, [shards.own_numbers(case, batch, learner.groups) for batch in minibatch.batches])
+    step.gradients = gradient_copies(learner.policy, references / GRADIENTS.format(step=number))
+    try:
+        step.metrics = training.take_step(learner, sums, STEPS[number])
+    except NonFiniteError:  # on every rank alike; the columns say where it comes from
+        return step
+    parameters = references / PARAMETERS.format(step=number)
+    step.parameters = parameter_copies(learner.policy, parameters)
+    step.sent = compare(learner.policy.weights(copies=False), parameters)
+    return step
 
 
-def note_routes(part: Part, choices: list[Routes], numbers: list[np.ndarray]) -> None:
-    """One router's choices in every micro-batch, by token number; padding left out."""
-    all_numbers = np.concatenate(numbers)
-    real = all_numbers >= 0
-    layer = choices[0].layer
-    part.routes[layer] = (all_numbers[real], np.concatenate([c.experts_TK.numpy() for c in choices])[real])
-    part.margins[layer] = np.concatenate([c.margin_T.numpy() for c in choices])[real]
+def chosen(live: Sequence[RouteShard], numbers: Sequence[np.ndarray]) -> Choices:
+    """The live choices of a pass by token number, as ``parts.recorded`` has them; without margins."""
+    found = Choices()
+    for place_of, layer in enumerate(live[0].layers if live else ()):
+        experts_TK = np.concatenate([shard.experts_LTK[place_of].cpu().numpy().astype(np.int64) for shard in live])
+        all_numbers = np.concatenate(numbers)
+        real = all_numbers >= 0
+        found.experts[layer] = (all_numbers[real], np.sort(experts_TK[real], axis=1))
+    return found

@@ -10,11 +10,12 @@ import numpy as np
 
 from megatron_gspo.parity.case import Case, Key
 from megatron_gspo.parity.naive import distance_to_clipping
-from megatron_gspo.parity.reference import Reference
-from megatron_gspo.parity.step import Difference, Part, TokenValues
+from megatron_gspo.parity.parts import Choices, Difference, Part, StepPart, TokenValues
+from megatron_gspo.parity.reference import Reference, Routing, StepReference
 
-COLUMNS = ("logprobs", "entropy", "ratio", "loss", "gradients", "norm", "parameters")
+COLUMNS = ("logprobs", "entropy", "ratio", "loss", "metrics", "gradients", "norm", "parameters")
 """What is compared, in the order of the table. ratio is s_i; loss is the total and each response's part."""
+ONLY_WITH_A_REFERENCE = ("kl/ref_k1", "kl/ref_k3")
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Worst:
 
     error: float = 0.0
     where: str = ""
-    """A response or a Hugging Face name."""
+    """A response, a metric or a Hugging Face name, with its step and rank."""
     tolerance: float = 0.0
 
     def take(self, error: float, where: str) -> None:
@@ -39,6 +40,7 @@ class Row:
     ranks: int
     verdict: Literal["held", "failed", "refused"] = "held"
     columns: dict[str, Worst] = field(default_factory=dict)
+    """Of the steps up to the first that fails: what follows from it in later ones says nothing more."""
     clip_flips: list[str] = field(default_factory=list)
     """Responses clipped otherwise than in the reference, without a near-tie: they fail a layout."""
     route_flips: list[str] = field(default_factory=list)
@@ -46,47 +48,159 @@ class Row:
     near_ties: list[str] = field(default_factory=list)
     """Responses that fell to the other side of a near-tie; named, not counted."""
     straddling: int = 0
-    """Responses that count, are not clipped, and whose tokens lie on several ranks: gradients through sharded sums."""
+    """Responses that are not clipped, and whose tokens lie on several ranks: gradients through sharded sums."""
     reason: str = ""
     """Why it failed or was refused."""
     seconds: float = 0.0
+
+    @property
+    def fails(self) -> bool:
+        too_far = any(not worst.error <= worst.tolerance for worst in self.columns.values())
+        return too_far or bool(self.clip_flips or self.route_flips)
 
     def as_record(self) -> dict[str, Any]:
         """For ``--json``; the keys are the fields', and a column is {error, where, tolerance}."""
         return vars(self) | {"columns": {name: vars(worst) for name, worst in self.columns.items()}}
 
 
-def fallen(parts: Sequence[Part], reference: Reference) -> list[int]:
-    """Samples that count in the loss, and whose routes fell on the other side of a near-tie."""
-    excused = _routes(Row("", 0), parts, reference)
-    return sorted(index for index in excused if reference.case.samples[index].weight)
+def fallen(parts: Sequence[Part], reference: Reference) -> tuple[set[int], list[str]]:
+    """Samples whose routes fell on the other side of a near-tie, and their names."""
+    row = Row("", 0)
+    return _routes(row, parts, reference), row.near_ties
 
 
 def judge(row: Row, parts: Sequence[Part], reference: Reference, tolerance: float, norm_tolerance: float) -> Row:
     """Fills in a row from what its ranks gave."""
-    last_stage = max(part.stage for part in parts)
-    last = [part for part in parts if part.stage == last_stage]
+    last = [part for part in parts if part.stage == max(part.stage for part in parts)]
     row.columns = {name: Worst(tolerance=tolerance) for name in COLUMNS}
     row.columns["norm"].tolerance = norm_tolerance
     excused = _routes(row, parts, reference)
-    for values in ([part.old_pass for part in last], [part.training for part in last]):
-        _tokens(row, values, reference, excused)
-    _clips(row, [part.training for part in last], reference, excused)
-    _sequences(row, last, reference, excused)
-    floor = reference.case.precision.floor
-    gradients = [part.gradients for part in parts]
-    _tensors(row.columns["gradients"], gradients, reference.names, floor * reference.gradient_scale)
-    stepped = [part.parameters for part in parts if part.parameters is not None]
-    if stepped:
-        _tensors(row.columns["parameters"], stepped, reference.weights, floor * reference.parameter_scale)
-    else:
-        del row.columns["parameters"]
-    for part in parts:
-        row.columns["norm"].take(_relative(abs(part.norm - reference.norm), reference.norm), "gradient norm")
+    case = reference.case
+    indices = [index for index in range(len(case.samples)) if index not in excused]
+    _tokens(row, "logprobs", [part.old_pass for part in last], reference.logprobs, case, indices)
+    if any(part.ref_pass.numbers for part in parts):
+        values = [part.ref_pass for part in last]
+        _tokens(row, "logprobs", values, reference.ref_logprobs, case, indices, " of the reference policy")
+    for number in range(min(len(part.steps) for part in parts)):
+        if not row.fails:
+            _Step(row, parts, last, reference, number, excused).judge()
+    row.columns = {name: worst for name, worst in row.columns.items() if worst.where}
     row.straddling = _straddling(reference, last)
     sharded = len({part.token_rank for part in last}) > 1
     _conclude(row, nothing_sharded=sharded and row.straddling == 0)
     return row
+
+
+class _Step:
+    """One optimizer step of a layout against the reference's."""
+
+    def __init__(
+        self,
+        row: Row,
+        parts: Sequence[Part],
+        last: Sequence[Part],
+        reference: Reference,
+        number: int,
+        excused: set[int],
+    ) -> None:
+        self.row, self.case, self.parts, self.last = row, reference.case, parts, last
+        self.expected: StepReference = reference.steps[number]
+        self.mine: list[StepPart] = [part.steps[number] for part in parts]
+        self.name = f"step {number + 1}"
+        self.number = number
+        self.indices = [index for index in self.case.minibatches[number] if index not in excused]
+
+    def judge(self) -> None:
+        training = [part.steps[self.number].training for part in self.last]
+        _tokens(self.row, "logprobs", training, self.expected.logprobs, self.case, self.indices)
+        _tokens(self.row, "entropy", training, self.expected.entropy, self.case, self.indices)
+        ties = len(self.row.near_ties)
+        self._clips(training)
+        self._sequences()
+        self._tensors("gradients", [step.gradients for step in self.mine], self.expected.names)
+        self._metrics(clipping=len(self.row.near_ties) == ties)
+        if all(step.parameters is not None for step in self.mine):
+            self._tensors("parameters", [step.parameters or {} for step in self.mine], self.expected.weights)
+            self._sent()
+
+    def _sequences(self) -> None:
+        """s_i and the loss: every rank of the last stage must know those of its own micro-batches, whole."""
+        ratio, loss = self.row.columns["ratio"], self.row.columns["loss"]
+        scale = max(abs(part_of_loss) for _, part_of_loss in self.expected.sequences.values())
+        sum_scale = sum(abs(part_of_loss) for _, part_of_loss in self.expected.sequences.values())
+        for token_rank in {part.token_rank for part in self.last}:
+            column = [part.steps[self.number] for part in self.last if part.token_rank == token_rank]
+            found = {key: value for step in column for key, value in step.sequences.items()}
+            for key in (self.case.keys[index] for index in self.indices):
+                expected_log, expected_loss = self.expected.sequences[key]
+                log_ratio, part_of_loss = found.get(key, (np.inf, np.inf))
+                ratio.take(_relative(abs(np.exp(log_ratio) - np.exp(expected_log)), np.exp(expected_log)), _label(key))
+                loss.take(_relative(abs(part_of_loss - expected_loss), scale), _label(key))
+            total = sum(step.loss for step in column)
+            loss.take(_relative(abs(total - self.expected.loss), sum_scale), f"total, {self.name}")
+
+    def _metrics(self, *, clipping: bool) -> None:
+        """On every rank; those of ``clip/`` are not compared where a decision was a near-tie."""
+        column = self.row.columns["metrics"]
+        for rank, step in enumerate(self.mine):
+            found = step.metrics or {"grad_norm": float("nan")}
+            norm = abs(found["grad_norm"] - self.expected.norm)
+            self.row.columns["norm"].take(_relative(norm, self.expected.norm), f"gradient norm, {self.name}")
+            if len(found) == 1:  # transformers has no others, nor has a step that was not taken
+                continue
+            optional = {"grad_norm", *ONLY_WITH_A_REFERENCE}
+            for name in sorted((set(found) ^ set(self.expected.metrics)) - optional):
+                column.take(float("inf"), f"{name} (on one side only), {self.name}, rank {rank}")
+            for name in sorted(set(found) & set(self.expected.metrics)):
+                metric = self.expected.metrics[name]
+                if clipping or not name.startswith("clip/"):
+                    error = _relative(abs(found[name] - metric.value), metric.scale)
+                    column.take(error, f"{name}, {self.name}, rank {rank}")
+
+    def _tensors(self, column: str, parts: Sequence[dict[str, Difference]], names: set[str]) -> None:
+        """Every rank's own copy or piece of gradients or parameters; every name must be somewhere."""
+        worst, floor = self.row.columns[column], self._floor(column)
+        for name in sorted(names ^ {name for part in parts for name in part}):
+            worst.take(float("inf"), f"{name} (on one side only), {self.name}")
+        for rank, part in enumerate(parts):
+            for name, difference in part.items():
+                error = _relative(difference.error, max(difference.scale, floor))
+                worst.take(error, f"{name}, {self.name}, rank {rank}")
+
+    def _sent(self) -> None:
+        """What a weight sync would send: every tensor, whole, from the one rank that owns it."""
+        worst, floor = self.row.columns["parameters"], self._floor("parameters")
+        names = [name for step in self.mine for name in step.sent]
+        for name in sorted(self.expected.weights ^ set(names)):
+            worst.take(float("inf"), f"{name} (sent on one side only), {self.name}")
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            worst.take(float("inf"), f"{name} (sent by two ranks), {self.name}")
+        for step in self.mine:
+            for name, difference in step.sent.items():
+                worst.take(_relative(difference.error, max(difference.scale, floor)), f"{name} as sent, {self.name}")
+
+    def _floor(self, column: str) -> float:
+        """What a tensor's largest entry is taken for, where it is smaller."""
+        precision = self.case.precision
+        if column == "gradients":
+            return precision.floor * self.expected.gradient_scale
+        rounding = 2 * precision.lr * precision.norm / precision.tolerance  # of the norm, in a step of size lr
+        return max(precision.floor * self.expected.parameter_scale, rounding)
+
+    def _clips(self, parts: Sequence[TokenValues]) -> None:
+        case = self.case
+        clipped = np.zeros(case.tokens, dtype=bool)
+        clipped[_together(parts, "numbers", int)] = _together(parts, "clipped", bool)
+        for index in self.indices:
+            own = case.predicting(index)
+            other = np.flatnonzero(clipped[own] != self.expected.clipped[own])
+            if not other.size:
+                continue
+            log_ratios = self.expected.logprobs[own] - case.old[index]
+            if case.loss in ("gspo", "gspo-token"):
+                log_ratios = np.full(len(log_ratios), self.expected.sequences[case.keys[index]][0])
+            near = all(distance_to_clipping(log_ratios[t], case.clip) < case.precision.near_clip for t in other)
+            (self.row.near_ties if near else self.row.clip_flips).append(_label(case.keys[index]))
 
 
 def _conclude(row: Row, *, nothing_sharded: bool) -> None:
@@ -104,101 +218,75 @@ def _conclude(row: Row, *, nothing_sharded: bool) -> None:
     row.verdict, row.reason = ("failed", "; ".join(reasons)) if reasons else ("held", "")
 
 
-def _tokens(row: Row, parts: Sequence[TokenValues], reference: Reference, excused: set[int]) -> None:
-    """Logprobs and entropies, a response at a time; each token must have come exactly once."""
-    numbers = np.concatenate([each for part in parts for each in part.numbers])
-    seen = np.bincount(numbers, minlength=len(reference.logprobs))
-    for name in ("logprobs", "entropy"):
-        expected = getattr(reference, name)
-        values = np.full(len(expected), np.nan)
-        values[numbers] = np.concatenate([each for part in parts for each in getattr(part, name)])
-        floor = reference.case.precision.floor * np.nanmax(np.abs(expected))
-        for index, own in _responses(reference.case):
-            if index in excused:
-                continue
-            complete = (seen[own] == 1).all()
-            error = np.abs(values[own] - expected[own]).max() if complete else np.inf
-            scale = max(np.abs(expected[own]).max(), floor)
-            row.columns[name].take(_relative(error, scale), _label(reference.case.keys[index]))
+def _tokens(
+    row: Row,
+    name: str,
+    parts: Sequence[TokenValues],
+    expected: np.ndarray,
+    case: Case,
+    indices: Sequence[int],
+    suffix: str = "",
+) -> None:
+    """Logprobs or entropies, a response at a time; each token must have come exactly once."""
+    numbers = _together(parts, "numbers", int)
+    seen = np.bincount(numbers, minlength=len(expected))
+    values = np.full(len(expected), np.nan)
+    values[numbers] = _together(parts, name, float)
+    floor = case.precision.floor * np.nanmax(np.abs(expected))
+    for index in indices:
+        own = case.predicting(index)
+        error = np.abs(values[own] - expected[own]).max() if (seen[own] == 1).all() else np.inf
+        scale = max(np.abs(expected[own]).max(), floor)
+        row.columns[name].take(_relative(error, scale), _label(case.keys[index]) + suffix)
 
 
-def _sequences(row: Row, parts: Sequence[Part], reference: Reference, excused: set[int]) -> None:
-    """s_i and the loss: every rank of the last stage must know those of its own micro-batches, whole."""
-    ratio, loss = row.columns["ratio"], row.columns["loss"]
-    scale = max(abs(part_of_loss) for _, part_of_loss in reference.sequences.values())
-    sum_scale = sum(abs(part_of_loss) for _, part_of_loss in reference.sequences.values())
-    for token_rank in {part.token_rank for part in parts}:
-        column = [part for part in parts if part.token_rank == token_rank]
-        found = {key: value for part in column for key, value in part.sequences.items()}
-        for index, key in enumerate(reference.case.keys):
-            if index in excused:
-                continue
-            expected_log, expected_loss = reference.sequences[key]
-            log_ratio, part_of_loss = found.get(key, (np.inf, np.inf))
-            ratio.take(_relative(abs(np.exp(log_ratio) - np.exp(expected_log)), np.exp(expected_log)), _label(key))
-            loss.take(_relative(abs(part_of_loss - expected_loss), scale), _label(key))
-        total = sum(part.loss for part in column)
-        loss.take(_relative(abs(total - reference.loss), sum_scale), "total")
-
-
-def _tensors(worst: Worst, parts: Sequence[dict[str, Difference]], expected: set[str], floor: float) -> None:
-    """Gradients or parameters: every name of the reference's, each on the one rank that owns it."""
-    names = [name for part in parts for name in part]
-    for name in sorted(expected ^ set(names)):
-        worst.take(float("inf"), f"{name} (on one side only)")
-    for name in sorted({name for name in names if names.count(name) > 1}) if len(names) != len(set(names)) else ():
-        worst.take(float("inf"), f"{name} (owned by two ranks)")
-    for part in parts:
-        for name, difference in part.items():
-            worst.take(_relative(difference.error, max(difference.scale, floor)), name)
+def _together(parts: Sequence[TokenValues], name: str, kind: type) -> np.ndarray:
+    pieces = [each for part in parts for each in getattr(part, name)]
+    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=kind)
 
 
 def _routes(row: Row, parts: Sequence[Part], reference: Reference) -> set[int]:
-    """Responses routed otherwise; returns those whose first difference is a near-tie, and all after it its consequence.
-
-    What is routed otherwise in one layer reaches every layer above it, so the lowest one decides.
-    """
-    case, first = reference.case, dict[int, tuple[int, bool]]()
-    owner = np.repeat(np.arange(len(case.samples)), np.diff(case.starts))
-    for part in parts:
-        for layer, (numbers, experts) in part.routes.items():
-            other = (experts != reference.routes[layer][numbers]).any(axis=1)
-            for number in numbers[other].tolist():
-                near = bool(reference.margins[layer][number] < case.precision.near_tie)
-                index = int(owner[number])
-                lowest, so_far = first.get(index, (layer, True))
-                if layer <= lowest:
-                    first[index] = (layer, near and (so_far if layer == lowest else True))
+    """Responses routed otherwise in the pi_old pass or in training; returns those that are so by a near-tie alone."""
+    case = reference.case
+    first = _first_flips([part.choices for part in parts], reference.routing, case)
+    for number, step in enumerate(reference.steps):
+        own = [part.steps[number].choices for part in parts if number < len(part.steps)]
+        for index, (layer, near) in _first_flips(own, step.routing, case).items():
+            first.setdefault(index, (layer, near))
+            if not near and first[index][1]:
+                first[index] = (layer, near)
     for index, (layer, near) in sorted(first.items()):
         (row.near_ties if near else row.route_flips).append(f"{_label(case.keys[index])} layer {layer}")
     return {index for index, (_, near) in first.items() if near}
 
 
-def _clips(row: Row, parts: Sequence[TokenValues], reference: Reference, excused: set[int]) -> None:
-    case = reference.case
-    numbers = np.concatenate([each for part in parts for each in part.numbers])
-    clipped = np.zeros(len(reference.clipped), dtype=bool)
-    clipped[numbers] = np.concatenate([each for part in parts for each in part.clipped])
-    for index, own in _responses(case):
-        other = np.flatnonzero(clipped[own] != reference.clipped[own])
-        if not other.size or index in excused:  # what was routed otherwise is named already
-            continue
-        log_ratios = reference.logprobs[own] - case.old[index]
-        if case.loss in ("gspo", "gspo-token"):
-            log_ratios = np.full(len(log_ratios), reference.sequences[case.keys[index]][0])
-        near = all(distance_to_clipping(log_ratios[t], case.clip, case.clip) < case.precision.near_clip for t in other)
-        (row.near_ties if near else row.clip_flips).append(f"{_label(case.keys[index])}")
+def _first_flips(parts: Sequence[Choices], expected: Routing, case: Case) -> dict[int, tuple[int, bool]]:
+    """Sample -> (lowest layer that chose otherwise, whether it was at a near-tie wherever it did).
+
+    What is routed otherwise in one layer reaches every layer above it, so the lowest one decides.
+    """
+    first: dict[int, tuple[int, bool]] = {}
+    owner = np.repeat(np.arange(len(case.samples)), np.diff(case.starts))
+    for part in parts:
+        for layer, (numbers, experts) in part.experts.items():
+            other = (experts != expected.experts[layer][numbers]).any(axis=1)
+            for number in numbers[other].tolist():
+                near = bool(expected.margins[layer][number] < case.precision.near_tie)
+                index = int(owner[number])
+                lowest, so_far = first.get(index, (layer, True))
+                if layer <= lowest:
+                    first[index] = (layer, near and (so_far if layer == lowest else True))
+    return first
 
 
 def _straddling(reference: Reference, parts: Sequence[Part]) -> int:
-    case, ranks_of = reference.case, dict[int, set[int]]()
+    case, clipped, ranks_of = reference.case, reference.clipped, dict[int, set[int]]()
     for part in parts:
         for numbers in part.old_pass.numbers:
             for index, own in _responses(case):
                 if ((numbers >= own.start) & (numbers < own.stop)).any():
                     ranks_of.setdefault(index, set()).add(part.token_rank)
-    alive = (i for i, own in _responses(case) if case.samples[i].weight and not reference.clipped[own].all())
-    return sum(len(ranks_of.get(index, ())) > 1 for index in alive)
+    return sum(len(ranks_of.get(index, ())) > 1 for index, own in _responses(case) if not clipped[own].all())
 
 
 def _responses(case: Case) -> Iterator[tuple[int, slice]]:

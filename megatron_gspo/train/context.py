@@ -34,20 +34,26 @@ from megatron_gspo.train.progress import fingerprint
 
 
 @dataclass(frozen=True)
-class Run:
-    """One rank's view of a reinforcement-learning run; what changes lies in ``policy``, ``cursor`` and the servers."""
+class Learner:
+    """One rank's share of what computes an outer step's passes and updates, once the responses are there."""
 
     config: RunConfig
     groups: Groups
-    tokenizer: Tokenizer
-    prompts: PromptSet
-    eval_prompts: PromptSet | None
-    cursor: PromptCursor
     policy: Policy
     reference: Policy | None
     """The frozen reference; None unless the loss has a KL term."""
     loss: Loss
     sequence_sum: ShardedSequenceSum
+
+
+@dataclass(frozen=True)
+class Run(Learner):
+    """One rank's view of a reinforcement-learning run; what changes lies in ``policy``, ``cursor`` and the servers."""
+
+    tokenizer: Tokenizer
+    prompts: PromptSet
+    eval_prompts: PromptSet | None
+    cursor: PromptCursor
     engine: Engine
     """Over this leader's share of the servers."""
     sync: WeightSync
@@ -138,24 +144,33 @@ def load_inputs(config: RunConfig) -> Inputs:
     return Inputs(tokenizer, prompts, eval_prompts, resolve_reward(config.reward))
 
 
-def build_run(config: RunConfig, groups: Groups, inputs: Inputs, urls: tuple[str, ...]) -> Run:
-    """Loads model and weights and connects to the servers. Collective. Raises UserError for what the user can mend."""
+def build_learner(config: RunConfig, groups: Groups) -> Learner:
+    """Loads the policy and, for a KL term, the reference. Collective. Raises UserError for what the user can mend."""
     policy = Policy(config, groups)
     reference = None
     if config.algorithm.uses_reference:
         path = config.algorithm.reference or config.model.path
         reference = Policy(config, groups, path=path, trainable=False)
-    run = Run(
+    return Learner(
         config=config,
         groups=groups,
-        tokenizer=inputs.tokenizer,
-        prompts=inputs.prompts,
-        eval_prompts=inputs.eval_prompts,
-        cursor=PromptCursor(len(inputs.prompts), config.train.seed, config.data.shuffle),
         policy=policy,
         reference=reference,
         loss=resolve_loss(config.algorithm.name),
         sequence_sum=ShardedSequenceSum(groups.token),
+    )
+
+
+def build_run(config: RunConfig, groups: Groups, inputs: Inputs, urls: tuple[str, ...]) -> Run:
+    """Loads model and weights and connects to the servers. Collective. Raises UserError for what the user can mend."""
+    learner = build_learner(config, groups)
+    policy = learner.policy
+    run = Run(
+        **vars(learner),
+        tokenizer=inputs.tokenizer,
+        prompts=inputs.prompts,
+        eval_prompts=inputs.eval_prompts,
+        cursor=PromptCursor(len(inputs.prompts), config.train.seed, config.data.shuffle),
         engine=make_engine(
             own_servers(urls, groups),
             config.rollout,

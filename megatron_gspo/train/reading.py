@@ -7,13 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from megatron_gspo.algorithm.packing import unshard_tokens
 from megatron_gspo.parallel.exchange import broadcast_object, gather_pieces
 from megatron_gspo.train.batch import Key, Minibatch
 from megatron_gspo.train.context import Run
-from megatron_gspo.types import LossOutput, RolloutGroup, RolloutRecord, Sample, TokenShard
+from megatron_gspo.types import RolloutGroup, RolloutRecord, Sample, TokenShard, Trained
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ def read_samples(
     run: Run,
     minibatches: Sequence[Minibatch],
     shards: Sequence[Sequence[TokenShard]],
-    outputs: Sequence[Sequence[tuple[torch.Tensor, LossOutput]]],
+    outputs: Sequence[Sequence[Trained]],
     groups: Mapping[int, RolloutGroup],
 ) -> list[RolloutRecord]:
     """Up to ``train.save_rollouts`` responses, on the first rank; empty elsewhere. Collective over its replica.
@@ -66,14 +64,14 @@ def _measure(
     run: Run,
     minibatches: Sequence[Minibatch],
     shards: Sequence[Sequence[TokenShard]],
-    outputs: Sequence[Sequence[tuple[torch.Tensor, LossOutput]]],
+    outputs: Sequence[Sequence[Trained]],
     chosen: set[Key],
 ) -> dict[Key, _Measured]:
     """On the last stage: puts the micro-batches that hold a chosen response together from the ranks' tokens."""
     measured: dict[Key, _Measured] = {}
     batches = [batch for minibatch in minibatches for batch in minibatch.batches]
     of_each = zip(batches, itertools.chain(*shards), itertools.chain(*outputs), strict=True)
-    for batch, shard, (new_T, output) in of_each:
+    for batch, shard, (new_T, _, output) in of_each:
         if not chosen.intersection(shard.samples):
             continue
         assert shard.old_logprobs_T is not None

@@ -29,13 +29,12 @@ from megatron_gspo.rollout.engine import Sampling
 from megatron_gspo.rollout.policy import Dropped, apply_policies, zero_truncated
 from megatron_gspo.train.batch import Minibatch, place
 from megatron_gspo.train.clock import Clock
-from megatron_gspo.train.context import Run
+from megatron_gspo.train.context import Learner, Run
 from megatron_gspo.train.noise import measure_noise
 from megatron_gspo.train.reading import read_samples
 from megatron_gspo.train.replay import Dealt, MinibatchRoutes, routes_of_old_pass, routes_of_training
 from megatron_gspo.train.routes import changes_between, check_coverage, coverage, deal_routes, engine_mismatch
 from megatron_gspo.types import (
-    LossOutput,
     Prompt,
     Rollout,
     RolloutGroup,
@@ -44,6 +43,7 @@ from megatron_gspo.types import (
     Sample,
     StepReport,
     TokenShard,
+    Trained,
 )
 
 
@@ -217,7 +217,7 @@ def _kinds(summary: Mapping[str, float]) -> str:
 
 
 def pi_old_pass(
-    run: Run, minibatches: Sequence[Minibatch], engine: Dealt | None = None
+    run: Learner, minibatches: Sequence[Minibatch], engine: Dealt | None = None
 ) -> tuple[list[list[TokenShard]], list[MinibatchRoutes]]:
     """Old (and reference) logprobs of every micro-batch, as the shards that this rank stores; and its routes.
 
@@ -241,13 +241,24 @@ def pi_old_pass(
 
 
 def train_minibatch(
-    run: Run, minibatch: Minibatch, shards: Sequence[TokenShard], routes: MinibatchRoutes, step: int
-) -> tuple[list[tuple[torch.Tensor, LossOutput]], dict[str, float], list[RouteShard]]:
-    """One optimizer step; returns (new logprobs, loss output) of each micro-batch, the metrics, and what this rank's
-    routers would have chosen by themselves. Collective."""
+    run: Learner, minibatch: Minibatch, shards: Sequence[TokenShard], routes: MinibatchRoutes, step: int
+) -> tuple[list[Trained], dict[str, float], list[RouteShard]]:
+    """One optimizer step; returns what each micro-batch gave, the metrics, and what this rank's routers would have
+    chosen by themselves. Collective."""
+    outputs, sums, live = minibatch_gradients(run, minibatch, shards, routes)
+    return outputs, take_step(run, sums, step), live
+
+
+def minibatch_gradients(
+    run: Learner, minibatch: Minibatch, shards: Sequence[TokenShard], routes: MinibatchRoutes
+) -> tuple[list[Trained], MetricSums, list[RouteShard]]:
+    """``train_minibatch`` up to the optimizer, with this rank's part of the metrics' sums. Collective.
+
+    Raises NonFiniteError on every rank when a logprob of a response is not finite.
+    """
     algorithm = run.config.algorithm
     clip_low, clip_high = algorithm.clip_range()
-    outputs: list[tuple[torch.Tensor, LossOutput]] = []
+    outputs: list[Trained] = []
     sums = MetricSums.zeros(device())
     error: NonFiniteError | None = None
 
@@ -265,17 +276,24 @@ def train_minibatch(
         )
         error = error or non_finite_error(new_logprobs_T, shard, "pi_theta")
         sums = sums + minibatch_sums(shard, output, entropy_T)
-        outputs.append((new_logprobs_T.detach(), output))
+        outputs.append(Trained(new_logprobs_T.detach(), entropy_T.detach(), output))
         return output.loss
 
     with run.policy.replay.replay(routes.replayed) as live:
         run.policy.gradients(minibatch.batches, objective)
     agree(error, run.groups.world)  # before the optimizer moves
+    return outputs, sums, live
+
+
+def take_step(run: Learner, sums: MetricSums, step: int) -> dict[str, float]:
+    """Moves the weights by the accumulated gradients; returns the mini-batch's metrics on every rank. Collective."""
     grad_norm, lr = run.policy.step(step, run.config.total_steps)
-    return outputs, minibatch_metrics(run, sums) | {"grad_norm": grad_norm, "lr": lr}, live
+    return minibatch_metrics(run, sums) | {"grad_norm": grad_norm, "lr": lr}
 
 
-def engine_routes(run: Run, samples: Sequence[Sample], minibatches: Sequence[Minibatch], number: int) -> Dealt | None:
+def engine_routes(
+    run: Learner, samples: Sequence[Sample], minibatches: Sequence[Minibatch], number: int
+) -> Dealt | None:
     """This rank's part of the engine's routes; None in an outer step that did not ask for them. Collective.
 
     Raises ReplayError when they are to be replayed and cover too few tokens.
@@ -300,7 +318,7 @@ def routing_metrics(
     return metrics
 
 
-def minibatch_metrics(run: Run, sums: MetricSums) -> dict[str, float]:
+def minibatch_metrics(run: Learner, sums: MetricSums) -> dict[str, float]:
     """The last stage's sums, completed over its ranks, and the routers' load; on every rank. Collective."""
     groups = run.groups
     metrics = None

@@ -1,7 +1,6 @@
-"""The pure parts of the parity check: names of layouts, the mini-batch, naive formulas, and what fails a row."""
+"""The pure parts of the parity check: names of layouts, the mini-batches and the naive formulas."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,16 +9,23 @@ import pytest
 import torch
 
 from megatron_gspo.algorithm.catalog import LOSSES
+from megatron_gspo.algorithm.metrics import finish, minibatch_sums
+from megatron_gspo.algorithm.objective import policy_objective, resolve_loss
+from megatron_gspo.algorithm.packing import pack, shard_tokens
+from megatron_gspo.algorithm.planning import padded_length, plan_microbatches
+from megatron_gspo.algorithm.ratios import segment_sum
+from megatron_gspo.algorithm.weights import response_weights
 from megatron_gspo.config import parse
-from megatron_gspo.errors import BatchError, ConfigError
-from megatron_gspo.parity.case import Case, random_samples, set_apart, straddling_old, uneven_plan
+from megatron_gspo.errors import ConfigError
+from megatron_gspo.parity.case import STEPS, TOTAL_STEPS, Case, random_samples, straddling_old
 from megatron_gspo.parity.layouts import ALL, AXES, Layout, choose_layouts, layout_of, parse_layout
 from megatron_gspo.parity.models import cut_model
-from megatron_gspo.parity.naive import naive_term
-from megatron_gspo.parity.reference import Reference, check_meaning, longest_alive, near_ties
-from megatron_gspo.parity.step import Difference, Part, TokenValues
-from megatron_gspo.parity.table import format_table
-from megatron_gspo.parity.verdict import COLUMNS, Row, judge
+from megatron_gspo.parity.naive import naive_term, naive_weights
+from megatron_gspo.parity.naive_adamw import NaiveAdamW, decays, gradient_norm, naive_lr
+from megatron_gspo.parity.naive_metrics import Measured, naive_metrics
+from megatron_gspo.parity.verdict import ONLY_WITH_A_REFERENCE
+from megatron_gspo.policy.optimizer import learning_rate
+from megatron_gspo.types import Shard
 from tests import oracle
 
 # ------------------------------------------------------------------------------------------------------------- layouts
@@ -93,33 +99,51 @@ def test_layouts_are_chosen_by_name_and_by_what_fits():
 # ---------------------------------------------------------------------------------------------------------- mini-batch
 
 
-def test_every_sample_has_one_place_in_packs_of_uneven_length_and_the_last_rank_a_dummy():
-    for ranks in (1, 2, 4):
-        plan = uneven_plan(16, ranks, multiple=3)
-        assert sorted(index for share in plan for part in share for index in part) == list(range(16))
-        assert {len(share) for share in plan} == {6}
-    assert [] not in [part for share in uneven_plan(16, 1, 1) for part in share]
-    plan = uneven_plan(16, 2, 1)
-    assert plan[-1][-1] == [] and [] not in plan[0]
-    assert len({len(part) for part in plan[0]}) > 1
-    assert sum(map(len, plan[0])) > sum(map(len, plan[1]))
-    assert uneven_plan(16, 2, 1, alone=11)[0][0] == [11]
+@pytest.mark.parametrize("seed", range(4))
+def test_mini_batches_have_groups_of_uneven_size_and_a_long_response_first(seed):
+    case = Case("model", random_samples(67, seed))
+    assert case.minibatches == [[*range(8)], [8, 9, 10]]
+    assert [sample.group for sample in case.samples] == [0] * 4 + [1] * 4 + [2, 2, 3]
+    for members in case.minibatches:
+        lengths = [case.samples[index].length for index in members]
+        assert lengths[0] == max(lengths) > case.run_config(parse_layout("TP1")).train.microbatch_tokens - 16
+    assert {np.sign(sample.advantage) for sample in case.samples} == {-1.0, 1.0}
+    kept = case.without([0, 9, 10])
+    assert kept.dropped == ((0, 0), (2, 1), (3, 2))
+    assert kept.minibatches == [[*range(7)], [7]]
+    assert case.without([8, 9, 10]).minibatches == [[*range(8)]], "an empty mini-batch is none"
 
 
-def test_the_sample_alone_is_one_that_a_cut_in_the_middle_goes_through(reference):
-    case, clipped = reference.case, reference.clipped
-    alone = longest_alive(case, clipped)
-    assert not clipped[case.predicting(alone)].any()
-    assert len(case.samples[alone].response_ids) > len(case.samples[alone].prompt_ids) + 1
-    assert longest_alive(set_apart(case, [alone]), clipped) != alone
+@pytest.mark.parametrize(("context", "ranks"), [(1, 2), (1, 4), (2, 2)])
+def test_a_data_rank_has_a_dummy_in_the_second_mini_batch(context, ranks):
+    case = Case("model", random_samples(67, 0))
+    config = case.run_config(Layout("", {"context": context, "data": ranks}))
+    lengths = [padded_length(case.samples[index].length, context) for index in case.minibatches[1]]
+    plan = plan_microbatches(lengths, token_budget=config.train.microbatch_tokens, num_ranks=ranks)
+    sizes = [len(part) for rank in range(ranks) for part in plan.microbatches(rank)]
+    assert 0 in sizes and sum(sizes) == 3
+
+
+def test_the_two_steps_lie_in_the_warm_up_and_in_the_decay():
+    config = Case("model", random_samples(67, 0)).run_config(parse_layout("TP1"))
+    settings = config.optimizer
+    rates = [
+        naive_lr(step, lr=settings.lr, min_lr=settings.min_lr, warmup=settings.warmup_steps, total=TOTAL_STEPS)
+        for step in range(TOTAL_STEPS)
+    ]
+    assert config.total_steps == TOTAL_STEPS
+    assert rates == pytest.approx(
+        [learning_rate(settings, step, TOTAL_STEPS) for step in range(TOTAL_STEPS)], rel=1e-14
+    )
+    assert rates[STEPS[0]] == pytest.approx(2 / 3 * settings.lr)
+    assert settings.min_lr < rates[STEPS[1]] < settings.lr
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_old_logprobs_put_ratios_on_both_sides_of_both_ends_and_none_near_one(loss):
     case = Case("", random_samples(67, 0), loss=loss)
     new = [np.random.default_rng(1).normal(-3, 1, len(s.response_ids)) for s in case.samples]
-    old = straddling_old(case, new)
-    log_w = [n - o for n, o in zip(new, old, strict=True)]
+    log_w = [new_R - straddling_old(case, index, new_R) for index, new_R in enumerate(new)]
     if LOSSES[loss].ratio == "sequence":
         ratios = np.array([row.mean() for row in log_w])
         assert any(np.abs(row).max() > 1.5 * abs(row.mean()) for row in log_w), "tokens vary within a response"
@@ -128,24 +152,122 @@ def test_old_logprobs_put_ratios_on_both_sides_of_both_ends_and_none_near_one(lo
     np.testing.assert_allclose(np.unique(ratios.round(9)), 1e-3 * np.array([-3, -1 / 3, 1 / 3, 3]), rtol=1e-5)
 
 
+def losses_of(loss, case):
+    """(new [R], old, ref, advantages, weights) by sample, of made-up logprobs."""
+    rng = np.random.default_rng(1)
+    new = [torch.from_numpy(rng.normal(-3, 1, len(s.response_ids))).requires_grad_() for s in case.samples]
+    old = [torch.from_numpy(straddling_old(case, i, n.detach().numpy())) for i, n in enumerate(new)]
+    ref = [n.detach() + torch.from_numpy(rng.normal(0, 0.3, len(n))) for n in new]
+    weights = naive_weights([sample.group for sample in case.samples])
+    return new, old, ref, [case.advantages(i) for i in range(len(new))], weights
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_naive_formulas_are_those_of_the_tests_oracle(loss):
     case = Case("", random_samples(67, 0), loss=loss)
-    new = [torch.randn(len(s.response_ids), dtype=torch.float64).requires_grad_() for s in case.samples]
-    case = replace(case, old=straddling_old(case, [row.detach().numpy() for row in new]))
-    terms = [
-        naive_term(loss, n, torch.from_numpy(o), case.advantages(i), case.samples[i].weight, 1e-3, 1e-3)
-        for i, (n, o) in enumerate(zip(new, case.old, strict=True))
-    ]
-    advantages = [case.advantages(i) for i in range(16)]
-    weights = [sample.weight for sample in case.samples]
-    expected = oracle.naive_loss(loss, new, [torch.from_numpy(o) for o in case.old], advantages, weights, 1e-3, 1e-3)
-    assert [term.clipped for term in terms] == expected.clipped
+    new, old, ref, advantages, weights = losses_of(loss, case)
+    rows = zip(new, old, ref, advantages, weights, strict=True)
+    terms = [naive_term(loss, n, o, r, a, w, 1e-3, 0.25) for n, o, r, a, w in rows]
+    expected = oracle.naive_loss(loss, new, old, advantages, weights, 1e-3, 1e-3)
+    kl = oracle.naive_kl(new, old, ref, weights)
+    assert [term.low for term in terms] == expected.clipped_low
+    assert [term.high for term in terms] == expected.clipped_high
     assert [term.log_ratio for term in terms] == pytest.approx(expected.log_ratio_S, rel=1e-12)
-    assert [float(term.loss) for term in terms] == pytest.approx([float(x) for x in expected.loss_S], rel=1e-12)
-    mine = torch.autograd.grad(sum(term.loss for term in terms), new)
-    theirs = torch.autograd.grad(expected.loss, new, allow_unused=True, materialize_grads=True)
+    assert sum(term.kl for term in terms) == pytest.approx(kl.item(), rel=1e-12)
+    total = sum(term.loss for term in terms)
+    assert total.item() == pytest.approx(expected.loss.item() + 0.25 * kl.item(), rel=1e-12)
+    mine = torch.autograd.grad(total, new)
+    theirs = torch.autograd.grad(expected.loss + 0.25 * kl, new)
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_naive_weights_are_1_over_groups_and_survivors():
+    assert naive_weights([0, 0, 0, 2, 2, 5]) == [1 / 9] * 3 + [1 / 6] * 2 + [1 / 3]
+    groups = [0] * 4 + [1] * 4 + [2, 2, 3]
+    lengths = [[7] * 4, [3] * 4, [5, 6], [9]]
+    paper = np.concatenate(response_weights("paper", lengths, max_response_tokens=9))
+    assert naive_weights(groups) == pytest.approx(paper, rel=1e-15)
+
+
+def test_the_naive_optimizer_is_torchs_adamw_behind_its_clipping_with_norms_and_biases_exempt():
+    generator = torch.Generator().manual_seed(0)
+    names = ["model.layers.0.mlp.up_proj.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"]
+    weights = {name: torch.randn(3, 4, generator=generator, dtype=torch.float64) for name in names}
+    parameters = {name: torch.nn.Parameter(weight.clone()) for name, weight in weights.items()}
+    mine = NaiveAdamW(dict(weights), betas=(0.9, 0.98), eps=0.1, weight_decay=0.3, clip_grad=1.5)
+    groups = [
+        {"params": [parameters[names[0]]], "weight_decay": 0.3},
+        {"params": [parameters[name] for name in names[1:]], "weight_decay": 0.0},
+    ]
+    theirs = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=0.1)
+    for lr, size in ((0.2, 1.0), (0.1, 3.0), (0.3, 0.05)):  # the last one is not clipped
+        gradients = {name: size * torch.randn(3, 4, generator=generator, dtype=torch.float64) for name in names}
+        for name, parameter in parameters.items():
+            parameter.grad = gradients[name].clone()
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.5)
+        assert gradient_norm(gradients) == pytest.approx(float(norm), rel=1e-14)
+        for group in theirs.param_groups:
+            group["lr"] = lr
+        theirs.step()
+        mine.step(gradients, lr)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(mine.weights[name], parameter.data, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("name", "exempt"),
+    [
+        ("model.layers.0.input_layernorm.weight", True),
+        ("model.layers.0.self_attn.q_norm.weight", True),
+        ("model.layers.0.self_attn.kv_a_layernorm.weight", True),
+        ("model.norm.weight", True),
+        ("model.layers.0.self_attn.k_proj.bias", True),
+        ("model.layers.0.mlp.gate.weight", False),
+        ("model.layers.0.mlp.shared_expert_gate.weight", False),
+        ("model.embed_tokens.weight", False),
+        ("lm_head.weight", False),
+    ],
+)
+def test_norms_and_biases_do_not_decay(name, exempt):
+    assert decays(name) is not exempt
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_naive_metrics_are_those_that_a_run_reports_from_sums(loss):
+    case = Case("", random_samples(67, 0), loss=loss)
+    new, old, ref, advantages, weights = losses_of(loss, case)
+    samples = [replace(s, weight=w) for s, w in zip(case.samples, weights, strict=True)]
+    shard = shard_tokens(pack(samples, loss_dtype=torch.float64), Shard())
+
+    def packed(values):
+        values_T = torch.zeros(len(shard.mask_T), dtype=torch.float64)
+        return values_T.masked_scatter(shard.mask_T, torch.cat(list(values)))
+
+    shard = replace(shard, old_logprobs_T=packed(old), ref_logprobs_T=packed(ref))
+    entropy = [0.1 + n.detach() ** 2 for n in new]
+    output = policy_objective(
+        shard,
+        packed(n.detach() for n in new),
+        loss=resolve_loss(loss),
+        clip_low=1e-3,
+        clip_high=1e-3,
+        kl_loss_coef=0.25,
+        sequence_sum=segment_sum,
+    )
+    reported = finish(minibatch_sums(shard, output, packed(entropy)))
+    measured = []
+    for index, (n, o, r, a, w) in enumerate(zip(new, old, ref, advantages, weights, strict=True)):
+        term = naive_term(loss, n, o, r, a, w, 1e-3, 0.25)
+        rollout = samples[index].rollout_logprobs.astype(np.float64)
+        values = (v.detach().numpy() for v in (n, o, r))
+        measured.append(Measured(*values, rollout, entropy[index].numpy(), a, term.low, term.high, term.loss.item()))
+    naive = naive_metrics(measured, {3: np.array([2, 4, 0, 2]), 4: np.array([2, 2, 2, 2])})
+    assert naive.pop("expert/load_max").value == 2.0
+    assert set(reported) - set(naive) == set()
+    assert set(naive) - set(reported) <= set(ONLY_WITH_A_REFERENCE)
+    for name, value in reported.items():
+        assert value == pytest.approx(naive[name].value, rel=1e-12, abs=1e-13), name
+    assert reported["clip/frac_low"] > 0 and reported["clip/frac_high"] > 0 and reported["kl/engine_tail"] > 0
 
 
 def test_a_cut_model_keeps_its_files_and_has_fewer_layers(tmp_path: Path):
@@ -158,185 +280,3 @@ def test_a_cut_model_keeps_its_files_and_has_fewer_layers(tmp_path: Path):
     assert (cut / "model.safetensors").read_bytes() == b"weights"
     with pytest.raises(ConfigError, match=r"--layers 4: .* has 3 layers"):
         cut_model(source, tmp_path / "more", 4)
-
-
-# -------------------------------------------------------------------------------------------------------------- verdict
-
-NAMES = ("model.norm.weight", "model.layers.0.mlp.experts.0.up_proj.weight")
-
-
-def reference_of(case: Case) -> Reference:
-    """A made-up reference: logprobs by token number, one router of two experts out of four."""
-    total = int(case.starts[-1])
-    case = replace(case, old=tuple(np.full(len(s.response_ids), -3.0) for s in case.samples))
-    clipped = np.zeros(total, dtype=bool)
-    clipped[case.predicting(0)] = True
-    return Reference(
-        case=case,
-        logprobs=-1.0 - np.arange(total),
-        entropy=1.0 + np.arange(total) / 7,
-        clipped=clipped,
-        routes={1: np.tile([0, 2], (total, 1))},
-        margins={1: np.ones(total)},
-        sequences={key: (2e-3 * (-1) ** i, 0.1 + i) for i, key in enumerate(case.keys)},
-        loss=3.0,
-        norm=2.0,
-        gradient_scale=1.0,
-        parameter_scale=1.0,
-        names=set(NAMES),
-        weights=set(NAMES),
-    )
-
-
-def part_of(reference: Reference) -> Part:
-    """One rank's answer that is the reference's."""
-    case = reference.case
-    numbers = np.concatenate([np.arange(own.start, own.stop) for own in map(case.predicting, range(len(case.samples)))])
-    values = TokenValues(
-        [numbers], [reference.logprobs[numbers]], [reference.entropy[numbers]], [reference.clipped[numbers]]
-    )
-    every = np.arange(int(case.starts[-1]))
-    return Part(
-        stage=0,
-        token_rank=0,
-        data_rank=0,
-        norm=reference.norm,
-        old_pass=values,
-        training=values,
-        loss=reference.loss,
-        sequences=dict(reference.sequences),
-        routes={layer: (every, experts.copy()) for layer, experts in reference.routes.items()},
-        gradients={name: Difference(0.0, 1.0) for name in NAMES},
-        parameters={name: Difference(0.0, 1.0) for name in NAMES},
-    )
-
-
-@pytest.fixture
-def reference() -> Reference:
-    return reference_of(Case("", random_samples(67, 0, groups=2, group_size=2)))
-
-
-def verdict(parts: Sequence[Part], reference: Reference) -> Row:
-    return judge(Row("layout", 1), parts, reference, 1e-10, 1e-6)
-
-
-def test_what_is_equal_holds_with_an_error_of_zero(reference):
-    row = verdict([part_of(reference)], reference)
-    assert (row.verdict, row.reason) == ("held", "")
-    assert [row.columns[name].error for name in COLUMNS] == [0.0] * len(COLUMNS)
-
-
-def test_a_token_that_no_rank_or_two_ranks_have_is_infinitely_wrong(reference):
-    part = part_of(reference)
-    part.old_pass = replace(part.old_pass, **{k: [v[0][:-1]] for k, v in vars(part.old_pass).items()})
-    row = verdict([part], reference)
-    assert (row.columns["logprobs"].error, row.columns["logprobs"].where) == (np.inf, "response 1/1")
-    twice = part_of(reference)
-    twice.old_pass = replace(twice.old_pass, **{k: [v[0], v[0][:1]] for k, v in vars(twice.old_pass).items()})
-    row = verdict([twice], reference)
-    assert (row.columns["logprobs"].error, row.columns["logprobs"].where) == (np.inf, "response 0/0")
-
-
-def test_a_tensor_without_owner_with_two_or_unknown_fails_and_is_named(reference):
-    missing, unknown = part_of(reference), part_of(reference)
-    del missing.gradients[NAMES[0]]
-    unknown.gradients["model.extra.weight"] = Difference(0.0, 0.0)
-    assert verdict([missing], reference).columns["gradients"].where == f"{NAMES[0]} (on one side only)"
-    assert "model.extra.weight (on one side only)" in verdict([unknown], reference).reason
-    both = [part_of(reference), replace(part_of(reference), old_pass=TokenValues(), training=TokenValues())]
-    assert "(owned by two ranks)" in verdict(both, reference).columns["gradients"].where
-
-
-def test_errors_are_relative_to_a_tensors_largest_entry_or_to_the_floor(reference):
-    part = part_of(reference)
-    part.gradients = {NAMES[0]: Difference(1e-3, 0.5), NAMES[1]: Difference(1e-14, 0.0)}
-    worst = verdict([part], reference).columns["gradients"]
-    assert (worst.error, worst.where) == (pytest.approx(2e-3), NAMES[0])
-    part.gradients[NAMES[0]] = Difference(0.0, 0.5)
-    worst = verdict([part], reference).columns["gradients"]
-    assert (worst.error, worst.where) == (pytest.approx(1e-14 / 1e-6), NAMES[1]), "zero by theory: against the floor"
-
-
-def test_a_nan_fails(reference):
-    part = part_of(reference)
-    part.norm = float("nan")
-    part.sequences[(0, 1)] = (float("nan"), 0.0)
-    row = verdict([part], reference)
-    assert row.verdict == "failed"
-    assert (row.columns["ratio"].error, row.columns["ratio"].where) == (np.inf, "response 0/1")
-    assert row.columns["norm"].error == np.inf
-
-
-def flip_route(part: Part, reference: Reference, index: int) -> int:
-    number = int(reference.case.starts[index])
-    part.routes[1][1][number] = [0, 3]
-    return number
-
-
-def test_a_route_that_flips_fails_a_layout_unless_it_was_a_near_tie(reference):
-    part = part_of(reference)
-    number = flip_route(part, reference, 2)
-    row = verdict([part], reference)
-    assert (row.verdict, row.route_flips, row.near_ties) == ("failed", ["response 1/0 layer 1"], [])
-    reference.margins[1][number] = 1e-7
-    row = verdict([part], reference)
-    assert (row.verdict, row.route_flips, row.near_ties) == ("held", [], ["response 1/0 layer 1"])
-
-
-def test_what_follows_from_a_near_tie_below_is_excused_and_what_does_not_is_not(reference):
-    part = part_of(reference)
-    number = flip_route(part, reference, 2)
-    reference.margins[1][number] = 1e-7
-    for routes in (reference.routes, reference.margins):
-        routes[2] = routes[1].copy()
-    reference.margins[2][:] = 1.0
-    part.routes[2] = (part.routes[1][0], part.routes[1][1].copy())
-    assert verdict([part], reference).verdict == "held", "a layer above a near-tie may choose otherwise"
-    part.routes[1] = (part.routes[1][0], reference.routes[1].copy())
-    assert verdict([part], reference).route_flips == ["response 1/0 layer 2"], "by itself it may not"
-
-
-def test_a_clip_decision_that_flips_fails_a_layout_unless_it_was_a_near_tie(reference):
-    part = part_of(reference)
-    own = np.isin(part.training.numbers[0], np.arange(*reference.case.predicting(1).indices(10**6)))
-    part.training = replace(part.training, clipped=[part.training.clipped[0] ^ own])
-    row = verdict([part], reference)
-    assert (row.verdict, row.clip_flips) == ("failed", ["response 0/1"])
-    reference.sequences[(0, 1)] = (float(np.log1p(-1e-3)) + 1e-12, reference.sequences[(0, 1)][1])
-    part.sequences = dict(reference.sequences)
-    row = verdict([part], reference)
-    assert (row.verdict, row.clip_flips, row.near_ties) == ("held", [], ["response 0/1"])
-
-
-def test_samples_near_a_tie_are_found_and_set_apart(reference):
-    case = reference.case
-    margins = {0: np.ones(int(case.starts[-1])), 3: np.ones(int(case.starts[-1]))}
-    margins[3][int(case.starts[2])] = 1e-6
-    assert near_ties(case, margins) == [2]
-    weights = [sample.weight for sample in set_apart(case, [2]).samples]
-    assert weights == [0.25, 0.25, 0.0, 0.25]
-    assert near_ties(case, {}) == []
-
-
-def test_a_mini_batch_that_could_not_tell_right_from_wrong_is_an_error(reference):
-    check_meaning(reference)
-    reference.idle = [NAMES[1]]
-    check_meaning(reference)  # an expert without a token
-    reference.idle = [NAMES[0]]
-    with pytest.raises(BatchError, match=r"1 gradients are zero without a cause, model\.norm\.weight"):
-        check_meaning(reference)
-    reference.clipped[:] = True
-    with pytest.raises(BatchError, match="4 responses count, 4 of them clipped"):
-        check_meaning(reference)
-
-
-def test_the_table_has_a_line_a_layout_and_says_what_failed(reference):
-    part = part_of(reference)
-    part.norm = 3.0
-    rows = [verdict([part], reference), Row("CP2", 2, verdict="refused", reason="no context here")]
-    lines = format_table(rows).splitlines()
-    assert lines[0].split() == ["layout", "ranks", *COLUMNS, "verdict"]
-    assert lines[1].split() == ["layout", "1", *["0.0e+00"] * 5, "5.0e-01", "0.0e+00", "failed"]
-    assert lines[2].split() == ["CP2", "2", *["-"] * 7, "refused"]
-    assert "failed: layout: norm 5.0e-01 at gradient norm (tolerance 1e-06)" in lines
-    assert lines[-1] == "1 failed, 1 refused"
