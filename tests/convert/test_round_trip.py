@@ -20,6 +20,8 @@ LAYOUTS = {
     "EP2": (2, {"expert": 2}),
     "PP2": (2, {"pipeline": 2}),
     "TP2xPP2xEP2": (4, {"tensor": 2, "pipeline": 2, "expert": 2}),
+    "TP2xDP2xEP4": (4, {"tensor": 2, "expert": 4}),
+    "TP2xDP2xEP2xETP2": (4, {"tensor": 2, "expert": 2, "expert_tensor": 2}),
 }
 SMALL = 40_000
 """Bytes of a shard: several of a tiny model."""

@@ -28,7 +28,7 @@ def pushed(path: str, parallel: dict[str, int], urls: list[str]) -> None:
     sync.close()
 
 
-@pytest.mark.parametrize("layout", ["EP2", "TP2xPP2xDP2xEP2"])
+@pytest.mark.parametrize("layout", ["EP2", "TP2xPP2xDP2xEP2", "TP2xDP2xEP2xETP2"])
 def test_what_servers_get_from_any_layout_are_the_files_tensors(ranks: RankPool, tmp_path: Path, layout: str) -> None:
     path = oracle.make_tiny_qwen3_moe(tmp_path)
     expected = {name: digest(tensor) for name, tensor in load_file(path / "model.safetensors").items()}
