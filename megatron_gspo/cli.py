@@ -9,10 +9,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from megatron_gspo import __version__
 from megatron_gspo.commands import COMMANDS
 from megatron_gspo.errors import MegatronGspoError, UserError
+from megatron_gspo.storage import ROOM, free_space, is_mistake
 
 FAILED, USER_ERROR = 1, 2
 
@@ -26,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(error, USER_ERROR)
     except MegatronGspoError as error:
         return _say(error, FAILED)
-    except OSError as error:  # a file that cannot be read or written
-        return _say(error, USER_ERROR)
+    except OSError as error:  # a name that cannot be read or written; anything else is the machine's
+        return _say(error, USER_ERROR) if is_mistake(error) else _say(_with_room(error), FAILED)
     except KeyboardInterrupt:
         return 130
 
@@ -60,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser
+
+
+def _with_room(error: OSError) -> Exception:
+    """A full disk, with the room there is."""
+    path = Path(error.filename) if isinstance(error.filename, str) else Path.cwd()
+    return OSError(f"{error} ({free_space(path)}): make room") if error.errno in ROOM else error
 
 
 def _say(error: Exception, status: int) -> int:

@@ -241,6 +241,22 @@ def clean(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
+def finite(value: Any) -> bool:
+    """Whether it is a number that JSON and JavaScript can hold."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+
+
+def strict(value: Any) -> Any:
+    """Plain values with None in the place of each NaN and infinity, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {name: strict(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def by_outer_step(records: Iterable[Record]) -> list[Record]:
     """One record an outer step, in order: each metric combined as ``METRICS`` says (unknown ones as the mean)."""
     groups: dict[int, list[Record]] = {}

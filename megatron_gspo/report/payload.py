@@ -13,9 +13,9 @@ from typing import Any
 
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.report.charts import SECTIONS, Chart, for_layers
-from megatron_gspo.report.metrics import INITIAL, METRICS, TIME_PARTS, Record, by_outer_step, row_of, seconds
+from megatron_gspo.report.metrics import INITIAL, METRICS, TIME_PARTS, Record, by_outer_step, finite, row_of, seconds
 from megatron_gspo.report.rundir import RunDirectory, read_lines
-from megatron_gspo.report.samples import finite, number, rollouts
+from megatron_gspo.report.samples import number, rollouts
 
 CURVE_POINTS = 2000
 """A longer curve keeps the smallest and the largest value of half as many stretches: no spike is lost."""
