@@ -46,9 +46,8 @@ def writing(path: Path, what: str = "", then: str = "start it again") -> Iterato
         cause = refusal(error)
         if cause is None:
             raise
-        raise WriteError(
-            f"{path}{': ' if what else ' '}{what}{' ' if what else ''}{explain(cause, path, then)}"
-        ) from error
+        where = f"{path}: {what}" if what else f"{path}"
+        raise WriteError(f"{where} {explain(cause, path, then)}") from error
 
 
 @contextlib.contextmanager

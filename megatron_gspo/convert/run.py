@@ -219,8 +219,8 @@ def _open(place: Workplace, plan: dict[str, Any], job: Job, options: Options) ->
         free = shutil.disk_usage(place.path).free
     if needed > free:
         raise WriteError(
-            f"{place.path}: the conversion needs {needed / 1e9:.2f} GB more, and the disk has {free / 1e9:.2f} GB free: "
-            f"make room, or name another destination"
+            f"{place.path}: the conversion needs {needed / 1e9:.2f} GB more, and the disk has {free / 1e9:.2f} GB "
+            f"free: make room, or name another destination"
         )
     return found
 

@@ -124,6 +124,19 @@ METRICS: dict[str, Metric] = {
         "Share of tokens with max(rho, 1/rho) > 2.",
         "Below 1e-4; above 0.1 went with a crash (arXiv 2510.11370).",
     ),
+    "kl/ref_k1": Metric(
+        "nats/token",
+        "Mean of log pi_theta - log pi_ref over response tokens, each with the same weight; with a reference "
+        "(`algorithm.kl_loss_coef` above 0) alone. The tokens were drawn by mu, so it estimates KL(pi_theta || pi_ref) "
+        "without bias where pi_theta is mu: in minibatch 0, but for the engine gap.",
+        "0 at the start, of either sign there; rises as the policy leaves the reference.",
+    ),
+    "kl/ref_k3": Metric(
+        "nats/token",
+        "Mean of r - 1 - log r, with r = pi_ref / pi_theta: the same divergence from the same tokens, never negative "
+        "and with less variance.",
+        "Rises as the policy leaves the reference; steady where `algorithm.kl_loss_coef` holds it.",
+    ),
     "route/drift": Metric(
         "fraction",
         "Share of the experts that pi_old's own routing chose and the policy's own routing now does not, mean over "
@@ -182,6 +195,13 @@ METRICS: dict[str, Metric] = {
         "responses",
         "Responses dropped in the outer step: empty, aborted, of mixed weight versions, dropped by "
         "configuration, or left alone in their group.",
+        "0.",
+        combine="last",
+    ),
+    "step/skipped": Metric(
+        "0 or 1",
+        "1 on the one line of an outer step in which no group had two responses left and which `rollout.on_empty_step` "
+        "skipped: no optimizer step was taken, and the next one has the same `step`.",
         "0.",
         combine="last",
     ),
@@ -273,6 +293,11 @@ def combine(lines: Sequence[Record]) -> Record:
         last = name in PLACE or METRICS.get(row_of(name), Metric("")).combine == "last"
         combined[name] = values[-1] if last else sum(values) / len(values)
     return combined
+
+
+def steps_taken(line: Record) -> int:
+    """Optimizer steps up to a line, its own included: a skipped outer step has none."""
+    return int(line["step"]) + (0 if line.get("step/skipped") else 1)
 
 
 def seconds(record: Record) -> float:

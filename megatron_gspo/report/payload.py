@@ -127,13 +127,13 @@ def hours(outer: Sequence[Record]) -> list[float] | None:
 
 def resumed_at(run: RunDirectory, lines: Sequence[Record]) -> list[dict[str, int]]:
     """Where the run was taken up again: at the later ``starts`` of its manifest, and where its file steps back."""
-    outer_steps, last = set(later_starts(run)), INITIAL
+    outer_steps, last = set(later_starts(run)), (INITIAL, INITIAL)
     for line in read_lines(run.metrics_file):
         step, outer_step = line.get("step"), line.get("outer_step")
         if isinstance(step, int) and isinstance(outer_step, int):
-            if INITIAL < step <= last:
+            if INITIAL < step <= last[0] and outer_step <= last[1]:  # a skipped outer step's number comes twice
                 outer_steps.add(outer_step)
-            last = step
+            last = step, outer_step
     first = {line["outer_step"]: line["step"] for line in reversed(lines)}
     return [{"outer_step": number, "step": first[number]} for number in sorted(outer_steps & first.keys())]
 

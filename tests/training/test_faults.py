@@ -227,7 +227,7 @@ def test_a_disk_that_is_full_when_metrics_are_written_ends_the_run(
 ) -> None:
     with StandIn(quickstart / "model") as server:
         ended = endings(ranks, settings(server), fill_the_disk_under_metrics)
-    said = r"^1 WriteError: .*/run: what the run records cannot be written: .*No space left on device \\(.* free at .*\\)"
+    said = r"^1 WriteError: .*/run: what the run records cannot be written: .*No space left on device \(.* free at .*\)"
     assert re.search(said + ": make room, then train.resume = true continues", ended), ended
 
 
