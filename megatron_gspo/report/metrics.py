@@ -127,8 +127,8 @@ METRICS: dict[str, Metric] = {
     "kl/ref_k1": Metric(
         "nats/token",
         "Mean of log pi_theta - log pi_ref over response tokens, each with the same weight; with a reference "
-        "(`algorithm.kl_loss_coef` above 0) alone. The tokens were drawn by mu, so it estimates KL(pi_theta || pi_ref) "
-        "without bias where pi_theta is mu: in minibatch 0, but for the engine gap.",
+        "(`algorithm.kl_loss_coef` above 0) alone. The tokens were drawn by mu, so it estimates the divergence of "
+        "pi_theta from pi_ref without bias where pi_theta is mu: in minibatch 0, but for the engine gap.",
         "0 at the start, of either sign there; rises as the policy leaves the reference.",
     ),
     "kl/ref_k3": Metric(

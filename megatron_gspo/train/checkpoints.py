@@ -38,7 +38,7 @@ class Checkpoints:
     def restore(self, resumption: Resumption, progress: Progress) -> None:
         """Policy and progress as they were. Raises WeightError or DataError when they cannot be."""
         load_checkpoint(self._policy, resumption.directory)
-        progress.load_state_dict(resumption.extra)
+        progress.load_state_dict(resumption.extra, self._train.resume_changes)
         self._saved_at = progress.outer_steps
 
     def after_step(self, progress: Progress, *, last: bool) -> None:

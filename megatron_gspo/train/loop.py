@@ -23,6 +23,7 @@ from megatron_gspo.rollout.engine import local_servers
 from megatron_gspo.train.checkpoints import Checkpoints
 from megatron_gspo.train.context import Inputs, Run, build_run, load_inputs
 from megatron_gspo.train.evaluate import evaluate
+from megatron_gspo.train.experiment import contents
 from megatron_gspo.train.progress import Progress, seed_generators
 from megatron_gspo.train.recorder import MakeRecorder, Recorder, open_recorder
 from megatron_gspo.train.resume import Resumption, find_resumption, identify
@@ -43,7 +44,8 @@ def train(config: RunConfig, make_recorder: MakeRecorder) -> None:
     set_determinism(config)
     supervised = config.algorithm.name == "sft"
     inputs = together(lambda: load_examples(config) if supervised else load_inputs(config), groups.world)
-    identity = identify(config, inputs.fingerprints())
+    named = together(lambda: contents(config) if dist.get_rank() == 0 else {}, groups.world)
+    identity = identify(config, inputs.fingerprints(), named)
     resumption = find_resumption(config, identity, groups)
     with StopRequest() as stop:
         try:

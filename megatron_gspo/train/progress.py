@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ import torch
 from megatron_gspo.data.cursor import PromptCursor
 from megatron_gspo.types import StepReport
 
+ORDERED_BY = {"data.path", "data.shuffle", "train.seed"}
+"""Settings that the order of the prompts is a function of."""
 SKIPPED = "step/skipped"
 """Metric: whether an outer step had nothing to train on, and took no optimizer step."""
 
@@ -53,9 +55,15 @@ class Progress:
             "cursor": dict(self.cursor.state_dict()),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where ``state`` was taken. Raises DataError when the prompts or the seed are not the same."""
-        self.cursor.load_state_dict(state["cursor"])
+    def load_state_dict(self, state: dict[str, Any], accepted: Collection[str] = ()) -> None:
+        """Continues where ``state`` was taken.
+
+        Where the user ``accepted`` that the prompts, their seed or their shuffling are others, a new order begins at
+        its start. Raises DataError when they are others and nobody did.
+        """
+        same = all(state["cursor"][name] == value for name, value in self.cursor.order().items())
+        if same or not ORDERED_BY & set(accepted):
+            self.cursor.load_state_dict(state["cursor"])
         self.outer_steps, self.optimizer_steps = state["outer_step"], state["optimizer_step"]
         self.empty_steps = state.get("empty_steps", 0)
 
