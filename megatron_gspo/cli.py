@@ -10,10 +10,12 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from io import TextIOWrapper
+from pathlib import Path
 
 from megatron_gspo.commands import COMMANDS, GROUPS
 from megatron_gspo.commands.parsing import DOCS, Parser
 from megatron_gspo.errors import MegatronGspoError, UserError
+from megatron_gspo.storage import ROOM, free_space, is_mistake
 
 FAILED, USER_ERROR = 1, 2
 
@@ -30,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(error, USER_ERROR)
     except MegatronGspoError as error:
         return _say(error, FAILED)
-    except OSError as error:  # a file that cannot be read or written
-        return _say(error, USER_ERROR)
+    except OSError as error:  # a name that cannot be read or written; anything else is the machine's
+        return _say(error, USER_ERROR) if is_mistake(error) else _say(_with_room(error), FAILED)
     except KeyboardInterrupt:
         return 130
 
@@ -56,6 +58,12 @@ def _parser() -> Parser:
     parser.add_commands("COMMAND", GROUPS, {name: import_module(f"megatron_gspo.commands.{name}") for name in COMMANDS})
     parser.set_defaults(run=lambda options: parser.say_commands(), parser=parser)
     return parser
+
+
+def _with_room(error: OSError) -> Exception:
+    """A full disk, with the room there is."""
+    path = Path(error.filename) if isinstance(error.filename, str) else Path.cwd()
+    return OSError(f"{error} ({free_space(path)}): make room") if error.errno in ROOM else error
 
 
 def _say(error: Exception, status: int) -> int:

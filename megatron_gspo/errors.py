@@ -34,6 +34,10 @@ class DependencyError(UserError, ImportError):
     """A package is missing or too old; the message names the extra that brings it."""
 
 
+class WriteError(MegatronGspoError, OSError):
+    """The disk is full, or refuses for another reason what a run writes; what was whole before still is."""
+
+
 class RolloutError(MegatronGspoError, RuntimeError):
     """A rollout server failed, or its reply cannot be used."""
 

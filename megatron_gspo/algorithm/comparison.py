@@ -13,6 +13,7 @@ Two questions are kept apart, because few cold starts answer them very different
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -77,8 +78,13 @@ def geometric_mean(ratios_S: Sequence[float], cold_starts_S: Sequence[Hashable])
     if min(ratios_S, default=1.0) <= 0:
         raise ValueError(f"a ratio must be positive: {min(ratios_S)}")
     mean = mean_over_seeds(np.log(ratios_S).tolist(), cold_starts_S)
-    low, high = (None if bound is None else math.exp(bound) for bound in (mean.low, mean.high))
-    return Mean(math.exp(mean.value), low, high, mean.seeds, mean.cold_starts, mean.clustered)
+    low, high = (None if bound is None else _exp(bound) for bound in (mean.low, mean.high))
+    return Mean(_exp(mean.value), low, high, mean.seeds, mean.cold_starts, mean.clustered)
+
+
+def _exp(value: float) -> float:
+    """exp, and the largest float where it would overflow: a bound so far away is none, and JSON has no infinity."""
+    return math.exp(min(value, math.log(sys.float_info.max)))
 
 
 def sign_flip_p(differences_S: Sequence[float], cold_starts_S: Sequence[Hashable] | None = None) -> float:
@@ -92,11 +98,12 @@ def sign_flip_p(differences_S: Sequence[float], cold_starts_S: Sequence[Hashable
     say.
     The mean weighs seeds as ``mean_over_seeds`` does. The smallest possible p is 2^(1 - S).
     Above ``MAX_EXACT`` seeds: ``DRAWS`` seeded random patterns and the one seen, (hits + 1) / (draws + 1), never below
-    the exact p in expectation. Raises ValueError for no differences.
+    the exact p in expectation. Raises ValueError for no
+    differences, and for one that is not finite.
     """
     differences = np.asarray(differences_S, dtype=np.float64) * _weights(len(differences_S), cold_starts_S)
-    if not len(differences):
-        raise ValueError("no differences")
+    if not len(differences) or not np.isfinite(differences).all():  # a NaN would be beaten by no pattern: p = 0
+        raise ValueError(f"no differences, or some that are no numbers: {list(differences_S)[:8]}")
     seen = abs(float(differences.sum())) - 1e-12 * float(np.abs(differences).sum())  # sums in another order are equal
     if len(differences) > MAX_EXACT:
         signs = np.random.default_rng(0).choice(np.array([-1.0, 1.0]), size=(DRAWS, len(differences)))

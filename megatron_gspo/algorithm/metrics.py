@@ -16,6 +16,8 @@ Only responses with weight > 0 count (dummy micro-batches have none). Over the n
     kl/engine_k1                  mean_t (log mu_t - log pi_old_t)
     kl/engine_k3                  mean_t (rho_t - 1 - log rho_t), rho_t = pi_old_t / mu_t
     kl/engine_tail                share of tokens with max(rho_t, 1 / rho_t) > 2
+    kl/ref_k1                     mean_t (log pi_theta_t - log pi_ref_t); with a reference alone, as is the next
+    kl/ref_k3                     mean_t (r_t - 1 - log r_t), r_t = pi_ref_t / pi_theta_t
     noise/abs_log_ratio_p50, p99  quantiles of |log s_i| between two packings at equal weights
 
 and of an outer step's groups p (``rollout_metrics``):
@@ -27,25 +29,36 @@ and of an outer step's groups p (``rollout_metrics``):
     length/mean_negative          the same over responses with A_i < 0; absent if there are none
     length/truncated              share of surviving responses that the length limit cut
     dropped/responses             responses dropped before training (a count)
+
+``kl/ref_*`` estimate KL(pi_theta || pi_ref) from tokens that mu drew, without a weight: without bias where pi_theta is
+mu, as in the first mini-batch but for the engine gap, and as far off afterwards as pi_theta has moved. (The KL term of
+the loss weighs the same k3 by pi_theta / pi_old, and responses as the loss does.)
+
+No value of a log-ratio ends a run here: what overflows becomes an infinity, or a NaN, and is not reported.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megatron_gspo.algorithm.advantages import is_zero_variance
+from megatron_gspo.algorithm.kl import k3
 from megatron_gspo.algorithm.ratios import expand
 from megatron_gspo.errors import BatchError
 from megatron_gspo.types import LossOutput, TokenShard
 
 TOKEN_SUMS = ("clipped_low", "clipped_high", "nonzero_advantage", "log_ratio_squared", "entropy")
 ENGINE_SUMS = ("tokens", "k1", "k3", "tail")
+REFERENCE_SUMS = ("ref_tokens", "ref_k1", "ref_k3")
+ALL_TOKEN_SUMS = TOKEN_SUMS + ENGINE_SUMS + REFERENCE_SUMS
 SEQUENCE_SUMS = ("sequences", "loss", "ratio_minus_one", "ratio_squared", "abs_log_ratio", "clipped")
+PLAIN_LOG_RATIO = 100.0
+"""Below it in size, squares of ratios and their sums are far from what float64 cannot hold."""
 QUANTILES = {"p01": 0.01, "p05": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
@@ -59,7 +72,7 @@ class MetricSums:
     """
 
     token: torch.Tensor
-    """[len(TOKEN_SUMS) + len(ENGINE_SUMS)] sums over this rank's response tokens."""
+    """[len(ALL_TOKEN_SUMS)] sums over this rank's response tokens."""
     sequence: torch.Tensor
     """[len(SEQUENCE_SUMS)] sums over responses."""
     log_ratio_S: torch.Tensor
@@ -75,18 +88,21 @@ class MetricSums:
     @staticmethod
     def zeros(device: torch.device | str = "cpu") -> MetricSums:
         """The sums of no micro-batch."""
-        sizes = (len(TOKEN_SUMS) + len(ENGINE_SUMS), len(SEQUENCE_SUMS), 0)
+        sizes = (len(ALL_TOKEN_SUMS), len(SEQUENCE_SUMS), 0)
         return MetricSums(*(torch.zeros(size, dtype=torch.float64, device=device) for size in sizes))
 
 
 @torch.no_grad()
-def minibatch_sums(shard: TokenShard, output: LossOutput, entropy_T: torch.Tensor) -> MetricSums:
+def minibatch_sums(
+    shard: TokenShard, output: LossOutput, entropy_T: torch.Tensor, new_logprobs_T: torch.Tensor | None = None
+) -> MetricSums:
     """The sums of one micro-batch.
 
     Args:
-        shard: with ``old_logprobs_T``.
+        shard: with ``old_logprobs_T``; with ``ref_logprobs_T``, the distance from the reference is measured too.
         output: what the loss returned for it.
         entropy_T: [T_local], nats; ignored where the mask is False.
+        new_logprobs_T: [T_local], what the loss was given; without it nothing is measured against the reference.
     """
     counted_T = _counted(shard)
     token = torch.stack(
@@ -111,7 +127,8 @@ def minibatch_sums(shard: TokenShard, output: LossOutput, entropy_T: torch.Tenso
             output.clipped_S[real_S].sum().double(),
         ]
     )
-    return MetricSums(torch.cat([token, engine_gap_sums(shard)]), sequence, log_ratio_S)
+    reference = reference_sums(shard, new_logprobs_T)
+    return MetricSums(torch.cat([token, engine_gap_sums(shard), reference]), sequence, log_ratio_S)
 
 
 @torch.no_grad()
@@ -128,23 +145,39 @@ def engine_gap_sums(shard: TokenShard) -> torch.Tensor:
     return torch.stack([counted_T.sum().double(), -log_rho_T.sum(), k3_T.sum(), tail_T.sum().double()])
 
 
+@torch.no_grad()
+def reference_sums(shard: TokenShard, new_logprobs_T: torch.Tensor | None) -> torch.Tensor:
+    """[3] float64, in the order of REFERENCE_SUMS: pi_theta against the reference, over response tokens; zeros without
+    one."""
+    counted_T = _counted(shard)
+    if shard.ref_logprobs_T is None or new_logprobs_T is None:
+        return torch.zeros(len(REFERENCE_SUMS), dtype=torch.float64, device=counted_T.device)
+    new_T = torch.where(counted_T, new_logprobs_T, 0.0).double()
+    log_r_T = torch.where(counted_T, shard.ref_logprobs_T, 0.0).double() - new_T
+    return torch.stack([counted_T.sum().double(), -log_r_T.sum(), k3(log_r_T).sum()])
+
+
 def finish(sums: MetricSums) -> dict[str, float]:
-    """The mini-batch's numbers from its complete sums (see the table above); empty when nothing was counted."""
-    token = dict(zip(TOKEN_SUMS + ENGINE_SUMS, sums.token.tolist(), strict=True))
+    """The mini-batch's numbers from its complete sums (see the table above); empty when nothing was counted.
+
+    Never raises: a number that float64 does not hold, or that is none, comes out as an infinity or a NaN.
+    """
+    token = dict(zip(ALL_TOKEN_SUMS, sums.token.tolist(), strict=True))
     sequence = dict(zip(SEQUENCE_SUMS, sums.sequence.tolist(), strict=True))
     n, m = token["tokens"], sequence["sequences"]
     if n == 0 or m == 0:
         return {}
     clipped = token["clipped_low"] + token["clipped_high"]
     mean_minus_one = sequence["ratio_minus_one"] / m
-    ratios = 1.0 + np.quantile(np.expm1(sums.log_ratio_S.cpu().numpy()), list(QUANTILES.values()))
+    with np.errstate(all="ignore"):
+        ratios = 1.0 + np.quantile(np.expm1(sums.log_ratio_S.cpu().numpy()), list(QUANTILES.values()))
     return {
         "loss": sequence["loss"],
         "ratio/mean": 1.0 + mean_minus_one,
         **{f"ratio/{name}": float(ratio) for name, ratio in zip(QUANTILES, ratios, strict=True)},
         "ratio/abs_log_mean": sequence["abs_log_ratio"] / m,
         "ratio/token_log_rms": math.sqrt(token["log_ratio_squared"] / n),
-        "ratio/ess": (m + sequence["ratio_minus_one"]) ** 2 / (m * sequence["ratio_squared"]),
+        "ratio/ess": _effective_share(m, sequence, sums.log_ratio_S),
         "clip/frac_tokens": clipped / n,
         "clip/frac_low": token["clipped_low"] / n,
         "clip/frac_high": token["clipped_high"] / n,
@@ -154,11 +187,29 @@ def finish(sums: MetricSums) -> dict[str, float]:
         "kl/engine_k1": token["k1"] / n,
         "kl/engine_k3": token["k3"] / n,
         "kl/engine_tail": token["tail"] / n,
+        **_against_reference(token),
     }
 
 
+def _effective_share(m: float, sequence: Mapping[str, float], log_ratio_S: torch.Tensor) -> float:
+    """(sum_i s_i)^2 / (m sum_i s_i^2) of m responses; in log space where a square would leave float64."""
+    if bool((log_ratio_S.abs() < PLAIN_LOG_RATIO).all()):
+        return (m + sequence["ratio_minus_one"]) ** 2 / (m * sequence["ratio_squared"])
+    log_share = 2 * torch.logsumexp(log_ratio_S, 0) - torch.logsumexp(2 * log_ratio_S, 0)  # NaN if all are infinite
+    return float(log_share.exp()) / m
+
+
+def _against_reference(token: Mapping[str, float]) -> dict[str, float]:
+    """``kl/ref_*``; absent without a reference."""
+    n = token["ref_tokens"]
+    return {f"kl/{name}": token[name] / n for name in REFERENCE_SUMS[1:]} if n else {}
+
+
 def noise_floor(log_ratio_S: torch.Tensor) -> dict[str, float]:
-    """Quantiles of |log s_i| between two evaluations at equal weights: what the clip range has to stand above."""
+    """Quantiles of |log s_i| between two evaluations at equal weights: what the clip range has to stand above; empty
+    for no response."""
+    if not log_ratio_S.numel():
+        return {}
     p50, p99 = np.quantile(log_ratio_S.detach().abs().double().cpu().numpy(), [0.5, 0.99])
     return {"noise/abs_log_ratio_p50": float(p50), "noise/abs_log_ratio_p99": float(p99)}
 

@@ -207,6 +207,21 @@ def check_batch(batch: PackedBatch) -> None:
         )
 
 
+def check_vocabulary(samples: Sequence[Sample], vocab_size: int) -> None:
+    """Raises BatchError for a token that is none of the model's ``vocab_size``, of a prompt or of a response.
+
+    The embedding of such a token, and its logprob, would be those of another or of none.
+    """
+    for s in samples:
+        for kind, ids in (("prompt", s.prompt_ids), ("response", s.response_ids)):
+            if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+                place = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
+                raise BatchError(
+                    f"response {s.sample} of group {s.group}: token {int(ids[place])} at place {place} of its {kind} "
+                    f"is none of the model's vocabulary of {vocab_size}: is the tokenizer another model's?"
+                )
+
+
 def _checked_lengths(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
     """([S] prompt tokens, [S] response tokens), int64."""
     if not samples:

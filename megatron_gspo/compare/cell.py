@@ -22,6 +22,7 @@ from typing import Any
 from megatron_gspo.compare.plan import Cell
 from megatron_gspo.config import RunConfig, dump
 from megatron_gspo.quiet import ENVIRONMENT
+from megatron_gspo.storage import writing
 
 PRELOAD = [
     "megatron_gspo.train.loop",
@@ -134,5 +135,6 @@ def write_digest(cell: Cell, spent: dict[str, float]) -> None:
     }
     text = json.dumps(digest(cell.run_dir, about | spent), allow_nan=False) + "\n"
     unfinished = cell.digest_file.with_suffix(".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(cell.digest_file)
+    with writing(cell.digest_file, then="the same command continues"):
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(cell.digest_file)

@@ -29,6 +29,7 @@ from megatron_gspo.compare.plan import Plan, agree
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.report.comparison.cells import LINES
 from megatron_gspo.report.rundir import lock
+from megatron_gspo.storage import claiming, writing
 
 
 @contextlib.contextmanager
@@ -37,10 +38,8 @@ def open_directory(plan: Plan) -> Iterator[None]:
 
     Raises ConfigError when another process writes there, or when it holds something else.
     """
-    try:
+    with claiming(f"--out {plan.out}", plan.out):
         plan.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {plan.out} cannot be made: {error}") from None
     path = plan.out / "compare.json"
     if not path.is_file() and any(entry.name != ".lock" for entry in plan.out.iterdir()):
         raise ConfigError(f"--out {plan.out} holds something else than a comparison: name another directory")
@@ -106,5 +105,6 @@ def _cpu_name() -> str:
 
 def _replace(path: Path, record: dict[str, Any]) -> None:
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    with writing(path, then="the same command continues"):
+        unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(path)

@@ -19,6 +19,7 @@ from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.rollout.engine import local_servers
 from megatron_gspo.rollout.launcher import last_words
+from megatron_gspo.storage import free_space
 
 Ended = Callable[["Outcome"], None]
 
@@ -145,7 +146,8 @@ class Worker(threading.Thread):
         if status == 0 and cell.finished:
             return Outcome(cell, seconds)
         log = cell.log_file.read_text(errors="replace") if cell.log_file.is_file() else ""
-        why = f"ended by signal {-status}" if status < 0 and not self._stopping.asked else last_words(log)
+        words = last_words(log) if log.strip() else f"its log is empty ({free_space(cell.log_file)})"
+        why = f"ended by signal {-status}" if status < 0 and not self._stopping.asked else words
         return Outcome(cell, seconds, f"{why.removeprefix('error: ')} (exit status {status}; {cell.log_file})")
 
     def _serve(self, cell: Cell) -> tuple[str, ...]:

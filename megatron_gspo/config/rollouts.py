@@ -68,6 +68,12 @@ class RolloutConfig(Section):
     on_mixed_version: Literal["drop", "keep", "error"] = "drop"
     """Responses whose tokens come from more than one weight version."""
 
+    on_empty_step: Literal["error", "skip"] = "error"
+    """An outer step in which every response was dropped: the run fails, or the step is skipped. A skipped step takes no
+    optimizer step, and its prompts are not drawn again before the next epoch."""
+    max_empty_steps: Positive = 10
+    """With ``on_empty_step`` "skip": as many skipped outer steps in a row fail the run."""
+
     def is_seeded(self, *, on_gpu: bool) -> bool:
         """``seeded``, with its default filled in."""
         return not on_gpu if self.seeded is None else self.seeded

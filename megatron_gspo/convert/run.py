@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,12 @@ from megatron_gspo.convert.jobs import Job, Moved, Shard, make_job
 from megatron_gspo.convert.kinds import check_replaceable, kind_of
 from megatron_gspo.convert.sources import MegatronSource, open_source
 from megatron_gspo.convert.workplace import PARTIAL, Watch, Workplace
-from megatron_gspo.errors import ConfigError
+from megatron_gspo.errors import ConfigError, WriteError
 from megatron_gspo.parallel.exchange import broadcast_object, gather_objects, together
 from megatron_gspo.policy.checkpoint import plain
 from megatron_gspo.policy.checkpoint_files import REPLACED, sync, verify
 from megatron_gspo.policy.groups import Groups
+from megatron_gspo.storage import claiming, writing
 
 HASHERS = 2
 """Threads that bring written files to disk and hash them, and hash the source's, while others are written."""
@@ -73,8 +74,8 @@ def convert(source: Path, destination: Path, options: Options, groups: Groups, s
     """Writes the checkpoint at ``source`` as one of the other kind at ``destination``. Collective.
 
     What was at ``destination`` is there until the new one is whole. A conversion that is cut short leaves its finished
-    files in ``destination`` + ".partial", from where the next one continues. Raises ConfigError or WeightError on all
-    ranks.
+    files in ``destination`` + ".partial", from where the next one continues. Raises ConfigError, WeightError or, when
+    the disk does not take it, WriteError on all ranks.
     """
     world = groups.world
     first = dist.get_rank() == 0
@@ -133,7 +134,7 @@ def _write_share(job: Job, place: Workplace, watch: Watch, show: Show) -> _Done:
             contents = _write(job, place, shard, watch, early.told_of(place.unfinished(shard.name), show.moved))
             waiting[shard.name] = pool.submit(place.finish, shard.name, contents)
         for name, future in waiting.items():
-            with _as_config_error(place):
+            with _writing(place):
                 done.entries[name] = future.result()
         source.result()
     job.source.release()
@@ -175,7 +176,7 @@ def _sync_if_there(path: Path) -> None:
 def _write(job: Job, place: Workplace, shard: Shard, watch: Watch, moved: Moved) -> Any:
     watch.check()
     try:
-        with _as_config_error(place):
+        with _writing(place):
             return job.write(shard, place.unfinished(shard.name), moved)
     except Exception:
         place.discard(shard.name)  # a full disk needs the room
@@ -209,7 +210,7 @@ def _plan(job: Job, watch: Watch, options: Options) -> dict[str, Any]:
 
 
 def _open(place: Workplace, plan: dict[str, Any], job: Job, options: Options) -> str:
-    with _as_config_error(place):
+    with claiming(str(place.destination), place.path):
         place.destination.parent.mkdir(parents=True, exist_ok=True)
         found = place.open(plan)
         check_replaceable(place.destination, overwrite=options.overwrite)  # which may have been brought back
@@ -217,14 +218,15 @@ def _open(place: Workplace, plan: dict[str, Any], job: Job, options: Options) ->
         needed = int(sum(shard.bytes for shard in job.shards) * ROOM) - there
         free = shutil.disk_usage(place.path).free
     if needed > free:
-        raise ConfigError(
-            f"{place.path}: the conversion needs {needed / 1e9:.2f} GB more, and the disk has {free / 1e9:.2f} GB free"
+        raise WriteError(
+            f"{place.path}: the conversion needs {needed / 1e9:.2f} GB more, and the disk has {free / 1e9:.2f} GB "
+            f"free: make room, or name another destination"
         )
     return found
 
 
 def _publish(job: Job, place: Workplace, entries: dict[str, dict[str, Any]], options: Options) -> None:
-    with _as_config_error(place):
+    with _writing(place):
         job.complete(place.path, {shard.name: entries[shard.name] for shard in job.shards})
         check_replaceable(place.destination, overwrite=options.overwrite)  # hours may have passed
         place.publish()
@@ -243,15 +245,5 @@ def _check_paths(source: Path, destination: Path, options: Options) -> None:
     check_replaceable(destination, overwrite=options.overwrite)
 
 
-@contextlib.contextmanager
-def _as_config_error(place: Workplace) -> Iterator[None]:
-    """What the file system refuses, in one line. (torch wraps it, and says little itself.)"""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise ConfigError(
-            f"{place.path} cannot be written: {cause}; finished files stay there, and the same command continues"
-        ) from error
+def _writing(place: Workplace) -> contextlib.AbstractContextManager[None]:
+    return writing(place.path, then="the same command continues: finished files stay there")

@@ -46,6 +46,10 @@ class PromptCursor:
             self.position += step
         return indices
 
+    def order(self) -> dict[str, int]:
+        """What the order is a function of: fields of ``CursorState``."""
+        return {"num_prompts": self.num_prompts, "seed": self.seed, "shuffle": self.shuffle}
+
     def state_dict(self) -> CursorState:
         return CursorState(
             num_prompts=self.num_prompts,
@@ -57,8 +61,8 @@ class PromptCursor:
 
     def load_state_dict(self, state: CursorState) -> None:
         """Continues where ``state`` was taken. Raises DataError when the prompts or the seed are not the same."""
-        for name in ("num_prompts", "seed", "shuffle"):
-            saved, own = state[name], getattr(self, name)
+        for name, own in self.order().items():
+            saved = state[name]  # type: ignore[literal-required]
             if saved != own:
                 raise DataError(
                     f"the checkpoint's cursor has {name} = {saved}, this run has {own}: the order of the prompts "

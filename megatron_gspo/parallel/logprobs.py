@@ -60,7 +60,8 @@ def vocab_parallel_logprobs(
         chunk: tokens, over all tensor ranks, that are worked on at one time; memory is two tiles [chunk, COLUMNS].
 
     Returns:
-        (logprobs [T / n], entropy [T / n] without gradient), float32, or float64 for a float64 model.
+        (logprobs [T / n], entropy [T / n] without gradient), float32, or float64 for a float64 model. The logprob of a
+        label outside the vocabulary is NaN, which stops a step: no rank holds its logit.
     """
     return _VocabParallelLogprobs.apply(hidden_TH, weight_VH, labels_T, group, vocab_size, temperature, chunk)
 
@@ -94,7 +95,9 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             exp, weighted, target = _all_reduce(sums.stacked(), group, dist.ReduceOp.SUM)
             log_sum = exp.log()
             lse[:, own] = (maximum + log_sum).view(ranks, -1)
-            logprobs[own] = (target - log_sum).view(ranks, -1)[rank]
+            label = labels[rank, own]
+            known = (label >= 0) & (label < vocab_size)
+            logprobs[own] = (target - log_sum).view(ranks, -1)[rank].where(known, torch.nan)
             entropy[own] = (log_sum - weighted / exp).view(ranks, -1)[rank]
         ctx.save_for_backward(hidden_TH, weight_VH, labels_T, lse)
         ctx.settings = (group, first, valid, temperature, chunk)

@@ -33,7 +33,8 @@ def heaviest_expert(counts: torch.Tensor, *, stage: dist.ProcessGroup, pipeline:
     if counts.numel():
         total = counts.clone()
         dist.all_reduce(total, group=stage)
-        worst = (total.amax(dim=1) / total.mean(dim=1)).max().reshape(1)
+        loads = total.amax(dim=1) / total.mean(dim=1)
+        worst = loads.nan_to_num(nan=0.0).max().reshape(1)  # a layer that saw no token has no load
     dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=pipeline)
     return float(worst)
 

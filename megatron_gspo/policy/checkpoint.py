@@ -46,7 +46,7 @@ def save_checkpoint(policy: Policy, directory: Path, extra: Mapping[str, Any]) -
 
     It is written under another name, hashed, synced to disk and moved when it is whole; a checkpoint that was at
     ``directory`` is replaced. Weights keep the model's dtype, optimizer state is float32 (float64 in a float64 run).
-    Raises ConfigError, on every rank, when a rank cannot write its share; TypeError when ``extra`` is not JSON.
+    Raises WriteError, on every rank, when a rank cannot write its share; TypeError when ``extra`` is not JSON.
     """
     begin_save(policy, directory, extra).finish()
 

@@ -14,6 +14,7 @@ import queue
 import shutil
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_gspo.errors import ConfigError
-from megatron_gspo.parallel.exchange import agree, gather_objects, together
+from megatron_gspo.parallel.exchange import gather_objects, together
 from megatron_gspo.policy.checkpoint_files import UNFINISHED, FileEntry, describe, make_empty, publish
+from megatron_gspo.storage import writing
 
 BACKEND = ("torch_dist", 1)
 COMMON = "common.pt"
@@ -52,9 +53,12 @@ class PendingSave:
         self.directory = directory
         self._unfinished = directory.with_name(directory.name + UNFINISHED)
         self._header, self._world = header, world
-        self._on_first_rank(lambda: make_empty(self._unfinished))
         shards, common = save_preprocess(state)
-        self._on_first_rank(lambda: torch.save(common, self._unfinished / COMMON))
+        try:
+            self._on_first_rank(lambda: self._begin(common))
+        except Exception:
+            self._discard()
+            raise
         strategy = _Planner(*BACKEND, thread_count=FILES)
         strategy.async_save(shards, self._unfinished)
         self._writer, self._metadata = strategy.planned
@@ -71,16 +75,31 @@ class PendingSave:
     def finish(self) -> None:
         """Waits for all ranks and gives the checkpoint its name. Collective.
 
-        Raises ConfigError on every rank when one could not write; what there is of the checkpoint is then removed.
+        Raises WriteError on every rank when one could not write; what there is of the checkpoint is then removed.
         """
         try:
-            written = together(lambda: _or_config_error(self._writing.result, self.directory), self._world)
+            written = together(self._result, self._world)
             parts = gather_objects(written, self._world)
             self._on_first_rank(lambda: self._publish(parts))
         except Exception:
-            if dist.get_rank() == 0:  # a full disk needs the room
-                shutil.rmtree(self._unfinished, ignore_errors=True)
+            self._discard()
             raise
+
+    def _begin(self, common: Any) -> None:
+        make_empty(self._unfinished)
+        torch.save(common, self._unfinished / COMMON)
+
+    def _result(self) -> Written:
+        with self._refusals():
+            return self._writing.result()
+
+    def _discard(self) -> None:
+        if dist.get_rank() == 0:  # a full disk needs the room
+            shutil.rmtree(self._unfinished, ignore_errors=True)
+
+    def _refusals(self) -> AbstractContextManager[None]:
+        then = "train.resume = true continues from the checkpoint that `latest` names, if there is one"
+        return writing(self.directory, "the checkpoint", then)
 
     def _write(self, buckets: list[Any]) -> Written:
         """In a thread: every bucket to a file, synced and hashed."""
@@ -101,13 +120,13 @@ class PendingSave:
 
     def _on_first_rank(self, action: Callable[[], object]) -> None:
         """Touches the file system on one rank while the others wait."""
-        error: Exception | None = None
-        if dist.get_rank() == 0:
-            try:
-                _or_config_error(action, self.directory)
-            except ConfigError as caught:
-                error = caught
-        agree(error, self._world)
+
+        def act() -> None:
+            if dist.get_rank() == 0:
+                with self._refusals():
+                    action()
+
+        together(act, self._world)
 
 
 class _Planner(TorchDistSaveShardedStrategy):
@@ -145,11 +164,3 @@ def _write_file(transforms: list[Any], bucket: Any) -> tuple[list[Any], FileEntr
     if isinstance(result, Exception):
         raise result
     return result, describe(Path(bucket[0]))
-
-
-def _or_config_error(action: Callable[[], Any], directory: Path) -> Any:
-    try:
-        return action()
-    except (OSError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch's is of little use
-        raise ConfigError(f"{directory}: the checkpoint cannot be written: {cause}") from error

@@ -98,6 +98,13 @@ SECTIONS = (
                 ),
                 zero=True,
             ),
+            Chart(
+                "Skipped outer steps",
+                "1: skipped",
+                (Curve("step/skipped", "nothing to train on"),),
+                "Every response of the step was dropped; the weights stayed as they were.",
+                zero=True,
+            ),
         ),
     ),
     Section(
@@ -155,6 +162,13 @@ SECTIONS = (
                     Curve("ratio/token_log_rms", "RMS of token log-ratios"),
                     Curve("ratio/abs_log_mean", "mean |log s_i|, per token"),
                 ),
+                log=True,
+            ),
+            Chart(
+                "Distance from the reference",
+                "nats per token (log)",
+                (Curve("kl/ref_k3", "k3"), Curve("kl/ref_k1", "|k1|", magnitude=True)),
+                "KL(π_θ ‖ π_ref) as the responses show it; what the KL term of the loss holds.",
                 log=True,
             ),
             Chart("Effective sample size", "share of the sequences", (Curve("ratio/ess", "ESS / n"),)),

@@ -132,7 +132,8 @@ class ConsoleSink:
         done = report.outer_step + 1
         if self._is_sft:
             return done % self._every == 0 or done == self._config.train.outer_steps
-        return report.minibatch == self._config.train.minibatches - 1
+        last = report.minibatch == self._config.train.minibatches - 1
+        return last or "tokens_per_s" in report.metrics  # which ends a step that has fewer of them
 
     def _flush(self) -> None:
         record = combine(self._pending)

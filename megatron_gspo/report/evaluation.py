@@ -23,6 +23,7 @@ import numpy as np
 
 from megatron_gspo.algorithm.evaluation import CONFIDENCE, INTERVAL_METHOD, Estimate, estimates
 from megatron_gspo.errors import ConfigError, MegatronGspoError
+from megatron_gspo.storage import claiming, writing
 
 if TYPE_CHECKING:
     from megatron_gspo.types import Rollout
@@ -31,40 +32,42 @@ RESULT, SAMPLES, UNSCORED = "result.json", "samples.jsonl", "unscored.jsonl"
 
 
 class EvaluationDirectory:
-    """Takes responses as they arrive and the result at the end. Raises ConfigError when ``path`` holds files."""
+    """Takes responses as they arrive and the result at the end. Raises ConfigError when ``path`` holds files,
+    WriteError when the disk does not take what is written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._drawn = 0
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(f"--out {path} exists and is not an empty directory: name another")
-        try:
+        with claiming(f"--out {path}", path):
             path.mkdir(parents=True, exist_ok=True)
-            self._unscored = (path / UNSCORED).open("w", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--out {path} cannot be written: {error}") from None
+            self._unscored = (path / UNSCORED).open("w", encoding="utf-8", errors="backslashreplace")
 
     def drawn(self, rollouts: Sequence[Rollout]) -> None:
         """The responses to one prompt, not scored yet."""
-        for rollout in rollouts:
-            self._unscored.write(_line(_sample(rollout)))
+        with writing(self.path, "the responses"):
+            for rollout in rollouts:
+                self._unscored.write(_line(_sample(rollout)))
+            self._unscored.flush()
         self._drawn += len(rollouts)
-        self._unscored.flush()
 
     def finish(self, groups: Sequence[tuple[Sequence[Rollout], np.ndarray]], result: Mapping[str, Any]) -> None:
         """Every prompt's responses with their rewards [K], and the result."""
-        with (self.path / SAMPLES).open("w", encoding="utf-8") as file:
-            for rollouts, rewards_K in groups:
-                for rollout, reward in zip(rollouts, rewards_K, strict=True):
-                    file.write(_line(_sample(rollout) | {"reward": float(reward)}))
-        temporary = self.path / f"{RESULT}.tmp"
-        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self.path / RESULT)
-        (self.path / UNSCORED).unlink()
+        with writing(self.path, "the result"):
+            with (self.path / SAMPLES).open("w", encoding="utf-8", errors="backslashreplace") as file:
+                for rollouts, rewards_K in groups:
+                    for rollout, reward in zip(rollouts, rewards_K, strict=True):
+                        file.write(_line(_sample(rollout) | {"reward": float(reward)}))
+            temporary = self.path / f"{RESULT}.tmp"
+            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            temporary.replace(self.path / RESULT)
+            (self.path / UNSCORED).unlink()
 
     def close(self) -> None:
         """Leaves nothing where nothing had arrived."""
-        self._unscored.close()
+        with contextlib.suppress(OSError):  # what could not be written was said when it was
+            self._unscored.close()
         if not self._drawn:
             (self.path / UNSCORED).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty: logs of servers

@@ -121,9 +121,13 @@ def write_page(text: str, out: Path) -> Path:
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
-    # A lone surrogate, of a directory's name or a torn manifest, is in no encoding.
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    temporary.replace(out)
+    try:
+        # A lone surrogate, of a directory's name or a torn manifest, is in no encoding.
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.replace(out)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk needs the room
+        raise
     return out
 
 

@@ -124,6 +124,19 @@ METRICS: dict[str, Metric] = {
         "Share of tokens with max(rho, 1/rho) > 2.",
         "Below 1e-4; above 0.1 went with a crash (arXiv 2510.11370).",
     ),
+    "kl/ref_k1": Metric(
+        "nats/token",
+        "Mean of log pi_theta - log pi_ref over response tokens, each with the same weight; with a reference "
+        "(`algorithm.kl_loss_coef` above 0) alone. The tokens were drawn by mu, so it estimates the divergence of "
+        "pi_theta from pi_ref without bias where pi_theta is mu: in minibatch 0, but for the engine gap.",
+        "0 at the start, of either sign there; rises as the policy leaves the reference.",
+    ),
+    "kl/ref_k3": Metric(
+        "nats/token",
+        "Mean of r - 1 - log r, with r = pi_ref / pi_theta: the same divergence from the same tokens, never negative "
+        "and with less variance.",
+        "Rises as the policy leaves the reference; steady where `algorithm.kl_loss_coef` holds it.",
+    ),
     "route/drift": Metric(
         "fraction",
         "Share of the experts that pi_old's own routing chose and the policy's own routing now does not, mean over "
@@ -185,6 +198,13 @@ METRICS: dict[str, Metric] = {
         "0.",
         combine="last",
     ),
+    "step/skipped": Metric(
+        "0 or 1",
+        "1 on the one line of an outer step in which no group had two responses left and which `rollout.on_empty_step` "
+        "skipped: no optimizer step was taken, and the next one has the same `step`.",
+        "0.",
+        combine="last",
+    ),
     "dropped/aborted": Metric("responses", "Those that the server gave up on, retries included.", combine="last"),
     "dropped/empty": Metric("responses", "Those without a token.", combine="last"),
     "dropped/mixed_version": Metric(
@@ -241,6 +261,22 @@ def clean(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
+def finite(value: Any) -> bool:
+    """Whether it is a number that JSON and JavaScript can hold."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+
+
+def strict(value: Any) -> Any:
+    """Plain values with None in the place of each NaN and infinity, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {name: strict(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def by_outer_step(records: Iterable[Record]) -> list[Record]:
     """One record an outer step, in order: each metric combined as ``METRICS`` says (unknown ones as the mean)."""
     groups: dict[int, list[Record]] = {}
@@ -257,6 +293,11 @@ def combine(lines: Sequence[Record]) -> Record:
         last = name in PLACE or METRICS.get(row_of(name), Metric("")).combine == "last"
         combined[name] = values[-1] if last else sum(values) / len(values)
     return combined
+
+
+def steps_taken(line: Record) -> int:
+    """Optimizer steps up to a line, its own included: a skipped outer step has none."""
+    return int(line["step"]) + (0 if line.get("step/skipped") else 1)
 
 
 def seconds(record: Record) -> float:

@@ -13,9 +13,9 @@ from typing import Any
 
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.report.charts import SECTIONS, Chart, for_layers
-from megatron_gspo.report.metrics import INITIAL, METRICS, TIME_PARTS, Record, by_outer_step, row_of, seconds
+from megatron_gspo.report.metrics import INITIAL, METRICS, TIME_PARTS, Record, by_outer_step, finite, row_of, seconds
 from megatron_gspo.report.rundir import RunDirectory, read_lines
-from megatron_gspo.report.samples import finite, number, rollouts
+from megatron_gspo.report.samples import number, rollouts
 
 CURVE_POINTS = 2000
 """A longer curve keeps the smallest and the largest value of half as many stretches: no spike is lost."""
@@ -127,13 +127,13 @@ def hours(outer: Sequence[Record]) -> list[float] | None:
 
 def resumed_at(run: RunDirectory, lines: Sequence[Record]) -> list[dict[str, int]]:
     """Where the run was taken up again: at the later ``starts`` of its manifest, and where its file steps back."""
-    outer_steps, last = set(later_starts(run)), INITIAL
+    outer_steps, last = set(later_starts(run)), (INITIAL, INITIAL)
     for line in read_lines(run.metrics_file):
         step, outer_step = line.get("step"), line.get("outer_step")
         if isinstance(step, int) and isinstance(outer_step, int):
-            if INITIAL < step <= last:
+            if INITIAL < step <= last[0] and outer_step <= last[1]:  # a skipped outer step's number comes twice
                 outer_steps.add(outer_step)
-            last = step
+            last = step, outer_step
     first = {line["outer_step"]: line["step"] for line in reversed(lines)}
     return [{"outer_step": number, "step": first[number]} for number in sorted(outer_steps & first.keys())]
 

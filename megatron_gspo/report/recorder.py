@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from megatron_gspo.config import RunConfig
-from megatron_gspo.errors import ConfigError, RunStopped
+from megatron_gspo.errors import RunStopped
 from megatron_gspo.report.console import ConsoleSink
 from megatron_gspo.report.html import write_report
 from megatron_gspo.report.manifest import describe, with_start
@@ -18,9 +18,13 @@ from megatron_gspo.report.rundir import RunDirectory, initial_evaluation
 from megatron_gspo.report.sink import Fanout, MetricSink
 from megatron_gspo.report.tensorboard import TensorBoardSink
 from megatron_gspo.report.wandb import WandbSink
+from megatron_gspo.storage import writing
 
 if TYPE_CHECKING:
     from megatron_gspo.types import RolloutRecord, StepReport
+
+
+CONTINUE = "train.resume = true continues from the newest checkpoint"
 
 
 class Continued(Protocol):
@@ -40,7 +44,7 @@ class RunRecorder:
     """The ``Recorder`` of the one rank that reports.
 
     ``page``: writes ``report.html`` at the end. Raises ConfigError when the run directory exists and is not continued,
-    or when another process writes it.
+    or when another process writes it; WriteError, here and later, when the disk does not take what is written.
     """
 
     def __init__(
@@ -57,13 +61,14 @@ class RunRecorder:
             self._directory.cut_back(config, continued.outer_steps)
             purge_step = max([line["step"] for line in self._directory.metrics()], default=INITIAL) + 1
         self._manifest = with_start(describe(config, world_size), self._directory.manifest(), _as_record(continued))
-        self._directory.write_manifest(self._manifest)
         self._console = ConsoleSink(config, world_size)
-        sinks: list[MetricSink] = [self._directory.metrics_writer(), self._console]
-        if config.train.tensorboard:
-            sinks.append(TensorBoardSink(self._directory.tensorboard, purge_step))
-        if config.train.wandb:
-            sinks.append(WandbSink(self._directory, config))
+        with self._writing():
+            self._directory.write_manifest(self._manifest)
+            sinks: list[MetricSink] = [self._directory.metrics_writer(), self._console]
+            if config.train.tensorboard:
+                sinks.append(TensorBoardSink(self._directory.tensorboard, purge_step))
+            if config.train.wandb:
+                sinks.append(WandbSink(self._directory, config))
         self._sink = Fanout(sinks)
 
     def engine(self, description: Mapping[str, Any]) -> None:
@@ -104,22 +109,23 @@ class RunRecorder:
     ) -> None:
         ended = "finished" if error is None else "stopped" if isinstance(error, RunStopped) else "failed"
         what = " ".join(str(error).split()) if ended == "failed" else ""
-        for end in (
-            self._sink.close,
-            lambda: self._directory.finish(ended, what),
-            lambda: self._page and write_report([self._directory.path], self._directory.report_file),
-            self._lock.close,
+        page = f"`megatron-gspo report {self._directory.path}` draws it"
+        for end, writes in (
+            (self._sink.close, self._writing()),
+            (lambda: self._directory.finish(ended, what), self._writing()),
+            (self._draw, writing(self._directory.report_file, "the run is done, but its page", page)),
+            (self._lock.close, contextlib.nullcontext()),
         ):
-            with self._writing() if error is None else contextlib.suppress(Exception):  # what failed first is said
+            with writes if error is None else contextlib.suppress(Exception):  # what failed first is said
                 end()
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """A full disk, or a directory that is gone, is the user's to mend."""
-        try:
-            yield
-        except OSError as error:
-            raise ConfigError(f"train.run_dir = {self._directory.path} cannot be written: {error}") from error
+    def _draw(self) -> None:
+        if self._page:
+            write_report([self._directory.path], self._directory.report_file)
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        """What the disk does not take, or a directory that is gone, is said with what is left to do."""
+        return writing(self._directory.path, "what the run records", CONTINUE)
 
 
 def _as_record(continued: Continued | None) -> dict[str, Any] | None:

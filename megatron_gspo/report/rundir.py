@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_gspo.config import RunConfig, dump, load
 from megatron_gspo.errors import ConfigError, DataError
-from megatron_gspo.report.metrics import INITIAL, Record, clean
+from megatron_gspo.report.metrics import INITIAL, PLACE, Record, clean, finite, strict
+from megatron_gspo.storage import claiming
 
 if TYPE_CHECKING:  # types imports torch, and reading a run needs none
     from megatron_gspo.types import RolloutRecord, StepReport
@@ -44,7 +45,8 @@ class RunDirectory:
         """Makes ``train.run_dir`` with ``config.toml`` in it; it is there with both or not at all.
 
         Replaces a run under ``train.overwrite``, and under ``train.resume`` (where there was no checkpoint to continue
-        from). Raises ConfigError if it exists otherwise, is being written, or if what would be replaced is not a run.
+        from). Raises ConfigError if it exists otherwise, is being written, cannot be written, or if what would be
+        replaced is not a run; WriteError when the disk is full.
         """
         path = Path(config.train.run_dir)
         if path.is_dir() and (config.train.overwrite or config.train.resume):
@@ -55,14 +57,12 @@ class RunDirectory:
                 f"or train.overwrite = true to replace it"
             )
         unfinished = cls(path.with_name(path.name + UNFINISHED))
-        try:
+        with claiming(f"train.run_dir = {path}", path):
             shutil.rmtree(unfinished.path, ignore_errors=True)
             unfinished.checkpoints.mkdir(parents=True)
             unfinished.rollouts.mkdir()
             unfinished.config_file.write_text(dump(config), encoding="utf-8")
             unfinished.path.rename(path)
-        except OSError as error:
-            raise ConfigError(f"train.run_dir = {path} cannot be written: {error}") from None
         return cls(path)
 
     @classmethod
@@ -128,18 +128,16 @@ class RunDirectory:
     def cut_back(self, config: RunConfig, outer_steps: int) -> None:
         """Leaves what a run had written after ``outer_steps`` outer steps, with ``config`` as its configuration.
 
-        Raises ConfigError when the directory cannot be written.
+        Raises ConfigError when the directory cannot be written, WriteError when the disk is full.
         """
-        try:
-            kept = [line for line in read_lines(self.metrics_file) if line.get("outer_step", 0) < outer_steps]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
+        with claiming(f"train.run_dir = {self.path}", self.path):
+            kept = [line for line in read_lines(self.metrics_file) if _is_step(line)]
+            text = "".join(json.dumps(strict(line)) + "\n" for line in kept if line["outer_step"] < outer_steps)
             _replace_text(self.metrics_file, text)
             for number, path in self.rollout_files().items():
                 if number >= outer_steps:
                     path.unlink()
             _replace_text(self.config_file, dump(config))
-        except OSError as error:
-            raise ConfigError(f"train.run_dir = {self.path} cannot be written: {error}") from None
 
     def metrics_writer(self) -> MetricsWriter:
         """Opens ``metrics.jsonl`` for appending, after cutting off a torn last line."""
@@ -164,8 +162,8 @@ class RunDirectory:
     def write_rollouts(self, outer_step: int, records: Sequence[RolloutRecord]) -> Path:
         """Writes the responses of one outer step, replacing those of an earlier try at it."""
         path = self.rollouts / f"outer_{outer_step:05d}.jsonl"
-        lines = [json.dumps(record.as_record(), ensure_ascii=False) + "\n" for record in records]
-        path.write_text("".join(lines), encoding="utf-8")
+        lines = [json.dumps(strict(record.as_record()), ensure_ascii=False) + "\n" for record in records]
+        path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")  # a lone surrogate: JSON's escape
         return path
 
     def config(self) -> RunConfig | None:
@@ -185,7 +183,8 @@ class RunDirectory:
 
     def metrics(self) -> list[Record]:
         """The lines of ``metrics.jsonl`` in order of step; of a step written twice (a resumed run) the later one."""
-        records = {(line["step"], line["minibatch"]): line for line in read_lines(self.metrics_file) if _is_step(line)}
+        lines = [_measured(line) for line in read_lines(self.metrics_file) if _is_step(line)]
+        records = {tuple(line[name] for name in PLACE): line for line in lines}
         return [records[key] for key in sorted(records)]
 
     def rollout_files(self) -> dict[int, Path]:
@@ -218,13 +217,11 @@ class MetricsWriter:
 def lock(path: Path, name: str) -> TextIO:
     """Locks the file at ``path`` until this process ends (however) or the result is closed.
 
-    Raises ConfigError, calling what is locked ``name``, when another process has it. A file system without locks takes
-    any.
+    Raises ConfigError, calling what is locked ``name``, when another process has it or the file cannot be made;
+    WriteError when the disk is full. A file system without locks takes any.
     """
-    try:
+    with claiming(name, path):
         file = path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{name} cannot be written: {error}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -255,14 +252,19 @@ def read_lines(path: Path) -> Iterator[Record]:
     for line in text.split("\n"):  # not splitlines: a response may hold U+2028, which JSON does not escape
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             yield record
 
 
 def _is_step(line: Record) -> bool:
-    return all(isinstance(line.get(name), int) for name in ("step", "outer_step", "minibatch"))
+    return all(isinstance(line.get(name), int) and finite(line[name]) for name in PLACE)
+
+
+def _measured(line: Record) -> Record:
+    """The line without what is no finite number: somebody else's NaN, or text, is nothing to reckon with."""
+    return {name: value for name, value in line.items() if finite(value)}
 
 
 def _is_run(path: Path) -> bool:
@@ -272,8 +274,12 @@ def _is_run(path: Path) -> bool:
 def _replace_text(path: Path, text: str) -> None:
     """Replaces a file in one move."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk needs the room
+        raise
 
 
 def is_replaceable(path: Path) -> bool:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_gspo.report.metrics import Record
+from megatron_gspo.report.metrics import Record, finite
 from megatron_gspo.report.rundir import RunDirectory, read_lines
 
 ROLLOUT_BYTES = 6_000_000
@@ -70,13 +70,6 @@ def number(value: Any, digits: int = 9) -> float | None:
     if not finite(value):
         return None
     return value if isinstance(value, int) else float(f"{value:.{digits}g}")
-
-
-def finite(value: Any) -> bool:
-    """Whether it is a number that JavaScript can hold."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
 
 
 def short(text: str) -> str:

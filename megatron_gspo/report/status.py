@@ -10,7 +10,7 @@ from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import WeightError
 from megatron_gspo.policy.checkpoint_files import latest_in
 from megatron_gspo.report.liveness import silence, state
-from megatron_gspo.report.metrics import INITIAL, TIME_PARTS, Record, by_outer_step, seconds
+from megatron_gspo.report.metrics import INITIAL, TIME_PARTS, Record, by_outer_step, seconds, steps_taken
 from megatron_gspo.report.rundir import RunDirectory
 from megatron_gspo.report.text import duration
 
@@ -39,7 +39,7 @@ def summarise(run: RunDirectory | Path | str) -> dict[str, Any]:
         "silent_s": round(silence(run), 1),
         "error": manifest.get("error"),
         "starts": len(manifest.get("starts", [])) or None,
-        "optimizer_steps": trained[-1]["step"] + 1 if trained else 0,
+        "optimizer_steps": steps_taken(trained[-1]) if trained else 0,
         "outer_steps": done,
         "outer_steps_total": total,
         "eta_s": (total - done) * per_step if total and per_step else None,
@@ -78,6 +78,8 @@ def warnings(lines: list[Record], config: RunConfig | None) -> list[str]:
     flat = _mean(recent, "reward/zero_std_groups")
     if flat is not None and flat > 0.5:
         found.append(f"{flat:.0%} of the groups have equal rewards and teach nothing: prompts too easy or too hard")
+    if skipped := sum(record.get("step/skipped", 0.0) > 0 for record in recent):
+        found.append(f"{skipped} of the last {len(recent)} outer steps were skipped: every response was dropped")
     truncated = _mean(recent, "length/truncated")
     if truncated is not None and truncated > 0.5:
         found.append(f"{truncated:.0%} of the responses were truncated: raise rollout.max_response_tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from megatron_gspo.config import RunConfig
@@ -27,7 +28,9 @@ def layout_text(layout: Mapping[str, int], world_size: int) -> str:
 
 
 def duration(seconds_left: float) -> str:
-    """``47s``, ``12m05s``, ``3h07m``, ``2d04h``."""
+    """``47s``, ``12m05s``, ``3h07m``, ``2d04h``; "-" for what is no finite number."""
+    if not math.isfinite(seconds_left):
+        return "-"
     whole = round(seconds_left)
     minutes, hours, days = whole // 60, whole // 3600, whole // 86400
     if whole < 60:

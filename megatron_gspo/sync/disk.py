@@ -9,11 +9,13 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors.torch import save_file
 
-from megatron_gspo.errors import SyncError
+from megatron_gspo.errors import SyncError, WriteError
+from megatron_gspo.storage import writing
 from megatron_gspo.sync.base import BucketSync, NamedTensor, Names, own_storage
 
 PREFIX = "megatron-gspo-"
@@ -41,33 +43,44 @@ class DiskSync(BucketSync):
     def _begin(self) -> str:
         self.close()
         remove_abandoned(Path(self.config.directory))
-        try:
+        with self._refusals():
             self._directory = tempfile.TemporaryDirectory(prefix=PREFIX, dir=self.config.directory)
             self._lock = os.open(self._directory.name, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise SyncError(f"sync.directory = {self.config.directory} cannot be written: {error}") from None
-        os.chmod(self._directory.name, 0o755)  # servers may run as another user
-        place = Path(self._directory.name) / "weights"
-        place.mkdir()
-        shutil.copyfile(self.model_path / "config.json", place / "config.json")
+            os.chmod(self._directory.name, 0o755)  # servers may run as another user
+            place = Path(self._directory.name) / "weights"
+            place.mkdir()
+            shutil.copyfile(self.model_path / "config.json", place / "config.json")
         return str(place)
 
     def _send(self, place: str, bucket: list[NamedTensor]) -> str:
         self._files += 1
         path = Path(place) / f"rank-{self.peers.rank:05}-{self._files:05}.safetensors"
         partial = path.with_suffix(".partial")
-        save_file({name: own_storage(tensor) for name, tensor in bucket}, partial, metadata={"format": "pt"})
-        partial.rename(path)
+        with self._refusals():
+            save_file({name: own_storage(tensor) for name, tensor in bucket}, partial, metadata={"format": "pt"})
+            partial.rename(path)
         return path.name
 
     def _finish(self, place: str, sent: list[list[tuple[Names, str]]]) -> None:
         weight_map = {name: file for rank in sent for names, file in rank for name in names}
         index = Path(place) / "model.safetensors.index.json"
-        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        with self._refusals():
+            index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         # A server that started from no files ("--load-format dummy") would look for these weights in the same way.
         body = {"model_path": place, "load_format": "auto", "flush_cache": True}
         self.servers.post("/update_weights_from_disk", body)
+
+    def _abandon(self) -> None:
+        self.close()  # a full disk needs the room
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            with writing(Path(self.config.directory), then="start again, or name another sync.directory"):
+                yield
+        except WriteError as error:
+            raise SyncError(f"sync.directory = {error}") from error
 
 
 def remove_abandoned(directory: Path) -> None:

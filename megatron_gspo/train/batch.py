@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from megatron_gspo.algorithm.packing import check_batch, dummy_batch, pack
+from megatron_gspo.algorithm.packing import check_batch, check_vocabulary, dummy_batch, pack
 from megatron_gspo.algorithm.planning import Plan, padded_length, plan_microbatches
 from megatron_gspo.algorithm.weights import response_weights
 from megatron_gspo.config import RunConfig
-from megatron_gspo.parallel.exchange import broadcast_object, exchange, gather_objects
+from megatron_gspo.parallel.exchange import broadcast_object, exchange, gather_objects, together
 from megatron_gspo.policy.groups import Groups, device
 from megatron_gspo.types import PackedBatch, Sample
 
@@ -56,6 +56,11 @@ def place(mine: Sequence[Sample], config: RunConfig, groups: Groups) -> list[Min
         Minibatch(tuple(pack_on_device(part, config, groups) for part in parts), tuple(parts), tokens)
         for parts, tokens in zip(placed or [], totals, strict=True)
     ]
+
+
+def check_tokens(mine: Sequence[Sample], vocab_size: int, groups: Groups) -> None:
+    """Raises BatchError on every rank when a leader's samples hold a token outside the vocabulary. Collective."""
+    together(lambda: check_vocabulary(mine, vocab_size) if groups.is_leader else None, groups.world)
 
 
 def pack_on_device(samples: Sequence[Sample], config: RunConfig, groups: Groups) -> PackedBatch:

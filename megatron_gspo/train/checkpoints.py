@@ -14,6 +14,7 @@ from megatron_gspo.policy.checkpoint import begin_save, load_checkpoint
 from megatron_gspo.policy.checkpoint_files import clear_leftovers, move_latest, name_of, retire
 from megatron_gspo.policy.checkpoint_write import PendingSave
 from megatron_gspo.policy.policy import Policy
+from megatron_gspo.storage import writing
 from megatron_gspo.train.progress import Progress
 from megatron_gspo.train.resume import Resumption
 from megatron_gspo.train.save import Exports
@@ -37,7 +38,7 @@ class Checkpoints:
     def restore(self, resumption: Resumption, progress: Progress) -> None:
         """Policy and progress as they were. Raises WeightError or DataError when they cannot be."""
         load_checkpoint(self._policy, resumption.directory)
-        progress.load_state_dict(resumption.extra)
+        progress.load_state_dict(resumption.extra, self._train.resume_changes)
         self._saved_at = progress.outer_steps
 
     def after_step(self, progress: Progress, *, last: bool) -> None:
@@ -63,8 +64,9 @@ class Checkpoints:
         self._on_first_rank(lambda: self._move_on(pending.directory))
 
     def _move_on(self, newest: Path) -> None:
-        move_latest(newest)
-        retire(newest, keep_last=self._train.keep_last, keep_every=self._train.keep_every)
+        with writing(newest.parent, then="train.resume = true continues from the checkpoint that `latest` names"):
+            move_latest(newest)
+            retire(newest, keep_last=self._train.keep_last, keep_every=self._train.keep_every)
 
     def _on_first_rank(self, action: Any) -> None:
         together(lambda: action() if dist.get_rank() == 0 else None, self._policy.groups.world)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_gspo.config import RolloutConfig, RunConfig
 from megatron_gspo.data.cursor import PromptCursor
-from megatron_gspo.errors import ConfigError, RunStopped
+from megatron_gspo.errors import ConfigError, RolloutError, RunStopped
 from megatron_gspo.parallel.exchange import agree, broadcast_object, together
 from megatron_gspo.policy.checkpoint_files import is_distributed
 from megatron_gspo.policy.groups import Groups, make_groups, start_distributed
@@ -23,12 +23,13 @@ from megatron_gspo.rollout.engine import local_servers
 from megatron_gspo.train.checkpoints import Checkpoints
 from megatron_gspo.train.context import Inputs, Run, build_run, load_inputs
 from megatron_gspo.train.evaluate import evaluate
+from megatron_gspo.train.experiment import contents
 from megatron_gspo.train.progress import Progress, seed_generators
 from megatron_gspo.train.recorder import MakeRecorder, Recorder, open_recorder
 from megatron_gspo.train.resume import Resumption, find_resumption, identify
 from megatron_gspo.train.save import save_hugging_face
 from megatron_gspo.train.sft import Examples, fine_tune, load_examples
-from megatron_gspo.train.step import outer_step
+from megatron_gspo.train.step import empty_text, outer_step
 from megatron_gspo.train.stopping import StopRequest
 from megatron_gspo.versions import untested
 
@@ -43,7 +44,8 @@ def train(config: RunConfig, make_recorder: MakeRecorder) -> None:
     set_determinism(config)
     supervised = config.algorithm.name == "sft"
     inputs = together(lambda: load_examples(config) if supervised else load_inputs(config), groups.world)
-    identity = identify(config, inputs.fingerprints())
+    named = together(lambda: contents(config) if dist.get_rank() == 0 else {}, groups.world)
+    identity = identify(config, inputs.fingerprints(), named)
     resumption = find_resumption(config, identity, groups)
     with StopRequest() as stop:
         try:
@@ -145,8 +147,20 @@ def outer_steps(run: Run, progress: Progress, recorder: Recorder) -> Iterator[No
         if evaluating and (last or (number + 1) % config.eval.every == 0):
             reports[-1].metrics |= evaluate(run, number + 1)
         recorder.steps(reports[-1:])
-        progress.outer_steps, progress.optimizer_steps = number + 1, progress.optimizer_steps + len(reports)
+        progress.advance(reports)
+        if progress.empty_steps:
+            report_empty_step(config, progress, empty_text(number, reports[-1].metrics), recorder)
         yield
+
+
+def report_empty_step(config: RunConfig, progress: Progress, what: str, recorder: Recorder) -> None:
+    """Says that a step was skipped; raises RolloutError when ``rollout.max_empty_steps`` in a row were."""
+    most = config.rollout.max_empty_steps
+    recorder.note(f"warning: {what}: skipped ({progress.empty_steps} in a row, at most {most})")
+    if progress.empty_steps >= most:
+        raise RolloutError(
+            f"{what}, as in the {progress.empty_steps} outer steps up to here (rollout.max_empty_steps = {most})"
+        )
 
 
 @contextlib.contextmanager

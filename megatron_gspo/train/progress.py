@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,12 @@ import numpy as np
 import torch
 
 from megatron_gspo.data.cursor import PromptCursor
+from megatron_gspo.types import StepReport
+
+ORDERED_BY = {"data.path", "data.shuffle", "train.seed"}
+"""Settings that the order of the prompts is a function of."""
+SKIPPED = "step/skipped"
+"""Metric: whether an outer step had nothing to train on, and took no optimizer step."""
 
 
 @dataclass
@@ -30,19 +36,36 @@ class Progress:
     """Outer steps done; the weights' version is the same number."""
     optimizer_steps: int = 0
     """Optimizer steps done; the learning rate's schedule is a function of it."""
+    empty_steps: int = 0
+    """Outer steps in a row, up to now, that had nothing to train on."""
+
+    def advance(self, reports: Sequence[StepReport]) -> None:
+        """Counts one outer step, by its reports."""
+        skipped = any(report.metrics.get(SKIPPED) for report in reports)
+        self.outer_steps += 1
+        self.optimizer_steps += 0 if skipped else len(reports)
+        self.empty_steps = self.empty_steps + 1 if skipped else 0
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "outer_step": self.outer_steps,
             "optimizer_step": self.optimizer_steps,
             "weight_version": self.outer_steps,
+            "empty_steps": self.empty_steps,
             "cursor": dict(self.cursor.state_dict()),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where ``state`` was taken. Raises DataError when the prompts or the seed are not the same."""
-        self.cursor.load_state_dict(state["cursor"])
+    def load_state_dict(self, state: dict[str, Any], accepted: Collection[str] = ()) -> None:
+        """Continues where ``state`` was taken.
+
+        Where the user ``accepted`` that the prompts, their seed or their shuffling are others, a new order begins at
+        its start. Raises DataError when they are others and nobody did.
+        """
+        same = all(state["cursor"][name] == value for name, value in self.cursor.order().items())
+        if same or not ORDERED_BY & set(accepted):
+            self.cursor.load_state_dict(state["cursor"])
         self.outer_steps, self.optimizer_steps = state["outer_step"], state["optimizer_step"]
+        self.empty_steps = state.get("empty_steps", 0)
 
 
 def seed_generators(seed: int, outer_step: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -89,7 +88,7 @@ def _measure(
             if key in chosen:
                 own = mask & (sequence == index)
                 measured[key] = _Measured(
-                    ratio=math.exp(float(output.log_ratio_S[index])),
+                    ratio=float(output.log_ratio_S[index].double().exp()),  # an infinity, where math.exp would raise
                     clipped=bool(clipped[own].any()),
                     old_logprobs=old[own].tolist(),
                     new_logprobs=new[own].tolist(),

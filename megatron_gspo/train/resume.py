@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,40 +15,21 @@ from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import ConfigError, WeightError
 from megatron_gspo.parallel.exchange import broadcast_object, together
 from megatron_gspo.policy.checkpoint_files import latest_in, read_header
+from megatron_gspo.train.experiment import RULES, defaults, flat
+from megatron_gspo.train.progress import fingerprint
 
 if TYPE_CHECKING:  # comparing configurations needs no Megatron
     from megatron_gspo.policy.groups import Groups
 
 PACKAGES = ("megatron-gspo", "torch", "megatron-core")
-FREE = frozenset(
-    {
-        "parallel",
-        *(f"sync.{name}" for name in ("method", "directory", "bucket_mb")),
-        "model.logprob_chunk",
-        "model.recompute",
-        "model.recompute_modules",
-        "algorithm.allow_wide_clip",
-        *(f"data.{name}" for name in ("path", "eval_path", "format", "chat_template", "skip_bad", "limit")),
-        *(f"train.{name}" for name in ("run_dir", "overwrite", "resume", "resume_changes", "outer_steps")),
-        *(f"train.{name}" for name in ("checkpoint_every", "keep_last", "keep_every", "checkpoint_async")),
-        *(f"train.{name}" for name in ("microbatch_tokens", "oversize", "deterministic", "noise_floor_every")),
-        *(f"train.{name}" for name in ("save_rollouts", "save_hf", "save_hf_every", "tensorboard", "wandb")),
-        *(f"rollout.{name}" for name in ("servers", "local_servers", "server_python", "server_args")),
-        *(f"rollout.{name}" for name in ("server_start_s", "concurrency", "timeout_s", "retries")),
-        *(f"replay.{name}" for name in ("min_coverage", "engine_routes_every", "drift_every")),
-        "rollout.max_prompt_tokens",
-        "reward.timeout_s",
-        "reward.concurrency",
-        "eval.every",
-        "eval.greedy",
-        "eval.start",
-        "eval.prompts",
-        "eval.samples",
-    }
-)
-"""Settings, and whole sections, that may change within one experiment. A setting that is not here may not, so that a
-new one is refused until somebody has thought about it. Prompts are compared as they were read, not by their settings.
-"""
+BESIDE_CONFIG = ("outer_step", "optimizer_step", "cursor", "config", "prompts", "versions")
+"""What every run's checkpoint has in its ``extra``. Later versions have added "contents"."""
+CONTENTS = {
+    "model.path": "the tokenizer, its template or its stop tokens",
+    "algorithm.reference": "the reference policy",
+    "reward.function": "the source of the reward",
+}
+"""Setting -> what ``experiment.contents`` hashes of it, in words."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +41,8 @@ class Resumption:
     """What the run saved beside the policy: ``Progress`` and ``identity``."""
     changes: dict[str, tuple[Any, Any]]
     """Setting (or package) -> its value then and now, where they differ."""
+    accepted: tuple[str, ...] = ()
+    """Of them, those that alter numbers, and that ``train.resume_changes`` names."""
 
     @property
     def outer_steps(self) -> int:
@@ -66,7 +50,8 @@ class Resumption:
 
     def describe(self) -> str:
         """One line."""
-        changes = [f"{name} {then} -> {now}" for name, (then, now) in self.changes.items()]
+        why = {name: f" ({RULES[name].reason})" for name in self.accepted}
+        changes = [f"{name} {then} -> {now}{why.get(name, '')}" for name, (then, now) in self.changes.items()]
         return f"continues from {self.directory.name}" + (f"; changed: {', '.join(changes)}" if changes else "")
 
 
@@ -81,13 +66,14 @@ def find_resumption(config: RunConfig, identity: Mapping[str, Any], groups: Grou
     return broadcast_object(found, 0, groups.world)
 
 
-def identify(config: RunConfig, prompts: Mapping[str, str]) -> dict[str, Any]:
+def identify(config: RunConfig, prompts: Mapping[str, str], contents: Mapping[str, str]) -> dict[str, Any]:
     """What makes a run this one, as JSON: kept in each checkpoint and compared on resume.
 
-    ``prompts``: setting -> fingerprint of what was read through it.
+    ``prompts``: setting -> fingerprint of what was read through it; ``contents``: those of ``experiment.contents``.
     """
     versions = {name: metadata.version(name) for name in PACKAGES}
-    return {"config": config.model_dump(mode="json"), "prompts": dict(prompts), "versions": versions}
+    identity = {"config": config.model_dump(mode="json"), "prompts": dict(prompts), "versions": versions}
+    return identity | {"contents": dict(contents)}
 
 
 def _find(config: RunConfig, identity: Mapping[str, Any]) -> Resumption | None:
@@ -95,23 +81,23 @@ def _find(config: RunConfig, identity: Mapping[str, Any]) -> Resumption | None:
     if directory is None:
         return None
     extra = read_header(directory)["extra"]
-    missing = {"outer_step", "optimizer_step", "cursor", *identity} - extra.keys()
+    missing = set(BESIDE_CONFIG) - extra.keys()
     if missing:
         raise WeightError(f"{directory}: not a run's checkpoint: its extra lacks {', '.join(sorted(missing))}")
     if extra["outer_step"] > config.train.outer_steps:
         raise ConfigError(
             f"train.outer_steps = {config.train.outer_steps}, but {directory} has done {extra['outer_step']} of them"
         )
-    _check_prompts(directory, extra["prompts"], identity["prompts"], config.train.resume_changes)
-    changes = _differences(flat(extra["config"]), flat(identity["config"]))
-    _check_changes(directory, changes, config.train.resume_changes)
+    allowed = config.train.resume_changes
+    _check_names(allowed)
+    _check_prompts(directory, extra["prompts"], identity["prompts"], allowed)
+    _check_contents(directory, extra.get("contents", {}), identity.get("contents", {}), allowed)
+    then, now = defaults() | flat(extra["config"]), flat(identity["config"])
+    changes = _differences(then, now)
+    altering = tuple(name for name in changes if RULES[name].alters(then, now))
+    _check_changes(directory, changes, [name for name in altering if name not in allowed])
     noted = {name: pair for name, pair in changes.items() if not name.startswith("train.resume")}
-    return Resumption(directory, extra, noted | _differences(extra["versions"], identity["versions"]))
-
-
-def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections of settings -> "section.key" -> value."""
-    return {f"{section}.{key}": value for section, settings in tree.items() for key, value in settings.items()}
+    return Resumption(directory, extra, noted | _differences(extra["versions"], identity["versions"]), altering)
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -119,10 +105,18 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, t
     return {name: (then[name], now[name]) for name in now if name in then and then[name] != now[name]}
 
 
-def _check_changes(directory: Path, changes: Mapping[str, tuple[Any, Any]], allowed: tuple[str, ...]) -> None:
-    refused = [name for name in changes if not {name, name.partition(".")[0]} & FREE and name not in allowed]
+def _check_names(allowed: Sequence[str]) -> None:
+    unknown = [name for name in allowed if name not in RULES]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], RULES, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ConfigError(f'train.resume_changes: "{unknown[0]}" is no setting{hint}')
+
+
+def _check_changes(directory: Path, changes: Mapping[str, tuple[Any, Any]], refused: Sequence[str]) -> None:
     if refused:
         texts = [f"{name} was {changes[name][0]!r} and is {changes[name][1]!r}" for name in refused]
+        texts = [f"{text} ({RULES[name].reason})" for text, name in zip(texts, refused, strict=True)]
         names = ", ".join(f'"{name}"' for name in refused)
         raise ConfigError(
             f"{directory} cannot be continued as the same experiment: {'; '.join(texts)}. Set it back, name another "
@@ -132,9 +126,22 @@ def _check_changes(directory: Path, changes: Mapping[str, tuple[Any, Any]], allo
 
 def _check_prompts(directory: Path, then: Mapping[str, str], now: Mapping[str, str], allowed: tuple[str, ...]) -> None:
     for name, (before, after) in _differences(then, now).items():
+        added_or_left_out = name == "data.eval_path" and fingerprint(()) in (before, after)
+        if name not in allowed and not added_or_left_out:
+            which = " (the first eval.prompts of them)" if name == "data.eval_path" else ""
+            raise ConfigError(
+                f"{directory} cannot be continued as the same experiment: the prompts of {name}{which} are others than "
+                f"it was trained on (fingerprint {before} then, {after} now). Bring them back, name another "
+                f'train.run_dir, or set train.resume_changes = ["{name}"]'
+            )
+
+
+def _check_contents(directory: Path, then: Mapping[str, str], now: Mapping[str, str], allowed: tuple[str, ...]) -> None:
+    """What a setting names is compared by its content, where both versions know it."""
+    for name, (before, after) in _differences(then, now).items():
         if name not in allowed:
             raise ConfigError(
-                f"{directory} cannot be continued as the same experiment: the prompts of {name} are others than it was "
-                f"trained on (fingerprint {before} then, {after} now). Bring them back, name another train.run_dir, "
-                f'or set train.resume_changes = ["{name}"]'
+                f"{directory} cannot be continued as the same experiment: {CONTENTS[name]} (of {name}) is not what it "
+                f"was trained with (sha256 {before} then, {after} now). Bring it back, name another train.run_dir, or "
+                f'set train.resume_changes = ["{name}"]'
             )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 from megatron_gspo.config import RunConfig
-from megatron_gspo.errors import ConfigError, WeightError
+from megatron_gspo.errors import MegatronGspoError
 from megatron_gspo.hf.carried import find_carried
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import copy_companions, write_index, write_shards
@@ -22,6 +22,7 @@ from megatron_gspo.parallel.exchange import agree, gather_objects, together
 from megatron_gspo.policy.checkpoint_files import UNFINISHED, clear_leftovers, name_of, put_in_place
 from megatron_gspo.policy.groups import Groups
 from megatron_gspo.policy.policy import Policy
+from megatron_gspo.storage import writing
 
 SHARD_BYTES = 4 * 1024**3
 EXPORTS = "exports"
@@ -44,10 +45,11 @@ class HuggingFaceSave:
         self._on_first_rank(self._begin)
 
     def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-        """Writes this rank's tensors; not collective. Returns {tensor name: file name}."""
+        """Writes this rank's tensors; not collective. Returns {tensor name: file name}. Raises WriteError."""
         if dist.get_rank() == 0:
             tensors = chain(tensors, self._carried.tensors())
-        return write_shards(self._unfinished, tensors, owner=dist.get_rank(), max_bytes=SHARD_BYTES)
+        with self._refusals():
+            return write_shards(self._unfinished, tensors, owner=dist.get_rank(), max_bytes=SHARD_BYTES)
 
     def publish(self, weight_map: dict[str, str]) -> None:
         """Gives the directory its name, when every rank has written."""
@@ -69,24 +71,36 @@ class HuggingFaceSave:
         _set_dtype(self._unfinished / "config.json", self._config.model.dtype)
         put_in_place(self._unfinished, self.directory)
 
-    def _on_first_rank(self, action: object) -> None:
-        together(lambda: action() if dist.get_rank() == 0 else None, self._world)  # type: ignore[operator]
+    def _refusals(self) -> AbstractContextManager[None]:
+        return writing(self.directory, "the export", "train.resume = true goes on from the newest checkpoint")
+
+    def _on_first_rank(self, action: Callable[[], None]) -> None:
+        def act() -> None:
+            if dist.get_rank() == 0:
+                with self._refusals():
+                    action()
+
+        together(act, self._world)
 
 
 def save_hugging_face(policy: Policy, config: RunConfig, groups: Groups, directory: Path) -> None:
-    """Writes the policy now, a tensor at a time. Collective."""
+    """Writes the policy now, a tensor at a time. Collective. Raises WriteError on every rank when one cannot write."""
     save = HuggingFaceSave(config, groups, directory)
     error: Exception | None = None
     weight_map: dict[str, str] = {}
     tensors = policy.weights()
     try:
         weight_map = save.write(tensors)
-    except (OSError, SafetensorError, WeightError) as caught:
+    except MegatronGspoError as caught:
         error = caught
         for _ in tensors:  # the others are gathering with this rank
             pass
-    agree(error, groups.world)
-    save.publish(weight_map)
+    try:
+        agree(error, groups.world)
+        save.publish(weight_map)
+    except Exception:
+        save.discard()
+        raise
 
 
 class BackgroundSave:
@@ -105,19 +119,13 @@ class BackgroundSave:
         return all(gather_objects(self._writing.done(), self._world))
 
     def finish(self) -> None:
-        """Waits for all ranks and gives the directory its name. Raises ConfigError on every rank when one failed."""
+        """Waits for all ranks and gives the directory its name. Raises WriteError on every rank when one failed."""
         try:
-            weight_map = together(self._result, self._world)
+            weight_map = together(self._writing.result, self._world)
             self._save.publish(weight_map)
         except Exception:
             self._save.discard()
             raise
-
-    def _result(self) -> dict[str, str]:
-        try:
-            return self._writing.result()
-        except (OSError, SafetensorError, WeightError) as error:
-            raise ConfigError(f"{self._save.directory}: the export cannot be written: {error}") from error
 
 
 class Exports:

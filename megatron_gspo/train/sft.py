@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,11 +14,12 @@ from megatron_gspo.algorithm.sft import sft_loss
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.prompts import Completion, load_completions
 from megatron_gspo.data.tokenizer import load_tokenizer
+from megatron_gspo.errors import NonFiniteError
 from megatron_gspo.parallel.exchange import broadcast_object, gather_objects
 from megatron_gspo.parallel.sequence import ShardedSequenceSum
 from megatron_gspo.policy.groups import Groups
 from megatron_gspo.policy.policy import Policy
-from megatron_gspo.train.batch import Minibatch, place
+from megatron_gspo.train.batch import Minibatch, check_tokens, place
 from megatron_gspo.train.clock import Clock
 from megatron_gspo.train.models import check_models
 from megatron_gspo.train.progress import Progress, fingerprint, seed_generators
@@ -70,6 +72,7 @@ def fine_tune(
         seed_generators(config.train.seed, step)
         drawn = list(enumerate(progress.cursor.take(config.train.prompts_per_step)))
         mine = [as_sample(group, completions[index]) for group, index in drawn[groups.data_rank :: groups.data_size]]
+        check_tokens(mine, policy.shape.vocab_size, groups)
         (minibatch,) = place(mine, config, groups)
         with clock("train"):
             metrics = supervised_step(config, groups, policy, minibatch, step)
@@ -110,5 +113,7 @@ def supervised_step(
     if groups.is_last_stage:
         total = sum(gather_objects(sum(loss.item() for loss in losses), groups.data))
     loss = broadcast_object(total, groups.last_stage_rank, groups.pipeline)
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"loss = {loss}: no step was taken; the weights are as they were")
     grad_norm, lr = policy.step(step, config.total_steps)  # refuses a gradient that is not finite
     return {"loss": loss, "grad_norm": grad_norm, "lr": lr}

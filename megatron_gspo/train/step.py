@@ -27,10 +27,11 @@ from megatron_gspo.policy.groups import device
 from megatron_gspo.rewards.scoring import GroupRewards, score_groups
 from megatron_gspo.rollout.engine import Sampling
 from megatron_gspo.rollout.policy import Dropped, apply_policies, zero_truncated
-from megatron_gspo.train.batch import Minibatch, place
+from megatron_gspo.train.batch import Minibatch, check_tokens, place
 from megatron_gspo.train.clock import Clock
 from megatron_gspo.train.context import Learner, Run
 from megatron_gspo.train.noise import measure_noise
+from megatron_gspo.train.progress import SKIPPED
 from megatron_gspo.train.reading import read_samples
 from megatron_gspo.train.replay import Dealt, MinibatchRoutes, routes_of_old_pass, routes_of_training
 from megatron_gspo.train.routes import changes_between, check_coverage, coverage, deal_routes, engine_mismatch
@@ -62,6 +63,9 @@ class Collected:
 def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepReport], list[RolloutRecord]]:
     """Runs one outer step; returns the report of each optimizer step and the responses kept for reading. Collective.
 
+    A step without a group of two responses is skipped where ``rollout.on_empty_step`` says so: it has one report, with
+    ``step/skipped``, and no optimizer step.
+
     Args:
         run: the run.
         number: outer steps before this one; also the weight version that the servers are at.
@@ -75,9 +79,10 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
     with clock("reward"):
         collected = score(run, survivors, dropped)
     summary = summarise(run, collected)
+    check_tokens(collected.samples, run.policy.shape.vocab_size, run.groups)
     minibatches = place(collected.samples, run.config, run.groups)
     if not minibatches:
-        raise RolloutError(f"outer step {number}: no group has two responses left; dropped: {_kinds(summary)}")
+        return [skip_step(run, number, first_step, summary, clock)], []
     with clock("logprobs"):
         engine = engine_routes(run, collected.samples, minibatches, number)
         shards, routes = pi_old_pass(run, minibatches, engine)
@@ -89,12 +94,31 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
         for index, minibatch in enumerate(minibatches):
             outputs, metrics, live = train_minibatch(run, minibatch, shards[index], routes[index], first_step + index)
             metrics |= routing_metrics(run, minibatch, routes[index], live, number)
-            reports.append(StepReport(first_step + index, number, index, summary | metrics))
+            reports.append(StepReport(first_step + index, number, index, summary | {SKIPPED: 0.0} | metrics))
             trained.append(outputs)
     with clock("sync"):
         run.push(number + 1)
     reports[-1].metrics |= clock.metrics(sum(minibatch.tokens for minibatch in minibatches))
     return reports, read_samples(run, minibatches, shards, trained, collected.groups)
+
+
+def skip_step(run: Run, number: int, first_step: int, summary: Mapping[str, float], clock: Clock) -> StepReport:
+    """The report of an outer step without anything to train on; the weights stay, and get the next version. Collective.
+
+    Raises RolloutError unless ``rollout.on_empty_step`` is "skip".
+    """
+    if run.config.rollout.on_empty_step == "error":
+        raise RolloutError(
+            f'{empty_text(number, summary)} (rollout.on_empty_step = "skip" would go on with the next prompts)'
+        )
+    with clock("sync"):
+        run.push(number + 1)  # rollouts are held against the outer step's version
+    return StepReport(first_step, number, 0, {**summary, SKIPPED: 1.0, **clock.metrics(0)})
+
+
+def empty_text(number: int, metrics: Mapping[str, float]) -> str:
+    """What happened in an outer step that has nothing to train on."""
+    return f"outer step {number}: no group has two responses left; dropped: {_kinds(metrics)}"
 
 
 def number_visits(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -275,7 +299,7 @@ def minibatch_gradients(
             sequence_sum=run.sequence_sum,
         )
         error = error or non_finite_error(new_logprobs_T, shard, "pi_theta")
-        sums = sums + minibatch_sums(shard, output, entropy_T)
+        sums = sums + minibatch_sums(shard, output, entropy_T, new_logprobs_T)
         outputs.append(Trained(new_logprobs_T.detach(), entropy_T.detach(), output))
         return output.loss
 

@@ -355,7 +355,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before_it_and_no_half_one(
 
 def save_with_little_room(case: Case, parallel: dict[str, int], root: Path, full: str, background: bool) -> list[str]:
     """What each save says: the first while a file of more than 64 KB cannot be written where ``full`` says."""
-    from megatron_gspo.errors import ConfigError
+    from megatron_gspo.errors import WriteError
     from megatron_gspo.policy import checkpoint_write
     from megatron_gspo.policy.checkpoint import begin_save, save_checkpoint
 
@@ -379,7 +379,7 @@ def save_with_little_room(case: Case, parallel: dict[str, int], root: Path, full
                 fill_up()
             try:
                 begin_save(policy, root / "outer_00002", {"save": 2}, background=background).finish()
-            except ConfigError as error:
+            except WriteError as error:
                 said.append(str(error))
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         save_checkpoint(policy, root / "outer_00003", {"save": 3})
@@ -449,13 +449,13 @@ def test_what_training_changes_is_copied_and_what_is_a_copy_is_not_copied_again(
 
 
 def refusal(case: Case, parallel: dict[str, int], directory: Path, saving: bool) -> str:
-    from megatron_gspo.errors import ConfigError, WeightError
+    from megatron_gspo.errors import WeightError, WriteError
     from megatron_gspo.policy.checkpoint import load_checkpoint, save_checkpoint
 
     with policy_of(case, parallel) as policy:
         try:
             save_checkpoint(policy, directory, {}) if saving else load_checkpoint(policy, directory)
-        except (ConfigError, WeightError) as error:
+        except (WeightError, WriteError) as error:
             return str(error)
     return "no error"
 

@@ -139,7 +139,7 @@ def stopped_after_one(config: RunConfig) -> None:
 
 def test_a_disk_that_fills_up_under_an_export_is_said(ranks: RankPool, quickstart: Path, sft: MakeSft) -> None:
     config = sft("full", quickstart / "model", "train.save_hf_every=1")
-    with pytest.raises(AssertionError, match=r"ConfigError: .*outer_00001: the export cannot be written"):
+    with pytest.raises(AssertionError, match=r"WriteError: .*outer_00001: the export cannot be written"):
         ranks.run(1, train_on_a_full_disk, config)
     assert not list((Path(config.train.run_dir) / "exports").iterdir())
     shutil.rmtree(config.train.run_dir)

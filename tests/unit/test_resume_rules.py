@@ -9,10 +9,12 @@ import pytest
 from report_runs import make_config
 
 from megatron_gspo.config import RunConfig
-from megatron_gspo.errors import ConfigError, WeightError
+from megatron_gspo.data.cursor import PromptCursor
+from megatron_gspo.errors import ConfigError, DataError, WeightError
 from megatron_gspo.policy import checkpoint_files as files
-from megatron_gspo.train.progress import fingerprint
-from megatron_gspo.train.resume import FREE, _find, flat
+from megatron_gspo.train.experiment import RULES, TABLE, contents, defaults, files_digest, flat
+from megatron_gspo.train.progress import Progress, fingerprint
+from megatron_gspo.train.resume import _find
 
 PROMPTS = {"data.path": "a" * 16, "data.eval_path": "b" * 16}
 VERSIONS = {"torch": "2.13.0"}
@@ -120,6 +122,154 @@ def test_a_checkpoint_of_no_run_is_refused(run: Path) -> None:
         resume(run)
 
 
-def test_every_setting_that_may_change_exists(run: Path) -> None:
-    known = flat(make_config(run).model_dump())
-    assert known.keys() | {name.partition(".")[0] for name in known} >= FREE
+def test_every_setting_stands_once_in_the_table(run: Path) -> None:
+    """A new setting has no entry, and this fails until somebody has thought about it."""
+    named = [name for _, _, names in TABLE for name in names]
+    assert sorted(named) == sorted(flat(make_config(run).model_dump()))
+    assert defaults().keys() == RULES.keys()
+
+
+def other(value: Any) -> Any:
+    """Another value of the same kind; ``_find`` validates nothing."""
+    return not value if isinstance(value, bool) else value + 1 if isinstance(value, (int, float)) else f"not {value}"
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_each_setting_is_refused_or_noted_as_its_rule_says(run: Path, name: str) -> None:
+    """With a cosine schedule and an evaluation, in which everything that may alter a number does."""
+    base = make_config(run, optimizer={"schedule": "cosine"}, train={"resume": True})
+    extra = {"outer_step": 4, "optimizer_step": 16, "cursor": {}, **identity(base)}
+    publish(run, extra)
+    section, _, key = name.partition(".")
+    now = identity(base)
+    now["config"][section][key] = other(now["config"][section][key])
+    then, after = flat(extra["config"]), flat(now["config"])
+    if not RULES[name].alters(then, after):
+        assert set(_find(base, now).changes) == {name} - {"train.resume", "train.resume_changes"}
+        return
+    with pytest.raises(ConfigError, match="cannot be continued") as caught:
+        _find(base, now)
+    assert f"{name} was" in str(caught.value) and RULES[name].reason in str(caught.value)
+    accepted = base.model_copy(update={"train": base.train.model_copy(update={"resume_changes": (name,)})})
+    found = _find(accepted, now)
+    assert found.accepted == (name,) and f"({RULES[name].reason})" in found.describe()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("outer_steps", [11, 20])
+def test_more_or_fewer_outer_steps_stretch_a_decaying_schedule_and_are_refused(
+    run: Path, schedule: str, outer_steps: int
+) -> None:
+    base = make_config(run, optimizer={"schedule": schedule})
+    publish(run, {"outer_step": 4, "optimizer_step": 16, "cursor": {}, **identity(base)})
+    sections: dict[str, Any] = {"optimizer": {"schedule": schedule}}
+    with pytest.raises(ConfigError, match=rf"outer_steps was 12 and is {outer_steps} \(the schedule decays"):
+        resume(run, train={"outer_steps": outer_steps}, **sections)
+    accepted = {"outer_steps": outer_steps, "resume_changes": ["train.outer_steps"]}
+    assert "every learning rate from here on is another" in resume(run, train=accepted, **sections).describe()
+
+
+def test_a_default_that_is_written_out_changes_nothing(run: Path) -> None:
+    found = resume(run, rollout={"engine_dtype": "float32"}, algorithm={"clip_low": 1e-3, "clip_high": 1.33e-3})
+    assert "rollout.engine_dtype" in found.changes and not found.accepted
+
+
+def test_a_setting_that_the_checkpoints_version_lacked_had_its_default(run: Path) -> None:
+    extra = {"outer_step": 4, "optimizer_step": 16, "cursor": {}, **identity(make_config(run))}
+    del extra["config"]["sync"]["router_noise"], extra["config"]["rollout"]["on_empty_step"]
+    publish(run, extra)
+    assert resume(run).changes == {}
+    assert resume(run, rollout={"on_empty_step": "skip"}).changes == {"rollout.on_empty_step": ("error", "skip")}
+    with pytest.raises(ConfigError, match=r"sync\.router_noise was 0\.0 and is 0\.1"):
+        resume(run, sync={"router_noise": 0.1})
+
+
+def test_a_name_in_resume_changes_that_is_no_setting_is_refused(run: Path) -> None:
+    with pytest.raises(ConfigError, match=r'"optimizer\.lrate" is no setting \(did you mean optimizer\.lr\?\)'):
+        resume(run, train={"resume_changes": ["optimizer.lrate"]})
+
+
+@pytest.mark.parametrize("name", ["model.path", "algorithm.reference", "reward.function"])
+def test_what_a_setting_names_is_compared_by_its_content(run: Path, name: str) -> None:
+    there = {"contents": dict.fromkeys(["model.path", "algorithm.reference", "reward.function"], "a" * 16)}
+    publish(run, {"outer_step": 4, "optimizer_step": 16, "cursor": {}, **identity(make_config(run)), **there})
+    assert resume(run, there).changes == {}
+    now = {"contents": there["contents"] | {name: "c" * 16}}
+    with pytest.raises(
+        ConfigError, match=rf"\(of {name}\) is not what it was trained with \(sha256 a{{16}} then, c{{16}}"
+    ):
+        resume(run, now)
+    assert resume(run, now, train={"resume_changes": [name]}).changes == {}
+
+
+def test_a_checkpoint_without_contents_is_resumed(run: Path) -> None:
+    """One of a version that did not keep them."""
+    assert resume(run, {"contents": {"model.path": "c" * 16}}).changes == {}
+
+
+def test_an_evaluation_may_be_added_and_its_prompts_may_not_become_others(run: Path) -> None:
+    nothing = {"prompts": PROMPTS | {"data.eval_path": fingerprint(())}}
+    assert resume(run, nothing).changes == {}
+    others = {"prompts": PROMPTS | {"data.eval_path": "c" * 16}}
+    with pytest.raises(ConfigError, match=r"data\.eval_path \(the first eval\.prompts of them\) are others"):
+        resume(run, others)
+
+
+def test_contents_are_those_of_tokenizer_reward_and_reference(tmp_path: Path) -> None:
+    model, reward = tmp_path / "model", tmp_path / "reward.py"
+    model.mkdir()
+    for file, text in (("tokenizer.json", "a"), ("config.json", "{}"), ("model.safetensors", "w")):
+        (model / file).write_text(text)
+    reward.write_text("def f(prompt, response): return 1.0")
+
+    def hashes(**algorithm: Any) -> dict[str, str]:
+        return contents(
+            make_config(
+                tmp_path / "run",
+                model={"path": str(model)},
+                reward={"function": f"{reward}:f"},
+                algorithm=algorithm,
+            )
+        )
+
+    first, kl = hashes(), hashes(kl_loss_coef=0.1)
+    assert set(first) == {"model.path", "reward.function"} and set(kl) == {*first, "algorithm.reference"}
+    for path, changed in ((model / "tokenizer.json", "model.path"), (reward, "reward.function")):
+        path.write_text(path.read_text() + " ")
+        assert {name for name, value in hashes().items() if value != first[name]} == {changed}
+        first = hashes()
+    (model / "model.safetensors").write_text("x")
+    assert hashes() == first and hashes(kl_loss_coef=0.1)["algorithm.reference"] != kl["algorithm.reference"]
+
+
+def test_the_hash_of_a_large_file_sees_its_size_its_ends_and_a_change_everywhere(tmp_path: Path) -> None:
+    content = bytearray(9 * 1024**2)
+    seen = set()
+    for change in (lambda: None, lambda: content.append(0), lambda: content.__setitem__(0, 1)):
+        change()
+        (tmp_path / "a").write_bytes(content)
+        seen.add(files_digest([tmp_path / "a"]))
+    content[-1] ^= 1
+    (tmp_path / "a").write_bytes(content)
+    (tmp_path / "b").write_bytes(bytes(byte ^ 1 for byte in content[: 9 * 1024**2]))
+    assert len(seen | {files_digest([tmp_path / "a"]), files_digest([tmp_path / "b"])}) == 5
+
+
+def test_another_order_of_the_prompts_begins_anew_where_it_was_accepted() -> None:
+    before, after = Progress(PromptCursor(8, 0)), Progress(PromptCursor(8, 1))
+    before.cursor.take(5)
+    before.outer_steps, before.optimizer_steps, before.empty_steps = 2, 7, 1
+    with pytest.raises(DataError, match="seed = 0, this run has 1"):
+        after.load_state_dict(before.state_dict())
+    after.load_state_dict(before.state_dict(), ["train.seed"])
+    assert (after.cursor.position, after.outer_steps, after.optimizer_steps, after.empty_steps) == (0, 2, 7, 1)
+    same = Progress(PromptCursor(8, 0))
+    same.load_state_dict({k: v for k, v in before.state_dict().items() if k != "empty_steps"}, ["train.seed"])
+    assert (same.cursor.position, same.empty_steps) == (5, 0), "as a checkpoint of an older version has it"
+
+
+def test_the_documentation_names_every_setting_that_may_not_change() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "resume.md").read_text(encoding="utf-8")
+    altering = [name for name, rule in RULES.items() if rule.alters is not RULES["parallel.tensor"].alters]
+    assert len(altering) > 30
+    assert [name for name in altering if f"`{name}`" not in page] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean, median
@@ -188,8 +189,9 @@ def cost(cell: Cell, metric: str) -> float | None:
 
 def _ratio(comparison: Comparison, metric: str, a: str, b: str, values: Values) -> Ratio:
     both = [seed for seed in comparison.seeds if seed in values[a] and seed in values[b]]
-    seeds = [seed for seed in both if values[a][seed] > 0 and values[b][seed] > 0]
-    ratios = [values[a][seed] / values[b][seed] for seed in seeds]
+    of_seed = {seed: values[a][seed] / values[b][seed] for seed in both if values[a][seed] > 0 and values[b][seed] > 0}
+    of_seed = {seed: ratio for seed, ratio in of_seed.items() if 0 < ratio < math.inf}
+    seeds, ratios = list(of_seed), list(of_seed.values())
     mean = geometric_mean(ratios, cold_starts(comparison, (a, b), seeds)) if seeds else None
     return Ratio(metric, f"{a} / {b}", (a, b), tuple(seeds), mean, len(both) - len(seeds))
 

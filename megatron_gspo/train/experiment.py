@@ -1,0 +1,221 @@
+"""What makes a run the experiment that it is: for every setting, whether changing it changes a number.
+
+``RULES`` is total: a setting without an entry fails a test. Beside the settings stands the content of what they name
+(``contents``, and the fingerprints of the prompts as they were read): the same name may hold something else by now.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_gspo.algorithm.catalog import LOSSES
+from megatron_gspo.config import RunConfig
+from megatron_gspo.rewards.registry import BUILTIN_REWARDS
+
+Flat = Mapping[str, Any]
+"""Settings by "section.key"."""
+Alters = Callable[[Flat, Flat], bool]
+"""(settings then, settings now) -> whether a change between them changes a number."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Whether a run may be resumed with another value."""
+
+    reason: str
+    """What a change would do, or why it does nothing."""
+    alters: Alters
+
+
+def _always(then: Flat, now: Flat) -> bool:
+    return True
+
+
+def _never(then: Flat, now: Flat) -> bool:
+    return False
+
+
+def _decays(then: Flat, now: Flat) -> bool:
+    return {then["optimizer.schedule"], now["optimizer.schedule"]} != {"constant"}
+
+
+def _clips_elsewhere(then: Flat, now: Flat) -> bool:
+    return _clip_range(then) != _clip_range(now)
+
+
+def _clip_range(settings: Flat) -> tuple[float, float] | None:
+    """With the loss's own defaults filled in; None for one that does not clip."""
+    entry = LOSSES.get(settings["algorithm.name"])
+    if entry is None:
+        return None
+    low, high = settings["algorithm.clip_low"], settings["algorithm.clip_high"]
+    return (entry.clip_low if low is None else low, entry.clip_high if high is None else high)
+
+
+def _other_engine_dtype(then: Flat, now: Flat) -> bool:
+    return _engine_dtype(then) != _engine_dtype(now)
+
+
+def _engine_dtype(settings: Flat) -> str:
+    return str(settings["rollout.engine_dtype"] or settings["model.dtype"])
+
+
+def _evaluates(then: Flat, now: Flat) -> bool:
+    return bool(then["data.eval_path"] and now["data.eval_path"])
+
+
+def _names(section: str, text: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{name}" for name in text.split())
+
+
+TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
+    ("weights and activations are others", _always, _names("model", "path dtype")),
+    ("the objective is another", _always, _names("algorithm", "name aggregation kl_loss_coef reference")),
+    ("the clip range is another", _clips_elsewhere, _names("algorithm", "clip_low clip_high")),
+    (
+        "every optimizer step is another",
+        _always,
+        _names("optimizer", "lr min_lr schedule warmup_steps betas eps weight_decay clip_grad"),
+    ),
+    (
+        "the schedule decays over the whole run, so that every learning rate from here on is another",
+        _decays,
+        _names("train", "outer_steps"),
+    ),
+    ("other prompts come together", _always, _names("train", "seed prompts_per_step minibatches")),
+    ("other prompts come together", _always, _names("data", "shuffle")),
+    (
+        "other responses are drawn",
+        _always,
+        _names("rollout", "engine server_args group_size temperature top_p top_k min_p max_response_tokens seeded"),
+    ),
+    ("the engine samples from other weights", _other_engine_dtype, _names("rollout", "engine_dtype")),
+    ("the engine samples from other weights", _always, _names("sync", "router_noise")),
+    ("other responses are trained on", _always, _names("rollout", "on_truncated on_mixed_version")),
+    ("rewards are others", _always, _names("reward", "function options")),
+    ("gradients take other experts", _always, _names("replay", "mode")),
+    ("eval/* means something else", _evaluates, _names("eval", "samples")),
+    (
+        "a layout computes the same step",
+        _never,
+        _names("parallel", "tensor pipeline virtual_pipeline stage_layers context expert expert_tensor data"),
+    ),
+    ("memory and speed", _never, _names("model", "logprob_chunk recompute recompute_modules")),
+    ("memory, speed and rounding", _never, _names("train", "microbatch_tokens oversize deterministic")),
+    (
+        "prompts are compared as they were read",
+        _never,
+        (
+            *_names("data", "path eval_path format chat_template skip_bad limit"),
+            *_names("rollout", "max_prompt_tokens"),
+            *_names("eval", "prompts"),
+        ),
+    ),
+    (
+        "how servers are started and reached",
+        _never,
+        _names("rollout", "servers local_servers server_python server_start_s concurrency timeout_s retries"),
+    ),
+    ("how weights travel", _never, _names("sync", "method directory bucket_mb backend timeout_s verify")),
+    ("when a run fails", _never, _names("rollout", "on_empty_step max_empty_steps")),
+    ("when a run fails", _never, _names("reward", "timeout_s concurrency")),
+    ("when a run fails", _never, _names("replay", "min_coverage")),
+    ("a permission", _never, _names("algorithm", "allow_wide_clip")),
+    ("which steps are measured", _never, _names("train", "noise_floor_every")),
+    ("which steps are measured", _never, _names("eval", "every start greedy")),
+    ("which steps are measured", _never, _names("replay", "engine_routes_every drift_every")),
+    (
+        "what is kept, and where",
+        _never,
+        _names(
+            "train",
+            "run_dir checkpoint_every keep_last keep_every checkpoint_async save_rollouts save_hf save_hf_every "
+            "tensorboard wandb",
+        ),
+    ),
+    ("how this start begins", _never, _names("train", "overwrite resume resume_changes")),
+)
+"""(reason, whether it alters numbers, settings). A setting stands once."""
+
+RULES: dict[str, Rule] = {name: Rule(reason, alters) for reason, alters, names in TABLE for name in names}
+
+
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of settings -> "section.key" -> value."""
+    return {f"{section}.{key}": value for section, settings in tree.items() for key, value in settings.items()}
+
+
+def defaults() -> dict[str, Any]:
+    """Setting -> default, as JSON: what a checkpoint of a version without the setting was trained with."""
+    known = {"model": {"path": "model"}, "data": {"path": "data"}, "train": {"run_dir": "run"}}
+    return flat(RunConfig.model_validate(known).model_dump(mode="json"))
+
+
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+)
+"""Files that say how text becomes tokens and back, and which tokens end a response. Another list would be another
+hash: checkpoints keep it."""
+
+
+def contents(config: RunConfig) -> dict[str, str]:
+    """Setting -> a hash of what it names: the tokenizer's files, the reference's weights, the reward's source.
+
+    A reward's own imports are not followed, and those of the package come with its version.
+    """
+    found = {"model.path": files_digest(Path(config.model.path) / name for name in TOKENIZER)}
+    if config.algorithm.name != "sft":
+        if (source := _source(config.reward.function)) is not None:
+            found["reward.function"] = files_digest([source])
+        if config.algorithm.uses_reference:
+            directory = Path(config.algorithm.reference or config.model.path)
+            weights = [*directory.glob("*.safetensors"), *directory.glob("*.distcp")]
+            found["algorithm.reference"] = files_digest([directory / "config.json", *sorted(weights)])
+    return found
+
+
+WHOLE = 8 * 1024**2
+"""Bytes of a file up to which all of it is hashed."""
+PIECES, PIECE = 64, 16 * 1024
+"""Of a larger file, so many pieces of so many bytes, spread evenly: a terabyte of weights takes seconds. Training
+changes every tensor."""
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """A short hash of files' names, sizes and contents (of large ones, pieces); those that are missing are left out."""
+    digest = hashlib.sha256()
+    for path in paths:
+        if path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                for start, length in _spread(size):
+                    file.seek(start)
+                    digest.update(file.read(length))
+    return digest.hexdigest()[:16]
+
+
+def _spread(size: int) -> list[tuple[int, int]]:
+    if size <= WHOLE:
+        return [(0, size)]
+    return [(round(i * (size - PIECE) / (PIECES - 1)), PIECE) for i in range(PIECES)]
+
+
+def _source(function: str) -> Path | None:
+    """The file of a reward function of the user's; None for one of the package, and where there is no file."""
+    where = function.rpartition(":")[0]
+    if function in BUILTIN_REWARDS or where.partition(".")[0] == "megatron_gspo":
+        return None
+    if where.endswith(".py"):
+        return Path(where)
+    try:
+        spec = importlib.util.find_spec(where)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec and spec.origin else None
