@@ -11,7 +11,7 @@ from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.carried import CARRIED
 from megatron_gspo.hf.catalog import read_config
 from megatron_gspo.hf.checkpoint import INDEX, SINGLE, index_name
-from megatron_gspo.hf.fp8 import without_quantization
+from megatron_gspo.hf.quantisation import without_quantization
 from megatron_gspo.policy.checkpoint_files import HEADER, METADATA, read_header
 from megatron_gspo.policy.checkpoint_write import COMMON
 
