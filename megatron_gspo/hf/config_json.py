@@ -98,7 +98,7 @@ def rope_value(config: Config, name: str, default: Any) -> Any:
 
 def rope_type(config: Config) -> str:
     """ "default", "yarn", ..."""
-    return rope(config).get("rope_type", rope(config).get("type", "default"))
+    return str(rope(config).get("rope_type", rope(config).get("type", "default")))
 
 
 def rotary_base(config: Config, default: float = ROTARY_BASE) -> float:

@@ -37,7 +37,7 @@ def refuse_quantised(config: dict[str, Any]) -> None:
 
 
 def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """``config.json`` of the weights once they are read. Raises ConfigError for another quantisation than fp8 blocks."""
+    """``config.json`` of the weights once they are read. Raises ConfigError for any quantisation but fp8 blocks."""
     settings = settings_of(config) or {}
     for name, value in fp8.unknown_settings(settings).items() if settings else ():
         raise ConfigError(
