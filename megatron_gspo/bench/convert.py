@@ -17,7 +17,7 @@ import torch
 
 from megatron_gspo.bench.measure import machine
 from megatron_gspo.errors import ConfigError, MegatronGspoError
-from megatron_gspo.hf.checkpoint import write_index
+from megatron_gspo.hf.directory import write_index
 from megatron_gspo.hf.stream import StreamWriter, TensorInfo
 
 AIM = 0.7

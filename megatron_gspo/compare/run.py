@@ -20,6 +20,7 @@ from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.rollout.engine import local_servers
 from megatron_gspo.rollout.launcher import last_words
 from megatron_gspo.storage import free_space
+from megatron_gspo.train.models import served
 
 Ended = Callable[["Outcome"], None]
 
@@ -160,7 +161,7 @@ class Worker(threading.Thread):
         self._stop_servers()
         config = cell.config
         self._servers = local_servers(config.rollout)(
-            config.rollout,
+            served(config),
             cell.cold_start,
             self._logs,
             device=self._device,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -11,11 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_gspo.convert.kinds import copy_companions, set_dtype
 from megatron_gspo.convert.sources import REPEATED, HuggingFaceSource, MegatronSource, Source, same_dtype
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.carried import CARRIED
-from megatron_gspo.hf.checkpoint import MODEL, index_name, single_name
+from megatron_gspo.hf.directory import copy_companions, write_index
+from megatron_gspo.hf.names import MODEL, shard_name
 from megatron_gspo.hf.stream import StreamWriter, TensorInfo
 from megatron_gspo.policy.checkpoint import plain
 from megatron_gspo.policy.checkpoint_files import METADATA, FileEntry, describe, write_header
@@ -59,7 +58,7 @@ class ToMegatron:
         ]
         carried = list(_cut(_sized(source), max_shard_bytes))
         self.shards += [
-            Shard(_file_name(CARRIED, number, len(carried)), (), size, False, names)
+            Shard(shard_name(CARRIED, number, len(carried)), (), size, False, names)
             for number, (names, size) in enumerate(carried)
         ]
 
@@ -83,26 +82,27 @@ class ToMegatron:
             writer.close()
         return [asdict(block) for block in writer.blocks]
 
-    def complete(self, partial: Path, entries: Mapping[str, dict[str, Any]]) -> None:
-        """Adds what makes the files a checkpoint. ``entries``: file -> journal's entry."""
+    def complete(self, partial: Path, entries: Mapping[str, dict[str, Any]]) -> list[str]:
+        """Adds what makes the files a checkpoint. ``entries``: file -> journal's entry. Returns lines to be shown."""
         blocks = {
             shard.name: [_block(block) for block in entries[shard.name]["contents"]]
             for shard in self.shards
             if shard.places
         }
         carried = {shard.name: entries[shard.name] for shard in self.shards if shard.carried}
-        indices = _write_index(partial, CARRIED, carried, sum(shard.bytes for shard in self.shards if shard.carried))
+        indices = write_index(partial, _weight_map(carried), CARRIED) if carried else []
         tensors = {
             piece.key: (self._dtypes[place], piece.whole)
             for place in self._model.places.parameters
             for piece in place.pieces
         }
         write_description(partial, tensors, blocks)
-        copy_companions(self._model.home, partial)
+        said = copy_companions(self._model.home, partial)
         files = [FileEntry(**entry["file"]) for entry in entries.values()]
         files += [describe(partial / name) for name in (METADATA, COMMON, "metadata.json", *indices)]
         extra = {"converted_from": str(self.source.directory), REPEATED: dict(self.source.repeated)}
         write_header(partial, {"step": 0, "model": plain(self._model.shape), "extra": extra}, files)
+        return said
 
 
 def check_dtypes(dtypes: Mapping[Place, torch.dtype]) -> None:
@@ -128,7 +128,7 @@ class ToHuggingFace:
         cut = list(_cut([*sized, *_sized(source)], max_shard_bytes))
         self.shards = [
             Shard(
-                name=_file_name(MODEL, number, len(cut)),
+                name=shard_name(MODEL, number, len(cut)),
                 places=tuple(item for item in items if isinstance(item, Place)),
                 bytes=size,
                 first=number == 0,
@@ -141,12 +141,13 @@ class ToHuggingFace:
         """Writes a file; returns the names of its tensors."""
         return _write_tensors(self.source, path, self._infos_of(shard), moved)
 
-    def complete(self, partial: Path, entries: Mapping[str, dict[str, Any]]) -> None:
+    def complete(self, partial: Path, entries: Mapping[str, dict[str, Any]]) -> list[str]:
         """As ``ToMegatron.complete``."""
-        _write_index(partial, MODEL, entries, sum(shard.bytes for shard in self.shards))
-        copy_companions(self._model.home, partial)
+        write_index(partial, _weight_map(entries))
+        dtype = None
         if self._model.home != self.source.directory:  # of the model that training started from: perhaps in bfloat16
-            set_dtype(partial / "config.json", str(self._most_common_dtype()).removeprefix("torch."))
+            dtype = str(self._most_common_dtype()).removeprefix("torch.")
+        return copy_companions(self._model.home, partial, dtype=dtype)
 
     def _infos_of(self, shard: Shard) -> list[TensorInfo]:
         parameters = [info for place in shard.places for info in self._infos(place)]
@@ -225,18 +226,9 @@ def _write_tensors(source: Source, path: Path, infos: Sequence[TensorInfo], move
     return [info.name for info in infos]
 
 
-def _write_index(directory: Path, stem: str, entries: Mapping[str, dict[str, Any]], size: int) -> list[str]:
-    """Makes several files one; returns the index's name, or nothing where one file needs none."""
-    if len(entries) < 2:
-        return []
-    weight_map = {tensor: name for name, entry in entries.items() for tensor in entry["contents"]}
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / index_name(stem)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return [index_name(stem)]
-
-
-def _file_name(stem: str, number: int, count: int) -> str:
-    return single_name(stem) if count == 1 else f"{stem}-{number + 1:05d}-of-{count:05d}.safetensors"
+def _weight_map(entries: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """{tensor: file}, of journal's entries of safetensors files."""
+    return {tensor: name for name, entry in entries.items() for tensor in entry["contents"]}
 
 
 def _block(entry: dict[str, Any]) -> Block:

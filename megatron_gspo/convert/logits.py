@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_gspo.config import ParallelConfig, parse
-from megatron_gspo.convert.kinds import copy_companions, kind_of
+from megatron_gspo.convert.kinds import kind_of
 from megatron_gspo.convert.reference import transformers_logits
 from megatron_gspo.convert.sources import MegatronSource, Model
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.catalog import read_model
-from megatron_gspo.hf.checkpoint import write_index, write_shards
+from megatron_gspo.hf.checkpoint import write_shards
+from megatron_gspo.hf.directory import copy_companions, name_shards, write_index
 from megatron_gspo.parallel.exchange import broadcast_object, together
 from megatron_gspo.policy.groups import Groups, make_groups
 from megatron_gspo.policy.logits import logits_of
@@ -99,7 +100,7 @@ def _run_transformers(directory: Path, source: MegatronSource | None, token_ids:
         if source is not None:
             copy = Path(temporary)
             tensors = ((name, source.read(name)) for name in source.model.shapes)
-            write_index(copy, write_shards(copy, tensors, owner=0, max_bytes=SHARD_BYTES))
+            write_index(copy, name_shards(copy, write_shards(copy, tensors, owner=0, max_bytes=SHARD_BYTES)))
             copy_companions(directory, copy)
             directory = copy
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

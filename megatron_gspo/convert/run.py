@@ -94,7 +94,8 @@ def convert(source: Path, destination: Path, options: Options, groups: Groups, s
         done = together(lambda: _write_share(job, place, watch, show), world)
         entries = {name: entry for part in gather_objects(done.entries, world) for name, entry in part.items()}
         together(watch.check, world)
-        together(lambda: _publish(job, place, entries, options) if first else None, world)
+        for line in together(lambda: _publish(job, place, entries, options) if first else [], world):
+            show.note(line)
     finally:
         place.unlock()
     return Converted(
@@ -225,11 +226,12 @@ def _open(place: Workplace, plan: dict[str, Any], job: Job, options: Options) ->
     return found
 
 
-def _publish(job: Job, place: Workplace, entries: dict[str, dict[str, Any]], options: Options) -> None:
+def _publish(job: Job, place: Workplace, entries: dict[str, dict[str, Any]], options: Options) -> list[str]:
     with _writing(place):
-        job.complete(place.path, {shard.name: entries[shard.name] for shard in job.shards})
+        said = job.complete(place.path, {shard.name: entries[shard.name] for shard in job.shards})
         check_replaceable(place.destination, overwrite=options.overwrite)  # hours may have passed
         place.publish()
+    return said
 
 
 def _check_paths(source: Path, destination: Path, options: Options) -> None:

@@ -11,8 +11,10 @@ from megatron_gspo.convert.kinds import Kind, home_of_config, kind_of
 from megatron_gspo.errors import ConfigError, MegatronGspoError, WeightError
 from megatron_gspo.hf.carried import carried_names, find_carried
 from megatron_gspo.hf.catalog import read_model
-from megatron_gspo.hf.checkpoint import INDEX, HfReader
+from megatron_gspo.hf.checkpoint import HfReader
+from megatron_gspo.hf.elsewhere import other_names, some
 from megatron_gspo.hf.family import Family, ModelShape
+from megatron_gspo.hf.names import INDEX
 from megatron_gspo.hf.stream import TensorInfo
 from megatron_gspo.policy.checkpoint import header_of_model
 from megatron_gspo.policy.checkpoint_files import HEADER
@@ -113,7 +115,10 @@ class HuggingFaceSource(StoredTensors):
     def _check_names(self, stored: set[str], drop_unknown: bool) -> None:
         missing = sorted(self.model.shapes.keys() - stored)
         if missing:
-            raise WeightError(f"{self.directory}: {some(missing)} missing: config.json asks for them")
+            hint = other_names(stored)
+            raise WeightError(
+                f"{self.directory}: {some(missing)} missing: config.json asks for them{f'; {hint}' if hint else ''}"
+            )
         self.repeated = self._repeated(stored)
         self.dropped = sorted(stored - self.model.shapes.keys() - self.repeated.keys() - set(self.carried))
         if self.dropped and not drop_unknown:
@@ -240,9 +245,3 @@ def same_dtype(place: Place, infos: list[TensorInfo]) -> torch.dtype:
         found = ", ".join(f"{info.name} is {info.dtype}" for info in infos)
         raise ConfigError(f"{found}: Megatron keeps them in one matrix ({place.name}), which has one dtype")
     return dtypes.pop()
-
-
-def some(names: list[str]) -> str:
-    """ "a, b, c and 4 more"."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -11,12 +11,10 @@ from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.errors import WeightError
 from megatron_gspo.hf.carried import carried_names
 from megatron_gspo.hf.catalog import read_config
+from megatron_gspo.hf.elsewhere import other_names, some
 from megatron_gspo.hf.layout import check_recompute, check_replay
 from megatron_gspo.policy.checkpoint_files import is_distributed, read_header
 from megatron_gspo.report.text import count
-
-NAMED = 3
-"""Tensors that a line names before it counts the rest."""
 
 
 def check_configuration(facts: Facts) -> Check:
@@ -91,7 +89,8 @@ def check_weights(facts: Facts) -> Check:
     stored = set(reader.names())
     missing = [name for name in wanted if name not in stored]
     if missing:
-        return error(f"{reader.directory}: {_some(missing)} missing, of {len(wanted)}", "model.path: a whole model")
+        text, hint = f"{reader.directory}: {some(missing)} missing, of {len(wanted)}", other_names(stored)
+        return error(f"{text}; {hint}" if hint else text, "model.path: a whole model")
     wrong: list[str] = []
     for name, shape in wanted.items():
         try:
@@ -101,14 +100,18 @@ def check_weights(facts: Facts) -> Check:
         if found != shape:
             wrong.append(f"{name} {list(found)}, not {list(shape)}")
     if wrong:
-        return error(f"{reader.directory}: {_some(wrong)}: not what config.json asks for", "model.path")
+        return error(f"{reader.directory}: {some(wrong)}: not what config.json asks for", "model.path")
     carried = carried_names(stored, facts.shape)
     extra = sorted(stored - set(wanted) - {"lm_head.weight"} - set(carried))
     text = f"{len(wanted)} tensors, each of the shape that config.json asks for"
+    if reader.without_index():
+        text += f"; in {len(reader.files())} files without an index ({some([path.name for path in reader.files()])})"
+    if reader.stacked():
+        text += f"; experts are stacked ({some(reader.stacked())}) and read as slices"
     if carried:
         text += f", and {len(carried)} of {facts.shape.carried_layers} layers behind the last, which are only carried"
     if extra:
-        return warning(f"{text}; {_some(extra)} in the files that no table names: not read", "model.path")
+        return warning(f"{text}; {some(extra)} in the files that no table names: not read", "model.path")
     return ok(text)
 
 
@@ -147,8 +150,3 @@ def _is_zero_row(facts: Facts, row: int) -> bool:
             return not file.get_slice(name)[row : row + 1].any()
     except Exception:  # the weights check says what is wrong with them
         return False
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:NAMED])
-    return shown + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_gspo.hf.checkpoint import MODEL, HfReader, index_name, single_name
+from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.family import ModelShape
+from megatron_gspo.hf.names import MODEL, holds_weights
 
 CARRIED = "carried"
 """What their files beside a Megatron checkpoint are called, as others are ``model``."""
@@ -37,7 +38,7 @@ class Carried:
 def find_carried(directory: Path, model: ModelShape) -> Carried:
     """What a directory of either kind carries; nothing where it stores nothing. Raises WeightError."""
     for stem in (CARRIED, MODEL) if model.carried_layers else ():
-        if any((directory / name).is_file() for name in (index_name(stem), single_name(stem))):
+        if holds_weights(directory, stem):
             reader = HfReader(directory, stem)
             return Carried(reader, carried_names(reader.names(), model))
     return Carried(None, ())

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf import deepseek_v3, glm4_moe, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
 from megatron_gspo.hf.family import Family, ModelShape
-from megatron_gspo.hf.fp8 import without_quantization
+from megatron_gspo.hf.quantisation import without_quantization
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.architecture: module.FAMILY
@@ -61,13 +61,19 @@ def read_model(directory: str | Path, *, dequantised: bool = False) -> tuple[Fam
     try:
         shape = FAMILIES[name].shape(config)
     except ConfigError as error:
-        raise ConfigError(f"{directory}: {error}") from None
+        raise ConfigError(f"{directory}: {error}{_defaults_in(str(error), FAMILIES[name], config)}") from None
     except KeyError as error:
         raise ConfigError(f"{directory}: config.json lacks {error}") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{directory}: config.json cannot be read as {name}: {error}") from None
     _check_shape(directory, shape)
     return FAMILIES[name], shape
+
+
+def _defaults_in(message: str, family: Family, config: dict[str, Any]) -> str:
+    """Says which of the settings that a message names stand nowhere in config.json."""
+    absent = [f"{name} = {value}" for name, value in family.defaults.items() if name in message and name not in config]
+    return f" ({', '.join(absent)}: transformers' default, where config.json has none)" if absent else ""
 
 
 def _check_sizes(directory: str | Path, config: dict[str, Any]) -> None:

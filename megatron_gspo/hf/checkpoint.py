@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,63 +12,55 @@ from safetensors.torch import save_file
 
 from megatron_gspo.errors import WeightError
 from megatron_gspo.hf import fp8
+from megatron_gspo.hf.directory import copy_companions as copy_companions
+from megatron_gspo.hf.directory import write_index as write_index
+from megatron_gspo.hf.elsewhere import other_names, some, what_is_there
+from megatron_gspo.hf.names import INDEX as INDEX
+from megatron_gspo.hf.names import MODEL, index_name, shard_name, shards_in, single_name
+from megatron_gspo.hf.names import SINGLE as SINGLE
+from megatron_gspo.hf.stacked import Part, find_parts
 from megatron_gspo.hf.stream import NAMES
 
-MODEL = "model"
-"""What a model's files are called."""
-
-
-def index_name(stem: str) -> str:
-    """The index of several files."""
-    return f"{stem}.safetensors.index.json"
-
-
-def single_name(stem: str) -> str:
-    """The one file that needs no index."""
-    return f"{stem}.safetensors"
-
-
-INDEX, SINGLE = index_name(MODEL), single_name(MODEL)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Of weights that are read."""
 STORED = {name: dtype for dtype, name in NAMES.items()}
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-"""Files that travel with the weights when a directory is written from another."""
 
 
 class HfReader:
     """Reads tensors of a Hugging Face directory by name, through memory maps, a file opened once.
 
-    Matrices of eight bits with scales a block are bfloat16 to whoever reads, and their scales have no names.
+    Matrices of eight bits with scales a block are bfloat16 to whoever reads, and their scales have no names. Experts
+    that are stacked in the files have the names and the shapes of one by one.
     """
 
     def __init__(self, directory: str | Path, stem: str = MODEL) -> None:
-        """``stem``: what its files are called. Raises WeightError when there are none."""
-        self.directory = Path(directory)
-        self._files = self._locate(self.directory / index_name(stem), self.directory / single_name(stem))
+        """``stem``: what its files are called. Raises WeightError when there are none, or not all."""
+        self.directory, self._stem = Path(directory), stem
         self._open: dict[Path, safe_open] = {}
+        files = self._locate(self.directory / index_name(stem), self.directory / single_name(stem))
+        self._parts = find_parts(files, lambda name: self._shape_in(files[name], name), self.directory)
+        stacked = {part.stored for part in self._parts.values()}
+        self._files = {name: path for name, path in files.items() if name not in stacked}
+        self._files |= {name: files[part.stored] for name, part in self._parts.items()}
         scales = fp8.scales_among(self._files)
         self._scales = {name for name in scales if self._stored(name.removesuffix(fp8.SCALE)) == fp8.STORED}
 
     def names(self) -> tuple[str, ...]:
         return tuple(name for name in self._files if name not in self._scales)
 
+    def stacked(self) -> tuple[str, ...]:
+        """Names in the files of tensors that hold several experts each."""
+        return tuple(sorted({part.stored for part in self._parts.values() if part.expert is not None}))
+
+    def without_index(self) -> bool:
+        """Whether there are several files, and no index that says which tensors are where: their headers do."""
+        return len(self.files()) > 1 and not (self.directory / index_name(self._stem)).exists()
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, in its stored dtype, one of ``DTYPES``. Raises WeightError naming file and tensor."""
         path = self.file_of(name)
         try:
-            tensor = self._file(path).get_tensor(name)
+            tensor = self._tensor(path, name)
         except (SafetensorError, OSError, ValueError) as error:
             raise WeightError(f"{path}: {name}: {error}") from None
         if tensor.dtype == torch.float8_e4m3fn and name + fp8.SCALE in self._scales:
@@ -82,11 +73,8 @@ class HfReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from its file's header; no data is read. Raises WeightError as ``read`` does."""
-        path = self.file_of(name)
-        try:
-            return tuple(self._file(path).get_slice(name).get_shape())
-        except (SafetensorError, OSError, ValueError) as error:
-            raise WeightError(f"{path}: {name}: {error}") from None
+        path, part = self.file_of(name), self._parts.get(name, Part(name))
+        return self._shape_in(path, part.stored) if part.expert is None else (part.rows, part.columns)
 
     def dtype(self, name: str) -> torch.dtype:
         """A tensor's stored dtype, from its file's header, one of ``DTYPES``. Raises WeightError as ``read`` does."""
@@ -97,13 +85,6 @@ class HfReader:
             raise WeightError(f"{path}: {name} is stored as {stored}: weights must be {', '.join(map(str, DTYPES))}")
         return STORED[stored]
 
-    def _stored(self, name: str) -> str:
-        path = self.file_of(name)
-        try:
-            return str(self._file(path).get_slice(name).get_dtype())
-        except (SafetensorError, OSError, ValueError) as error:
-            raise WeightError(f"{path}: {name}: {error}") from None
-
     def files(self) -> tuple[Path, ...]:
         """Every file that holds a tensor."""
         return tuple(sorted(set(self._files.values())))
@@ -113,10 +94,34 @@ class HfReader:
         self._open.clear()
 
     def file_of(self, name: str) -> Path:
-        """The file that holds a tensor. Raises WeightError when none does."""
+        """The file that holds a tensor. Raises WeightError when none does, with what is there in its place."""
         if name not in self._files:
-            raise WeightError(f"{self.directory}: no tensor {name} in its {len(self._files)} tensors")
+            hint = other_names(self._files)
+            raise WeightError(
+                f"{self.directory}: no tensor {name} in its {len(self._files)} tensors{f': {hint}' if hint else ''}"
+            )
         return self._files[name]
+
+    def _tensor(self, path: Path, name: str) -> torch.Tensor:
+        part = self._parts.get(name, Part(name))
+        if part.expert is None:
+            return self._file(path).get_tensor(part.stored)
+        tensor: torch.Tensor = self._file(path).get_slice(part.stored)[part.expert, part.start : part.start + part.rows]
+        return tensor
+
+    def _shape_in(self, path: Path, stored: str) -> tuple[int, ...]:
+        try:
+            return tuple(self._file(path).get_slice(stored).get_shape())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise WeightError(f"{path}: {stored}: {error}") from None
+
+    def _stored(self, name: str) -> str:
+        """The dtype in the file's header."""
+        path, part = self.file_of(name), self._parts.get(name, Part(name))
+        try:
+            return str(self._file(path).get_slice(part.stored).get_dtype())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise WeightError(f"{path}: {name}: {error}") from None
 
     def _file(self, path: Path) -> safe_open:
         if path not in self._open:
@@ -133,13 +138,45 @@ class HfReader:
             if single.exists() and {*files.values()} != {single}:
                 raise WeightError(f"{self.directory}: both {single.name} and {index.name}, of other files: remove one")
             return files
-        if not single.exists():
-            raise WeightError(f"{self.directory}: neither {index.name} nor {single.name}: not a Hugging Face directory")
-        try:
-            with safe_open(single, framework="pt", device="cpu") as file:
-                return dict.fromkeys(file.keys(), single)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise WeightError(f"{single}: {error}") from None
+        files = {}
+        for path in [single] if single.exists() else whole_set(self.directory, self._stem):
+            for name in _names_in(path):
+                if files.setdefault(name, path) != path:
+                    raise WeightError(f"{path}: {name} is in {files[name].name}, too: which of them counts?")
+        return files
+
+
+def whole_set(directory: Path, stem: str = MODEL) -> list[Path]:
+    """Files without an index that say by their names that they are all: ``model-00001-of-00002.safetensors``, ...
+
+    Raises WeightError, naming what is there, when there are none, some are missing, or there are several such sets.
+    """
+    sets = shards_in(directory, stem)
+    if not sets:
+        raise WeightError(
+            f"{directory}: neither {index_name(stem)} nor {single_name(stem)}: {what_is_there(directory)}"
+        )
+    if len(sets) > 1:
+        firsts = ", ".join(sorted(path.name for files in sets.values() for path in list(files.values())[:1]))
+        raise WeightError(f"{directory}: no {index_name(stem)}, and files of several models ({firsts}): remove one's")
+    ((count, files),) = sets.items()
+    missing = [shard_name(stem, number - 1, count) for number in range(1, count + 1) if number not in files]
+    if missing or len(files) != count:
+        there = ", ".join(path.name for path in files.values())
+        raise WeightError(
+            f"{directory}: {some(missing) or f'{count} files'} missing, of {count} files (there: {there:.300}): "
+            f"download the model again"
+        )
+    return [files[number] for number in sorted(files)]
+
+
+def _names_in(path: Path) -> list[str]:
+    """Of a file's tensors, from its header."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightError(f"{path}: {error}") from None
 
 
 def buckets(tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
@@ -166,17 +203,3 @@ def write_shards(
         save_file({name: tensor.contiguous() for name, tensor in bucket}, directory / file, {"format": "pt"})
         weight_map |= dict.fromkeys((name for name, _ in bucket), file)
     return weight_map
-
-
-def write_index(directory: Path, weight_map: dict[str, str]) -> None:
-    """Writes the index that makes the shards one model."""
-    total = sum((directory / file).stat().st_size for file in set(weight_map.values()))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def copy_companions(source: Path, directory: Path) -> None:
-    """Copies configuration, tokenizer and generation files."""
-    for name in COMPANIONS:
-        if (source / name).exists():
-            shutil.copyfile(source / name, directory / name)

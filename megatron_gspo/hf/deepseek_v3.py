@@ -6,11 +6,12 @@ last is carried, not computed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.hf import parts
+from megatron_gspo.hf import config_json, parts
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.weights import WeightRule
 
@@ -26,43 +27,75 @@ PROJECTIONS = (
     ("linear_proj", "o_proj", "columns"),
 )
 """Megatron's name, Hugging Face's, and the cut; the first instead of the next three without ``q_lora_rank``."""
+DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": 128,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096,
+    "q_lora_rank": 1536,
+    "first_k_dense_replace": 3,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "rope_interleave": True,
+    "num_nextn_predict_layers": 1,
+}
+"""What keys that a ``config.json`` may leave out mean: transformers' own (``DeepseekV3Config``)."""
 
 
 def shape(config: dict[str, Any]) -> ModelShape:
     """Reads a DeepSeek-V3 ``config.json``."""
-    parts.refuse(config, "attention_bias")
-    if config.get("rope_interleave", True) is not True:
-        raise ConfigError("rope_interleave = false in config.json is not supported: Megatron turns neighbours in pairs")
-    heads = config["num_attention_heads"]
-    if (config.get("num_key_value_heads") or heads) != heads:
-        raise ConfigError(
-            f"num_key_value_heads = {config['num_key_value_heads']} in config.json is not supported: "
-            f"latent attention gives each of the {heads} heads a key and a value"
-        )
+    named = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
+    config = DEFAULTS | config_json.renamed(config, **named)
+    config_json.refuse(config, "attention_bias")
+    refuse_other_attention(config)
     query = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
-    return parts.dense_shape(
+    return config_json.dense_shape(
         config,
         num_query_groups=config["num_attention_heads"],
         head_dim=query,
         num_experts=config["n_routed_experts"],
         top_k=config["num_experts_per_tok"],
         expert_hidden_size=config["moe_intermediate_size"],
-        shared_expert_hidden_size=config["moe_intermediate_size"] * config.get("n_shared_experts", 1),
-        moe_layers=parts.layers_after(config, default=3),
-        carried_layers=parts.predicting_layers(config),
+        shared_expert_hidden_size=config["moe_intermediate_size"] * config["n_shared_experts"],
+        moe_layers=config_json.layers_after(config),
+        carried_layers=config_json.predicting_layers(config),
         megatron={
             "multi_latent_attention": True,
             "qk_layernorm": True,
-            "q_lora_rank": config.get("q_lora_rank"),
+            "q_lora_rank": config["q_lora_rank"],
             "kv_lora_rank": config["kv_lora_rank"],
             "qk_head_dim": config["qk_nope_head_dim"],
             "qk_pos_emb_head_dim": config["qk_rope_head_dim"],
             "v_head_dim": config["v_head_dim"],
-            "rotary_base": parts.rotary_base(config),
+            "rotary_base": config_json.rotary_base(config),
             **rotary(config),
-            **parts.sigmoid_router(config),
+            **config_json.sigmoid_router(config),
         },
     )
+
+
+def refuse_other_attention(config: dict[str, Any]) -> None:
+    """Raises ConfigError for latent attention that Megatron's is not."""
+    if config["rope_interleave"] is not True:
+        raise ConfigError(
+            f"rope_interleave = {json.dumps(config['rope_interleave'])} in config.json is not supported: Megatron "
+            f"turns neighbours in pairs"
+        )
+    heads = config["num_attention_heads"]
+    if (config["num_key_value_heads"] or heads) != heads:
+        raise ConfigError(
+            f"num_key_value_heads = {config['num_key_value_heads']} in config.json is not supported: "
+            f"latent attention gives each of the {heads} heads a key and a value"
+        )
+    if config.get("head_dim") not in (None, config["qk_rope_head_dim"]):
+        raise ConfigError(
+            f"head_dim = {config['head_dim']} in config.json, which transformers takes for qk_rope_head_dim = "
+            f"{config['qk_rope_head_dim']}: remove it"
+        )
+    if config_json.rope_value(config, "partial_rotary_factor", None) not in (None, 1):
+        raise ConfigError("partial_rotary_factor in config.json is not supported: qk_rope_head_dim says it")
 
 
 def rotary(config: dict[str, Any]) -> dict[str, Any]:
@@ -71,11 +104,13 @@ def rotary(config: dict[str, Any]) -> dict[str, Any]:
     Hugging Face scales cosines and sines by m(mscale) / m(mscale_all_dim) where both are given and by m(1) otherwise,
     m(x) = 0.1 x ln(factor) + 1; and scores by m(mscale_all_dim)^2.
     """
-    if parts.rope_type(config) == "default":
+    if config_json.rope_type(config) == "default":
         return {"rope_type": "rope", "rotary_scaling_factor": 1.0}
-    rope = parts.rope(config)
-    if parts.rope_type(config) != "yarn":
-        raise ConfigError(f'rope_type = "{parts.rope_type(config)}" in config.json is not supported: "default", "yarn"')
+    rope = config_json.rope(config)
+    if config_json.rope_type(config) != "yarn":
+        raise ConfigError(
+            f'rope_type = "{config_json.rope_type(config)}" in config.json is not supported: "default", "yarn"'
+        )
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     if rope.get("attention_factor") or rope.get("truncate") is False or (all_dim and not mscale):
         raise ConfigError(
@@ -86,12 +121,18 @@ def rotary(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "rope_type": "yarn",
         "rotary_scaling_factor": float(rope["factor"]),
-        "original_max_position_embeddings": int(rope["original_max_position_embeddings"]),
+        "original_max_position_embeddings": original_positions(config),
         "beta_fast": float(rope.get("beta_fast") or 32),
         "beta_slow": float(rope.get("beta_slow") or 1),
         "mscale": float(mscale) if mscale and all_dim else 1.0,
         "mscale_all_dim": float(all_dim) if mscale and all_dim else 0.0,
     }
+
+
+def original_positions(config: dict[str, Any]) -> int:
+    """Positions that the model had before YaRN: beside ``rope_parameters``, within, or those that it has now."""
+    within = config_json.rope(config).get("original_max_position_embeddings", config["max_position_embeddings"])
+    return int(config.get("original_max_position_embeddings", within))
 
 
 def rules(model: ModelShape) -> Sequence[WeightRule]:
@@ -141,4 +182,4 @@ def attention_shapes(model: ModelShape) -> parts.Shapes:
     return {f"{parts.HF_LAYER}.self_attn.{name}.weight": size for name, size in shapes.items()}
 
 
-FAMILY = Family("DeepseekV3ForCausalLM", shape, rules, tensor_shapes)
+FAMILY = Family("DeepseekV3ForCausalLM", shape, rules, tensor_shapes, DEFAULTS)

@@ -67,6 +67,8 @@ class Family:
     rules: Callable[[ModelShape], Sequence[WeightRule]]
     tensor_shapes: Callable[[ModelShape], Mapping[str, tuple[int, ...]]]
     """Hugging Face name, as in ``rules`` -> the stored tensor's shape: what a checkpoint's headers are held against."""
+    defaults: Mapping[str, Any]
+    """What keys that ``config.json`` may leave out mean: transformers' own defaults, which ``shape`` puts there."""
 
     def router_names(self, shape: ModelShape) -> frozenset[str]:
         """Hugging Face names of the weights that choose experts; empty for a dense model."""

@@ -6,13 +6,13 @@ their product, block by block (arXiv 2412.19437, section 3.3.2).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import ceil
 from typing import Any
 
 import torch
 
-from megatron_gspo.errors import ConfigError, WeightError
+from megatron_gspo.errors import WeightError
 
 BLOCK = 128
 STORED, READ = "F8_E4M3", torch.bfloat16
@@ -22,13 +22,9 @@ SETTINGS = {"quant_method": ("fp8",), "fmt": ("e4m3", None), "weight_block_size"
 """Of ``quantization_config``: what they may be here."""
 
 
-def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """``config.json`` of the weights once they are read. Raises ConfigError for another quantisation than this one."""
-    settings = config.get("quantization_config") or {}
-    for name, known in SETTINGS.items() if settings else ():
-        if settings.get(name) not in known:
-            raise ConfigError(f"quantization_config with {name} = {settings.get(name)!r:.80} in config.json: not known")
-    return {name: value for name, value in config.items() if name != "quantization_config"}
+def unknown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a ``quantization_config`` that make it another one than this."""
+    return {name: settings.get(name) for name, known in SETTINGS.items() if settings.get(name) not in known}
 
 
 def scales_among(names: Iterable[str]) -> frozenset[str]:

@@ -8,31 +8,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_gspo.hf import parts
+from megatron_gspo.hf import config_json, parts
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.weights import WeightRule
 
 SHARED = f"{parts.HF_LAYER}.mlp.shared_experts"
+DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "attention_bias": False,
+    "use_qk_norm": False,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "num_nextn_predict_layers": 1,
+}
+"""What keys that a ``config.json`` may leave out mean: transformers' own (``Glm4MoeConfig``)."""
+ROTARY_FRACTION = 0.5
 
 
 def shape(config: dict[str, Any]) -> ModelShape:
     """Reads a GLM-4.5-MoE ``config.json``."""
-    parts.refuse_scaled_rope(config)
-    fraction = parts.rope(config).get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
-    return parts.dense_shape(
+    named = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
+    config = DEFAULTS | config_json.renamed(config, **named)
+    config_json.refuse_scaled_rope(config)
+    return config_json.dense_shape(
         config,
         num_experts=config["n_routed_experts"],
         top_k=config["num_experts_per_tok"],
         expert_hidden_size=config["moe_intermediate_size"],
-        shared_expert_hidden_size=config["moe_intermediate_size"] * config.get("n_shared_experts", 1),
-        moe_layers=parts.layers_after(config, default=1),
-        rotary_fraction=float(fraction),
-        norm_epsilon=config.get("rms_norm_eps", 1e-5),
-        carried_layers=parts.predicting_layers(config),
+        shared_expert_hidden_size=config["moe_intermediate_size"] * config["n_shared_experts"],
+        moe_layers=config_json.layers_after(config),
+        rotary_fraction=float(config_json.rope_value(config, "partial_rotary_factor", ROTARY_FRACTION)),
+        carried_layers=config_json.predicting_layers(config),
         megatron={
-            "add_qkv_bias": bool(config.get("attention_bias", False)),
-            "qk_layernorm": bool(config.get("use_qk_norm", False)),
-            **parts.sigmoid_router(config),
+            "add_qkv_bias": bool(config["attention_bias"]),
+            "qk_layernorm": bool(config["use_qk_norm"]),
+            **config_json.sigmoid_router(config),
         },
     )
 
@@ -63,4 +79,4 @@ def tensor_shapes(model: ModelShape) -> parts.Shapes:
     }
 
 
-FAMILY = Family("Glm4MoeForCausalLM", shape, rules, tensor_shapes)
+FAMILY = Family("Glm4MoeForCausalLM", shape, rules, tensor_shapes, DEFAULTS)

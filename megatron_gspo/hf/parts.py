@@ -6,13 +6,10 @@ their shapes. Both read ``ModelShape`` alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.hf.weights import Cut, WeightRule
 
@@ -22,151 +19,6 @@ EXPERT, HF_EXPERT = f"{LAYER}.mlp.experts.local_experts.{{expert}}", f"{HF_LAYER
 SHARED = f"{LAYER}.mlp.shared_experts"
 SWIGLU = ("gate_proj", "up_proj", "down_proj")
 """Hugging Face names of a SwiGLU MLP's matrices, in most families."""
-
-
-# --------------------------------------------------------------------------------------------------------- config.json
-
-
-def dense_shape(config: dict[str, Any], **further: Any) -> ModelShape:
-    """What every family's ``config.json`` says in the same words, as a dense model; ``further`` are fields beside it.
-
-    Raises ConfigError for what no family here does.
-    """
-    refuse_everywhere(config)
-    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
-    fields = {
-        "architecture": config["architectures"][0],
-        "num_layers": layers,
-        "hidden_size": config["hidden_size"],
-        "vocab_size": config["vocab_size"],
-        "num_attention_heads": heads,
-        "num_query_groups": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "ffn_hidden_size": config["intermediate_size"],
-        "num_experts": 0,
-        "top_k": 0,
-        "expert_hidden_size": 0,
-        "moe_layers": (False,) * layers,
-        "rotary_base": rotary_base(config),
-        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
-        "tied_embeddings": bool(config.get("tie_word_embeddings")),
-        "max_positions": config.get("max_position_embeddings", 32768),
-        "megatron": {},
-    }
-    return ModelShape(**{**fields, **further})
-
-
-def rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings: transformers 5's ``rope_parameters``, or the older ``rope_scaling``."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
-
-
-def rope_type(config: dict[str, Any]) -> str:
-    """ "default", "yarn", ..."""
-    return rope(config).get("rope_type", rope(config).get("type", "default"))
-
-
-def rotary_base(config: dict[str, Any], default: float = 10000.0) -> float:
-    """The rotary base, from transformers 5's ``rope_parameters`` or the older ``rope_theta``."""
-    parameters = config.get("rope_parameters") or {}
-    return float(parameters.get("rope_theta", config.get("rope_theta", default)))
-
-
-def refuse_everywhere(config: dict[str, Any]) -> None:
-    """Raises ConfigError for what a ``config.json`` may ask and no family here does."""
-    refuse(config, "use_sliding_window", "clip_qkv", "router_jitter_noise")
-    if config.get("quantization_config"):
-        raise ConfigError(
-            "quantization_config in config.json is not supported: servers would quantise what they are sent; "
-            "megatron-gspo convert makes bfloat16 of fp8 blocks"
-        )
-    if config.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f'hidden_act = "{config["hidden_act"]}" in config.json is not supported: only "silu"')
-
-
-def refuse(config: dict[str, Any], *names: str) -> None:
-    """Raises ConfigError for the first of these settings that is anything but false, 0, null or absent."""
-    for name in names:
-        if config.get(name):
-            raise ConfigError(f"{name} = {json.dumps(config[name])} in config.json is not supported")
-
-
-def refuse_scaled_rope(config: dict[str, Any]) -> None:
-    """Raises ConfigError for rotary angles other than the default ones."""
-    if rope_type(config) != "default":
-        raise ConfigError(f'rope_type = "{rope_type(config)}" in config.json is not supported: only "default"')
-
-
-def sparse_layers(config: dict[str, Any]) -> tuple[bool, ...]:
-    """Which layers Qwen's ``decoder_sparse_step`` and ``mlp_only_layers`` make mixtures of experts."""
-    step = config.get("decoder_sparse_step") or 1
-    dense = set(config.get("mlp_only_layers") or ())
-    layers = range(config["num_hidden_layers"])
-    if not all(type(layer) is int and layer in layers for layer in dense):
-        raise ConfigError(f"mlp_only_layers = {sorted(map(str, dense))} in config.json are not layers of {len(layers)}")
-    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in layers)
-
-
-def layers_after(config: dict[str, Any], default: int) -> tuple[bool, ...]:
-    """Which layers are mixtures of experts where the first ``first_k_dense_replace`` are dense."""
-    layers, dense = config["num_hidden_layers"], config.get("first_k_dense_replace", default)
-    if type(dense) is not int or dense < 0:
-        raise ConfigError(f"first_k_dense_replace = {dense!r:.80} in config.json is not a number of layers")
-    return tuple(layer >= dense for layer in range(layers))
-
-
-def predicting_layers(config: dict[str, Any]) -> int:
-    """Multi-token-prediction layers that a checkpoint stores behind its last layer."""
-    for name in ("num_nextn_predict_layers", "num_mtp_layers"):
-        count = config.get(name) or 0
-        if type(count) is not int or not 0 <= count < 100:
-            raise ConfigError(f"{name} = {count!r:.80} in config.json is not a number of layers")
-        if count:
-            return count
-    return 0
-
-
-def softmax_router(normalised: bool) -> dict[str, Any]:
-    """Megatron's settings for softmax scores.
-
-    Dividing the chosen experts' probabilities by their sum is a softmax over the chosen logits; without it the
-    probabilities of the softmax over all experts are used as they are (pre-softmax).
-    """
-    return {"moe_router_pre_softmax": not normalised, "moe_router_score_function": "softmax"}
-
-
-def sigmoid_router(config: dict[str, Any]) -> dict[str, Any]:
-    """Megatron's settings for DeepSeek-V3's router (arXiv 2412.19437, eq. 12-16).
-
-    Experts are chosen by sigmoid(logit) + bias, within the best groups of them; their weights are the sigmoids alone,
-    divided by their sum and scaled. The bias is no parameter: it is loaded, kept as it is, and sent on.
-
-    Raises ConfigError where Megatron's router differs: it normalises whenever it chooses several, and scores a group
-    by its best top_k / topk_group experts, where Hugging Face takes two.
-    """
-    top_k, normalised = config["num_experts_per_tok"], config.get("norm_topk_prob", True)
-    if normalised != (top_k > 1):
-        raise ConfigError(
-            f"norm_topk_prob = {json.dumps(normalised)} with num_experts_per_tok = {top_k} in config.json is not "
-            f"supported: Megatron's sigmoid router normalises the weights of several experts, and of one does not"
-        )
-    groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
-    limited = chosen < groups
-    if limited and (top_k // chosen != 2 or config["n_routed_experts"] % groups):
-        raise ConfigError(
-            f"n_group = {groups}, topk_group = {chosen}, num_experts_per_tok = {top_k}, n_routed_experts = "
-            f"{config['n_routed_experts']} in config.json are not supported: Megatron scores a group by its best "
-            f"num_experts_per_tok // topk_group experts, which must be two, and groups must be of one size"
-        )
-    return {
-        "moe_router_score_function": "sigmoid",
-        "moe_router_pre_softmax": False,
-        "moe_router_enable_expert_bias": True,
-        "moe_router_bias_update_rate": 0.0,
-        "moe_router_num_groups": groups if limited else None,
-        "moe_router_group_topk": chosen if limited else None,
-        "moe_router_topk_scaling_factor": float(config.get("routed_scaling_factor", 1.0)),
-    }
 
 
 # --------------------------------------------------------------------------------------------------------------- rules

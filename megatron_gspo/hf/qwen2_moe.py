@@ -5,27 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_gspo.hf import parts
+from megatron_gspo.hf import config_json, parts
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.weights import WeightRule
 
 SHARED, GATE = "mlp.shared_expert", "mlp.shared_expert_gate.weight"
+DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": 16,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "norm_topk_prob": False,
+    "qkv_bias": True,
+}
+"""What keys that a ``config.json`` may leave out mean: transformers' own (``Qwen2MoeConfig``)."""
 
 
 def shape(config: dict[str, Any]) -> ModelShape:
     """Reads a Qwen2-MoE ``config.json``."""
-    parts.refuse_scaled_rope(config)
-    return parts.dense_shape(
+    config = DEFAULTS | config_json.renamed(config, num_local_experts="num_experts")
+    config_json.refuse_scaled_rope(config)
+    return config_json.dense_shape(
         config,
-        num_experts=config.get("num_experts") or config["num_local_experts"],
+        num_experts=config["num_experts"],
         top_k=config["num_experts_per_tok"],
         expert_hidden_size=config["moe_intermediate_size"],
         shared_expert_hidden_size=config["shared_expert_intermediate_size"],
-        moe_layers=parts.sparse_layers(config),
+        moe_layers=config_json.sparse_layers(config),
         megatron={
-            "add_qkv_bias": bool(config.get("qkv_bias", True)),
+            "add_qkv_bias": bool(config["qkv_bias"]),
             "moe_shared_expert_gate": True,
-            **parts.softmax_router(bool(config.get("norm_topk_prob", False))),
+            **config_json.softmax_router(bool(config["norm_topk_prob"])),
         },
     )
 
@@ -57,4 +66,4 @@ def tensor_shapes(model: ModelShape) -> parts.Shapes:
     }
 
 
-FAMILY = Family("Qwen2MoeForCausalLM", shape, rules, tensor_shapes)
+FAMILY = Family("Qwen2MoeForCausalLM", shape, rules, tensor_shapes, DEFAULTS)

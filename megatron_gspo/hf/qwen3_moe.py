@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from megatron_gspo.hf import parts, qwen3
+from megatron_gspo.hf import config_json, parts, qwen3
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.weights import WeightRule
+
+DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "norm_topk_prob": False,
+}
+"""What keys that a ``config.json`` may leave out mean: transformers' own (``Qwen3MoeConfig``)."""
 
 
 def shape(config: dict[str, Any]) -> ModelShape:
     """Reads a Qwen3-MoE ``config.json``."""
-    return replace(
-        qwen3.shape(config),
-        num_experts=config.get("num_experts") or config["num_local_experts"],  # transformers 5 writes the latter
+    config = DEFAULTS | config_json.renamed(config, num_local_experts="num_experts")
+    config_json.refuse_scaled_rope(config)
+    config_json.refuse(config, "attention_bias")
+    return config_json.dense_shape(
+        config,
+        num_experts=config["num_experts"],
         top_k=config["num_experts_per_tok"],
         expert_hidden_size=config["moe_intermediate_size"],
-        moe_layers=parts.sparse_layers(config),
-        megatron={"qk_layernorm": True, **parts.softmax_router(bool(config.get("norm_topk_prob", False)))},
+        moe_layers=config_json.sparse_layers(config),
+        megatron={"qk_layernorm": True, **config_json.softmax_router(bool(config["norm_topk_prob"]))},
     )
 
 
@@ -33,4 +43,4 @@ def tensor_shapes(model: ModelShape) -> parts.Shapes:
     return {**qwen3.tensor_shapes(model), **parts.expert_shapes(model)}
 
 
-FAMILY = Family("Qwen3MoeForCausalLM", shape, rules, tensor_shapes)
+FAMILY = Family("Qwen3MoeForCausalLM", shape, rules, tensor_shapes, DEFAULTS)

@@ -158,7 +158,7 @@ def write_header(directory: Path, header: Mapping[str, Any], files: Iterable[Fil
 
 def put_in_place(unfinished: Path, directory: Path) -> None:
     """Waits until ``unfinished`` is on disk and moves it to ``directory``; one that lay there is replaced."""
-    for path in unfinished.iterdir():
+    for path in unfinished.rglob("*"):
         sync(path)
     sync(unfinished)
     replaced = directory.with_name(directory.name + REPLACED)

@@ -52,7 +52,11 @@ def read_questions(subject: Subject, *, greedy: bool) -> Questions:
     directory = subject.model or Path(config.model.path)
     _, shape = read_model(directory)
     check_engine(config.rollout.engine, directory, shape)
-    HfReader(directory)
+    if stacked := HfReader(directory).stacked():
+        raise ConfigError(
+            f"{directory}: its experts are stacked ({stacked[0]}, ...), and servers do not read them so: megatron-gspo "
+            f"convert, there and back, writes them one by one"
+        )
     tokenizer = load_tokenizer(directory)
     prompts = load_prompts(
         config.data.eval_path,

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_gspo.config import RolloutConfig, RunConfig
+from megatron_gspo.config import RunConfig
 from megatron_gspo.data.cursor import PromptCursor
 from megatron_gspo.errors import ConfigError, RolloutError, RunStopped
 from megatron_gspo.parallel.exchange import agree, broadcast_object, together
-from megatron_gspo.policy.checkpoint_files import is_distributed
 from megatron_gspo.policy.groups import Groups, make_groups, start_distributed
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.rollout.engine import local_servers
@@ -24,6 +23,7 @@ from megatron_gspo.train.checkpoints import Checkpoints
 from megatron_gspo.train.context import Inputs, Run, build_run, load_inputs
 from megatron_gspo.train.evaluate import evaluate
 from megatron_gspo.train.experiment import contents
+from megatron_gspo.train.models import served
 from megatron_gspo.train.progress import Progress, seed_generators
 from megatron_gspo.train.recorder import MakeRecorder, Recorder, open_recorder
 from megatron_gspo.train.resume import Resumption, find_resumption, identify
@@ -205,14 +205,6 @@ def rollout_servers(
 
 def nothing() -> None:
     """What there is to check of servers that somebody else has started, and on other ranks than the first."""
-
-
-def served(config: RunConfig) -> RolloutConfig:
-    """``rollout`` for servers on ``model.path``; those of a Megatron checkpoint, which SGLang cannot read, start with
-    whatever is in memory, and the first push fills all of it."""
-    if not is_distributed(Path(config.model.path)):
-        return config.rollout
-    return config.rollout.model_copy(update={"server_args": ("--load-format", "dummy", *config.rollout.server_args)})
 
 
 def set_determinism(config: RunConfig) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_gspo.config import RunConfig
+from megatron_gspo.config import RolloutConfig, RunConfig
 from megatron_gspo.errors import ConfigError, UserError
 from megatron_gspo.hf.catalog import read_config, read_model
 from megatron_gspo.hf.checkpoint import HfReader
@@ -57,6 +57,15 @@ def check_engine(engine: str, path: str | Path, shape: ModelShape) -> None:
             f"config.json), and {engine} makes every layer of a {shape.architecture} a mixture of experts: its "
             f"responses would come from another model"
         )
+
+
+def served(config: RunConfig) -> RolloutConfig:
+    """``rollout`` for servers on ``model.path``; those of a Megatron checkpoint or of stacked experts, which SGLang
+    cannot read, start with whatever is in memory, and the first push fills all of it."""
+    path = Path(config.model.path)
+    if not (is_distributed(path) or HfReader(path).stacked()):
+        return config.rollout
+    return config.rollout.model_copy(update={"server_args": ("--load-format", "dummy", *config.rollout.server_args)})
 
 
 def check_served(urls: Sequence[str], model: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -17,7 +18,8 @@ from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import MegatronGspoError
 from megatron_gspo.hf.carried import find_carried
 from megatron_gspo.hf.catalog import read_model
-from megatron_gspo.hf.checkpoint import copy_companions, write_index, write_shards
+from megatron_gspo.hf.checkpoint import write_shards
+from megatron_gspo.hf.directory import copy_companions, name_shards, write_index
 from megatron_gspo.parallel.exchange import agree, gather_objects, together
 from megatron_gspo.policy.checkpoint_files import UNFINISHED, clear_leftovers, name_of, put_in_place
 from megatron_gspo.policy.groups import Groups
@@ -66,9 +68,10 @@ class HuggingFaceSave:
         self._unfinished.mkdir(parents=True)
 
     def _publish(self, weight_map: dict[str, str]) -> None:
-        write_index(self._unfinished, weight_map)
-        copy_companions(Path(self._config.model.path), self._unfinished)
-        _set_dtype(self._unfinished / "config.json", self._config.model.dtype)
+        write_index(self._unfinished, name_shards(self._unfinished, weight_map))
+        model = self._config.model
+        for line in copy_companions(Path(model.path), self._unfinished, dtype=model.dtype):
+            _warn_once(line)
         put_in_place(self._unfinished, self.directory)
 
     def _refusals(self) -> AbstractContextManager[None]:
@@ -156,7 +159,7 @@ class Exports:
         pending.finish()
 
 
-def _set_dtype(path: Path, dtype: str) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)  # the name before transformers 5
-    path.write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+@functools.cache
+def _warn_once(text: str) -> None:
+    """A line on the terminal, once a process: each export has it again."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)

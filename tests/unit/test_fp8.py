@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from megatron_gspo.errors import ConfigError, WeightError
 from megatron_gspo.hf.checkpoint import HfReader
-from megatron_gspo.hf.fp8 import without_quantization
+from megatron_gspo.hf.quantisation import without_quantization
 
 KNOWN = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
