@@ -78,6 +78,9 @@ def warnings(lines: list[Record], config: RunConfig | None) -> list[str]:
     flat = _mean(recent, "reward/zero_std_groups")
     if flat is not None and flat > 0.5:
         found.append(f"{flat:.0%} of the groups have equal rewards and teach nothing: prompts too easy or too hard")
+    stopped = _mean(recent, "reward/grader_timeouts")
+    if stopped:
+        found.append(f"{stopped:.2g} responses an outer step took too long to grade and got 0 (docs/grading.md)")
     truncated = _mean(recent, "length/truncated")
     if truncated is not None and truncated > 0.5:
         found.append(f"{truncated:.0%} of the responses were truncated: raise rollout.max_response_tokens")

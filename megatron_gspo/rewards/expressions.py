@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -24,9 +24,11 @@ MAX_BITS = 4096
 MAX_TOKENS = 120
 MAX_FACTORIAL = 300
 MAX_IRRATIONAL_POWER = 10
+MAX_LATEX = 300
+"""Characters of an expression that math-verify is asked about."""
 
 _CLOSING = {"(": ")", "{": "}"}
-_ONE_ARGUMENT = {r"\ln", r"\sin", r"\cos", r"\tan"}
+_ONE_ARGUMENT = {r"\ln": math.log, r"\sin": math.sin, r"\cos": math.cos, r"\tan": math.tan}
 _FUNCTIONS = {r"\sqrt", r"\pi", r"\log", *_ONE_ARGUMENT}
 
 
@@ -42,14 +44,30 @@ class Value:
     """None for what rational arithmetic cannot tell: math-verify is asked."""
     latex: str
     """The expression again, well-formed, with exact fractions for its numbers."""
+    approximate: float
+    """What it is about; NaN when that is not known."""
 
     @classmethod
     def of(cls, exact: Fraction) -> Value:
         if max(exact.numerator.bit_length(), exact.denominator.bit_length()) > MAX_BITS:
             raise UnreadableError
-        if exact.denominator == 1:
-            return cls(exact, f"({exact.numerator})")
-        return cls(exact, rf"(\frac{{{exact.numerator}}}{{{exact.denominator}}})")
+        whole = exact.denominator == 1
+        latex = f"({exact.numerator})" if whole else rf"(\frac{{{exact.numerator}}}{{{exact.denominator}}})"
+        return cls(exact, latex, _about(float, exact))
+
+    @classmethod
+    def irrational(cls, latex: str, function: Callable[..., float], *arguments: Value) -> Value:
+        """``function`` computes it about from what the arguments are about."""
+        if len(latex) > MAX_LATEX:
+            raise UnreadableError
+        return cls(None, latex, _about(function, *(argument.approximate for argument in arguments)))
+
+
+def _about(function: Callable[..., float], *arguments: float | Fraction) -> float:
+    try:
+        return float(function(*arguments))
+    except (ArithmeticError, ValueError, TypeError):  # overflow, a logarithm of 0, a complex power
+        return math.nan
 
 
 def evaluate(tokens: Sequence[Token]) -> Value:
@@ -135,7 +153,7 @@ class _Parser:
         if token.kind in _CLOSING:
             return self.closed(token.kind, depth)
         if token.kind == r"\pi":
-            return Value(None, r"\pi")
+            return Value(None, r"\pi", math.pi)
         if token.kind == r"\frac":
             above = self.braces(depth)
             return _combine(above, "/", self.braces(depth))
@@ -174,7 +192,7 @@ class _Parser:
         value = self.argument(depth)
         if base.exact is None or base.exact <= 0 or base.exact == 1 or value.exact is None or value.exact <= 0:
             raise UnreadableError
-        return _irrational(rf"\log_{{{base.latex}}}{{{value.latex}}}")
+        return Value.irrational(rf"(\log_{{{base.latex}}}{{{value.latex}}})", lambda x, b: math.log(x, b), value, base)
 
     def mixed(self, whole: Fraction, depth: int) -> Value:
         r"""A number, and what makes it a mixed one: 1 1/2, 1\frac{1}{2}."""
@@ -203,9 +221,8 @@ def _combine(left: Value, sign: str, right: Value) -> Value:
         raise UnreadableError
     if left.exact is not None and right.exact is not None:
         return Value.of(_OPERATORS[sign](left.exact, right.exact))
-    if sign == "/":
-        return _irrational(rf"(\frac{{{left.latex}}}{{{right.latex}}})")
-    return _irrational(f"({left.latex}{sign if sign != '*' else chr(92) + 'cdot '}{right.latex})")
+    latex = {"/": r"(\frac{%s}{%s})", "*": r"(%s\cdot %s)"}.get(sign, f"(%s{sign}%s)") % (left.latex, right.latex)
+    return Value.irrational(latex, _OPERATORS[sign], left, right)
 
 
 def _power(base: Value, exponent: Value) -> Value:
@@ -221,7 +238,7 @@ def _power(base: Value, exponent: Value) -> Value:
         raise UnreadableError
     if base.exact is not None and base.exact < 0:
         raise UnreadableError
-    return _irrational(f"{base.latex}^{{{exponent.latex}}}")
+    return Value.irrational(f"{base.latex}^{{{exponent.latex}}}", operator.pow, base, exponent)
 
 
 def _factorial(value: Value) -> Value:
@@ -245,20 +262,13 @@ def _root(value: Value, command: str) -> Value:
         above, below = math.isqrt(value.exact.numerator), math.isqrt(value.exact.denominator)
         if Fraction(above**2, below**2) == value.exact:
             return Value.of(Fraction(above, below))
-    return _irrational(f"{command}{{{value.latex}}}")
+    degree = int(command[6:-1] or 2) if command != r"\sqrt" else 2
+    if degree == 0:
+        raise UnreadableError
+    return Value.irrational(f"{command}{{{value.latex}}}", lambda x: x ** (1 / degree), value)
 
 
 def _function(name: str, value: Value) -> Value:
     if name == r"\ln" and (value.exact is None or value.exact <= 0):
         raise UnreadableError
-    return _irrational(f"{name}{{{value.latex}}}")
-
-
-MAX_LATEX = 300
-"""Characters of an expression that math-verify is asked about."""
-
-
-def _irrational(latex: str) -> Value:
-    if len(latex) > MAX_LATEX:
-        raise UnreadableError
-    return Value(None, latex)
+    return Value.irrational(f"({name}{{{value.latex}}})", _ONE_ARGUMENT[name], value)

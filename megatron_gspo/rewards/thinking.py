@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import re
-
 MAX_RESPONSE = 1_000_000
 """Characters of a response that is looked at; a longer one has no answer."""
 
-_NAMES = "think|thinking|thought|thoughts|reasoning|seed:think|longcat_think"
-_OPENING = re.compile(
-    rf"<(?:{_NAMES})>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>|<\|channel\|>analysis", re.IGNORECASE
+_NAMES = [
+    form
+    for name in ("think", "thinking", "thought", "thoughts", "reasoning", "seed:think", "longcat_think")
+    for form in (name, name.capitalize(), name.upper())
+]
+OPENINGS = (
+    *(f"<{name}>" for name in _NAMES),
+    *("[THINK]", "◁think▷", "<|begin_of_thought|>", "<|START_THINKING|>", "<|channel|>analysis"),
 )
-_END = re.compile(
-    rf"</(?:{_NAMES})>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<\|channel\|>final<\|message\|>",
-    re.IGNORECASE,
+ENDS = (
+    *(f"</{name}>" for name in _NAMES),
+    *("[/THINK]", "◁/think▷", "<|end_of_thought|>", "<|END_THINKING|>", "<|channel|>final<|message|>"),
 )
 
 
@@ -25,16 +28,9 @@ def after_thinking(prompt: str, response: str) -> str | None:
     """
     if len(response) > MAX_RESPONSE:
         return None
-    end = 0
-    for match in _END.finditer(response):
-        end = match.end()
-    if _OPENING.search(response, end):
+    end = max((at + len(tag) for tag in ENDS if (at := response.rfind(tag)) >= 0), default=0)
+    if any(response.find(tag, end) >= 0 for tag in OPENINGS):
         return None
-    if not end and _opens_thinking(prompt):
+    if not end and prompt[-100:].rstrip().endswith(OPENINGS):
         return None
     return response[end:]
-
-
-def _opens_thinking(prompt: str) -> bool:
-    tail = prompt[-100:].rstrip()
-    return any(match.end() == len(tail) for match in _OPENING.finditer(tail))

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from megatron_gspo.rewards.dress import RANGE, THIN, TIMES, undress
 
-LATIN = "A-Za-z\u00c0-\u024f\u0370-\u03ff\u0400-\u04ff"
+LATIN = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0370-\u03ff\u0400-\u04ff"
 """Letters that make an identifier with the digits behind them ("CO2"); Chinese has no spaces to tell."""
 MAX_DIGITS = 400
 """Digits of one number."""

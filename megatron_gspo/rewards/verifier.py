@@ -18,9 +18,9 @@ import threading
 import time
 from pathlib import Path
 
-LIMIT_S = 2.0
+LIMIT_S = 3.0
 """Processor time of one expression; math-verify takes milliseconds for those that come here."""
-PATIENCE = 5
+PATIENCE = 7
 """Times ``LIMIT_S`` of wall time: a busy machine is no reason to judge otherwise."""
 START_S = 60.0
 """Wall time until a process has imported sympy."""
