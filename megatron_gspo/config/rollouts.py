@@ -122,7 +122,7 @@ class RewardConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments bound to the function."""
     timeout_s: PositiveFloat = 30.0
-    """Seconds a call may take."""
+    """Seconds a call may take. A function of yours that takes longer ends the run; a built-in one gives 0."""
     concurrency: Positive = 64
     """Asynchronous calls in flight; a plain function runs in at most 8 threads."""
 

@@ -95,6 +95,7 @@ SECTIONS = (
                     Curve("dropped/truncated", "truncated"),
                     Curve("dropped/lonely", "left alone in their group"),
                     Curve("dropped/groups", "groups"),
+                    Curve("reward/grader_timeouts", "graded 0, the grader took too long"),
                 ),
                 zero=True,
             ),

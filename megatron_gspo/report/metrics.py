@@ -46,6 +46,13 @@ METRICS: dict[str, Metric] = {
         "Above 0.5, half of the rollouts teach nothing: the prompts are too easy or too hard.",
         combine="last",
     ),
+    "reward/grader_timeouts": Metric(
+        "responses",
+        "Responses of the outer step whose grading by a built-in reward was stopped because it took too long; each "
+        "got 0.",
+        "0; `docs/grading.md` has the limits.",
+        combine="last",
+    ),
     "loss": Metric(
         "1",
         "The loss of the whole mini-batch, globally normalised: the negated surrogate objective and the KL "

@@ -1,6 +1,6 @@
 """Reward functions: the interface, the built-in ones, and scoring."""
 
-from megatron_gspo.rewards.interface import RewardFunction, TokenRewards
+from megatron_gspo.rewards.interface import RewardFunction, Stopped, TokenRewards
 from megatron_gspo.rewards.registry import BUILTIN_REWARDS, Reward, resolve_reward
 from megatron_gspo.rewards.scoring import GroupRewards, score_groups
 
@@ -9,6 +9,7 @@ __all__ = [
     "GroupRewards",
     "Reward",
     "RewardFunction",
+    "Stopped",
     "TokenRewards",
     "resolve_reward",
     "score_groups",

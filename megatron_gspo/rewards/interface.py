@@ -24,6 +24,13 @@ class TokenRewards:
         return cls(np.repeat(np.asarray(rewards, dtype=np.float64), lengths))
 
 
+class Stopped(float):
+    """A reward of 0 for a response whose grading was stopped because it took too long; ``score_groups`` counts it."""
+
+    def __new__(cls) -> Stopped:
+        return super().__new__(cls, 0.0)
+
+
 RewardResult = float | TokenRewards
 
 

@@ -34,6 +34,8 @@ class Reward:
     function: RewardFunction
     timeout_s: float = 30.0
     concurrency: int = 64
+    built_in: bool = False
+    """A grader of ours that takes too long gives that response 0 and is counted; a user's ends the scoring."""
 
 
 def resolve_reward(config: RewardConfig) -> Reward:
@@ -55,7 +57,7 @@ def resolve_reward(config: RewardConfig) -> Reward:
     except ValueError:
         pass  # a callable written in C may have no signature to look at
     bound = functools.partial(function, **config.options) if config.options else function
-    return Reward(name, bound, config.timeout_s, config.concurrency)
+    return Reward(name, bound, config.timeout_s, config.concurrency, built_in=name in BUILTIN_REWARDS)
 
 
 def _find(name: str) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_gspo.errors import RewardError
-from megatron_gspo.rewards.interface import RewardResult, TokenRewards
+from megatron_gspo.rewards.interface import RewardResult, Stopped, TokenRewards
 from megatron_gspo.rewards.registry import Reward
 from megatron_gspo.types import Rollout
 
@@ -30,6 +30,8 @@ class GroupRewards:
     """[G] float64 in [0, 1]; the mean of a response's token rewards where it has them."""
     token_rewards_G: tuple[np.ndarray, ...] | None
     """G arrays, each [R] float64 in [0, 1]; None when the function gave one number a response throughout."""
+    stopped: int = 0
+    """Responses whose grading took too long and was stopped; their rewards are 0."""
 
 
 async def score_groups(reward: Reward, groups: Sequence[Sequence[Rollout]]) -> list[GroupRewards]:
@@ -37,7 +39,8 @@ async def score_groups(reward: Reward, groups: Sequence[Sequence[Rollout]]) -> l
 
     An ``async def`` function has up to ``reward.concurrency`` calls in flight; a plain one runs in up to
     ``SYNC_THREADS`` threads. The first response that raises, takes over ``reward.timeout_s`` seconds, or gets anything
-    but numbers in [0, 1] stops the scoring with a RewardError that names prompt, sample and value.
+    but numbers in [0, 1] stops the scoring with a RewardError that names prompt, sample and value. A built-in function
+    that takes too long does not: the response gets 0 and is counted in ``GroupRewards.stopped``.
 
     What a timeout cannot do: a thread is never killed. After a timeout the function goes on in a daemon thread until it
     returns or the process ends; and one that keeps the interpreter lock (a runaway regular expression, a huge power)
@@ -62,6 +65,8 @@ async def _score(reward: Reward, is_async: bool, rollout: Rollout, limit: asynci
         try:
             result = await asyncio.wait_for(_call(reward, is_async, rollout), reward.timeout_s)
         except TimeoutError:
+            if reward.built_in:
+                return Stopped()
             raise _error(reward, rollout, f"gave no answer within {reward.timeout_s:g} s (reward.timeout_s)") from None
         except Exception as error:  # a user's function may raise anything; what it raised stays attached
             raise _error(reward, rollout, f"raised {type(error).__name__}: {error}") from error
@@ -93,6 +98,8 @@ async def _in_thread(reward: Reward, rollout: Rollout) -> Any:
 
 def _checked(reward: Reward, rollout: Rollout, result: object) -> RewardResult:
     """The result as a float or as float64 token rewards. Raises RewardError unless all of it lies in [0, 1]."""
+    if isinstance(result, Stopped):
+        return result
     per_token = isinstance(result, TokenRewards)
     values = result.values if isinstance(result, TokenRewards) else result
     if not per_token and (not hasattr(values, "__float__") or np.ndim(values)):  # type: ignore[arg-type]
@@ -111,13 +118,14 @@ def _group(rollouts: Sequence[Rollout], results: Sequence[RewardResult]) -> Grou
     per_token = any(isinstance(result, TokenRewards) for result in results)
     scalars = [float(r.values.mean()) if isinstance(r, TokenRewards) else r for r in results]
     rewards_G = np.asarray(scalars, dtype=np.float64)
+    stopped = sum(isinstance(result, Stopped) for result in results)
     if not per_token:
-        return GroupRewards(rewards_G, None)
+        return GroupRewards(rewards_G, None, stopped)
     tokens = tuple(
         result.values if isinstance(result, TokenRewards) else np.full(len(rollout.response_ids), result)
         for rollout, result in zip(rollouts, results, strict=True)
     )
-    return GroupRewards(rewards_G, tokens)
+    return GroupRewards(rewards_G, tokens, stopped)
 
 
 def _is_async(function: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,8 @@ async def grade(
     async with engine:
         drawn = await engine.rollout_groups(prompts, sampling, weight_version=weight_version, progress=progress)
     scored = await score_groups(reward, [[rollout for rollout in group if is_answer(rollout)] for group in drawn])
+    if stopped := sum(rewards.stopped for rewards in scored):
+        print(f"warning: {stopped} responses took too long to grade and got 0", file=sys.stderr, flush=True)
     graded = []
     for prompt, group, rewards in zip(prompts, drawn, scored, strict=True):
         rewards_K = np.zeros(len(group))

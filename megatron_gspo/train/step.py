@@ -58,6 +58,8 @@ class Collected:
     """Position -> [G_p] float64."""
     samples: list[Sample] = field(default_factory=list)
     dropped: Dropped = field(default_factory=Dropped)
+    stopped: int = 0
+    """Responses whose grading took too long."""
 
 
 def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepReport], list[RolloutRecord]]:
@@ -166,6 +168,7 @@ def score(run: Run, survivors: dict[int, list[Rollout]], dropped: Dropped) -> Co
         rewards = asyncio.run(score_groups(run.reward, list(survivors.values()))) if survivors else []
         for (position, rollouts), scored in zip(survivors.items(), rewards, strict=True):
             _add_group(run, collected, position, rollouts, scored)
+            collected.stopped += scored.stopped
     except Exception as caught:
         error = caught
     agree(error, run.groups.world)
@@ -226,12 +229,13 @@ def summarise(run: Run, collected: Collected) -> dict[str, float]:
         )
         for position, group in sorted(collected.groups.items())
     ]
-    parts = gather_objects((mine, collected.dropped), run.groups.world)
-    rows = [row for rows, _ in parts for row in rows]
-    dropped = sum((part for _, part in parts), Dropped())
+    parts = gather_objects((mine, collected.dropped, collected.stopped), run.groups.world)
+    rows = [row for rows, _, _ in parts for row in rows]
+    dropped = sum((part for _, part, _ in parts), Dropped())
     rewards, advantages, lengths, truncated = ([row[column] for row in rows] for column in range(4))
     kinds = {f"dropped/{kind}": float(count) for kind, count in asdict(dropped).items()}
-    return rollout_metrics(rewards, advantages, lengths, truncated, dropped.responses) | kinds
+    stopped = {"reward/grader_timeouts": float(sum(count for _, _, count in parts))}
+    return rollout_metrics(rewards, advantages, lengths, truncated, dropped.responses) | kinds | stopped
 
 
 def _kinds(summary: Mapping[str, float]) -> str:

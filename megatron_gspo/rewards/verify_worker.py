@@ -1,0 +1,58 @@
+"""The process in which math-verify runs: a line of JSON in, a line of JSON out. Run as a file; see ``verifier``.
+
+It stops itself, whatever it is doing and whether or not anybody still listens: the kernel ends it when an expression
+has taken its processor time (``SIGPROF`` without a handler), and it returns when its input is closed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+
+STARTING_S = 120.0
+"""Processor time for importing math-verify and sympy; about one second on an idle machine."""
+WARMING = (r"((\frac{(1)}{(2)})\cdot \log_{(2)}{(4)})", r"(\sqrt{(2)}\cdot \sqrt[3]{(5)})", r"\sin{(\frac{\pi}{(6)})}")
+"""What has math-verify's parser build its tables and sympy import what simplifies: half a second, once."""
+
+
+def main(limit_s: float, memory_bytes: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle; it closes our input
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+    signal.setitimer(signal.ITIMER_PROF, STARTING_S)
+    replies = sys.stdout.buffer
+    import math_verify
+
+    for module in ("parser", "grader"):  # they warn that their own timeouts are off
+        logging.getLogger(f"math_verify.{module}").setLevel(logging.ERROR)
+    for expression in WARMING:
+        equal(math_verify, "(1)", expression)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody reads on from the pipe, and a full one blocks
+    replies.write(b"ready\n")
+    replies.flush()
+    for line in sys.stdin.buffer:
+        expected, found = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, limit_s)
+        try:
+            answer = equal(math_verify, expected, found)
+        except Exception:  # MemoryError and RecursionError among them: an expression that it cannot read is not equal
+            answer = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        replies.write(json.dumps(answer).encode() + b"\n")
+        replies.flush()
+
+
+def equal(math_verify, expected: str, found: str) -> bool:  # type: ignore[no-untyped-def]
+    """math-verify's judgement of two pieces of LaTeX, without its timeouts, which are signals to Python code."""
+    gold = math_verify.parse(f"${expected}$", parsing_timeout=None)
+    target = math_verify.parse(f"${found}$", parsing_timeout=None)
+    return bool(math_verify.verify(gold, target, timeout_seconds=None))
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), int(sys.argv[2]))
