@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from megatron_gspo.data.messages import check_prompt
 from megatron_gspo.data.rows import read_rows
-from megatron_gspo.data.tokenizer import Tokenizer
+from megatron_gspo.data.tokenizer import Tokenizer, training_end
 from megatron_gspo.errors import DataError
 from megatron_gspo.types import Prompt
 
@@ -40,8 +40,8 @@ class Completion:
 
     prompt: Prompt
     completion_ids: tuple[int, ...]
-    """[R], R >= 1; the last one is the tokenizer's ``eos_id``. Encoded apart from the prompt, as a rollout's tokens
-    follow the prompt's."""
+    """[R], R >= 1; the last one ends a response (``training_end``). Encoded apart from the prompt, as a rollout's
+    tokens follow the prompt's."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,12 @@ def load_completions(
 ) -> CompletionSet:
     """Reads examples for supervised fine-tuning: prompts as ``load_prompts`` does, and the text that follows them.
 
-    That text is ``completion`` in format "prompts" and ``answer`` in "gsm8k"; the end-of-sequence token is appended.
+    That text is ``completion`` in format "prompts" and ``answer`` in "gsm8k"; ``training_end`` is appended, unless it
+    ends in a stop token already.
     More than ``max_response_tokens`` of them, that one counted, is a bad row like an over-long prompt.
     """
-    reader = _Reader(tokenizer, format, chat_template, max_prompt_tokens, max_response_tokens)
+    end_id = training_end(tokenizer, chat_template)
+    reader = _Reader(tokenizer, format, chat_template, max_prompt_tokens, max_response_tokens, end_id)
     completions, problems = _load(Path(path), reader.completion, lambda example: example.prompt.id, skip_bad, limit)
     return CompletionSet(completions, len(problems), problems)
 
@@ -146,6 +148,7 @@ class _Reader:
     chat_template: bool
     max_prompt_tokens: int | None
     max_response_tokens: int | None = None
+    end_id: int | None = None
 
     def prompt(self, fields: dict[str, Any], default_id: str) -> Prompt:
         if self.format == "gsm8k":
@@ -164,7 +167,9 @@ class _Reader:
     def completion(self, fields: dict[str, Any], default_id: str) -> Completion:
         key = "answer" if self.format == "gsm8k" else "completion"
         text = _text(fields.get(key), key)
-        ids = (*self.tokenizer.encode(text), self.tokenizer.eos_id)
+        assert self.end_id is not None
+        said = self.tokenizer.encode(text)
+        ids = tuple(said if said and said[-1] in self.tokenizer.stop_ids else [*said, self.end_id])
         _check_length("completion", len(ids), self.max_response_tokens, "rollout.max_response_tokens")
         return Completion(self.prompt(fields, default_id), ids)
 
