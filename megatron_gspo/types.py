@@ -78,7 +78,8 @@ class Rollout:
     weight_versions: tuple[int, ...]
     """Distinct weight versions that produced the tokens, in order; more than one means a mixed-version response."""
     text: str = ""
-    """``response_ids`` decoded without special tokens; what rewards read."""
+    """``response_ids`` decoded without the stop token at their end, and without special tokens unless
+    ``reward.special_tokens``; what rewards read."""
     routes: np.ndarray | None = None
     """[at most N + R - 1, L, K] uint8 (up to 256 experts) or uint16: row i holds the experts that token i, as input,
     was sent to. L counts dense layers too, whose rows mean nothing. None when routes were not asked for, or when they

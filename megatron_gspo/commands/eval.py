@@ -134,12 +134,15 @@ def default_out(subject: Subject, stamp: str) -> Path:
 
 def describe(subject: Subject, questions: Questions, answers: Examination, identity: dict[str, Any]) -> dict[str, Any]:
     """The result, as JSON values."""
+    from megatron_gspo.data.tokenizer import turn_end_fix, turn_end_problem
     from megatron_gspo.report.evaluation import file_digest, statistics
     from megatron_gspo.report.manifest import versions
 
     config, sampling, prompts = subject.config, questions.sampling, questions.prompts
     figures = statistics([(group.rollouts, group.rewards_K) for group in answers.graded])
     warnings = [answers.note] if answers.note else []
+    if config.data.chat_template and (problem := turn_end_problem(questions.tokenizer)):
+        warnings.append(f"{problem} ({turn_end_fix(questions.tokenizer)})")
     if prompts.skipped:
         warnings.append(f"{prompts.skipped} prompts were skipped, the first: {prompts.problems[0]}")
     if figures["aborted"]:

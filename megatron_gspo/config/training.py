@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -105,12 +105,24 @@ class DataConfig(Section):
     dataset's own ``question`` and ``answer``."""
     chat_template: bool = True
     """Renders prompts with the tokenizer's chat template when it has one; chat messages need it."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables handed to the chat template: {enable_thinking = false} for Qwen3. One that it never reads is
+    refused."""
     shuffle: bool = True
     """A new deterministic order every epoch, from ``train.seed``."""
     skip_bad: bool = False
     """Skips and counts malformed lines and over-long prompts instead of stopping."""
     limit: Positive | None = None
     """Reads at most this many training prompts."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.chat_template_kwargs and not self.chat_template:
+            raise ValueError(
+                f"chat_template_kwargs = {self.chat_template_kwargs} has no effect with chat_template = false: remove "
+                f"one of them"
+            )
+        return self
 
 
 class TrainConfig(Section):

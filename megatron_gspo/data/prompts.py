@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from megatron_gspo.data.messages import check_prompt
 from megatron_gspo.data.rows import read_rows
-from megatron_gspo.data.tokenizer import ChatMessage, Tokenizer
+from megatron_gspo.data.tokenizer import Tokenizer, training_end
 from megatron_gspo.errors import DataError
 from megatron_gspo.types import Prompt
 
@@ -39,8 +40,8 @@ class Completion:
 
     prompt: Prompt
     completion_ids: tuple[int, ...]
-    """[R], R >= 1; the last one is the tokenizer's ``eos_id``. Encoded apart from the prompt, as a rollout's tokens
-    follow the prompt's."""
+    """[R], R >= 1; the last one ends a response (``training_end``). Encoded apart from the prompt, as a rollout's
+    tokens follow the prompt's."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,12 @@ def load_completions(
 ) -> CompletionSet:
     """Reads examples for supervised fine-tuning: prompts as ``load_prompts`` does, and the text that follows them.
 
-    That text is ``completion`` in format "prompts" and ``answer`` in "gsm8k"; the end-of-sequence token is appended.
+    That text is ``completion`` in format "prompts" and ``answer`` in "gsm8k"; ``training_end`` is appended, unless it
+    ends in a stop token already.
     More than ``max_response_tokens`` of them, that one counted, is a bad row like an over-long prompt.
     """
-    reader = _Reader(tokenizer, format, chat_template, max_prompt_tokens, max_response_tokens)
+    end_id = training_end(tokenizer, chat_template)
+    reader = _Reader(tokenizer, format, chat_template, max_prompt_tokens, max_response_tokens, end_id)
     completions, problems = _load(Path(path), reader.completion, lambda example: example.prompt.id, skip_bad, limit)
     return CompletionSet(completions, len(problems), problems)
 
@@ -145,13 +148,14 @@ class _Reader:
     chat_template: bool
     max_prompt_tokens: int | None
     max_response_tokens: int | None = None
+    end_id: int | None = None
 
     def prompt(self, fields: dict[str, Any], default_id: str) -> Prompt:
         if self.format == "gsm8k":
             text = self._render_question(_text(fields.pop("question", None), "question"))
             answer = _text(fields.pop("answer", None), "answer")
         else:
-            text = self.tokenizer.render(_prompt(fields.pop("prompt", None)), self.chat_template)
+            text = self.tokenizer.render(check_prompt(fields.pop("prompt", None)), self.chat_template)
             answer = _optional_text(fields.pop("answer", None), "answer")
         identity = _optional_text(fields.pop("id", None), "id") or default_id
         ids = tuple(self.tokenizer.encode(text))
@@ -163,7 +167,9 @@ class _Reader:
     def completion(self, fields: dict[str, Any], default_id: str) -> Completion:
         key = "answer" if self.format == "gsm8k" else "completion"
         text = _text(fields.get(key), key)
-        ids = (*self.tokenizer.encode(text), self.tokenizer.eos_id)
+        assert self.end_id is not None
+        said = self.tokenizer.encode(text)
+        ids = tuple(said if said and said[-1] in self.tokenizer.stop_ids else [*said, self.end_id])
         _check_length("completion", len(ids), self.max_response_tokens, "rollout.max_response_tokens")
         return Completion(self.prompt(fields, default_id), ids)
 
@@ -171,18 +177,6 @@ class _Reader:
         rendered = self.tokenizer.render(question, self.chat_template)
         untouched = self.tokenizer.render(question, False)
         return f"{rendered}\n" if rendered == untouched else rendered
-
-
-def _prompt(value: object) -> str | Sequence[ChatMessage]:
-    """A text, or chat messages of at least one turn."""
-    if not isinstance(value, list):
-        return _text(value, "prompt")
-    for i, message in enumerate(value):
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
-            raise DataError(f"prompt[{i}] = {message!r:.80} is no chat message: it needs role and content")
-    if not value:
-        raise DataError("prompt is an empty list of chat messages")
-    return value
 
 
 def _text(value: object, name: str) -> str:

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_gspo.errors import DataError, DependencyError
+from megatron_gspo.config import RunConfig
+from megatron_gspo.data.huggingface import FILE, HuggingFaceTokenizer
+from megatron_gspo.data.messages import ChatMessage
+from megatron_gspo.data.model_files import read_json, short
+from megatron_gspo.data.sentencepiece import SentencePieceTokenizer, is_tiktoken
+from megatron_gspo.errors import DataError
 
-ChatMessage = Mapping[str, Any]
-"""One turn: at least ``role`` and ``content``."""
-
-HF_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+HF_TOKENIZER_FILES = (FILE, "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 class Tokenizer(Protocol):
     """Text to token ids and back, with the ids that end a response."""
 
     eos_id: int
-    """The id that ends a training example; always one of ``stop_ids``."""
+    """The model's end-of-sequence id; always one of ``stop_ids``."""
     stop_ids: tuple[int, ...]
-    """Every id that ends a response, ascending: the union of ``generation_config.json``, ``config.json`` and the
-    tokenizer. The engine is given all of them."""
+    """Every id that ends a response, ascending: the union of ``generation_config.json``, ``config.json``, the
+    tokenizer and ``rollout.stop_tokens``. The engine is given all of them."""
     vocab_size: int
     """Rows of the model's softmax (``config.vocab_size``): every id lies below it. ``len()`` counts the tokenizer's
     own entries, which may be fewer."""
+
+    @property
+    def turn_end(self) -> int | None:
+        """The special token with which the chat template ends an assistant's turn; None where it writes none."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -36,38 +41,121 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
 
+    def token_id(self, text: str) -> int | None:
+        """The one token that this text is; None when it is none, or several."""
+        ...
+
     def render(self, prompt: str | Sequence[ChatMessage], use_chat_template: bool) -> str:
-        """The text that ``encode`` is given for a prompt.
+        """The text that ``encode`` is given for a prompt, which ``messages.check_prompt`` has checked.
 
         A text becomes a user's turn when ``use_chat_template`` is set and the tokenizer has a template; otherwise it
-        stays as it is, after the begin-of-sequence token of a tokenizer that puts one there. Chat messages need the
-        template: DataError without.
+        stays as it is, after the begin-of-sequence token of a tokenizer that puts one there (unless the text has it
+        already). Chat messages need the template. Raises DataError without it, for a text that was rendered already,
+        and for a template that leaves out what a message says.
         """
         ...
 
 
-def load_tokenizer(model_dir: str | Path) -> Tokenizer:
+def open_tokenizer(config: RunConfig, model_dir: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of ``model_dir`` (``model.path`` when None), with ``rollout.stop_tokens`` and
+    ``data.chat_template_kwargs``. Raises DataError."""
+    return load_tokenizer(
+        model_dir or config.model.path,
+        stop_tokens=config.rollout.stop_tokens,
+        template_variables=config.data.chat_template_kwargs,
+    )
+
+
+def load_tokenizer(
+    model_dir: str | Path,
+    *,
+    stop_tokens: Sequence[str | int] = (),
+    template_variables: Mapping[str, Any] | None = None,
+) -> Tokenizer:
     """The tokenizer of a Hugging Face directory (nothing is downloaded), or of a SentencePiece ``.model`` file.
 
-    A directory whose only tokenizer file is a ``.model`` is read by sentencepiece itself: transformers would guess a
-    class from the architecture, and for Qwen3 the guess drops every space without a word. Where
-    ``tokenizer_config.json`` makes it transformers' to read, the guess is compared with sentencepiece.
-    Raises DataError when there is no tokenizer, no stop token, an id at or above ``config.vocab_size``, or such a guess
-    that loses text.
+    ``tokenizer.json`` is the tokenizer where there is one, whatever class ``tokenizer_config.json`` names. Without it
+    transformers builds one from ``vocab.json`` or a ``.model`` file by the class that is named or guessed, and it must
+    give the vocabulary's own words back. A directory whose only tokenizer file is a ``.model`` is read by sentencepiece
+    itself. Code that a directory brings along is never run.
+
+    ``stop_tokens``, texts or ids, end a response besides those of the model; ``template_variables`` are handed to its
+    chat template. Raises DataError when there is no tokenizer, no stop token, an id at or above ``config.vocab_size``,
+    a tokenizer that loses text, or a variable that the template never reads.
     """
     path = Path(model_dir)
+    tokenizer = _load(path, template_variables)
+    tokenizer.stop_ids = tuple(sorted({*tokenizer.stop_ids, *(_stop_id(tokenizer, token) for token in stop_tokens)}))
+    return _checked(tokenizer, path)
+
+
+def training_end(tokenizer: Tokenizer, use_chat_template: bool) -> int:
+    """The token that ends a training example: the one with which the chat template ends a turn, else ``eos_id``.
+
+    Raises DataError when rollouts would not stop there.
+    """
+    if use_chat_template and (problem := turn_end_problem(tokenizer)):
+        raise DataError(f"{problem}, and would be taught to end there: set {turn_end_fix(tokenizer)}")
+    return tokenizer.eos_id if tokenizer.turn_end is None or not use_chat_template else tokenizer.turn_end
+
+
+def turn_end_problem(tokenizer: Tokenizer) -> str:
+    """What is wrong when the chat template ends a turn with a token at which responses do not stop; else empty."""
+    end = tokenizer.turn_end
+    if end is None or end in tokenizer.stop_ids:
+        return ""
+    stops = ", ".join(f"{tokenizer.decode([i], skip_special=False)!r} ({i})" for i in tokenizer.stop_ids)
+    return (
+        f"the chat template ends a turn with {tokenizer.decode([end], skip_special=False)!r} ({end}), but responses "
+        f"stop only at {stops}: they would go on past their turn"
+    )
+
+
+def turn_end_fix(tokenizer: Tokenizer) -> str:
+    """The setting that mends it."""
+    text = "" if tokenizer.turn_end is None else tokenizer.decode([tokenizer.turn_end], skip_special=False)
+    return f'rollout.stop_tokens = ["{text}"]'
+
+
+def response_text(tokenizer: Tokenizer, *, special_tokens: bool) -> Callable[[Sequence[int]], str]:
+    """How a response's tokens become the text that rewards read: without the stop token at its end, and without
+    special tokens unless they are asked for (``reward.special_tokens``)."""
+    stops = frozenset(tokenizer.stop_ids)
+
+    def decode(ids: Sequence[int]) -> str:
+        said = list(ids[:-1] if len(ids) and ids[-1] in stops else ids)
+        return tokenizer.decode(said, skip_special=not special_tokens)
+
+    return decode
+
+
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text, special tokens too. A part of a character is U+FFFD."""
+    texts = []
+    for i, token in enumerate(ids):
+        alone = tokenizer.decode([token], skip_special=False)
+        before = tokenizer.decode([ids[i - 1]], skip_special=False) if i else ""
+        both = tokenizer.decode([ids[i - 1], token], skip_special=False) if i else alone
+        # Many a tokenizer drops the space of a text's first token.
+        texts.append(both.removeprefix(before) if both.startswith(before) and "\ufffd" not in before else alone)
+    return texts
+
+
+def _load(path: Path, variables: Mapping[str, Any] | None) -> Tokenizer:
     if path.is_file() and path.suffix == ".model":
-        return _checked(SentencePieceTokenizer(path, directory=path.parent), path)
+        return _plain(SentencePieceTokenizer(path, directory=path.parent), path, variables)
     if not path.is_dir():
         raise DataError(f"{path}: no such model directory")
     models = sorted(path.glob("*.model"))
+    if not (path / FILE).is_file():
+        _check_remote_code(path, models)
     if any((path / name).is_file() for name in HF_TOKENIZER_FILES):
-        tokenizer = HuggingFaceTokenizer(path)
-        if len(models) == 1 and not (path / "tokenizer.json").is_file():
-            _check_guess(tokenizer, SentencePieceTokenizer(models[0], directory=path), path)
-        return _checked(tokenizer, path)
+        tokenizer = HuggingFaceTokenizer(path, variables)
+        if not (path / FILE).is_file():
+            _check_guess(tokenizer, path, models)
+        return tokenizer
     if len(models) == 1:
-        return _checked(SentencePieceTokenizer(models[0], directory=path), path)
+        return _plain(SentencePieceTokenizer(models[0], directory=path), path, variables)
     found = ", ".join(model.name for model in models) or "none"
     raise DataError(
         f"{path}: no tokenizer: expected {' or '.join(HF_TOKENIZER_FILES[:2])}, or one SentencePiece .model "
@@ -75,113 +163,63 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     )
 
 
-class HuggingFaceTokenizer:
-    """A tokenizer that transformers loads."""
-
-    def __init__(self, directory: Path) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self._hf = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except Exception as error:  # the loaders raise whatever their file formats raise
-            raise DataError(f"{directory}: transformers cannot load the tokenizer: {_one_line(error)}") from error
-        # A tokenizer that puts a begin-of-sequence token in front does so in the prompt's text, where one can see it.
-        begins = self._hf.encode("")[:1] == [self._hf.bos_token_id] != [None]
-        self._begin = self._hf.bos_token if begins else ""
-        self.vocab_size = _config(directory).get("vocab_size") or len(self._hf)
-        self.eos_id, self.stop_ids = _stop_ids(directory, self._hf.eos_token_id)
-
-    def __len__(self) -> int:
-        return max(self._hf.get_vocab().values(), default=-1) + 1
-
-    def encode(self, text: str) -> list[int]:
-        try:
-            return list(self._hf.encode(text, add_special_tokens=False))
-        except Exception as error:  # the Rust tokenizers raise bare Exception
-            raise DataError(f"the tokenizer cannot encode {_short(text)}: {_one_line(error)}") from error
-
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        return str(self._hf.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False))
-
-    def render(self, prompt: str | Sequence[ChatMessage], use_chat_template: bool) -> str:
-        has_template = bool(self._hf.chat_template)
-        if isinstance(prompt, str) and not (use_chat_template and has_template):
-            return self._begin + prompt
-        if not use_chat_template:
-            raise DataError("the prompt is chat messages, which need data.chat_template = true")
-        if not has_template:
-            raise DataError("the prompt is chat messages, but the tokenizer has no chat template")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        try:
-            return str(self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # a template is a program of its own: jinja2 errors, or what it raises itself
-            raise DataError(f"the chat template refuses the messages: {_one_line(error)}") from error
-
-
-class SentencePieceTokenizer:
-    """A lone SentencePiece model. Control pieces (such as ``</s>``) have ids but no text, as SentencePiece has it.
-
-    Nothing is put in front of a prompt: that a model wants a begin-of-sequence token stands in no ``.model`` file, but
-    in a ``tokenizer_config.json``, and with one the tokenizer is transformers' to read.
-    """
-
-    def __init__(self, model: Path, directory: Path) -> None:
-        try:
-            import sentencepiece
-        except ImportError:
-            raise DependencyError(f"{model}: a SentencePiece model needs the sentencepiece package") from None
-        try:
-            self._sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"{model}: not a SentencePiece model: {_one_line(error)}") from error
-        eos = self._sp.eos_id()
-        self.vocab_size = _config(directory).get("vocab_size") or len(self)
-        self.eos_id, self.stop_ids = _stop_ids(directory, eos if eos >= 0 else None)
-
-    def __len__(self) -> int:
-        return int(self._sp.get_piece_size())
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._sp.encode(text))
-
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        pieces = [int(i) for i in ids]
-        if skip_special:
-            return str(self._sp.decode(pieces))
-        spans: list[str] = []
-        text: list[int] = []
-        for piece in pieces:
-            if self._sp.is_control(piece):
-                spans += [str(self._sp.decode(text)), self._sp.id_to_piece(piece)]
-                text = []
-            else:
-                text.append(piece)
-        return "".join([*spans, str(self._sp.decode(text))])
-
-    def sample_words(self, count: int = 32) -> str:
-        """The first words of the vocabulary, a space between them."""
-        words = (str(self._sp.decode([i])).strip() for i in range(len(self)) if self._is_text(i))
-        return " ".join(itertools.islice(filter(None, words), count))
-
-    def _is_text(self, piece: int) -> bool:
-        special = (self._sp.is_control, self._sp.is_unknown, self._sp.is_unused, self._sp.is_byte)
-        return not any(is_kind(piece) for is_kind in special)
-
-    def render(self, prompt: str | Sequence[ChatMessage], use_chat_template: bool) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        raise DataError("the prompt is chat messages, but a SentencePiece model has no chat template")
-
-
-def _check_guess(guess: HuggingFaceTokenizer, model: SentencePieceTokenizer, path: Path) -> None:
-    """Refuses a tokenizer of transformers' that gives back other words than the SentencePiece model it came from."""
-    text = model.sample_words()
-    given, back = (tokenizer.decode(tokenizer.encode(text)) for tokenizer in (model, guess))
-    if given.split() != back.split():  # how many spaces stand between words is either's own affair
+def _plain(tokenizer: SentencePieceTokenizer, path: Path, variables: Mapping[str, Any] | None) -> Tokenizer:
+    """A tokenizer without a template. Raises DataError when the directory or the settings have something for one."""
+    directory = path if path.is_dir() else path.parent
+    if path.is_dir() and (directory / "chat_template.jinja").is_file():
         raise DataError(
-            f"{path}: transformers guesses a tokenizer that makes {_short(back)} of {_short(given)}: name the right "
-            f"tokenizer_class in tokenizer_config.json, put a tokenizer.json beside it, or leave the .model alone there"
+            f"{path}: chat_template.jinja beside a lone .model is read by nothing: add the model's tokenizer.json and "
+            f"tokenizer_config.json"
         )
+    if variables:
+        raise DataError(f"{path}: data.chat_template_kwargs is set, but a SentencePiece model has no chat template")
+    return tokenizer
+
+
+def _check_remote_code(path: Path, models: Sequence[Path]) -> None:
+    """Refuses a directory without ``tokenizer.json`` whose tokenizer is made by code that it brings along."""
+    named = read_json(path, "tokenizer_config.json").get("auto_map")
+    classes = named.get("AutoTokenizer") if isinstance(named, dict) else named
+    tiktoken = [model.name for model in models if model.name == "tiktoken.model" or is_tiktoken(model)]
+    if not (classes or tiktoken):
+        return
+    code = next((str(name) for name in classes if name), "") if isinstance(classes, list) else str(classes or "")
+    how = f"{tiktoken[0]} is a tiktoken vocabulary without its rules" if tiktoken else "there is no tokenizer.json"
+    made = f" (they stand in {code})" if code and tiktoken else f", and {code} is code of the directory" if code else ""
+    raise DataError(
+        f"{path}: {how}{made}; such code is never run here: put a tokenizer.json beside it, as docs/models.md "
+        f"(Tokenizers) says"
+    )
+
+
+def _check_guess(guess: HuggingFaceTokenizer, path: Path, models: Sequence[Path]) -> None:
+    """Refuses a tokenizer of transformers' that gives back other words than its vocabulary has."""
+    model = SentencePieceTokenizer(models[0], directory=path) if len(models) == 1 else None
+    text = model.sample_words() if model else guess.sample_words()
+    given = model.decode(model.encode(text)) if model else text
+    try:
+        back = guess.decode(guess.encode(text))
+    except DataError as error:
+        back = str(error)
+    if given.split() != back.split():  # how many spaces stand between words is either's own affair
+        name = read_json(path, "tokenizer_config.json").get("tokenizer_class")
+        raise DataError(
+            f"{path}: transformers {f'builds {name}, which' if name else 'guesses a tokenizer that'} makes "
+            f"{short(back)} of {short(given)}: put a tokenizer.json beside it, or name the right tokenizer_class in "
+            f"tokenizer_config.json" + (", or leave the .model alone there" if model else "")
+        )
+
+
+def _stop_id(tokenizer: Tokenizer, token: str | int) -> int:
+    """One of ``rollout.stop_tokens`` as an id. Raises DataError for what is not one token of the vocabulary."""
+    if isinstance(token, int):
+        if not 0 <= token < tokenizer.vocab_size:
+            raise DataError(f"rollout.stop_tokens: {token} is outside the vocabulary of {tokenizer.vocab_size}")
+        return token
+    found = tokenizer.token_id(token)
+    if found is None:
+        raise DataError(f"rollout.stop_tokens: {token!r} is not one token of the model's vocabulary")
+    return found
 
 
 def _checked(tokenizer: Tokenizer, path: Path) -> Tokenizer:
@@ -193,38 +231,3 @@ def _checked(tokenizer: Tokenizer, path: Path) -> Tokenizer:
                 f"(ids go up to {tokenizer.vocab_size - 1}): is this another model's tokenizer?"
             )
     return tokenizer
-
-
-def _stop_ids(directory: Path, own: int | None) -> tuple[int, tuple[int, ...]]:
-    """(eos_id, stop_ids): the tokenizer's own end-of-sequence id first, else the first one configured."""
-    found = [] if own is None else [own]
-    for name in ("generation_config.json", "config.json"):
-        value = _config(directory, name).get("eos_token_id")
-        found += value if isinstance(value, list) else [] if value is None else [value]
-    if not found or not all(type(i) is int and i >= 0 for i in found):
-        raise DataError(
-            f"{directory}: no usable end-of-sequence token (found {found}): responses could never stop; set "
-            f"eos_token_id in generation_config.json"
-        )
-    return found[0], tuple(sorted(set(found)))
-
-
-def _config(directory: Path, name: str = "config.json") -> dict[str, Any]:
-    path = directory / name
-    if not path.is_file():
-        return {}
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {error}") from None
-    if not isinstance(tree, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(tree).__name__}")
-    return tree
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -12,6 +12,7 @@ from megatron_gspo.data.prompts import CompletionSet, PromptSet
 from megatron_gspo.data.rows import PARQUET_SUFFIXES
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import SAMPLE, Facts
+from megatron_gspo.doctor.tokenizer import show_prompt
 from megatron_gspo.errors import DataError
 from megatron_gspo.rewards.registry import resolve_reward
 from megatron_gspo.rewards.scoring import score_groups
@@ -26,7 +27,7 @@ COUNTED_BYTES = 2**30
 
 
 def check_prompts(facts: Facts) -> list[Check]:
-    """The first prompts well-formed, enough of them, and none too long."""
+    """The first prompts well-formed, enough of them, and none too long; the first of them as the model reads it."""
     config, prompts = facts.config, facts.prompts
     rows, counted = count_rows(Path(config.data.path), prompts, SAMPLE)
     if config.data.limit is not None:
@@ -35,7 +36,7 @@ def check_prompts(facts: Facts) -> list[Check]:
     if prompts.skipped:
         text += f"; {prompts.skipped} of the first {prompts.skipped + len(prompts)} skipped ({prompts.problems[0]})"
     checks = [_enough(facts, text, rows, bool(counted))]
-    return [*checks, *_lengths(facts, prompts)]
+    return [*checks, *_lengths(facts, prompts), show_prompt(facts.tokenizer, _plain(prompts)[0])]
 
 
 def check_eval_prompts(facts: Facts) -> Check:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 from megatron_gspo.config import RunConfig, load
 from megatron_gspo.config.inputs import MODELS, advice, missing
 from megatron_gspo.data.prompts import CompletionSet, PromptSet, load_completions, load_prompts
-from megatron_gspo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_gspo.doctor.machine import Machine, look_at_machine
 from megatron_gspo.doctor.tensors import Tensor, tensors_of
 from megatron_gspo.hf.catalog import read_model
@@ -121,7 +121,7 @@ class Facts:
 
     @fact
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.config.model.path)
+        return open_tokenizer(self.config)
 
     @property
     def supervised(self) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.estimate import microbatches, tokens_of_minibatch
 from megatron_gspo.doctor.facts import Facts
+from megatron_gspo.doctor.tokenizer import check_turn_end
 from megatron_gspo.errors import WeightError
 from megatron_gspo.hf.carried import carried_names
 from megatron_gspo.hf.catalog import read_config
@@ -116,7 +117,7 @@ def check_weights(facts: Facts) -> Check:
 
 
 def check_tokenizer(facts: Facts) -> Sequence[Check]:
-    """Ids against the vocabulary, stop tokens, chat template, padding."""
+    """Ids against the vocabulary, stop tokens, chat template and the end of a turn, padding."""
     tokenizer, config = facts.tokenizer, facts.config
     template = tokenizer.render("x", True) != tokenizer.render("x", False)
     how = "the chat template" if template and config.data.chat_template else "no chat template"
@@ -124,7 +125,7 @@ def check_tokenizer(facts: Facts) -> Sequence[Check]:
         f"{len(tokenizer)} tokens for a vocabulary of {tokenizer.vocab_size}, stop tokens "
         f"{', '.join(map(str, tokenizer.stop_ids))}; prompts are rendered with {how}"
     )
-    checks = [ok(text)]
+    checks = [ok(text), *check_turn_end(tokenizer, config.data.chat_template)]
     pad = read_config(config.model.path).get("pad_token_id")
     if isinstance(pad, int) and pad >= 0 and pad not in tokenizer.stop_ids:
         checks.append(

@@ -20,7 +20,7 @@ from megatron_gspo.types import Prompt, Rollout, RouteShape
 Progress = Callable[[Sequence[Rollout]], None]
 """Called with each group as it completes, in the order of completion."""
 Decode = Callable[[Sequence[int]], str]
-"""Token ids to text, without special tokens."""
+"""Token ids to the text that rewards read (``data.tokenizer.response_text``)."""
 
 
 @dataclass(frozen=True)

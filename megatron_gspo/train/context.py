@@ -15,7 +15,7 @@ from megatron_gspo.algorithm.objective import Loss, resolve_loss
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.cursor import PromptCursor
 from megatron_gspo.data.prompts import PromptSet, load_prompts
-from megatron_gspo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer, response_text, turn_end_fix, turn_end_problem
 from megatron_gspo.errors import DataError
 from megatron_gspo.hf.carried import carried_names
 from megatron_gspo.hf.checkpoint import HfReader
@@ -105,13 +105,18 @@ class Inputs:
     prompts: PromptSet
     eval_prompts: PromptSet | None
     reward: Reward
+    chat_template: bool = True
+    """Whether prompts were rendered with the chat template."""
 
     def describe(self) -> str:
         held_out = f", {len(self.eval_prompts)} held out" if self.eval_prompts else ""
         skipped = (
             f" ({self.prompts.skipped} skipped, first: {self.prompts.problems[0]})" if self.prompts.skipped else ""
         )
-        return f"{len(self.prompts)} prompts{held_out}{skipped}"
+        problem = turn_end_problem(self.tokenizer) if self.chat_template else ""
+        return f"{len(self.prompts)} prompts{held_out}{skipped}" + (
+            f"; warning: {problem} ({turn_end_fix(self.tokenizer)})" if problem else ""
+        )
 
     def fingerprints(self) -> dict[str, str]:
         """Setting -> fingerprint of what was read through it."""
@@ -125,7 +130,7 @@ class Inputs:
 def load_inputs(config: RunConfig) -> Inputs:
     """Reads prompts and finds the reward, before anything is started or written. Raises UserError."""
     check_models(config)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = open_tokenizer(config)
     load = functools.partial(
         load_prompts,
         tokenizer=tokenizer,
@@ -141,7 +146,7 @@ def load_inputs(config: RunConfig) -> Inputs:
             f"{config.train.prompts_per_step}: a prompt would be drawn twice in a step"
         )
     eval_prompts = load(config.data.eval_path, limit=config.eval.prompts) if config.data.eval_path else None
-    return Inputs(tokenizer, prompts, eval_prompts, resolve_reward(config.reward))
+    return Inputs(tokenizer, prompts, eval_prompts, resolve_reward(config.reward), config.data.chat_template)
 
 
 def build_learner(config: RunConfig, groups: Groups) -> Learner:
@@ -175,7 +180,7 @@ def build_run(config: RunConfig, groups: Groups, inputs: Inputs, urls: tuple[str
             own_servers(urls, groups),
             config.rollout,
             vocab_size=policy.shape.vocab_size,
-            decode=inputs.tokenizer.decode,
+            decode=response_text(inputs.tokenizer, special_tokens=config.reward.special_tokens),
         ),
         sync=make_weight_sync(
             config.sync,

@@ -12,7 +12,7 @@ import torch
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.prompts import PromptSet, load_prompts
-from megatron_gspo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer, response_text
 from megatron_gspo.errors import ConfigError, EngineUnavailableError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
@@ -57,7 +57,7 @@ def read_questions(subject: Subject, *, greedy: bool) -> Questions:
             f"{directory}: its experts are stacked ({stacked[0]}, ...), and servers do not read them so: megatron-gspo "
             f"convert, there and back, writes them one by one"
         )
-    tokenizer = load_tokenizer(directory)
+    tokenizer = open_tokenizer(config, directory)
     prompts = load_prompts(
         config.data.eval_path,
         tokenizer=tokenizer,
@@ -85,7 +85,8 @@ def examine(
     _, shape = read_model(model)
     with _servers(config, model, logs, phase) as (urls, note):
         phase(f"drawing {len(questions.prompts)} x {questions.sampling.group_size} responses")
-        engine = make_engine(urls, config.rollout, vocab_size=shape.vocab_size, decode=questions.tokenizer.decode)
+        decode = response_text(questions.tokenizer, special_tokens=config.reward.special_tokens)
+        engine = make_engine(urls, config.rollout, vocab_size=shape.vocab_size, decode=decode)
         graded = asyncio.run(
             grade(
                 engine,

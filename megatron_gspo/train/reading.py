@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_gspo.algorithm.packing import unshard_tokens
+from megatron_gspo.data.tokenizer import token_texts
 from megatron_gspo.parallel.exchange import broadcast_object, gather_pieces
 from megatron_gspo.train.batch import Key, Minibatch
 from megatron_gspo.train.context import Run
@@ -103,7 +104,7 @@ def _record(run: Run, group: RolloutGroup, sample: Sample, measured: _Measured) 
         sample=sample.sample,
         prompt=group.prompt.text,
         response=rollout.text,
-        tokens=[run.tokenizer.decode([token], skip_special=False) for token in sample.response_ids.tolist()],
+        tokens=token_texts(run.tokenizer, sample.response_ids.tolist()),
         reward=sample.reward,
         advantage=sample.advantage,
         finish_reason=rollout.finish_reason,

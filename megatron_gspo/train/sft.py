@@ -13,7 +13,7 @@ from megatron_gspo.algorithm.packing import shard_tokens
 from megatron_gspo.algorithm.sft import sft_loss
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.prompts import Completion, load_completions
-from megatron_gspo.data.tokenizer import load_tokenizer
+from megatron_gspo.data.tokenizer import open_tokenizer
 from megatron_gspo.errors import NonFiniteError
 from megatron_gspo.parallel.exchange import broadcast_object, gather_objects
 from megatron_gspo.parallel.sequence import ShardedSequenceSum
@@ -47,7 +47,7 @@ def load_examples(config: RunConfig) -> Examples:
     check_models(config)
     loaded = load_completions(
         config.data.path,
-        tokenizer=load_tokenizer(config.model.path),
+        tokenizer=open_tokenizer(config),
         format=config.data.format,
         chat_template=config.data.chat_template,
         max_prompt_tokens=config.rollout.max_prompt_tokens,

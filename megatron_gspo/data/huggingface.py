@@ -1,0 +1,176 @@
+"""A tokenizer that transformers loads, held against its own ``tokenizer.json``."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_gspo.data.messages import ChatMessage
+from megatron_gspo.data.model_files import find_stop_ids, one_line, read_json, short
+from megatron_gspo.data.templates import ChatTemplate
+from megatron_gspo.errors import DataError
+
+FILE = "tokenizer.json"
+PROBES = (
+    "Tom has 2 apples.\nHow  many are left, 1,234.5?\n",
+    "\tdef f(x):\n\n    return x ** 2  # it's\r\n",
+    "na\u00efve Gr\u00f6\u00dfe, \u041f\u0440\u0438\u0432\u0435\u0442 \u03ba\u03cc\u03c3\u03bc\u03b5",
+    "\u6771\u4eac\u306f 3 \u3064\u3002 \ud55c\uad6d\uc5b4 \u0e44\u0e17\u0e22",
+    "\u0645\u0631\u062d\u0628\u0627 \u0939\u093f\u0928\u094d\u0926\u0940 e\u0301 \u00bd \U0001f642",
+)
+"""Texts whose tokens and decoded form must be those of ``tokenizer.json``: white space, digits, scripts."""
+SPECIALS = 512
+"""Special tokens of a tokenizer that are tried; some have thousands that nothing uses."""
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer that transformers loads.
+
+    Where there is a ``tokenizer.json``, that file is the tokenizer: the class that ``tokenizer_config.json`` names is
+    not used, since transformers builds many a class anew from the vocabulary alone, with other rules for spaces.
+    """
+
+    def __init__(self, directory: Path, template_variables: Mapping[str, Any] | None = None) -> None:
+        self._hf = _load(directory)
+        if (directory / FILE).is_file():
+            _check_against_file(self._hf, directory)
+        self._begin = _begin(self._hf, self.encode)
+        self._template = ChatTemplate(self._hf, template_variables or {}) if self._hf.chat_template else None
+        if template_variables and self._template is None:
+            raise DataError(f"{directory}: data.chat_template_kwargs is set, but the tokenizer has no chat template")
+        self.vocab_size = read_json(directory).get("vocab_size") or len(self._hf)
+        self.eos_id, self.stop_ids = find_stop_ids(directory, self._hf.eos_token_id)
+
+    def __len__(self) -> int:
+        return max(self._hf.get_vocab().values(), default=-1) + 1
+
+    @property
+    def turn_end(self) -> int | None:
+        token = self._template.turn_end if self._template else None
+        return None if token is None else self.token_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return list(self._hf.encode(text, add_special_tokens=False))
+        except Exception as error:  # the Rust tokenizers raise bare Exception
+            raise DataError(f"the tokenizer cannot encode {short(text)}: {one_line(error)}") from error
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return str(self._hf.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False))
+
+    def token_id(self, text: str) -> int | None:
+        entry = self._hf.get_vocab().get(text)
+        if entry is not None:
+            return int(entry)
+        try:
+            ids = self.encode(text)
+        except DataError:
+            return None
+        return ids[0] if len(ids) == 1 and ids[0] != self._hf.unk_token_id else None
+
+    def render(self, prompt: str | Sequence[ChatMessage], use_chat_template: bool) -> str:
+        if isinstance(prompt, str) and not (use_chat_template and self._template):
+            text = prompt if prompt.startswith(self._begin) else self._begin + prompt
+        elif not use_chat_template:
+            raise DataError("the prompt is chat messages, which need data.chat_template = true")
+        elif self._template is None:
+            raise DataError("the prompt is chat messages, but the tokenizer has no chat template")
+        else:
+            text = self._template.render(prompt)
+        bos = self._hf.bos_token
+        if bos and text.startswith(bos + bos):
+            raise DataError(f"the prompt begins with two begin-of-sequence tokens, {bos + bos!r}: remove one")
+        return text
+
+    def sample_words(self, count: int = 32) -> str:
+        """Plain words of the vocabulary, a space between them."""
+        ids = sorted(self._hf.get_vocab().values())
+        words = (self.decode([i]).strip() for i in ids)
+        return " ".join(itertools.islice((word for word in words if word.isascii() and word.isalnum()), count))
+
+
+def _load(directory: Path) -> Any:
+    """The tokenizer of transformers, which runs no code that the directory brings along."""
+    try:
+        if (directory / FILE).is_file():
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the loaders raise whatever their file formats raise
+        raise DataError(f"{directory}: transformers cannot load the tokenizer: {one_line(error)}") from error
+
+
+def _check_against_file(hf: Any, directory: Path) -> None:
+    """Raises DataError unless texts have the tokens of ``tokenizer.json`` and become the same texts again.
+
+    Whether a text survives is not asked: a tokenizer may be of lower case, or of ten digits.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    file = Backend.from_file(str(directory / FILE))
+    file.no_truncation()
+    file.no_padding()
+    settings = read_json(directory, "tokenizer_config.json")
+    named = {str(token.get("content")) for token in _added(settings) if isinstance(token, dict)}
+    for name in ("eos_token", "bos_token"):
+        token = getattr(hf, name)
+        if token is not None and file.token_to_id(token) is None and token not in named:
+            raise DataError(
+                f"{directory}: {name} = {token!r} of tokenizer_config.json is no token of {FILE}: write the one that "
+                f"the model knows"
+            )
+    for text in _probes(file):
+        ids = _outcome(lambda: file.encode(text, add_special_tokens=False).ids)  # noqa: B023  called at once
+        got = _outcome(lambda: hf.encode(text, add_special_tokens=False))  # noqa: B023
+        if ids == got and (ids is None or all(_decoded(file, hf, ids, skip) for skip in (True, False))):
+            continue
+        raise DataError(
+            f"{directory}: with tokenizer_config.json, {short(text)} has not the tokens of {FILE} (there "
+            f"{str(ids)[:60]}, with it {str(got)[:60]}): remove from tokenizer_config.json what changes them "
+            f"(split_special_tokens, added_tokens_decoder), or save both files anew with save_pretrained"
+        )
+
+
+def _added(settings: Mapping[str, Any]) -> list[Any]:
+    added = settings.get("added_tokens_decoder")
+    return list(added.values()) if isinstance(added, dict) else []
+
+
+def _probes(file: Any) -> Iterator[str]:
+    yield from PROBES
+    vocabulary = sorted(file.get_vocab(with_added_tokens=False).values())
+    yield " ".join(file.decode([i]) for i in itertools.islice(vocabulary, 64))
+    for token in itertools.islice(file.get_added_tokens_decoder().values(), SPECIALS):
+        yield f" 1{token.content} 2 {token.content}\n3"
+
+
+def _outcome(encode: Callable[[], list[int]]) -> list[int] | None:
+    """Token ids; None for a text that cannot be encoded."""
+    try:
+        return list(encode())
+    except Exception:  # the Rust tokenizers raise bare Exception
+        return None
+
+
+def _decoded(file: Any, hf: Any, ids: list[int], skip: bool) -> bool:
+    text = hf.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+    return bool(text == file.decode(ids, skip_special_tokens=skip))
+
+
+def _begin(hf: Any, encode: Callable[[str], list[int]]) -> str:
+    """The special tokens that the tokenizer puts in front of a text; they are put there as text that one can see."""
+    if not hf.encode(""):
+        return ""
+    for text in ("a", "0", *(hf.decode([i]) for i in range(min(len(hf), 64)))):
+        ids = _outcome(functools.partial(encode, text))
+        if ids:
+            whole = list(hf.encode(text))
+            front = next((n for n in range(len(whole)) if whole[n : n + len(ids)] == ids), 0)
+            return "".join(hf.convert_ids_to_tokens(whole[:front]))
+    return ""

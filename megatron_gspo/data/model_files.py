@@ -1,0 +1,47 @@
+"""What a model directory's JSON files say about its tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_gspo.errors import DataError
+
+
+def read_json(directory: Path, name: str = "config.json") -> dict[str, Any]:
+    """The object that the file holds; empty when there is no such file. Raises DataError."""
+    path = directory / name
+    if not path.is_file():
+        return {}
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {error}") from None
+    if not isinstance(tree, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(tree).__name__}")
+    return tree
+
+
+def find_stop_ids(directory: Path, own: int | None) -> tuple[int, tuple[int, ...]]:
+    """(eos_id, stop_ids): the tokenizer's own end-of-sequence id first, else the first one configured."""
+    found = [] if own is None else [own]
+    for name in ("generation_config.json", "config.json"):
+        value = read_json(directory, name).get("eos_token_id")
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    if not found or not all(type(i) is int and i >= 0 for i in found):
+        raise DataError(
+            f"{directory}: no usable end-of-sequence token (found {found}): responses could never stop; set "
+            f"eos_token_id in generation_config.json"
+        )
+    return found[0], tuple(sorted(set(found)))
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def short(text: str) -> str:
+    """The text in quotes, cut to 60 characters."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
