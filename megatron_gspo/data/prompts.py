@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from megatron_gspo.data.messages import check_prompt
 from megatron_gspo.data.rows import read_rows
-from megatron_gspo.data.tokenizer import ChatMessage, Tokenizer
+from megatron_gspo.data.tokenizer import Tokenizer
 from megatron_gspo.errors import DataError
 from megatron_gspo.types import Prompt
 
@@ -151,7 +152,7 @@ class _Reader:
             text = self._render_question(_text(fields.pop("question", None), "question"))
             answer = _text(fields.pop("answer", None), "answer")
         else:
-            text = self.tokenizer.render(_prompt(fields.pop("prompt", None)), self.chat_template)
+            text = self.tokenizer.render(check_prompt(fields.pop("prompt", None)), self.chat_template)
             answer = _optional_text(fields.pop("answer", None), "answer")
         identity = _optional_text(fields.pop("id", None), "id") or default_id
         ids = tuple(self.tokenizer.encode(text))
@@ -171,18 +172,6 @@ class _Reader:
         rendered = self.tokenizer.render(question, self.chat_template)
         untouched = self.tokenizer.render(question, False)
         return f"{rendered}\n" if rendered == untouched else rendered
-
-
-def _prompt(value: object) -> str | Sequence[ChatMessage]:
-    """A text, or chat messages of at least one turn."""
-    if not isinstance(value, list):
-        return _text(value, "prompt")
-    for i, message in enumerate(value):
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
-            raise DataError(f"prompt[{i}] = {message!r:.80} is no chat message: it needs role and content")
-    if not value:
-        raise DataError("prompt is an empty list of chat messages")
-    return value
 
 
 def _text(value: object, name: str) -> str:

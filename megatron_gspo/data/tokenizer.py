@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_gspo.data.messages import ChatMessage
 from megatron_gspo.errors import DataError, DependencyError
-
-ChatMessage = Mapping[str, Any]
-"""One turn: at least ``role`` and ``content``."""
 
 HF_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 

@@ -1,0 +1,112 @@
+"""What a prompt may be, for every file format: a text, or chat messages in one normal form.
+
+A chat template writes whatever it is given: ``None`` for a content that is null, a Python list for a list of parts,
+nothing at all for a role that it does not know. So messages are brought into one form here, or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_gspo.errors import DataError
+
+ChatMessage = Mapping[str, Any]
+"""One turn: at least ``role`` and ``content``."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+ALIASES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant"}
+"""Roles as ShareGPT, Gemini and others name them."""
+
+
+def check_prompt(value: object, name: str = "prompt") -> str | tuple[ChatMessage, ...]:
+    """A prompt as the tokenizer renders it: a text, or chat messages whose contents are texts.
+
+    Messages are {"role", "content"}, or ShareGPT's {"from", "value"}. A content is a text, or parts
+    {"type": "text", "text": ...}, which are joined with nothing between them. A key whose value is null is left out,
+    at every depth: Parquet gives every message every key. Other keys (``tool_calls``, ``name``) stay as they are.
+
+    ``name`` is the field that errors speak of. Raises DataError, without the place in the file, for anything that
+    would not reach the model as a user means it: null, a number, an image, an unknown role, a user's turn without
+    text, and a last turn that is the assistant's.
+    """
+    if value is None:
+        raise DataError(f"the field {name!r} is missing")
+    if not isinstance(value, list | tuple):
+        return check_text(value, name)
+    if not value:
+        raise DataError(f"{name} is an empty list of chat messages")
+    try:
+        messages = tuple(_message(message, f"{name}[{i}]") for i, message in enumerate(value))
+    except RecursionError:
+        raise DataError(f"{name}: the messages are nested too deeply to be read") from None
+    if messages[-1]["role"] == "assistant":
+        raise DataError(
+            f"{name}[{len(messages) - 1}], the last message, is the assistant's: a prompt ends where the model is to "
+            f"answer; move the reference answer to the field 'answer' (a text to learn, to 'completion')"
+        )
+    return messages
+
+
+def check_text(value: object, name: str) -> str:
+    """A text with more in it than white space. Raises DataError, which names the field."""
+    if value is None:
+        raise DataError(f"the field {name!r} is missing")
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"the field {name!r} must be a non-empty string, got {value!r:.80}")
+    return value
+
+
+def _message(value: object, place: str) -> ChatMessage:
+    fields = _without_nulls(value)
+    if isinstance(fields, dict) and "role" not in fields and {"from", "value"} <= fields.keys():
+        fields = {"role": fields.pop("from"), "content": fields.pop("value"), **fields}
+    if not isinstance(fields, dict) or "role" not in fields:
+        raise DataError(f"{place} = {value!r:.80} is no chat message: it needs role and content")
+    if fields.get("tool_calls") in ([], ()):
+        del fields["tool_calls"]
+    role = _role(fields["role"], place)
+    if role == "assistant" and "tool_calls" in fields:
+        fields.setdefault("content", "")  # a turn that only calls tools says nothing
+    if "content" not in fields:
+        raise DataError(f"{place} = {value!r:.80} is no chat message: it needs role and content, which is not null")
+    content = _content(fields["content"], place)
+    if role == "user" and not content.strip():
+        raise DataError(f"{place}: the user's turn is empty, got {fields['content']!r:.80}")
+    return {**fields, "role": role, "content": content}
+
+
+def _role(value: object, place: str) -> str:
+    role = value.strip().lower() if isinstance(value, str) else ""
+    role = ALIASES.get(role, role)
+    if role not in ROLES:
+        raise DataError(
+            f"{place}: the role {value!r:.40} is unknown, use {', '.join(ROLES[:-1])} or {ROLES[-1]} "
+            f"({', '.join(ALIASES)} are read too)"
+        )
+    return role
+
+
+def _content(value: object, place: str) -> str:
+    """The text of a content; parts are joined with nothing between them, as templates that take parts do."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple):
+        raise DataError(f"{place}: the content must be a text or text parts, got {value!r:.80}")
+    texts = []
+    for part in value:
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+        if not isinstance(text, str):
+            raise DataError(
+                f'{place}: a part of the content is no text ({{"type": "text", "text": ...}}), got {part!r:.80}: '
+                f"images, audio and files do not reach a language model"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A copy of a JSON tree without the keys whose value is null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
