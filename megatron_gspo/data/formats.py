@@ -159,9 +159,8 @@ def completion_of(name: str, paths: Paths, example: Example) -> str:
     try:
         if isinstance(example.completion, list | tuple):
             if len(example.completion) != 1:
-                raise DataError(
-                    f"{where} has {len(example.completion)} messages: one is learnt, the assistant's answer to the prompt"
-                )
+                count = len(example.completion)
+                raise DataError(f"{where} has {count} messages: one is learnt, the assistant's answer to the prompt")
             return _assistant_text(example.completion[0], f"{where}[-1]")
         return text(example.completion, where)
     except DataError as error:
@@ -235,8 +234,9 @@ def _assistant_text(message: object, name: str) -> str:
     """The text of an assistant's turn. Raises DataError for one of another role, or that says more than a text."""
     if not _is_assistant(message):
         raise DataError(f"{name} = {message!r:.80} is not the assistant's turn")
-    turn, _ = check_prompt([message, {"role": "user", "content": "?"}], name)
-    assert not isinstance(turn, str)
+    turns = check_prompt([message, {"role": "user", "content": "?"}], name)
+    assert not isinstance(turns, str)
+    turn = turns[0]
     more = sorted(turn.keys() - {"role", "content", "name"})
     if more:
         raise DataError(f"{name} has {', '.join(more)}, which is more than a text to learn")

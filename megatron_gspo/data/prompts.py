@@ -6,11 +6,12 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from megatron_gspo.data.files import open_rows
+from megatron_gspo.data.fingerprint import Fingerprint
 from megatron_gspo.data.formats import Example, Paths, PromptFormat, completion_of, read_example, recognise
 from megatron_gspo.data.lazy import LazyItems
 from megatron_gspo.data.rows import Row, Rows
@@ -22,10 +23,13 @@ CHECKED_ROWS = 30_000
 """Rows of a file up to which every one is read, rendered and tokenized at the start, and bad ones are left out."""
 FIRST_ROWS = 1_000
 """Rows of a longer file that are, from its beginning and among those that look broken; others when they are drawn."""
+SAMPLED_ROWS = 64
 RECOGNISED_BY = 100
 """Rows that "auto" looks at for one whose format it knows."""
 
-T = TypeVar("T")
+OWN_FIELDS = Paths()
+
+T = TypeVar("T", bound="Prompt | Completion")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Looked:
 
     rows: int = 0
     """Rows that were read, bad ones included."""
+    total: int = 0
+    """Rows of the file."""
     whole: bool = True
     """Whether that was all of them. If not, the items are the file's rows as they stand: bad ones are found when they
     are drawn, and the ids of rows have their place behind them, since nobody compared them."""
@@ -43,8 +49,9 @@ class Looked:
     """Likewise, of completions."""
     format: str = "prompts"
     """What the rows were taken for."""
-    digest: Callable[[], str] = lambda: ""
-    """SHA-256 of the files; reads them."""
+    fingerprint: Callable[[], str] = lambda: ""
+    """A hash of what was read: of every row where all were looked at, wherever the file lies and however it is packed;
+    else of the files' bytes, which it reads, and of ``SAMPLED_ROWS`` rows as they are understood."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,12 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def sample(self, count: int, seed: int) -> Sequence[int]:
+        """Indices of all prompts, where all were looked at; else of ``count`` drawn from ``seed``, ascending."""
+        if self.looked.whole or len(self) <= count:
+            return range(len(self))
+        return sorted(np.random.default_rng(seed).choice(len(self), count, replace=False).tolist())
 
     def place(self, index: int) -> str:
         """Where a prompt stands: "path, line 7"."""
@@ -111,7 +124,7 @@ def load_prompts(
     *,
     tokenizer: Tokenizer,
     format: PromptFormat = "auto",
-    fields: Paths = Paths(),
+    fields: Paths = OWN_FIELDS,
     chat_template: bool = True,
     max_prompt_tokens: int | None = None,
     skip_bad: bool = False,
@@ -138,7 +151,7 @@ def load_completions(
     *,
     tokenizer: Tokenizer,
     format: PromptFormat = "auto",
-    fields: Paths = Paths(),
+    fields: Paths = OWN_FIELDS,
     chat_template: bool = True,
     max_prompt_tokens: int | None = None,
     max_response_tokens: int | None = None,
@@ -174,10 +187,10 @@ def _load(
     first = rows.read_all() if whole else _first_rows(rows, count)
     found = _look(path, first, functools.partial(make, reader), prompt_of, skip_bad, limit)
     rows_N = np.asarray(found.usable, dtype=np.int64) if whole else np.arange(count)
-    looked = Looked(
-        found.read, whole, tuple(found.prompt_tokens), tuple(found.response_tokens), reader.format, rows.digest
-    )
     items = LazyItems(str(path), rows, rows_N, functools.partial(make, reader))
+    known = found.fingerprint.text if whole else functools.partial(_fingerprint, rows, items)
+    tokens = tuple(found.prompt_tokens), tuple(found.response_tokens)
+    looked = Looked(found.read, len(rows), whole, *tokens, reader.format, known)
     return items, len(found.problems), tuple(found.problems), looked
 
 
@@ -193,9 +206,29 @@ def _first_rows(rows: Rows, count: int) -> Iterable[Row]:
     return map(rows.read, [*range(FIRST_ROWS), *broken])
 
 
+def _fingerprint(rows: Rows, items: LazyItems[Any]) -> str:
+    """Of files that are too long to be read row by row for it."""
+    growing = Fingerprint()
+    growing.add((rows.digest(), len(items)))
+    for index in np.linspace(0, len(items) - 1, SAMPLED_ROWS, dtype=np.int64).tolist():
+        try:
+            growing.add(_facts(items[index]))
+        except DataError as error:
+            growing.add(("bad", type(error).__name__))
+    return f"files-{growing.text()}"
+
+
+def _facts(item: Prompt | Completion) -> tuple[Any, ...]:
+    """What training makes of an item."""
+    if isinstance(item, Completion):
+        return item.prompt.id, item.prompt.token_ids, item.completion_ids
+    return item.id, item.token_ids, item.answer, item.metadata
+
+
 @dataclass
 class _Found:
     read: int = 0
+    fingerprint: Fingerprint = field(default_factory=Fingerprint)
     usable: list[int] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     prompt_tokens: list[int] = field(default_factory=list)
@@ -226,6 +259,7 @@ def _look(
             found.problems.append(f"{row.place}: {error}")
             continue
         first_seen[prompt.id] = row.place
+        found.fingerprint.add(_facts(item))
         found.usable.append(found.read - 1)
         found.prompt_tokens.append(len(prompt.token_ids))
         if isinstance(item, Completion):

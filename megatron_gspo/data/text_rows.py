@@ -240,7 +240,9 @@ def _index_csv(file: io.BufferedReader, delimiter: str, shown: Path) -> tuple[li
                 numbers.append(number)
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{shown}: at line {line}: not CSV: {error}") from None
-    return header, Index(np.frombuffer(starts, np.int64), np.frombuffer(ends, np.int64), np.frombuffer(numbers, np.int64))
+    return header, Index(
+        np.frombuffer(starts, np.int64), np.frombuffer(ends, np.int64), np.frombuffer(numbers, np.int64)
+    )
 
 
 def _csv_row(header: list[str], delimiter: str, number: int, text: bytes) -> Row:

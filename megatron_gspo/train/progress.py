@@ -8,9 +8,7 @@ so from several threads at once never did.
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +16,9 @@ import numpy as np
 import torch
 
 from megatron_gspo.data.cursor import PromptCursor
+from megatron_gspo.data.fingerprint import fingerprint
+
+__all__ = ["Progress", "fingerprint", "seed_generators"]
 
 
 @dataclass
@@ -51,11 +52,3 @@ def seed_generators(seed: int, outer_step: int) -> None:
     random.seed(drawn)
     np.random.seed(drawn)
     torch.manual_seed(drawn)
-
-
-def fingerprint(rows: Iterable[tuple[Any, ...]]) -> str:
-    """A short hash of prompts (or examples) in their order: what was read, wherever the file lies."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr(row).encode())
-    return digest.hexdigest()[:16]

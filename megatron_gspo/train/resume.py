@@ -28,6 +28,7 @@ FREE = frozenset(
         "model.recompute_modules",
         "algorithm.allow_wide_clip",
         *(f"data.{name}" for name in ("path", "eval_path", "format", "chat_template", "skip_bad", "limit")),
+        *(f"data.{name}" for name in ("prompt_field", "answer_field", "completion_field")),
         *(f"train.{name}" for name in ("run_dir", "overwrite", "resume", "resume_changes", "outer_steps")),
         *(f"train.{name}" for name in ("checkpoint_every", "keep_last", "keep_every", "checkpoint_async")),
         *(f"train.{name}" for name in ("microbatch_tokens", "oversize", "deterministic", "noise_floor_every")),
@@ -38,6 +39,7 @@ FREE = frozenset(
         "rollout.max_prompt_tokens",
         "reward.timeout_s",
         "reward.concurrency",
+        "reward.check_references",
         "eval.every",
         "eval.greedy",
         "eval.start",
@@ -133,8 +135,11 @@ def _check_changes(directory: Path, changes: Mapping[str, tuple[Any, Any]], allo
 def _check_prompts(directory: Path, then: Mapping[str, str], now: Mapping[str, str], allowed: tuple[str, ...]) -> None:
     for name, (before, after) in _differences(then, now).items():
         if name not in allowed:
+            way = ""
+            if after.startswith("files-") and not before.startswith("files-"):
+                way = "; that of then was made of every prompt, which this version does up to 30,000 rows"
             raise ConfigError(
                 f"{directory} cannot be continued as the same experiment: the prompts of {name} are others than it was "
-                f"trained on (fingerprint {before} then, {after} now). Bring them back, name another train.run_dir, "
-                f'or set train.resume_changes = ["{name}"]'
+                f"trained on (fingerprint {before} then, {after} now{way}). Bring them back, name another "
+                f'train.run_dir, or set train.resume_changes = ["{name}"]'
             )
