@@ -152,12 +152,12 @@ def _index_array(file: io.BufferedReader, shown: Path) -> Index:
     window = _Window(file)
     try:
         window.take("[")
-        while window.peek() != "]" or starts:
+        more = window.peek() != "]" or window.take("]") != "]"
+        while more:
             begin, end = window.element()
             starts.append(begin)
             ends.append(end)
-            if window.take(",]") == "]":
-                break
+            more = window.take(",]") == ","
         if window.peek():
             raise ValueError("text follows the array's end")
     except (ValueError, RecursionError) as error:
