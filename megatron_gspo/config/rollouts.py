@@ -133,6 +133,10 @@ class RewardConfig(Section):
     """Seconds a call may take. A function of yours that takes longer ends the run; a built-in one gives 0."""
     concurrency: Positive = 64
     """Asynchronous calls in flight; a plain function runs in at most 8 threads."""
+    check_references: Annotated[int, Field(ge=0)] | None = None
+    """Distinct reference answers that are graded as responses before training (and by ``doctor``), at most; the others
+    are when they are drawn, unless the function is ``async``. When absent, 10,000, and 8 for an ``async`` function.
+    0 grades none, then or later."""
 
 
 class EvalConfig(Section):

@@ -97,12 +97,20 @@ class DataConfig(Section):
     """Prompts."""
 
     path: Named
-    """JSONL or Parquet file of training prompts."""
+    """Training prompts: a file (JSON lines, a JSON array, CSV, TSV, each also compressed, or Parquet), a directory of
+    shards, or a pattern ("data/train-*"). docs/data.md says how each is read."""
     eval_path: str = ""
     """Held-out prompts; empty: no evaluation."""
-    format: Literal["prompts", "gsm8k"] = "prompts"
-    """"prompts": fields ``prompt`` (text or chat messages), ``answer``, optional ``id`` and metadata; "gsm8k": the
-    dataset's own ``question`` and ``answer``."""
+    format: Literal["auto", "prompts", "gsm8k", "verl", "messages", "sharegpt", "alpaca"] = "auto"
+    """What a row means. "prompts": fields ``prompt`` (text or chat messages), ``answer``, optional ``id`` and
+    metadata; "gsm8k": the dataset's own ``question`` and ``answer``; the others are in docs/data.md. "auto" takes the
+    format of the first row that is of a known one."""
+    prompt_field: str = ""
+    """The field that holds the prompt, where it is not the format's own; "a.b" is the field b within a."""
+    answer_field: str = ""
+    """The field that holds the reference answer, likewise: "reward_model.ground_truth"."""
+    completion_field: str = ""
+    """For sft, the field that holds the text to learn, likewise."""
     chat_template: bool = True
     """Renders prompts with the tokenizer's chat template when it has one; chat messages need it."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -111,7 +119,8 @@ class DataConfig(Section):
     shuffle: bool = True
     """A new deterministic order every epoch, from ``train.seed``."""
     skip_bad: bool = False
-    """Skips and counts malformed lines and over-long prompts instead of stopping."""
+    """Skips and counts bad rows (malformed, over-long, with a reference answer that the reward cannot use) instead of
+    stopping. Of more than 30,000 rows, one that turns out bad when it is drawn is replaced by the next of the order."""
     limit: Positive | None = None
     """Reads at most this many training prompts."""
 

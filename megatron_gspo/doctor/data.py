@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from pathlib import Path
-
-import numpy as np
 
 from megatron_gspo.data.prompts import CompletionSet, PromptSet
-from megatron_gspo.data.rows import PARQUET_SUFFIXES
 from megatron_gspo.doctor.check import Check, error, ok, warning
-from megatron_gspo.doctor.facts import SAMPLE, Facts
+from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.tokenizer import show_prompt
-from megatron_gspo.errors import DataError
+from megatron_gspo.rewards.references import MADE_UP, ReferenceCheck, Survey, as_response
 from megatron_gspo.rewards.registry import resolve_reward
 from megatron_gspo.rewards.scoring import score_groups
-from megatron_gspo.types import Prompt, Rollout
 
 FEWEST_EVAL = 512
 """Held-out prompts below which an accuracy's standard error exceeds 2.2% (sqrt(0.25 / 512))."""
-MADE_UP = "0"
-"""A response that is wrong, unless it is the answer."""
-COUNTED_BYTES = 2**30
-"""How far into a file of JSON lines rows are counted."""
 
 
 def check_prompts(facts: Facts) -> list[Check]:
-    """The first prompts well-formed, enough of them, and none too long; the first of them as the model reads it."""
+    """The prompts well-formed, as far as they are looked at before training, enough of them, and none too long; the
+    first of them as the model reads it."""
     config, prompts = facts.config, facts.prompts
-    rows, counted = count_rows(Path(config.data.path), prompts, SAMPLE)
-    if config.data.limit is not None:
-        rows = min(rows, config.data.limit)
-    text = f"{config.data.path}: {counted}{rows} prompts, {config.train.prompts_per_step} a step"
+    looked, rows = prompts.looked, len(prompts)
+    text = f"{config.data.path}: {rows} prompts ({looked.format}), {config.train.prompts_per_step} a step"
+    if not looked.whole:
+        text += f"; {looked.rows} rows looked at, the others are when they are drawn"
     if prompts.skipped:
-        text += f"; {prompts.skipped} of the first {prompts.skipped + len(prompts)} skipped ({prompts.problems[0]})"
-    checks = [_enough(facts, text, rows, bool(counted))]
-    return [*checks, *_lengths(facts, prompts), show_prompt(facts.tokenizer, _plain(prompts)[0])]
+        text += f"; {prompts.skipped} of {looked.rows} rows skipped ({prompts.problems[0]})"
+    first = prompts.prompts[0] if isinstance(prompts, PromptSet) else prompts.completions[0].prompt
+    return [_enough(facts, text, rows), *_lengths(facts, prompts), show_prompt(facts.tokenizer, first)]
 
 
 def check_eval_prompts(facts: Facts) -> Check:
@@ -48,11 +39,10 @@ def check_eval_prompts(facts: Facts) -> Check:
         return ok("data.eval_path is empty: no evaluation")
     if not every:
         return warning(f"{path} is never read: eval.every = 0", "eval.every, or an empty data.eval_path")
-    prompts = facts.read_prompts(path, min(SAMPLE, wanted))
-    rows, counted = count_rows(Path(path), prompts, SAMPLE)
-    used = min(rows, wanted)
-    text = f"{path}: {counted}{rows} prompts, {used} used (eval.prompts = {wanted}), every {every} outer steps"
-    longest = max(len(prompt.token_ids) for prompt in _plain(prompts))
+    prompts = facts.read_prompts(path, wanted)
+    rows, used = prompts.looked.total, len(prompts)
+    text = f"{path}: {rows} prompts, {used} used (eval.prompts = {wanted}), every {every} outer steps"
+    longest = max(prompts.looked.prompt_tokens)
     if longest > config.rollout.max_prompt_tokens and not config.data.skip_bad:
         return error(f"{text}; one has {longest} tokens", f"rollout.max_prompt_tokens = {longest}, or data.skip_bad")
     if used < FEWEST_EVAL:
@@ -63,46 +53,55 @@ def check_eval_prompts(facts: Facts) -> Check:
     return ok(text)
 
 
-def check_reward(facts: Facts) -> Check:
-    """Found, and called on one prompt: with the reference answer as the response, and with a made-up one."""
-    config = facts.config
-    if facts.supervised:
-        return ok("supervised fine-tuning has no reward")
-    reward = resolve_reward(config.reward)
-    prompt = _plain(facts.prompts)[0]
+def check_reward(facts: Facts) -> list[Check]:
+    """Found, called on one prompt (with the reference answer as the response, and with a made-up one), and on the
+    other references."""
+    config, prompts = facts.config, facts.prompts
+    if not isinstance(prompts, PromptSet):
+        return [ok("supervised fine-tuning has no reward")]
+    reward, tokenizer = resolve_reward(config.reward), facts.tokenizer
+    limit, seed = config.reward.check_references, config.train.seed
+    check = ReferenceCheck(reward, tokenizer.encode, tokenizer.eos_id, limit=limit, seed=seed)
+    survey = check.survey(prompts.prompts, prompts.sample(check.limit, seed))
+    if survey.error is not None:
+        raise survey.error
+    found = _references(facts, prompts, survey)
+    if survey.problems and 0 in survey.problems:  # its one call would be the first of them
+        return found
+    prompt = prompts.prompts[0]
     texts = (prompt.answer or MADE_UP, MADE_UP)
-    rollouts = [_response(facts, prompt, text, sample) for sample, text in enumerate(texts)]
+    rollouts = [as_response(prompt, text, tokenizer.encode, tokenizer.eos_id, i) for i, text in enumerate(texts)]
     (scored,) = asyncio.run(score_groups(reward, [rollouts]))
     right, wrong = scored.rewards_G.tolist()
     text = f"{reward.name} on prompt {prompt.id!r}: {right:g} for its reference answer, {wrong:g} for {MADE_UP!r}"
     if scored.token_rewards_G is not None and config.algorithm.name == "gspo":
-        return warning(
-            f"{text}; it gives one reward a token, and gspo takes their mean", 'algorithm.name = "gspo-token"'
-        )
-    return ok(text)
+        text, fix = f"{text}; it gives one reward a token, and gspo takes their mean", 'algorithm.name = "gspo-token"'
+        return [*found, warning(text, fix)]
+    return [*found, ok(text)]
 
 
-def count_rows(path: Path, read: PromptSet | CompletionSet, sample: int) -> tuple[int, str]:
-    """(rows, "" or "at least "): those read when they are all, else counted without reading them."""
-    if len(read) < sample:
-        return len(read), ""
-    if path.suffix in PARQUET_SUFFIXES:
-        import pyarrow.parquet as pq
+def _references(facts: Facts, prompts: PromptSet, survey: Survey) -> list[Check]:
+    """What was found among the references; nothing to say where none was graded."""
+    if not survey.looked_at or not survey.distinct:
+        return []
+    text = survey.describe()
+    if survey.graded < survey.distinct or not prompts.looked.whole:
+        text += "; the others are when they are drawn"
+    if not survey.problems:
+        return [ok(text)]
+    worst = min(survey.fatal or survey.problems)
+    text = f"{prompts.place(worst)}: {survey.problems[worst]}; {text}"
+    if facts.config.data.skip_bad:
+        return [warning(f"{text}: skipped when drawn", "the rows")]
+    if survey.fatal:
+        return [error(f"{text}: its turn would end the run", "the rows, or data.skip_bad = true")]
+    return [warning(text, "the rows, or data.skip_bad = true")]
 
-        return int(pq.read_metadata(path).num_rows), ""
-    rows = 0
-    with path.open("rb") as lines:
-        for line in lines:
-            rows += bool(line.strip())
-            if lines.tell() > COUNTED_BYTES:
-                return rows, "at least "
-    return rows, ""
 
-
-def _enough(facts: Facts, text: str, rows: int, more: bool) -> Check:
+def _enough(facts: Facts, text: str, rows: int) -> Check:
     config = facts.config
     step = config.train.prompts_per_step
-    if rows < step and not more:
+    if rows < step:
         return error(
             f"{text}: one would be drawn twice in a step", f"train.prompts_per_step <= {rows}, or more prompts"
         )
@@ -112,10 +111,9 @@ def _enough(facts: Facts, text: str, rows: int, more: bool) -> Check:
 
 def _lengths(facts: Facts, prompts: PromptSet | CompletionSet) -> list[Check]:
     rollout = facts.config.rollout
-    lengths = {"prompt": ([len(prompt.token_ids) for prompt in _plain(prompts)], rollout.max_prompt_tokens)}
+    lengths = {"prompt": (prompts.looked.prompt_tokens, rollout.max_prompt_tokens)}
     if isinstance(prompts, CompletionSet):
-        responses = [len(example.completion_ids) for example in prompts.completions]
-        lengths["response"] = (responses, rollout.max_response_tokens)
+        lengths["response"] = (prompts.looked.response_tokens, rollout.max_response_tokens)
     checks = []
     for what, (tokens, limit) in lengths.items():
         longest, over = max(tokens), sum(count > limit for count in tokens)
@@ -128,28 +126,3 @@ def _lengths(facts: Facts, prompts: PromptSet | CompletionSet) -> list[Check]:
         else:
             checks.append(error(f"{text}: {over} are too long", f"{setting} = {longest}, or data.skip_bad = true"))
     return checks
-
-
-def _plain(prompts: PromptSet | CompletionSet) -> Sequence[Prompt]:
-    """The prompts, those of examples included."""
-    if isinstance(prompts, CompletionSet):
-        return [example.prompt for example in prompts.completions]
-    return prompts.prompts
-
-
-def _response(facts: Facts, prompt: Prompt, text: str, sample: int) -> Rollout:
-    """A finished response as an engine would return it; one that cannot be encoded is the stop token alone."""
-    try:
-        ids = facts.tokenizer.encode(text)
-    except DataError:  # a tokenizer of few characters
-        ids = []
-    ids = [*ids, facts.tokenizer.eos_id]
-    return Rollout(
-        prompt=prompt,
-        sample=sample,
-        response_ids=np.asarray(ids, dtype=np.int32),
-        rollout_logprobs=np.full(len(ids), -1.0, dtype=np.float32),
-        finish_reason="stop",
-        weight_versions=(0,),
-        text=text,
-    )

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from megatron_gspo.config import RunConfig, load
 from megatron_gspo.config.inputs import MODELS, advice, missing
+from megatron_gspo.data.formats import Paths
 from megatron_gspo.data.prompts import CompletionSet, PromptSet, load_completions, load_prompts
 from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_gspo.doctor.machine import Machine, look_at_machine
@@ -19,8 +20,6 @@ from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.layout import check_layout
 
 F = TypeVar("F")
-SAMPLE = 256
-"""Prompts of a file that are read, rendered and tokenized."""
 
 
 def fact(make: Callable[[Facts], F]) -> property:
@@ -135,17 +134,17 @@ class Facts:
 
     @fact
     def prompts(self) -> PromptSet | CompletionSet:
-        """The first ``SAMPLE`` training prompts (of ``data.limit``), of any length."""
-        limit = self.config.data.limit
-        return self.read_prompts(self.config.data.path, SAMPLE if limit is None else min(SAMPLE, limit))
+        """The training prompts (of ``data.limit``), of any length; as many rows are looked at as training does."""
+        return self.read_prompts(self.config.data.path, self.config.data.limit)
 
-    def read_prompts(self, path: str, limit: int) -> PromptSet | CompletionSet:
+    def read_prompts(self, path: str, limit: int | None) -> PromptSet | CompletionSet:
         read = load_completions if self.supervised else load_prompts
         data = self.config.data
         return read(
             path,
             tokenizer=self.tokenizer,
             format=data.format,
+            fields=Paths(data.prompt_field, data.answer_field, data.completion_field),
             chat_template=data.chat_template,
             skip_bad=data.skip_bad,
             limit=limit,

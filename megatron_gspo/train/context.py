@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron_gspo.algorithm.objective import Loss, resolve_loss
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.cursor import PromptCursor
-from megatron_gspo.data.prompts import PromptSet, load_prompts
+from megatron_gspo.data.formats import Paths
+from megatron_gspo.data.prompts import CompletionSet, PromptSet, load_prompts
 from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer, response_text, turn_end_fix, turn_end_problem
 from megatron_gspo.errors import DataError
 from megatron_gspo.hf.carried import carried_names
@@ -24,6 +25,7 @@ from megatron_gspo.parallel.sequence import ShardedSequenceSum
 from megatron_gspo.policy.checkpoint_files import is_distributed
 from megatron_gspo.policy.groups import Groups
 from megatron_gspo.policy.policy import Policy
+from megatron_gspo.rewards.references import ReferenceCheck
 from megatron_gspo.rewards.registry import Reward, resolve_reward
 from megatron_gspo.rollout.engine import Engine, Sampling, make_engine
 from megatron_gspo.sync.base import WeightSync, make_weight_sync
@@ -58,6 +60,10 @@ class Run(Learner):
     """Over this leader's share of the servers."""
     sync: WeightSync
     reward: Reward
+    references: ReferenceCheck | None = None
+    """What is known of reference answers; None when nobody looked."""
+    notes: list[str] = field(default_factory=list)
+    """What the recorder is to say after the step."""
 
     @property
     def seeded(self) -> bool:
@@ -107,24 +113,32 @@ class Inputs:
     reward: Reward
     chat_template: bool = True
     """Whether prompts were rendered with the chat template."""
+    references: ReferenceCheck | None = None
+    """As ``Run.references``."""
 
     def describe(self) -> str:
         held_out = f", {len(self.eval_prompts)} held out" if self.eval_prompts else ""
-        skipped = (
-            f" ({self.prompts.skipped} skipped, first: {self.prompts.problems[0]})" if self.prompts.skipped else ""
-        )
         problem = turn_end_problem(self.tokenizer) if self.chat_template else ""
-        return f"{len(self.prompts)} prompts{held_out}{skipped}" + (
-            f"; warning: {problem} ({turn_end_fix(self.tokenizer)})" if problem else ""
-        )
+        warning = f"; warning: {problem} ({turn_end_fix(self.tokenizer)})" if problem else ""
+        return f"{len(self.prompts)} prompts{held_out}{describe_looked(self.prompts)}{warning}"
 
     def fingerprints(self) -> dict[str, str]:
-        """Setting -> fingerprint of what was read through it."""
+        """Setting -> fingerprint of what was read through it. Reads a long file once more."""
         sets = {"data.path": self.prompts, "data.eval_path": self.eval_prompts}
-        return {
-            name: fingerprint((p.id, p.token_ids, p.answer, p.metadata) for p in (loaded.prompts if loaded else ()))
-            for name, loaded in sets.items()
-        }
+        return {name: loaded.looked.fingerprint() if loaded else fingerprint(()) for name, loaded in sets.items()}
+
+
+def field_paths(config: RunConfig) -> Paths:
+    """The fields that the configuration names."""
+    return Paths(config.data.prompt_field, config.data.answer_field, config.data.completion_field)
+
+
+def describe_looked(read: PromptSet | CompletionSet) -> str:
+    """ " (1 skipped, first: line 3: ...)", and of a long file how much of it was looked at."""
+    parts = [] if read.looked.whole else [f"{read.looked.rows} rows looked at, the others are when they are drawn"]
+    if read.skipped:
+        parts.append(f"{read.skipped} skipped, first: {read.problems[0]}")
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def load_inputs(config: RunConfig) -> Inputs:
@@ -135,6 +149,7 @@ def load_inputs(config: RunConfig) -> Inputs:
         load_prompts,
         tokenizer=tokenizer,
         format=config.data.format,
+        fields=field_paths(config),
         chat_template=config.data.chat_template,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         skip_bad=config.data.skip_bad,
@@ -145,7 +160,7 @@ def load_inputs(config: RunConfig) -> Inputs:
             f"{config.data.path}: {len(prompts)} prompts, fewer than train.prompts_per_step = "
             f"{config.train.prompts_per_step}: a prompt would be drawn twice in a step"
         )
-    eval_prompts = load(config.data.eval_path, limit=config.eval.prompts) if config.data.eval_path else None
+    eval_prompts = load(config.data.eval_path, limit=config.eval.prompts, whole=True) if config.data.eval_path else None
     return Inputs(tokenizer, prompts, eval_prompts, resolve_reward(config.reward), config.data.chat_template)
 
 
@@ -190,6 +205,7 @@ def build_run(config: RunConfig, groups: Groups, inputs: Inputs, urls: tuple[str
             expected_names=expected_names(config, policy),
         ),
         reward=inputs.reward,
+        references=inputs.references,
     )
     connect(run, own_servers(urls, groups))
     return run

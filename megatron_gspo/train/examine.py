@@ -19,6 +19,7 @@ from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.rewards.registry import Reward, resolve_reward
 from megatron_gspo.rollout.engine import Progress, Sampling, local_servers, make_engine
 from megatron_gspo.rollout.probe import ServerState, probe
+from megatron_gspo.train.context import field_paths
 from megatron_gspo.train.grade import Graded, evaluation_sampling, grade
 from megatron_gspo.train.models import check_engine
 from megatron_gspo.train.subject import Subject
@@ -62,10 +63,12 @@ def read_questions(subject: Subject, *, greedy: bool) -> Questions:
         config.data.eval_path,
         tokenizer=tokenizer,
         format=config.data.format,
+        fields=field_paths(config),
         chat_template=config.data.chat_template,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         skip_bad=config.data.skip_bad,
         limit=config.eval.prompts,
+        whole=True,
     )
     seeded = config.rollout.is_seeded(on_gpu=torch.cuda.is_available())
     sampling = evaluation_sampling(config, tokenizer.stop_ids, seeded=seeded, greedy=greedy)

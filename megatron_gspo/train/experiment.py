@@ -92,12 +92,15 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
     (
         "other responses are drawn",
         _always,
-        _names("rollout", "engine server_args group_size temperature top_p top_k min_p max_response_tokens seeded"),
+        _names(
+            "rollout",
+            "engine server_args group_size temperature top_p top_k min_p max_response_tokens seeded stop_tokens",
+        ),
     ),
     ("the engine samples from other weights", _other_engine_dtype, _names("rollout", "engine_dtype")),
     ("the engine samples from other weights", _always, _names("sync", "router_noise")),
     ("other responses are trained on", _always, _names("rollout", "on_truncated on_mixed_version")),
-    ("rewards are others", _always, _names("reward", "function options")),
+    ("rewards are others", _always, _names("reward", "function options special_tokens")),
     ("gradients take other experts", _always, _names("replay", "mode")),
     ("eval/* means something else", _evaluates, _names("eval", "samples")),
     (
@@ -111,7 +114,8 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
         "prompts are compared as they were read",
         _never,
         (
-            *_names("data", "path eval_path format chat_template skip_bad limit"),
+            *_names("data", "path eval_path format prompt_field answer_field completion_field"),
+            *_names("data", "chat_template chat_template_kwargs skip_bad limit"),
             *_names("rollout", "max_prompt_tokens"),
             *_names("eval", "prompts"),
         ),
@@ -123,7 +127,7 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
     ),
     ("how weights travel", _never, _names("sync", "method directory bucket_mb backend timeout_s verify")),
     ("when a run fails", _never, _names("rollout", "on_empty_step max_empty_steps")),
-    ("when a run fails", _never, _names("reward", "timeout_s concurrency")),
+    ("when a run fails", _never, _names("reward", "timeout_s concurrency check_references")),
     ("when a run fails", _never, _names("replay", "min_coverage")),
     ("a permission", _never, _names("algorithm", "allow_wide_clip")),
     ("which steps are measured", _never, _names("train", "noise_floor_every")),

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_gspo.config import RunConfig
-from megatron_gspo.data.rows import read_rows
+from megatron_gspo.data.files import check_readable
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.layout import check_layout, check_recompute, check_replay
@@ -38,11 +38,11 @@ def check_before_start(config: RunConfig) -> None:
     check_models(config)
     if not is_distributed(Path(config.model.path)):
         HfReader(config.model.path)
-    next(read_rows(Path(config.data.path)), None)
+    check_readable(config.data.path)
     if config.algorithm.name != "sft":
         resolve_reward(config.reward)
         if config.data.eval_path:
-            next(read_rows(Path(config.data.eval_path)), None)
+            check_readable(config.data.eval_path)
 
 
 def launch(config_path: Path, overrides: Sequence[str], *, ranks: int, servers: Sequence[str] = ()) -> int:

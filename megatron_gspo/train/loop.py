@@ -31,6 +31,7 @@ from megatron_gspo.train.save import save_hugging_face
 from megatron_gspo.train.sft import Examples, fine_tune, load_examples
 from megatron_gspo.train.step import empty_text, outer_step
 from megatron_gspo.train.stopping import StopRequest
+from megatron_gspo.train.survey import survey_references
 from megatron_gspo.versions import untested
 
 
@@ -44,13 +45,20 @@ def train(config: RunConfig, make_recorder: MakeRecorder) -> None:
     set_determinism(config)
     supervised = config.algorithm.name == "sft"
     inputs = together(lambda: load_examples(config) if supervised else load_inputs(config), groups.world)
-    named = together(lambda: contents(config) if dist.get_rank() == 0 else {}, groups.world)
-    identity = identify(config, inputs.fingerprints(), named)
+    first = dist.get_rank() == 0
+    prints, named = broadcast_object(
+        together(lambda: (inputs.fingerprints(), contents(config)) if first else None, groups.world), 0, groups.world
+    )
+    identity = identify(config, prints, named)
     resumption = find_resumption(config, identity, groups)
+    notes: list[str] = []
+    if isinstance(inputs, Inputs):
+        inputs, notes = survey_references(config, inputs, groups)
     with StopRequest() as stop:
         try:
             with open_recorder(make_recorder, config, groups, resumption) as recorder:
-                recorder.note(inputs.describe())
+                for note in (inputs.describe(), *notes):
+                    recorder.note(note)
                 if resumption is not None:
                     recorder.note(resumption.describe())
                 session = Session(config, groups, identity, resumption, stop, recorder)
@@ -100,7 +108,7 @@ def supervise(session: Session, inputs: Examples) -> Policy:
     policy = Policy(config, groups)
     progress = Progress(PromptCursor(len(inputs.completions), config.train.seed, config.data.shuffle))
     checkpoints = session.restore(policy, progress)
-    for report in fine_tune(config, groups, policy, inputs, progress):
+    for report in fine_tune(config, groups, policy, inputs, progress, session.recorder.note):
         session.recorder.steps([report])
         session.end_step(progress, checkpoints)
     return policy
@@ -141,6 +149,8 @@ def outer_steps(run: Run, progress: Progress, recorder: Recorder) -> Iterator[No
         recorder.phase(f"outer step {number + 1} of {config.train.outer_steps}")
         seed_generators(config.train.seed, number)
         reports, records = outer_step(run, number, first_step=progress.optimizer_steps)
+        while run.notes:
+            recorder.note(run.notes.pop(0))
         recorder.steps(reports[:-1])
         recorder.rollouts(number, records)
         last = number + 1 == config.train.outer_steps

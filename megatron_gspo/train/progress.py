@@ -8,9 +8,8 @@ so from several threads at once never did.
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,10 @@ import numpy as np
 import torch
 
 from megatron_gspo.data.cursor import PromptCursor
+from megatron_gspo.data.fingerprint import fingerprint
 from megatron_gspo.types import StepReport
+
+__all__ = ["Progress", "fingerprint", "seed_generators"]
 
 ORDERED_BY = {"data.path", "data.shuffle", "train.seed"}
 """Settings that the order of the prompts is a function of."""
@@ -74,11 +76,3 @@ def seed_generators(seed: int, outer_step: int) -> None:
     random.seed(drawn)
     np.random.seed(drawn)
     torch.manual_seed(drawn)
-
-
-def fingerprint(rows: Iterable[tuple[Any, ...]]) -> str:
-    """A short hash of prompts (or examples) in their order: what was read, wherever the file lies."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr(row).encode())
-    return digest.hexdigest()[:16]

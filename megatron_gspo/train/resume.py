@@ -129,9 +129,12 @@ def _check_prompts(directory: Path, then: Mapping[str, str], now: Mapping[str, s
         added_or_left_out = name == "data.eval_path" and fingerprint(()) in (before, after)
         if name not in allowed and not added_or_left_out:
             which = " (the first eval.prompts of them)" if name == "data.eval_path" else ""
+            way = ""
+            if after.startswith("files-") and not before.startswith("files-"):
+                way = "; that of then was made of every prompt, which this version does up to 30,000 rows"
             raise ConfigError(
                 f"{directory} cannot be continued as the same experiment: the prompts of {name}{which} are others than "
-                f"it was trained on (fingerprint {before} then, {after} now). Bring them back, name another "
+                f"it was trained on (fingerprint {before} then, {after} now{way}). Bring them back, name another "
                 f'train.run_dir, or set train.resume_changes = ["{name}"]'
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from megatron_gspo.algorithm.packing import shard_tokens
 from megatron_gspo.algorithm.sft import sft_loss
 from megatron_gspo.config import RunConfig
-from megatron_gspo.data.prompts import Completion, load_completions
+from megatron_gspo.data.prompts import Completion, CompletionSet, load_completions
 from megatron_gspo.data.tokenizer import open_tokenizer
 from megatron_gspo.errors import NonFiniteError
 from megatron_gspo.parallel.exchange import broadcast_object, gather_objects
@@ -21,8 +21,10 @@ from megatron_gspo.policy.groups import Groups
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.train.batch import Minibatch, check_tokens, place
 from megatron_gspo.train.clock import Clock
+from megatron_gspo.train.context import describe_looked, field_paths
+from megatron_gspo.train.draw import skip_notes, take_usable
 from megatron_gspo.train.models import check_models
-from megatron_gspo.train.progress import Progress, fingerprint, seed_generators
+from megatron_gspo.train.progress import Progress, seed_generators
 from megatron_gspo.types import Sample, StepReport
 
 
@@ -30,16 +32,18 @@ from megatron_gspo.types import Sample, StepReport
 class Examples:
     """What supervised fine-tuning reads besides weights."""
 
-    completions: tuple[Completion, ...]
-    skipped: int
+    loaded: CompletionSet
+
+    @property
+    def completions(self) -> Sequence[Completion]:
+        return self.loaded.completions
 
     def describe(self) -> str:
-        return f"{len(self.completions)} examples" + (f" ({self.skipped} skipped)" if self.skipped else "")
+        return f"{len(self.loaded)} examples{describe_looked(self.loaded)}"
 
     def fingerprints(self) -> dict[str, str]:
-        """Setting -> fingerprint of what was read through it."""
-        rows = ((c.prompt.id, c.prompt.token_ids, c.completion_ids) for c in self.completions)
-        return {"data.path": fingerprint(rows)}
+        """Setting -> fingerprint of what was read through it. Reads a long file once more."""
+        return {"data.path": self.loaded.looked.fingerprint()}
 
 
 def load_examples(config: RunConfig) -> Examples:
@@ -49,33 +53,45 @@ def load_examples(config: RunConfig) -> Examples:
         config.data.path,
         tokenizer=open_tokenizer(config),
         format=config.data.format,
+        fields=field_paths(config),
         chat_template=config.data.chat_template,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         max_response_tokens=config.rollout.max_response_tokens,
         skip_bad=config.data.skip_bad,
         limit=config.data.limit,
     )
-    return Examples(loaded.completions, loaded.skipped)
+    return Examples(loaded)
 
 
 def fine_tune(
-    config: RunConfig, groups: Groups, policy: Policy, examples: Examples, progress: Progress
+    config: RunConfig,
+    groups: Groups,
+    policy: Policy,
+    examples: Examples,
+    progress: Progress,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[StepReport]:
     """Takes optimizer steps of ``train.prompts_per_step`` examples up to ``train.outer_steps``. Collective.
 
-    Yields a report after each, with ``progress`` at its end. The loss is the mean negative log-likelihood over the
-    mini-batch's completion tokens.
+    Yields a report after each, with ``progress`` at its end; ``note`` hears of examples that were skipped. The loss
+    is the mean negative log-likelihood over the mini-batch's completion tokens.
     """
-    completions = examples.completions
+    count, skip_bad = config.train.prompts_per_step, config.data.skip_bad
+    mine = range(groups.data_rank, count, groups.data_size)
     for step in range(progress.outer_steps, config.train.outer_steps):
         clock = Clock()
         seed_generators(config.train.seed, step)
-        drawn = list(enumerate(progress.cursor.take(config.train.prompts_per_step)))
-        mine = [as_sample(group, completions[index]) for group, index in drawn[groups.data_rank :: groups.data_size]]
-        check_tokens(mine, policy.shape.vocab_size, groups)
-        (minibatch,) = place(mine, config, groups)
+        make = examples.completions.__getitem__
+        drawn = take_usable(progress.cursor, count, make, groups.world, mine=mine, skip_bad=skip_bad)
+        for line in skip_notes(step, drawn.skipped):
+            note(line)
+        samples = [as_sample(group, drawn.items[group]) for group in mine]
+        check_tokens(samples, policy.shape.vocab_size, groups)
+        (minibatch,) = place(samples, config, groups)
         with clock("train"):
             metrics = supervised_step(config, groups, policy, minibatch, step)
+        if skip_bad:
+            metrics["data/skipped"] = float(len(drawn.skipped))
         progress.outer_steps = progress.optimizer_steps = step + 1
         yield StepReport(step, step, 0, metrics | clock.metrics(minibatch.tokens))
 

@@ -30,11 +30,13 @@ from megatron_gspo.rollout.policy import Dropped, apply_policies, zero_truncated
 from megatron_gspo.train.batch import Minibatch, check_tokens, place
 from megatron_gspo.train.clock import Clock
 from megatron_gspo.train.context import Learner, Run
+from megatron_gspo.train.draw import skip_notes, take_usable
 from megatron_gspo.train.noise import measure_noise
 from megatron_gspo.train.progress import SKIPPED
 from megatron_gspo.train.reading import read_samples
 from megatron_gspo.train.replay import Dealt, MinibatchRoutes, routes_of_old_pass, routes_of_training
 from megatron_gspo.train.routes import changes_between, check_coverage, coverage, deal_routes, engine_mismatch
+from megatron_gspo.train.survey import judge_drawn
 from megatron_gspo.types import (
     Prompt,
     Rollout,
@@ -74,13 +76,12 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
         first_step: optimizer steps before this one.
     """
     clock = Clock()
-    indices = run.cursor.take(run.config.train.prompts_per_step)
-    prompts = number_visits([run.prompts.prompts[index] for index in indices])
+    prompts, skipped = draw_prompts(run, number)
     with clock("rollout"):
         survivors, dropped = collect_rollouts(run, prompts, number)
     with clock("reward"):
         collected = score(run, survivors, dropped)
-    summary = summarise(run, collected)
+    summary = summarise(run, collected) | skipped
     check_tokens(collected.samples, run.policy.shape.vocab_size, run.groups)
     minibatches = place(collected.samples, run.config, run.groups)
     if not minibatches:
@@ -121,6 +122,31 @@ def skip_step(run: Run, number: int, first_step: int, summary: Mapping[str, floa
 def empty_text(number: int, metrics: Mapping[str, float]) -> str:
     """What happened in an outer step that has nothing to train on."""
     return f"outer step {number}: no group has two responses left; dropped: {_kinds(metrics)}"
+
+
+def draw_prompts(run: Run, number: int) -> tuple[list[Prompt], dict[str, float]]:
+    """The outer step's prompts, on every rank, and the metric of those that were skipped, under ``data.skip_bad``.
+    Collective."""
+    count, skip_bad, groups = run.config.train.prompts_per_step, run.config.data.skip_bad, run.groups
+
+    def judge(drawn: Mapping[int, tuple[int, Prompt]]) -> dict[int, str]:
+        if run.references is None or not groups.is_leader:
+            return {}
+        mine = {position: pair for position, pair in drawn.items() if position % groups.data_size == groups.data_rank}
+        return judge_drawn(run.references, run.prompts, mine, skip_bad=skip_bad)
+
+    drawn = take_usable(
+        run.cursor,
+        count,
+        run.prompts.prompts.__getitem__,
+        groups.world,
+        mine=range(count),
+        skip_bad=skip_bad,
+        judge=judge,
+    )
+    run.notes.extend(skip_notes(number, drawn.skipped))
+    prompts = number_visits([drawn.items[position] for position in range(count)])
+    return prompts, {"data/skipped": float(len(drawn.skipped))} if skip_bad else {}
 
 
 def number_visits(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -1,0 +1,72 @@
+"""Items of a file that are made when they are asked for."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, TypeVar, overload
+
+import numpy as np
+
+from megatron_gspo.data.rows import Row, Rows
+from megatron_gspo.errors import DataError
+
+T = TypeVar("T")
+HELD = 2048
+"""Items that are kept after they were made, those used last."""
+
+
+class LazyItems(Sequence[T], Generic[T]):
+    """``make`` of each row that ``rows_N`` names, made when it is asked for.
+
+    Asking for an item whose row is bad raises DataError with the file and the place.
+    """
+
+    def __init__(self, path: str, rows: Rows, rows_N: np.ndarray, make: Callable[[Row], T]) -> None:
+        """``rows_N``: [N] int64, indices into ``rows``."""
+        self._path, self._rows, self._rows_N, self._make = path, rows, rows_N, make
+        self._held: OrderedDict[int, T] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._rows_N)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> LazyItems[T]: ...
+    def __getitem__(self, index: int | slice) -> T | LazyItems[T]:
+        if isinstance(index, slice):
+            return LazyItems(self._path, self._rows, self._rows_N[index], self._make)
+        return self._item(int(self._rows_N[index]))
+
+    def __iter__(self) -> Iterator[T]:
+        return (self._item(int(row)) for row in self._rows_N)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # as a list's
+
+    def place(self, index: int) -> str:
+        """Where an item stands: "path, line 7". Reads its row."""
+        return f"{self._path}, {self._rows.read(int(self._rows_N[index])).place}"
+
+    def without(self, indices: Sequence[int]) -> LazyItems[T]:
+        """The others, in their order."""
+        return LazyItems(self._path, self._rows, np.delete(self._rows_N, list(indices)), self._make)
+
+    def _item(self, index: int) -> T:
+        if index in self._held:
+            self._held.move_to_end(index)
+            return self._held[index]
+        row = self._rows.read(index)
+        try:
+            item = self._make(row)
+        except DataError as error:
+            raise DataError(f"{self._path}, {row.place}: {error}") from error
+        self._held[index] = item
+        if len(self._held) > HELD:
+            self._held.popitem(last=False)
+        return item

@@ -1,0 +1,139 @@
+"""Parquet files: a row is read out of its row group."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_gspo.data.copies import plain_copy
+from megatron_gspo.data.rows import Row
+from megatron_gspo.data.text_rows import digest
+from megatron_gspo.errors import DataError, DependencyError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SMALL_FILE_BYTES, SMALL_FILE_ROWS = 2**26, 30_000
+"""A file up to both is read from where it is, whatever its row groups; its row groups then stay in memory."""
+SMALL_GROUP_ROWS, SMALL_GROUP_BYTES = 2_000, 2**25
+"""A row group up to both can be read for the sake of one row."""
+COPIED_GROUP_ROWS = 500
+HELD_BYTES = 2**26
+"""Of decoded row groups, the last one used aside."""
+
+
+class ParquetRows:
+    """Rows of a Parquet file.
+
+    Parquet cannot be read from the middle of a row group, and one written by pandas has a million rows: such a file is
+    copied once into small row groups (``copies.plain_copy``), and rows are read from the copy.
+    """
+
+    def __init__(self, path: Path, source: Path | None = None) -> None:
+        self._path, self._source = path, source or path
+        with self._saying(0):
+            self._file = _open(path)
+            names = self._file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise DataError(f"{self._source}: a column stands twice: {', '.join(names)}")
+            meta = self._file.metadata
+            groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
+        self._ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
+        sizes = [group.total_byte_size for group in groups]
+        small_groups = all(
+            group.num_rows <= SMALL_GROUP_ROWS and size <= SMALL_GROUP_BYTES
+            for group, size in zip(groups, sizes, strict=True)
+        )
+        small_file = sum(sizes) <= SMALL_FILE_BYTES and len(self) <= SMALL_FILE_ROWS
+        self._from_here = small_groups or small_file or source is not None
+        self._copy: ParquetRows | None = None
+        self._held: OrderedDict[int, pa.Table] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, index: int) -> Row:
+        if not self._from_here:
+            return self._copied().read(index)
+        group = int(np.searchsorted(self._ends, index, side="right"))
+        first = int(self._ends[group - 1]) if group else 0
+        with self._saying(index):
+            (fields,) = self._group(group).slice(index - first, 1).to_pylist()
+        return _row(index + 1, fields)
+
+    def read_all(self) -> Iterator[Row]:
+        number = 0
+        batches = self._file.iter_batches(batch_size=1024)
+        while True:
+            with self._saying(number):
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                rows = batch.to_pylist()
+            for fields in rows:
+                number += 1
+                yield _row(number, fields)
+
+    def suspects(self) -> list[int]:
+        return []
+
+    def digest(self) -> str:
+        return digest(self._source)
+
+    def _group(self, group: int) -> pa.Table:
+        """A row group, decoded; of those used before, as many as ``HELD_BYTES`` allow are held."""
+        if group not in self._held:
+            self._held[group] = self._file.read_row_group(group, use_threads=False)
+            while len(self._held) > 1 and sum(table.nbytes for table in self._held.values()) > HELD_BYTES:
+                self._held.popitem(last=False)
+        self._held.move_to_end(group)
+        return self._held[group]
+
+    def _copied(self) -> ParquetRows:
+        if self._copy is None:
+            self._copy = ParquetRows(plain_copy(self._path, ".parquet", self._write_copy), self._source)
+        return self._copy
+
+    def _write_copy(self, target: Path) -> None:
+        import pyarrow.parquet as pq
+
+        done = 0
+        with pq.ParquetWriter(target, self._file.schema_arrow, write_page_checksum=True, compression="lz4") as writer:
+            batches = self._file.iter_batches(batch_size=COPIED_GROUP_ROWS)
+            while True:
+                with self._saying(done):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                writer.write_batch(batch, row_group_size=COPIED_GROUP_ROWS)
+                done += batch.num_rows
+
+    @contextlib.contextmanager
+    def _saying(self, rows: int) -> Iterator[None]:
+        """Turns what pyarrow raises into one line that says how far it was."""
+        import pyarrow as pa
+
+        try:
+            yield
+        except DataError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, ArithmeticError) as error:  # text that is none, dates
+            raise DataError(f"{self._source}: after row {rows}: {' '.join(str(error).split())}") from None
+
+
+def _open(path: Path) -> Any:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise DependencyError(f"{path}: reading Parquet needs the pyarrow package") from None
+    return pq.ParquetFile(path, page_checksum_verification=True, buffer_size=2**20, pre_buffer=False)
+
+
+def _row(number: int, fields: dict[str, Any]) -> Row:
+    # Parquet gives every row every column: an absent field is a null there, and is not metadata.
+    return Row("row", number, {key: value for key, value in fields.items() if value is not None})

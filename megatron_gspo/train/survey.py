@@ -1,0 +1,104 @@
+"""Reference answers before training: what the reward cannot use is known before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch.distributed as dist
+
+from megatron_gspo.config import RunConfig
+from megatron_gspo.data.prompts import PromptSet
+from megatron_gspo.errors import DataError
+from megatron_gspo.parallel.exchange import broadcast_object, together
+from megatron_gspo.policy.groups import Groups
+from megatron_gspo.rewards.references import Graded, ReferenceCheck, Survey
+from megatron_gspo.train.context import Inputs
+from megatron_gspo.types import Prompt
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What the first rank found, for all."""
+
+    known: dict[str, Graded]
+    notes: list[str]
+
+
+def survey_references(config: RunConfig, inputs: Inputs, groups: Groups) -> tuple[Inputs, list[str]]:
+    """Grades references on the first rank, and tells the others: the inputs with what is known, and notes. Collective.
+
+    Under ``data.skip_bad`` held-out prompts with an unusable reference are left out; those of training keep their
+    place in the order, and others stand in for them when they are drawn. Raises DataError without it when a reference
+    would end the run, RewardError when the reward fails on every one.
+    """
+    check = make_check(config, inputs)
+    sets = [(inputs.prompts, config.train.prompts_per_step)]
+    if inputs.eval_prompts is not None and config.eval.every:
+        sets.append((inputs.eval_prompts, 1))
+
+    def look() -> _Told | None:
+        if dist.get_rank() != 0 or not check.limit:
+            return None
+        return _Told(check.known, [note for part, needed in sets for note in _survey(config, check, part, needed)])
+
+    told: _Told | None = broadcast_object(together(look, groups.world), 0, groups.world)
+    if told is None:
+        return inputs, []
+    check.known = told.known
+    inputs = replace(inputs, references=check)
+    if config.data.skip_bad and inputs.eval_prompts is not None:
+        inputs = replace(inputs, eval_prompts=without_bad(check, inputs.eval_prompts))
+    return inputs, told.notes
+
+
+def make_check(config: RunConfig, inputs: Inputs) -> ReferenceCheck:
+    tokenizer, limit = inputs.tokenizer, config.reward.check_references
+    return ReferenceCheck(inputs.reward, tokenizer.encode, tokenizer.eos_id, limit=limit, seed=config.train.seed)
+
+
+def without_bad(check: ReferenceCheck, prompts: PromptSet) -> PromptSet:
+    """The set without the prompts whose reference is known to be unusable."""
+    found = {index: check.problem(check.key(prompt)) for index, prompt in enumerate(prompts.prompts)}
+    return prompts.without({index: f"{prompts.place(index)}: {text}" for index, text in found.items() if text})
+
+
+def judge_drawn(
+    check: ReferenceCheck, prompts: PromptSet, drawn: Mapping[int, tuple[int, Prompt]], *, skip_bad: bool
+) -> dict[int, str]:
+    """What is wrong with the references of drawn prompts, by position, with the place in the file. Without
+    ``skip_bad`` only what would end the run is: the rest has been said before."""
+    found = check.judge({position: prompt for position, (_, prompt) in drawn.items()})
+    return {
+        position: f"{prompts.place(drawn[position][0])}: {text}"
+        for position, text in found.items()
+        if skip_bad or check.is_fatal(drawn[position][1])
+    }
+
+
+def _survey(config: RunConfig, check: ReferenceCheck, prompts: PromptSet, needed: int) -> list[str]:
+    """What there is to say of one file's references, of which ``needed`` must be usable."""
+    survey = check.survey(prompts.prompts, prompts.sample(check.limit, config.train.seed))
+    if survey.error is not None:
+        raise survey.error
+    skip_bad = config.data.skip_bad
+    if survey.fatal and not skip_bad:
+        raise DataError(finding(prompts, survey, min(survey.fatal)) + f": {HELP}")
+    left = len(prompts) - survey.bad_prompts
+    if skip_bad and prompts.looked.whole and left < needed:
+        raise DataError(
+            f"{left} of {len(prompts)} prompts have a reference answer that the reward can use, fewer than {needed}: "
+            f"{finding(prompts, survey, min(survey.problems))}"
+        )
+    if not survey.problems:
+        return []
+    consequence = "skipped when drawn" if skip_bad else "they are trained on all the same (data.skip_bad = false)"
+    return [f"warning: {finding(prompts, survey, min(survey.problems))}; {survey.describe()}: {consequence}"]
+
+
+HELP = "mend the row, set data.skip_bad = true, or reward.check_references = 0"
+
+
+def finding(prompts: PromptSet, survey: Survey, index: int) -> str:
+    """ "train.jsonl, line 13: the reference answer cannot be graded: ..."."""
+    return f"{prompts.place(index)}: {survey.problems[index]}"
