@@ -1,10 +1,4 @@
-"""``megatron-gspo explain``: what docs/configuration.md says of a setting.
-
-megatron-gspo explain optimizer.lr
-optimizer.lr
-    number > 0, default 1e-06
-    Peak learning rate.
-"""
+"""``megatron-gspo explain``: what docs/configuration.md says of a setting, in the terminal."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,8 @@ DOCS = "docs/first-hour.md"
 """Where a reader of the help goes on, unless a command's module names a page of its own."""
 SHORT_LIST = 24
 """Characters of ``{a,b,c}`` that stand behind an option; a longer list of choices goes into its help."""
+NARROWEST = 20
+"""Columns that help is laid out for where a terminal claims to have fewer."""
 EXAMPLE = "example: "
 Groups = Mapping[str, tuple[str, ...]]
 """Title -> names of the commands under it."""
@@ -27,6 +30,10 @@ Groups = Mapping[str, tuple[str, ...]]
 
 class Help(argparse.HelpFormatter):
     """Paragraphs and options wrapped at the terminal's width, an example as lines that a shell takes."""
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        columns = shutil.get_terminal_size().columns
+        super().__init__(prog, **{"width": max(columns - 2, NARROWEST), **settings})
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
