@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -131,10 +131,10 @@ class HfReader:
     def _locate(self, index: Path, single: Path) -> dict[str, Path]:
         if index.exists():
             try:
-                table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                files = {name: self.directory / file for name, file in table.items()}
+                table = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise WeightError(f"{index}: not an index of tensors: {type(error).__name__}: {error}") from None
+            files = {name: file_beside(index, file) for name, file in table.items()}
             if single.exists() and {*files.values()} != {single}:
                 raise WeightError(f"{self.directory}: both {single.name} and {index.name}, of other files: remove one")
             return files
@@ -177,6 +177,18 @@ def _names_in(path: Path) -> list[str]:
             return list(file.keys())
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightError(f"{path}: {error}") from None
+
+
+def file_beside(index: Path, name: object) -> Path:
+    """The file that an index names: one in its own directory, or below it.
+
+    Raises WeightError for what is no name, or one that leads out of it. A link may: in Hugging Face's cache each file
+    is one.
+    """
+    parts = PurePosixPath(name).parts if isinstance(name, str) and "\0" not in name else ()
+    if not parts or parts[0][0] == "/" or ".." in parts:
+        raise WeightError(f"{index} names the file {name!r:.200}, which is not in its directory: correct the index")
+    return index.parent.joinpath(*parts)
 
 
 def buckets(tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:

@@ -1,9 +1,16 @@
-"""Metrics as TensorBoard scalars, through TensorBoard's own writer (torch is not needed)."""
+"""Metrics as TensorBoard scalars, in its own format (torch is not needed).
+
+Records are written where they are made: TensorBoard's own writer leaves that to a thread, which on a full disk says so
+with a traceback.
+"""
 
 from __future__ import annotations
 
+import os
+import platform
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_gspo.errors import DependencyError
 from megatron_gspo.report.metrics import clean
@@ -20,28 +27,30 @@ class TensorBoardSink:
 
     def __init__(self, directory: Path, purge_step: int | None = None) -> None:
         try:
-            from tensorboard.summary import Writer  # type: ignore[import-untyped]
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+            from tensorboard.plugins.scalar.summary_v2 import scalar_pb  # type: ignore[import-untyped]
+            from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
         except ImportError as error:
             raise DependencyError(
                 f"TensorBoard is not installed ({error}): pip install tensorboard, or set train.tensorboard = false"
             ) from error
+        self._event, self._scalar = Event, scalar_pb
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{platform.node()}.{os.getpid()}"
+        self._records = RecordWriter((directory / name).open("wb"))
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if purge_step is not None:
-            _purge(directory, purge_step)
-        self._writer = Writer(str(directory))
+            self._add(Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, report: StepReport) -> None:
+        event = self._event(wall_time=time.time(), step=report.step)
         for name, value in clean(report.metrics).items():
-            self._writer.add_scalar(name, value, report.step)
-        self._writer.flush()
+            event.summary.MergeFrom(self._scalar(name, value))
+        self._add(event)
 
     def close(self) -> None:
-        self._writer.close()
+        self._records.close()
 
-
-def _purge(directory: Path, step: int) -> None:
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
-
-    writer = EventFileWriter(str(directory))
-    writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
-    writer.close()
+    def _add(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+        self._records.flush()

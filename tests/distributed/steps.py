@@ -97,6 +97,8 @@ class Step:
     """log s_i."""
     clipped: dict[Key, bool] = field(default_factory=dict)
     loss: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the first update, as a run reports them; the same on every rank of the last stage."""
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
     """Of the first update, by Hugging Face name."""
     grad_norms: list[float] = field(default_factory=list)
@@ -125,6 +127,8 @@ def train(
             assert not mine.keys() & theirs.keys(), f"two ranks own {name} of {sorted(mine.keys() & theirs.keys())[:3]}"
             mine.update(theirs)
         whole.loss += part.loss
+        assert not (whole.metrics and part.metrics) or whole.metrics == part.metrics, "ranks disagree on a metric"
+        whole.metrics = part.metrics or whole.metrics
     return whole
 
 
@@ -175,9 +179,12 @@ def ranks_of_responses(case: Case, plan: Plan, tensor: int, context: int) -> dic
 
 def run_step(case: Case, parallel: dict[str, int], plan: Plan, fault: Callable[[], Any] | None) -> Step:
     """One rank's part of ``train``."""
+    from megatron_gspo.algorithm.metrics import MetricSums, finish, minibatch_sums
     from megatron_gspo.algorithm.objective import policy_objective, resolve_loss
+    from megatron_gspo.parallel.metrics import reduce_metric_sums
     from megatron_gspo.parallel.sequence import ShardedSequenceSum
 
+    sums = MetricSums.zeros()
     with exact_router() if case.exact else nullcontext(), (fault or nullcontext)():
         policy, groups = make_policy(case, parallel)
         batches = [pack_samples(case, part, groups.shard) for part in plan[groups.data_rank]]
@@ -185,6 +192,7 @@ def run_step(case: Case, parallel: dict[str, int], plan: Plan, fault: Callable[[
         loss, result = resolve_loss(case.loss), Step()
 
         def objective(index: int, logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
+            nonlocal sums
             output = policy_objective(
                 shards[index],
                 logprobs_T,
@@ -196,10 +204,13 @@ def run_step(case: Case, parallel: dict[str, int], plan: Plan, fault: Callable[[
             )
             if not result.grad_norms:
                 note(result, case, batches[index], groups, logprobs_T, entropy_T, output)
+                sums = sums + minibatch_sums(shards[index], output, entropy_T, logprobs_T)
             return output.loss
 
         before = {name: weight.numpy() for name, weight in policy.weights()}
         policy.gradients(batches, objective)
+        if groups.is_last_stage:
+            result.metrics = finish(reduce_metric_sums(sums, stage=groups.tensor_data, data=groups.data))
         result.gradients = {name: gradient.numpy() for name, gradient in policy.named_gradients()}
         for update in range(case.updates):
             if update:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -186,6 +187,24 @@ def test_bfloat16_rounds_logits_and_nothing_after_them(ranks: RankPool) -> None:
         assert np.abs(whole["entropy"] - expected["entropy"]).max() < 0.03
         for name in ("d hidden", "d weight"):
             assert np.linalg.norm(whole[name] - expected[name]) < 0.01 * np.linalg.norm(expected[name]), name
+
+
+def with_labels_outside(problem: Problem) -> dict[str, np.ndarray]:
+    """The first labels replaced by such that no row stands for: of padding, beyond it, and negative."""
+    labels_T = problem.tensors()[2]
+    labels_T[:3] = torch.tensor([problem.vocab, problem.padded + 5, -1])
+    hidden, weight, _, grad = problem.tensors()
+    with mock.patch.object(Problem, "tensors", return_value=(hidden, weight, labels_T, grad)):
+        return on_a_rank(problem)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_a_label_outside_the_vocabulary_has_no_logprob_and_the_others_keep_theirs(ranks: RankPool, tensor: int) -> None:
+    """A number there, the best token's, would be trained on; a NaN stops the step."""
+    parts = ranks.run(tensor, with_labels_outside, Problem())
+    logprobs, expected = np.concatenate([part["logprobs"] for part in parts]), reference(Problem())["logprobs"]
+    assert np.isnan(logprobs[:3]).all()
+    np.testing.assert_allclose(logprobs[3:], expected[3:], rtol=0, atol=1e-13)
 
 
 def test_a_rank_with_a_single_token_is_enough(ranks: RankPool) -> None:

@@ -304,6 +304,28 @@ def test_loading_and_exporting_gives_the_files_bytes_back(
         assert {name: value for part in parts for name, value in part.items()} == expected, layout
 
 
+# ------------------------------------------------------------------------------------------- a reference, and metrics
+
+
+@pytest.mark.parametrize("layout", ["TP2", "PP2", "CP2xDP2", "TP2xPP2xEP2"])
+def test_a_step_with_a_reference_and_its_metrics_are_those_of_one_process(
+    ranks: RankPool, moe_dir: str, layout: str
+) -> None:
+    """``kl/ref_*`` in float64 from the oracle's logprobs; every other metric as one rank has it."""
+    case = steps.straddling_case(moe_dir, kl=0.1)
+    expected, one = steps.expected_step(case), steps.train(ranks, case)
+    step = steps.train(ranks, case, layout)
+    assert_same_step(step, expected)
+    assert case.ref is not None
+    keys = [(s.group, s.sample) for s in case.samples]
+    log_r = np.concatenate([ref - expected.logprobs[key] for key, ref in zip(keys, case.ref, strict=True)])
+    formulas = {"kl/ref_k1": np.mean(-log_r), "kl/ref_k3": np.mean(np.exp(log_r) - 1 - log_r)}
+    assert formulas["kl/ref_k3"] > 1e-3
+    for name, value in formulas.items():
+        assert step.metrics[name] == pytest.approx(value, abs=1e-11), name
+    assert step.metrics == {name: pytest.approx(value, rel=1e-9, abs=1e-11) for name, value in one.metrics.items()}
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 

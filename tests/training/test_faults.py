@@ -171,7 +171,56 @@ def test_when_all_responses_of_a_step_fail_the_run_ends_and_counts_them_by_kind(
     with StandIn(quickstart / "model", from_later_on(fail)) as server:
         ended = endings(ranks, settings(server, 'rollout.on_truncated="drop"'))
     counts = f"32 responses, 32 {fail.__name__}, 4 groups"
-    assert ended == f"1 RolloutError: outer step 1: no group has two responses left; dropped: {counts}"
+    hint = '(rollout.on_empty_step = "skip" would go on with the next prompts)'
+    assert ended == f"1 RolloutError: outer step 1: no group has two responses left; dropped: {counts} {hint}"
+
+
+def failing_in(*versions: str) -> Callable[..., Any]:
+    """Every response of the outer steps of those weight versions is aborted."""
+
+    def answer(reply: dict[str, Any], request: dict[str, Any], count: int) -> Any:
+        return aborted(reply) if reply["meta_info"]["weight_version"] in versions else reply
+
+    return answer
+
+
+def weights_and_lines(run: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """Hashes of the last checkpoint's tensors, and the metrics without clocks."""
+    last = checkpoint_files.latest_in(run / "checkpoints")
+    assert last is not None
+    hashes = {entry["name"]: entry["sha256"] for entry in checkpoint_files.read_header(last)["files"]}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clocks = ("time/", "tokens_per_s")
+    return (
+        {name: value for name, value in hashes.items() if name.endswith(".distcp")},
+        [{name: value for name, value in line.items() if not name.startswith(clocks)} for line in lines],
+    )
+
+
+def test_an_empty_step_is_skipped_where_that_is_asked_for_and_a_resumed_run_is_the_one_that_was_not(
+    ranks: RankPool, settings: Settings, quickstart: Path, tmp_path: Path
+) -> None:
+    """Outer steps 1 and 2 of 4 have nothing; the run that is resumed was cut between them."""
+    more = ['rollout.on_empty_step="skip"', "train.outer_steps=4", "train.checkpoint_every=2", "train.keep_last=9"]
+    with StandIn(quickstart / "model", failing_in("1", "2")) as server:
+        assert endings(ranks, settings(server, *more)) == "finished"
+        weights, lines = weights_and_lines(tmp_path / "run")
+        assert [(line["outer_step"], line["step"], line["step/skipped"]) for line in lines] == [
+            (0, 0, 0.0), (0, 1, 0.0), (1, 2, 1.0), (2, 2, 1.0), (3, 2, 0.0), (3, 3, 0.0),
+        ]  # fmt: skip
+        assert (lines[2]["dropped/aborted"], "loss" in lines[2]) == (32.0, False)
+        header = checkpoint_files.read_header(tmp_path / "run" / "checkpoints" / "outer_00002")
+        assert (header["extra"]["optimizer_step"], header["extra"]["empty_steps"]) == (2, 1)
+        (tmp_path / "run" / "checkpoints" / "latest").write_text("outer_00002\n")
+        assert endings(ranks, settings(server, *more, "train.resume=true", "train.overwrite=false")) == "finished"
+        assert weights_and_lines(tmp_path / "run") == (weights, lines)
+        most = [*more, "train.overwrite=true", "rollout.max_empty_steps=2"]
+        ended = endings(ranks, settings(server, *most))
+    assert ended == (
+        "1 RolloutError: outer step 2: no group has two responses left; dropped: 32 responses, 32 aborted, 4 groups, "
+        "as in the 2 outer steps up to here (rollout.max_empty_steps = 2)"
+    )
+    assert len(metrics(tmp_path)) == 4
 
 
 def test_some_failing_responses_are_dropped_and_counted_by_kind(

@@ -32,6 +32,8 @@ from tests.training.conftest import QUICKSTART, MakeConfig
 
 ENGINE_ROUTES = {name for name in METRICS if name.startswith(("route/engine_mismatch", "replay/"))}
 """What only a run that asks the engine for routes, or replays some, has (test_engine_routes.py)."""
+REFERENCE = {"kl/ref_k1", "kl/ref_k3"}
+"""What only a run with a reference has."""
 
 
 def train(config: RunConfig) -> None:
@@ -100,7 +102,8 @@ def test_the_first_minibatch_clips_exactly_nothing_and_the_engine_agrees_with_th
         assert abs(line["kl/engine_k3"]) < 1e-9  # after a sync of weights that have moved
         assert line["grad_norm"] > 0
     written = {name for line in metrics_of(config) for name in line} - set(PLACE)
-    assert {row_of(name) for name in written} == set(METRICS) - ENGINE_ROUTES, "docs/metrics.md says what is there"
+    expected = set(METRICS) - ENGINE_ROUTES - REFERENCE
+    assert {row_of(name) for name in written} == expected, "docs/metrics.md says what is there"
 
 
 def test_r2_takes_the_first_minibatch_as_without_and_the_second_by_the_routes_of_the_first(
@@ -177,6 +180,8 @@ def test_a_kl_to_the_reference_is_zero_at_first_and_then_pulls_back(ranks: RankP
     first, second = steps_of(config)
     assert abs(first["loss"]) < 1e-3  # the policy is its own reference: no KL, and advantages sum to nothing
     assert second["loss"] > 1  # one step away, the KL is all there is
+    assert (first["kl/ref_k1"], first["kl/ref_k3"]) == (0.0, 0.0), "two forward passes of the same weights"
+    assert second["loss"] == pytest.approx(1e6 * second["kl/ref_k3"], rel=0.5), "weighed by response, and by the ratio"
 
 
 def test_what_a_run_leaves_behind_loads_in_transformers_and_gives_the_same_logprobs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import fields, replace
 from itertools import chain
@@ -9,7 +10,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_gspo.algorithm.metrics import (
@@ -23,6 +24,7 @@ from megatron_gspo.algorithm.metrics import (
 from megatron_gspo.algorithm.objective import resolve_loss
 from megatron_gspo.algorithm.packing import dummy_batch, shard_tokens
 from megatron_gspo.algorithm.ratios import segment_sum
+from megatron_gspo.report.metrics import clean
 from megatron_gspo.types import LossOutput, Shard, TokenShard
 from tests.oracle import naive_loss
 from tests.unit.algorithm_cases import Case, cases, shard_of
@@ -204,3 +206,91 @@ def test_lengths_by_sign_are_absent_when_no_response_has_that_sign() -> None:
     metrics = rollout_metrics([np.ones(2)], [np.zeros(2)], [np.array([3, 4])], [np.zeros(2, dtype=bool)], 0)
     assert not {"length/mean_positive", "length/mean_negative"} & metrics.keys()
     assert rollout_metrics([], [], [], [], 3) == {"dropped/responses": 3.0}
+
+
+# ------------------------------------------------------------------------------------------------- a reference policy
+
+
+@given(case=cases())
+@settings(deadline=None, max_examples=20)
+def test_the_distance_from_the_reference_is_its_formula_over_response_tokens(case: Case) -> None:
+    """k1 and k3 in float64, each token with the same weight, whatever padding and whichever loss."""
+    shard, new_T = case.shard(multiple=4, masked_value=float("nan"))
+    output = resolve_loss("gspo")(
+        shard, new_T, clip_low=case.clip_low, clip_high=case.clip_high, sequence_sum=segment_sum
+    )
+    metrics = finish(minibatch_sums(shard, output, entropy(shard), new_T))
+    log_r = np.concatenate([(ref - new).detach().numpy() for new, ref in zip(case.new, case.ref, strict=True)])
+    assert metrics["kl/ref_k1"] == pytest.approx(float(np.mean(-log_r)), rel=1e-12, abs=1e-15)
+    assert metrics["kl/ref_k3"] == pytest.approx(float(np.mean(np.exp(log_r) - 1 - log_r)), rel=1e-9, abs=1e-15)
+    without = finish(minibatch_sums(replace(shard, ref_logprobs_T=None), output, entropy(shard), new_T))
+    assert metrics.keys() - without.keys() == {"kl/ref_k1", "kl/ref_k3"}
+    assert without == {name: value for name, value in metrics.items() if name in without}
+
+
+def test_a_policy_that_is_its_own_reference_is_at_no_distance_from_it() -> None:
+    shard, new_T = two_tokens([-1.0, -2.0], [-1.0, -2.0], reference=[-1.0, -2.0])
+    metrics = metrics_of("gspo", shard, new_T)
+    assert (metrics["kl/ref_k1"], metrics["kl/ref_k3"]) == (0.0, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------ extreme values
+
+
+def two_tokens(
+    new: list[float], old: list[float], reference: list[float] | None = None, sequences: int = 1
+) -> tuple[TokenShard, torch.Tensor]:
+    """One response of all the tokens, or one a token."""
+    tokens = len(new)
+    sequence_T = torch.arange(tokens) if sequences > 1 else torch.zeros(tokens, dtype=torch.long)
+    count = tokens if sequences > 1 else 1
+    ones = torch.ones(count, dtype=torch.float64)
+    shard = TokenShard(
+        labels_T=torch.zeros(tokens, dtype=torch.long),
+        mask_T=torch.ones(tokens, dtype=torch.bool),
+        sequence_T=sequence_T,
+        rollout_logprobs_T=torch.tensor(old, dtype=torch.float64),
+        advantages_T=torch.ones(tokens, dtype=torch.float64),
+        advantages_S=ones,
+        weights_S=ones,
+        lengths_S=torch.bincount(sequence_T),
+        samples=tuple((index, 0) for index in range(count)),
+        old_logprobs_T=torch.tensor(old, dtype=torch.float64),
+        ref_logprobs_T=None if reference is None else torch.tensor(reference, dtype=torch.float64),
+    )
+    return shard, torch.tensor(new, dtype=torch.float64)
+
+
+def metrics_of(name: str, shard: TokenShard, new_T: torch.Tensor) -> dict[str, float]:
+    output = resolve_loss(name)(shard, new_T, clip_low=3e-4, clip_high=4e-4, sequence_sum=segment_sum)
+    return finish(minibatch_sums(shard, output, torch.zeros_like(new_T), new_T))
+
+
+EXTREME = st.one_of(
+    st.floats(-1e4, 1e4),
+    st.sampled_from([0.0, -372.0, -400.0, -746.0, 355.0, 710.0, -1e300, -math.inf, math.inf, math.nan]),
+)
+
+
+@given(values=st.lists(st.tuples(EXTREME, EXTREME, EXTREME), min_size=1, max_size=6), several=st.booleans())
+@example(values=[(-400.0, 0.0, 0.0)], several=False)
+@settings(deadline=None, max_examples=60)
+@pytest.mark.parametrize("name", ["gspo", "gspo-token", "grpo"])
+def test_no_logprob_ends_the_metrics(name: str, values: list[tuple[float, float, float]], several: bool) -> None:
+    new, old, reference = (list(column) for column in zip(*values, strict=True))
+    metrics = metrics_of(name, *two_tokens(new, old, reference, sequences=2 if several else 1))
+    assert json.loads(json.dumps(clean(metrics), allow_nan=False)) == clean(metrics)
+    finite = np.isfinite(new).all() and np.isfinite(old).all() and max(map(abs, new + old)) < 1e5
+    assert not finite or 0 < metrics["ratio/ess"] <= 1 + 1e-12
+
+
+@given(shift=st.floats(-1e4, 1e4), logs=st.lists(st.floats(-5, 5), min_size=2, max_size=6))
+@settings(deadline=None, max_examples=100)
+def test_the_effective_sample_size_does_not_depend_on_the_level_of_the_ratios(shift: float, logs: list[float]) -> None:
+    s = np.exp(np.array(logs))
+    metrics = metrics_of("gspo", *two_tokens([log + shift for log in logs], [0.0] * len(logs), sequences=2))
+    assert metrics["ratio/ess"] == pytest.approx(float(s.sum() ** 2 / (len(s) * (s * s).sum())), rel=1e-6)
+
+
+def test_a_noise_floor_of_no_response_has_no_numbers() -> None:
+    assert noise_floor(torch.empty(0)) == {}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_gspo.algorithm.packing import (
     check_batch,
+    check_vocabulary,
     dummy_batch,
     pack,
     shard_positions,
@@ -227,3 +228,19 @@ def test_check_batch_finds_what_does_not_add_up() -> None:
     for message, candidate in broken.items():
         with pytest.raises(BatchError, match=message):
             check_batch(candidate)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "said"),
+    [
+        ([1, 12], [3, 13], "token 13 at place 1 of its response"),
+        ([13, 2], [3, 4], "token 13 at place 0 of its prompt"),
+        ([1, -1], [3, 4], "token -1 at place 1 of its prompt"),
+    ],
+)
+def test_a_token_outside_the_vocabulary_is_refused_with_its_place(
+    prompt: list[int], response: list[int], said: str
+) -> None:
+    check_vocabulary([sample([0, 12], [12])], 13)
+    with pytest.raises(BatchError, match=rf"response 5 of group 2: {said} is none of the model's vocabulary of 13"):
+        check_vocabulary([sample([0], [12]), sample(prompt, response, group=2, index=5)], 13)

@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_gspo.algorithm import comparison
 from megatron_gspo.algorithm.comparison import (
@@ -148,3 +150,21 @@ def test_the_sign_flip_test_rejects_a_true_null_as_often_as_it_says():
     values = np.random.default_rng(4).standard_t(2, size=(2000, 8))
     rejected = np.mean([sign_flip_p(row.tolist()) <= 0.05 for row in values])
     assert 0.035 < rejected <= 0.05 + 0.01
+
+
+@given(
+    st.lists(st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False), min_size=1, max_size=6),
+    st.booleans(),
+)
+@settings(deadline=None, max_examples=100)
+def test_ratios_of_any_size_have_a_mean_with_finite_bounds(ratios: list[float], clustered: bool) -> None:
+    """Student's quantile of two seeds is 12.7: a bound of 1e-300 and 1e300 lies beyond what a float holds."""
+    mean = geometric_mean(ratios, range(len(ratios)) if clustered else ["one"] * len(ratios))
+    for value in (mean.value, mean.low, mean.high):
+        assert value is None or math.isfinite(value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_difference_that_is_no_number_is_refused_and_not_called_significant(value: float) -> None:
+    with pytest.raises(ValueError, match="that are no numbers"):
+        sign_flip_p([0.1, value, 0.3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from report_runs import make_config, make_report, make_rollout, make_run
 
 from megatron_gspo.config import load
 from megatron_gspo.errors import BatchError, ConfigError, DataError
+from megatron_gspo.report import samples
 from megatron_gspo.report.manifest import describe, git_state, with_start
 from megatron_gspo.report.metrics import METRICS, by_outer_step
 from megatron_gspo.report.rundir import RunDirectory, initial_evaluation, read_lines
@@ -239,3 +241,36 @@ def test_the_documentation_is_the_table_of_metrics_word_for_word() -> None:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
     documented = {name.strip("`"): (unit, meaning, look_for) for name, unit, meaning, look_for in rows}
     assert documented == {name: (metric.unit, metric.meaning, metric.look_for) for name, metric in METRICS.items()}
+
+
+# ------------------------------------------------------------------------------------------------------- strict JSON
+
+
+def no_constant(word: str) -> None:
+    raise AssertionError(f"{word} is no JSON")
+
+
+def test_numbers_that_json_has_no_word_for_are_left_out_of_metrics_and_null_in_rollouts(tmp_path: Path) -> None:
+    run = RunDirectory.create(make_config(tmp_path / "run"))
+    writer = run.metrics_writer()
+    writer.write(StepReport(0, 0, 0, {"loss": 1.0, "ratio/ess": math.nan, "grad_norm": math.inf}))
+    writer.close()
+    record = make_rollout(0)
+    values = [math.nan, -math.inf, *(record.new_logprobs or ())[2:]]
+    path = run.write_rollouts(0, [replace(record, ratio=math.inf, new_logprobs=values, response="\ud800")])
+    (line,) = run.metrics_file.read_text().splitlines()
+    assert json.loads(line, parse_constant=no_constant) == {"step": 0, "outer_step": 0, "minibatch": 0, "loss": 1.0}
+    read = json.loads(path.read_text(), parse_constant=no_constant)
+    assert (read["ratio"], read["new_logprobs"][:2], read["response"]) == (None, [None, None], "\ud800")
+    assert samples.sample(read)["shades"]["new − old"][:2] == [None, None]
+
+
+def test_a_line_of_somebody_elses_with_what_is_no_number_still_reads(tmp_path: Path) -> None:
+    run = RunDirectory.create(make_config(tmp_path / "run"))
+    other = '{"step": 0, "outer_step": 0, "minibatch": 0, "loss": NaN, "grad_norm": "much", "lr": 1e-3, "x": 1e999}'
+    deep = "[" * 100_000
+    run.metrics_file.write_text(f"{other}\n{deep}\n{{}}\n")
+    assert run.metrics() == [{"step": 0, "outer_step": 0, "minibatch": 0, "lr": 1e-3}]
+    run.cut_back(make_config(run.path), 1)
+    (line,) = run.metrics_file.read_text().splitlines()
+    assert json.loads(line, parse_constant=no_constant)["loss"] is None

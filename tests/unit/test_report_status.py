@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from report_runs import make_config, make_report, make_run
 from megatron_gspo.errors import DataError, DependencyError
 from megatron_gspo.report.console import COLUMNS, ConsoleSink, fitting
 from megatron_gspo.report.metrics import Record
+from megatron_gspo.report.payload import resumed_at
 from megatron_gspo.report.rundir import RunDirectory, initial_evaluation
 from megatron_gspo.report.sink import Fanout
 from megatron_gspo.report.status import format_status, last_checkpoint, summarise, warnings
@@ -95,6 +97,7 @@ def test_a_healthy_run_warns_of_nothing() -> None:
         ({"kl__engine_tail": 1e-2}, "kl/engine_tail is 0.01, above 0.0001"),
         ({"reward__zero_std_groups": 0.75}, "75% of the groups have equal rewards"),
         ({"length__truncated": 0.6}, "60% of the responses were truncated"),
+        ({"step__skipped": 1.0}, "10 of the last 10 outer steps were skipped: every response was dropped"),
     ],
 )
 def test_what_is_unhealthy_is_named_with_its_number(changes: dict[str, float], words: str) -> None:
@@ -143,6 +146,43 @@ def test_an_unfinished_outer_step_is_printed_at_the_end(tmp_path: Path) -> None:
     sink.write(make_report(0, 0))
     assert "1/12" not in stream.getvalue()
     sink.close()
+    assert "1/12" in stream.getvalue()
+
+
+def skipped(outer_step: int, step: int) -> StepReport:
+    metrics = {"dropped/responses": 128.0, "dropped/aborted": 128.0, "step/skipped": 1.0, "tokens_per_s": 0.0}
+    return StepReport(step, outer_step, 0, metrics | {"time/rollout": 1.0})
+
+
+def test_a_skipped_outer_step_has_a_line_of_its_own_everywhere(tmp_path: Path) -> None:
+    """Its ``step`` is that of the next optimizer step, which is no resumption."""
+    run, stream = RunDirectory.create(make_config(tmp_path / "run")), io.StringIO()
+    console = ConsoleSink(make_config(tmp_path / "run"), world_size=2, stream=stream)
+    later = [replace(make_report(2, minibatch), step=4 + minibatch) for minibatch in range(4)]
+    sink = Fanout([run.metrics_writer(), console])
+    for report in (*(make_report(0, minibatch) for minibatch in range(4)), skipped(1, 4), *later):
+        sink.write(report)
+    summary = summarise(run)
+    assert (summary["outer_steps"], summary["optimizer_steps"]) == (3, 8)
+    assert [text for text in summary["warnings"] if "skipped" in text] == [
+        "1 of the last 3 outer steps were skipped: every response was dropped"
+    ]
+    assert [(line["step"], line["outer_step"]) for line in run.metrics()][3:6] == [(3, 0), (4, 1), (4, 2)]
+    assert resumed_at(run, run.metrics()) == []
+    first, second, third = stream.getvalue().splitlines()[-3:]
+    assert [line.split()[0] for line in (first, second, third)] == ["1/12", "2/12", "3/12"]
+    assert set(second.split()[1:10]) == {"-"}
+    sink.write(skipped(3, 8))
+    sink.close()
+    assert summarise(run)["optimizer_steps"] == 8
+
+
+def test_an_outer_step_with_fewer_mini_batches_ends_its_line(tmp_path: Path) -> None:
+    """A mini-batch that lost all its groups is left out."""
+    stream = io.StringIO()
+    sink = ConsoleSink(make_config(tmp_path / "run"), world_size=2, stream=stream)
+    sink.write(make_report(0, 0))
+    sink.write(StepReport(1, 0, 1, make_report(0, 3).metrics))
     assert "1/12" in stream.getvalue()
 
 
