@@ -19,11 +19,11 @@ SUMMARY = "show that parallel layouts compute the same training step as one proc
 EXAMPLE = "megatron-gspo parity --layouts TP2,TP2xPP2xEP2 --dtype float64"
 DOCS = "docs/parity.md"
 MORE = """
-Runs one mini-batch in each layout and compares logprobs, entropy, s_i, loss, clip decisions, every gradient and every
-parameter after an optimizer step with one process (no packing, naive float64 formulas), and that with transformers.
-Starts its own ranks on this machine; under torchrun or Slurm the world's ranks check the layouts that fit them. Exit
-status: 0 when every layout holds (of "--layouts all", every one that is not refused), 1 when one does not, 2 for a
-mistake in what was asked."""
+Runs two optimizer steps in each layout, by the functions that a run calls, and compares logprobs, entropy, s_i, loss,
+clip decisions, metrics, and every rank's gradients and parameters with one process (no packing; losses, AdamW and
+metrics written down again in float64), and that with transformers. Starts its own ranks on this machine; under torchrun
+or Slurm the world's ranks check the layouts that fit them. Exit status: 0 when every layout holds (of "--layouts all",
+every one that is not refused), 1 when one does not, 2 for a mistake in what was asked."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -40,7 +40,8 @@ class Row:
     ranks: int
     verdict: Literal["held", "failed", "refused"] = "held"
     columns: dict[str, Worst] = field(default_factory=dict)
-    """Of the steps up to the first that fails: what follows from it in later ones says nothing more."""
+    """Of the first step, and of the second where the first holds: what follows from a fault says nothing of its
+    place."""
     clip_flips: list[str] = field(default_factory=list)
     """Responses clipped otherwise than in the reference, without a near-tie: they fail a layout."""
     route_flips: list[str] = field(default_factory=list)
@@ -82,7 +83,7 @@ def judge(row: Row, parts: Sequence[Part], reference: Reference, tolerance: floa
         values = [part.ref_pass for part in last]
         _tokens(row, "logprobs", values, reference.ref_logprobs, case, indices, " of the reference policy")
     for number in range(min(len(part.steps) for part in parts)):
-        if not row.fails:
+        if number == 0 or not row.fails:
             _Step(row, parts, last, reference, number, excused).judge()
     row.columns = {name: worst for name, worst in row.columns.items() if worst.where}
     row.straddling = _straddling(reference, last)

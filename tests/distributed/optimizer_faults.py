@@ -56,8 +56,8 @@ def gradients_are_clipped_by_twice_the_norm() -> Iterator[None]:
 
     clip = optimizer.clip_grad_by_total_norm_fp32
 
-    def twice(parameters: Any, max_norm: float, total_norm: float, *args: Any) -> None:
-        clip(parameters, max_norm, 2 * total_norm, *args)
+    def twice(parameters: Any, max_norm: float, total_norm: float, *args: Any, **kwargs: Any) -> None:
+        clip(parameters, max_norm, 2 * total_norm, *args, **kwargs)
 
     with mock.patch.object(optimizer, "clip_grad_by_total_norm_fp32", twice):
         yield

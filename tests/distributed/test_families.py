@@ -18,7 +18,7 @@ from megatron_gspo.parity.check import Settings, compare_layout, compare_transfo
 from megatron_gspo.parity.layouts import parse_layout
 from megatron_gspo.parity.models import make_model
 from megatron_gspo.parity.ranks import LocalRanks
-from megatron_gspo.parity.step import PARAMETERS
+from megatron_gspo.parity.tensors import PARAMETERS
 from megatron_gspo.policy.groups import make_groups
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.train.context import expected_names
@@ -56,10 +56,10 @@ def test_a_step_is_transformers_in_one_process_and_the_same_step_over_tensor_pip
     assert theirs.columns["gradients"].error < 1e-5
     row = compare_layout(parse_layout("TP2xPP2xEP2"), reference, ranks, str(tmp_path), tolerance=1e-10)
     assert (row.verdict, row.reason) == ("held", "")
-    assert 0.0 < row.columns["gradients"].error < 1e-12
+    assert 0.0 < row.columns["gradients"].error < 1e-11
     for column in ("logprobs", "loss", "parameters"):
-        assert row.columns[column].error < 1e-12, column
-    before, after = load_file(path / "model.safetensors"), load_file(tmp_path / PARAMETERS)
+        assert row.columns[column].error < 1e-11, column
+    before, after = load_file(path / "model.safetensors"), load_file(tmp_path / PARAMETERS.format(step=1))
     kept = {tensor for tensor in before if torch.equal(before[tensor], after[tensor])}
     assert kept == {tensor for tensor in before if tensor.endswith("e_score_correction_bias")}, (
         "the step moves the rest"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_gspo.algorithm.catalog import LOSSES
 from megatron_gspo.cli import main
 from megatron_gspo.parity.case import Case
 from megatron_gspo.parity.check import Settings, compare_layout, compare_transformers, make_reference
@@ -63,6 +64,15 @@ def test_a_right_layout_holds_at_the_rounding_of_float64(tiny: Bench, layout: st
     assert row.columns["gradients"].error > 0.0, "two computations in another order agree to the last bit"
     assert row.columns["norm"].error < 1e-6  # Megatron's norm is float32's
     assert (row.straddling > 0) == ("TP2" in layout)
+
+
+@pytest.mark.parametrize("loss", sorted(set(LOSSES) - {"gspo"}))
+def test_every_loss_holds_over_tensor_context_and_data_ranks(tmp_path: Any, loss: str) -> None:
+    of_loss = bench(tmp_path, loss=loss)
+    for layout in ("TP2", "CP2", "DP2"):
+        row = of_loss.row(layout)
+        assert (row.verdict, row.reason) == ("held", "")
+        assert 0.0 < row.columns["gradients"].error < 1e-11
 
 
 def test_the_reference_is_transformers_to_its_float32_roundings(tiny: Bench) -> None:
@@ -141,7 +151,7 @@ UPDATE = {"gradients", "norm", "parameters"}
 EXPERTS = ".experts."
 FAULTS: list[tuple[Any, str, set[str], str, str]] = [
     # what a run's own sums, objective and metrics are
-    (faults.losses_are_doubled, "TP2", {"loss"} | UPDATE, "loss", "total, step 1"),
+    (faults.losses_are_doubled, "TP2", {"loss", "gradients", "norm"}, "loss", "total, step 1"),  # clipped alike
     (faults.the_clip_range_is_wider, "DP2", {"loss", "metrics"} | UPDATE, "loss", "response"),
     (faults.a_micro_batch_gives_no_gradient, "TP2", UPDATE, "gradients", "step 1"),
     (
@@ -151,19 +161,25 @@ FAULTS: list[tuple[Any, str, set[str], str, str]] = [
         "ratio",
         "response",
     ),
-    (faults.the_kl_term_is_counted_by_every_tensor_rank, "TP2", {"loss", "metrics"} | UPDATE, "loss", "response"),
+    (faults.the_kl_term_is_counted_by_every_tensor_rank, "TP2", {"loss", "metrics"} | UPDATE, "loss", "total, step 1"),
     (faults.metrics_of_sequences_are_summed_over_tensor_ranks_too, "TP2", {"metrics"}, "metrics", "loss, step 1"),
     (faults.metrics_of_tokens_stay_on_their_data_rank, "DP2", {"metrics"}, "metrics", "step 1"),
     (faults.quantiles_are_of_one_data_rank, "DP2", {"metrics"}, "metrics", "ratio/p"),
     (faults.entropy_is_at_temperature_1, "TP2", {"entropy", "metrics"}, "metrics", "entropy, step 1"),
     # placement, masks, passes
-    (faults.dropped_responses_still_count_in_their_group, "DP2", {"loss", "metrics"} | UPDATE, "loss", "step 2"),
-    (faults.masks_are_shifted, "DP2", EVERYTHING - {"logprobs", "entropy"}, "ratio", "response"),
-    (faults.token_slices_begin_one_late, "TP2", EVERYTHING, "logprobs", "response"),
-    (faults.reference_logprobs_come_one_token_late, "PP2", {"logprobs"}, "logprobs", "of the reference policy"),
+    (faults.dropped_responses_still_count_in_their_group, "DP2", {"loss", "metrics"} | UPDATE, "loss", "response 3/2"),
+    (faults.masks_are_shifted, "DP2", {"ratio", "loss", "gradients", "norm"}, "ratio", "response"),  # a NaN: no step
+    (faults.token_slices_begin_one_late, "TP2", EVERYTHING - {"metrics", "parameters"}, "logprobs", "response"),
+    (
+        faults.reference_logprobs_come_one_token_late,
+        "PP2",
+        {"logprobs", "loss", "metrics"} | UPDATE,
+        "logprobs",
+        "of the reference policy",
+    ),
     (faults.an_expert_is_dropped, "EP2", EVERYTHING, "parameters", "model.layers.3.mlp.experts.3.down_proj.weight"),
     # gradients over ranks
-    (faults.gradients_are_averaged_over_data_ranks, "DP2", UPDATE, "gradients", ".weight, step 1"),
+    (faults.gradients_are_averaged_over_data_ranks, "DP2", {"gradients", "norm"}, "gradients", ".weight, step 1"),
     (faults.expert_gradients_stay_on_their_data_rank, "DP2", UPDATE, "gradients", EXPERTS),
     (faults.input_norms_are_not_all_reduced, "TP2", UPDATE, "gradients", "input_layernorm.weight"),
     (
@@ -188,7 +204,7 @@ FAULTS: list[tuple[Any, str, set[str], str, str]] = [
     (optimizer.moments_are_lost_before_the_second_step, "PP2", {"parameters"}, "parameters", "step 2"),
     (optimizer.bias_correction_begins_anew, "PP2", {"parameters"}, "parameters", "step 2"),
     (optimizer.the_schedule_is_one_step_ahead, "PP2", {"metrics", "parameters"}, "metrics", "lr, step 1"),
-    (optimizer.betas_are_swapped, "EP2", {"parameters"}, "parameters", "step 1"),
+    (optimizer.betas_are_swapped, "EP2", {"parameters"}, "parameters", "step 2"),  # the first corrects for them
     (optimizer.eps_is_added_before_the_bias_correction, "EP2", {"parameters"}, "parameters", "step 1"),
     (optimizer.a_sync_sends_the_weights_before_the_last_step, "DP2", {"parameters"}, "parameters", "as sent, step 1"),
 ]
