@@ -198,9 +198,7 @@ def test_the_settings_reach_the_file(tmp_path: Path) -> None:
     tree = ['model.path="m"', f'train.run_dir="{tmp_path}/r"', 'data.path="d"', 'data.answer_field="a.b"']
     config = load_config(write_empty(tmp_path / "c.toml"), tree)
     assert (config.data.format, config.data.answer_field) == ("auto", "a.b")
-    from megatron_gspo.train.context import field_paths
-
-    assert field_paths(config) == Paths(answer="a.b")
+    assert Paths.named_by(config.data) == Paths(answer="a.b")
 
 
 def write_empty(path: Path) -> Path:
