@@ -87,7 +87,8 @@ def main() -> None:
     parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        return measure(options.only, options.model)
+        measure(options.only, options.model)
+        return
     for path in write(options.directory, options.rows):
         command = [sys.executable, __file__, str(options.directory), "--model", str(options.model), "--only", str(path)]
         subprocess.run(command, check=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from megatron_gspo.config import DataConfig
 from megatron_gspo.data.messages import ALIASES, ChatMessage, check_prompt
 from megatron_gspo.errors import DataError
 
@@ -121,6 +122,10 @@ class Paths:
     prompt: str = ""
     answer: str = ""
     completion: str = ""
+
+    @classmethod
+    def named_by(cls, config: DataConfig) -> Paths:
+        return cls(config.prompt_field, config.answer_field, config.completion_field)
 
 
 def recognise(rows: Iterable[Mapping[str, Any]], paths: Paths) -> str:

@@ -21,7 +21,7 @@ def check_prompts(facts: Facts) -> list[Check]:
     first of them as the model reads it."""
     config, prompts = facts.config, facts.prompts
     looked, rows = prompts.looked, len(prompts)
-    text = f"{config.data.path}: {rows} prompts ({looked.format}), {config.train.prompts_per_step} a step"
+    text = f"{config.data.path}: {rows} prompts, {config.train.prompts_per_step} a step, read as {looked.format!r}"
     if not looked.whole:
         text += f"; {looked.rows} rows looked at, the others are when they are drawn"
     if prompts.skipped:
@@ -77,7 +77,7 @@ def check_reward(facts: Facts) -> list[Check]:
     if scored.token_rewards_G is not None and config.algorithm.name == "gspo":
         text, fix = f"{text}; it gives one reward a token, and gspo takes their mean", 'algorithm.name = "gspo-token"'
         return [*found, warning(text, fix)]
-    return [*found, ok(text)]
+    return sorted([ok(text), *found], key=lambda check: check.status == "ok")
 
 
 def _references(facts: Facts, prompts: PromptSet, survey: Survey) -> list[Check]:

@@ -144,7 +144,7 @@ class Facts:
             path,
             tokenizer=self.tokenizer,
             format=data.format,
-            fields=Paths(data.prompt_field, data.answer_field, data.completion_field),
+            fields=Paths.named_by(data),
             chat_template=data.chat_template,
             skip_bad=data.skip_bad,
             limit=limit,

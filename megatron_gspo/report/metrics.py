@@ -220,6 +220,13 @@ METRICS: dict[str, Metric] = {
     "dropped/truncated": Metric("responses", "Those that were cut, under `rollout.on_truncated`.", combine="last"),
     "dropped/lonely": Metric("responses", "Sound ones that were left alone in their group.", combine="last"),
     "dropped/groups": Metric("groups", "Groups that left the batch with them.", combine="last"),
+    "data/skipped": Metric(
+        "prompts",
+        "Prompts (for sft, examples) that turned out bad when they were drawn, under `data.skip_bad`; the next of the "
+        "order stood in for each.",
+        "0, or few.",
+        combine="last",
+    ),
     "eval/accuracy": Metric(
         "fraction",
         "Share of the responses to the fixed held-out prompts that get reward 1 (avg@k for k = `eval.samples`), "

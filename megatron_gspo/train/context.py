@@ -128,11 +128,6 @@ class Inputs:
         return {name: loaded.looked.fingerprint() if loaded else fingerprint(()) for name, loaded in sets.items()}
 
 
-def field_paths(config: RunConfig) -> Paths:
-    """The fields that the configuration names."""
-    return Paths(config.data.prompt_field, config.data.answer_field, config.data.completion_field)
-
-
 def describe_looked(read: PromptSet | CompletionSet) -> str:
     """ " (1 skipped, first: line 3: ...)", and of a long file how much of it was looked at."""
     parts = [] if read.looked.whole else [f"{read.looked.rows} rows looked at, the others are when they are drawn"]
@@ -149,7 +144,7 @@ def load_inputs(config: RunConfig) -> Inputs:
         load_prompts,
         tokenizer=tokenizer,
         format=config.data.format,
-        fields=field_paths(config),
+        fields=Paths.named_by(config.data),
         chat_template=config.data.chat_template,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         skip_bad=config.data.skip_bad,

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_gspo.config import RunConfig
+from megatron_gspo.data.formats import Paths
 from megatron_gspo.data.prompts import PromptSet, load_prompts
 from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer, response_text
 from megatron_gspo.errors import ConfigError, EngineUnavailableError
@@ -19,10 +20,10 @@ from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.rewards.registry import Reward, resolve_reward
 from megatron_gspo.rollout.engine import Progress, Sampling, local_servers, make_engine
 from megatron_gspo.rollout.probe import ServerState, probe
-from megatron_gspo.train.context import field_paths
 from megatron_gspo.train.grade import Graded, evaluation_sampling, grade
 from megatron_gspo.train.models import check_engine
 from megatron_gspo.train.subject import Subject
+from megatron_gspo.train.survey import usable_questions
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def read_questions(subject: Subject, *, greedy: bool) -> Questions:
         config.data.eval_path,
         tokenizer=tokenizer,
         format=config.data.format,
-        fields=field_paths(config),
+        fields=Paths.named_by(config.data),
         chat_template=config.data.chat_template,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         skip_bad=config.data.skip_bad,
@@ -72,7 +73,8 @@ def read_questions(subject: Subject, *, greedy: bool) -> Questions:
     )
     seeded = config.rollout.is_seeded(on_gpu=torch.cuda.is_available())
     sampling = evaluation_sampling(config, tokenizer.stop_ids, seeded=seeded, greedy=greedy)
-    return Questions(tokenizer, prompts, resolve_reward(config.reward), sampling)
+    reward = resolve_reward(config.reward)
+    return Questions(tokenizer, usable_questions(config, prompts, reward, tokenizer), reward, sampling)
 
 
 def examine(

@@ -12,6 +12,7 @@ import torch
 from megatron_gspo.algorithm.packing import shard_tokens
 from megatron_gspo.algorithm.sft import sft_loss
 from megatron_gspo.config import RunConfig
+from megatron_gspo.data.formats import Paths
 from megatron_gspo.data.prompts import Completion, CompletionSet, load_completions
 from megatron_gspo.data.tokenizer import open_tokenizer
 from megatron_gspo.errors import NonFiniteError
@@ -21,7 +22,7 @@ from megatron_gspo.policy.groups import Groups
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.train.batch import Minibatch, check_tokens, place
 from megatron_gspo.train.clock import Clock
-from megatron_gspo.train.context import describe_looked, field_paths
+from megatron_gspo.train.context import describe_looked
 from megatron_gspo.train.draw import skip_notes, take_usable
 from megatron_gspo.train.models import check_models
 from megatron_gspo.train.progress import Progress, seed_generators
@@ -53,7 +54,7 @@ def load_examples(config: RunConfig) -> Examples:
         config.data.path,
         tokenizer=open_tokenizer(config),
         format=config.data.format,
-        fields=field_paths(config),
+        fields=Paths.named_by(config.data),
         chat_template=config.data.chat_template,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         max_response_tokens=config.rollout.max_response_tokens,

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.prompts import PromptSet
+from megatron_gspo.data.tokenizer import Tokenizer
 from megatron_gspo.errors import DataError
 from megatron_gspo.parallel.exchange import broadcast_object, together
-from megatron_gspo.policy.groups import Groups
 from megatron_gspo.rewards.references import Graded, ReferenceCheck, Survey
-from megatron_gspo.train.context import Inputs
+from megatron_gspo.rewards.registry import Reward
 from megatron_gspo.types import Prompt
+
+if TYPE_CHECKING:  # an evaluation by itself needs no Megatron
+    from megatron_gspo.policy.groups import Groups
+    from megatron_gspo.train.context import Inputs
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ def survey_references(config: RunConfig, inputs: Inputs, groups: Groups) -> tupl
     place in the order, and others stand in for them when they are drawn. Raises DataError without it when a reference
     would end the run, RewardError when the reward fails on every one.
     """
-    check = make_check(config, inputs)
+    check = make_check(config, inputs.reward, inputs.tokenizer)
     sets = [(inputs.prompts, config.train.prompts_per_step)]
     if inputs.eval_prompts is not None and config.eval.every:
         sets.append((inputs.eval_prompts, 1))
@@ -52,9 +57,18 @@ def survey_references(config: RunConfig, inputs: Inputs, groups: Groups) -> tupl
     return inputs, told.notes
 
 
-def make_check(config: RunConfig, inputs: Inputs) -> ReferenceCheck:
-    tokenizer, limit = inputs.tokenizer, config.reward.check_references
-    return ReferenceCheck(inputs.reward, tokenizer.encode, tokenizer.eos_id, limit=limit, seed=config.train.seed)
+def make_check(config: RunConfig, reward: Reward, tokenizer: Tokenizer) -> ReferenceCheck:
+    limit, seed = config.reward.check_references, config.train.seed
+    return ReferenceCheck(reward, tokenizer.encode, tokenizer.eos_id, limit=limit, seed=seed)
+
+
+def usable_questions(config: RunConfig, prompts: PromptSet, reward: Reward, tokenizer: Tokenizer) -> PromptSet:
+    """An evaluation's prompts, those with an unusable reference left out under ``data.skip_bad``. Raises as
+    ``survey_references`` does."""
+    check = make_check(config, reward, tokenizer)
+    if check.limit:
+        _survey(config, check, prompts, 1)
+    return without_bad(check, prompts) if config.data.skip_bad else prompts
 
 
 def without_bad(check: ReferenceCheck, prompts: PromptSet) -> PromptSet:

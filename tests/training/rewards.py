@@ -28,6 +28,12 @@ def first_token_is_even(prompt: Prompt, response: Rollout) -> float:
     return float(response.response_ids[0] % 2 == 0)
 
 
+def share_of_even_tokens_of_an_answer(prompt: Prompt, response: Rollout) -> float:
+    if prompt.answer == "none":
+        raise ValueError(f"{prompt.id} has no answer")
+    return share_of_even_tokens(prompt, response)
+
+
 def jams_at_the_second_sample(prompt: Prompt, response: Rollout) -> float:
     if response.sample == 1:
         raise RuntimeError("paper jam")

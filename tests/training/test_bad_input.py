@@ -150,6 +150,18 @@ HELD_BY: dict[str, list[tuple[str, str]]] = {
         ("fuzz/test_prompt_lines.py", "test_mutated_objects_are_the_prompts_that_they_say_or_are_named"),
         ("fuzz/test_prompt_lines.py", "test_mutated_bytes_are_the_prompts_that_they_say_or_are_named"),
     ],
+    "a prompt far down a long file that is malformed": [
+        ("unit/test_data_long.py", "test_a_bad_row_far_down_is_found_when_it_is_drawn"),
+        ("distributed/test_draw.py", "test_the_next_of_the_order_stands_in_for_a_bad_one"),
+    ],
+    "a data file of another kind, broken or unknown": [
+        ("unit/test_data_formats.py", "test_a_file_that_cannot_be_read_says_why"),
+        ("unit/test_data_formats.py", "test_a_shard_that_is_missing_and_a_directory_without_data_are_refused"),
+    ],
+    "a reference answer that the reward cannot use": [
+        ("unit/test_doctor.py", "test_a_reference_that_the_reward_cannot_use_is_named_by_its_line"),
+        (FAULTS, "test_a_reference_that_the_reward_refuses_is_skipped_or_ends_the_run"),
+    ],
     "an empty prompt file": [(PROMPTS, "test_a_file_without_a_usable_row_is_an_error_even_when_skipping")],
     "a prompt longer than the limit": [(PROMPTS, "test_a_bad_row_is_named_or_skipped_and_counted")],
     "a response longer than the model's positions": [

@@ -257,6 +257,29 @@ def test_a_process_whose_reward_hangs_ends_with_one_line(settings: Settings, qui
     assert "Traceback" not in done.stderr
 
 
+def with_bad_references(quickstart: Path, tmp_path: Path, *lines: int) -> str:
+    """The training prompts, 16 of them, with answers in these lines that the reward refuses."""
+    rows = [json.loads(row) for row in (quickstart / "train.jsonl").read_text().splitlines()[:16]]
+    for line in lines:
+        rows[line - 1]["answer"] = "none"
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f'data.path="{tmp_path}/bad.jsonl"'
+
+
+def test_a_reference_that_the_reward_refuses_is_skipped_or_ends_the_run_before_it_begins(
+    ranks: RankPool, settings: Settings, quickstart: Path, tmp_path: Path
+) -> None:
+    more = [with_bad_references(quickstart, tmp_path, 5, 13), reward("share_of_even_tokens_of_an_answer")]
+    with StandIn(quickstart / "model") as server:
+        said = endings(ranks, settings(server, *more))
+        assert re.search(r"^2 DataError: .*bad.jsonl, line 5: the reference answer cannot be graded.*line-5", said)
+        assert server.answered == 0 and not (tmp_path / "run").exists()
+        assert endings(ranks, settings(server, *more, "data.skip_bad=true", "train.outer_steps=4")) == "finished"
+    assert sum(line["data/skipped"] for line in metrics(tmp_path) if line["minibatch"] == 0) == 2
+    responses = [json.loads(line) for path in (tmp_path / "run" / "rollouts").iterdir() for line in path.open()]
+    assert responses and not {"line-5", "line-13"} & {response["prompt_id"] for response in responses}
+
+
 def fill_the_disk_under_metrics() -> None:
     """The kernel's own "no space left", at the first line."""
 

@@ -26,7 +26,7 @@ from tests.fuzz.test_prompt_lines import TOKENIZER
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 USER = [{"role": "user", "content": "6x7?"}]
-ROWS = [{"prompt": f"{n}+{n}=", "answer": str(2 * n), "note": "a,\n\"b\" é"} for n in range(5)]
+ROWS = [{"prompt": f"{n}+{n}=", "answer": str(2 * n), "note": 'a,\n"b" é'} for n in range(5)]
 
 
 @pytest.fixture(autouse=True)
@@ -67,11 +67,13 @@ def examples() -> list[tuple[str, str]]:
 
 def test_the_page_has_an_example_and_a_row_of_the_table_for_each_format() -> None:
     assert {name for name, _ in examples()} == set(FORMATS)
-    assert {name for name in re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)} == set(FORMATS)
+    assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)) == set(FORMATS)
 
 
 @pytest.mark.parametrize(("name", "line"), examples())
-def test_each_example_of_the_page_is_recognised_and_is_what_the_table_says(tmp_path: Path, name: str, line: str) -> None:
+def test_each_example_of_the_page_is_recognised_and_is_what_the_table_says(
+    tmp_path: Path, name: str, line: str
+) -> None:
     path = tmp_path / "one.jsonl"
     path.write_text(line + "\n")
     loaded = load_prompts(path, tokenizer=TOKENIZER)
@@ -193,12 +195,10 @@ def test_fields_of_other_names_are_named_by_their_paths(tmp_path: Path) -> None:
 
 
 def test_the_settings_reach_the_file(tmp_path: Path) -> None:
-    tree = ['model.path="m"', f'train.run_dir="{tmp_path}/r"', 'data.path="d"', "data.answer_field=\"a.b\""]
+    tree = ['model.path="m"', f'train.run_dir="{tmp_path}/r"', 'data.path="d"', 'data.answer_field="a.b"']
     config = load_config(write_empty(tmp_path / "c.toml"), tree)
     assert (config.data.format, config.data.answer_field) == ("auto", "a.b")
-    from megatron_gspo.train.context import field_paths
-
-    assert field_paths(config) == Paths(answer="a.b")
+    assert Paths.named_by(config.data) == Paths(answer="a.b")
 
 
 def write_empty(path: Path) -> Path:
@@ -235,7 +235,12 @@ KINDS: dict[str, str] = {
     "x.csv": csv_text(),
     "x.tsv": "\ufeff" + csv_text("\t"),
 }
-PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
 
 
 @pytest.mark.parametrize("packed", PACK)
@@ -316,8 +321,11 @@ def test_an_array_is_read_whatever_its_texts_and_wherever_blocks_end(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.sampled_from(["", "  ", "\r", "x", '{"prompt": "é"}', ' {"prompt": "a"} \r']), max_size=12),
-       st.integers(1, 40), st.booleans())
+@given(
+    st.lists(st.sampled_from(["", "  ", "\r", "x", '{"prompt": "é"}', ' {"prompt": "a"} \r']), max_size=12),
+    st.integers(1, 40),
+    st.booleans(),
+)
 def test_lines_are_found_wherever_blocks_end(tmp_path: Path, lines: list[str], block: int, ends: bool) -> None:
     from megatron_gspo.data import text_rows
 
@@ -369,9 +377,9 @@ def test_a_pattern_names_some_of_the_files_and_errors_name_the_shard(tmp_path: P
 
 def test_a_shard_that_is_missing_and_a_directory_without_data_are_refused(tmp_path: Path) -> None:
     path = shards(tmp_path / "data", "train-00000-of-00003.parquet", "train-00002-of-00003.parquet")
-    with pytest.raises(DataError, match="1 of 3 shards are missing, the first: train-00001-of-00003.parquet"):
+    with pytest.raises(DataError, match=r"1 of 3 shards are missing, the first: train-00001-of-00003.parquet"):
         load_prompts(path, tokenizer=TOKENIZER)
-    with pytest.raises(DataError, match="no data files .*it holds the directories data: name one"):
+    with pytest.raises(DataError, match=r"no data files .*it holds the directories data: name one"):
         load_prompts(tmp_path, tokenizer=TOKENIZER)
     with pytest.raises(DataError, match="no such data file"):
         load_prompts(tmp_path / "nowhere" / "*.jsonl", tokenizer=TOKENIZER)

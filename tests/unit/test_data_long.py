@@ -45,7 +45,9 @@ def test_a_bad_row_far_down_is_found_when_it_is_drawn_and_counts_as_a_place_of_t
     assert (loaded.prompts[39].text, loaded.prompts[-1].id) == ("<user:39+39=>", f"line-{MANY}")
     with pytest.raises(DataError, match=r"x.jsonl, line 41: the field 'prompt' must be .* got 7"):
         loaded.prompts[40]
-    with pytest.raises(DataError, match=r"x.jsonl, line 42: the prompt has \d+ tokens, rollout.max_prompt_tokens is 60"):
+    with pytest.raises(
+        DataError, match=r"x.jsonl, line 42: the prompt has \d+ tokens, rollout.max_prompt_tokens is 60"
+    ):
         loaded.prompts[41]
     assert load_prompts(path, tokenizer=TOKENIZER, max_prompt_tokens=60, skip_bad=True, limit=20).looked.whole
 
@@ -69,7 +71,9 @@ def test_ids_that_nobody_compared_have_their_place_behind_them(tmp_path: Path) -
 
 def test_a_slice_and_an_iteration_are_the_rows(tmp_path: Path) -> None:
     loaded = load_prompts(write(tmp_path / "x.jsonl", rows()), tokenizer=TOKENIZER).prompts
-    assert [p.text for p in loaded[3:6]] == [p.text for p in list(loaded)[3:6]] == [f"<user:{n}+{n}=>" for n in (3, 4, 5)]
+    assert (
+        [p.text for p in loaded[3:6]] == [p.text for p in list(loaded)[3:6]] == [f"<user:{n}+{n}=>" for n in (3, 4, 5)]
+    )
     assert len(loaded[::2]) == MANY / 2 and loaded[::2][-1] == loaded[-2]
     with pytest.raises(IndexError):
         loaded[MANY]

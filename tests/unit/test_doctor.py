@@ -128,7 +128,7 @@ def test_what_a_reward_prints_stays_out_of_the_json(case: Case, capsys) -> None:
     reward.write_text("print('imported')\ndef f(prompt, response):\n    print('called')\n    return 0.5\n")
     _, out, err = run(capsys, case.config, f'reward.function="{reward}:f"', "--json")
     assert json.loads(out)["checks"]
-    assert "imported" in err and err.count("called") == 2
+    assert "imported" in err and err.count("called") == 600 + 2  # each reference, and one prompt twice
 
 
 def test_the_checks_import_neither_megatron_nor_sglang(case: Case) -> None:
@@ -431,7 +431,7 @@ def test_a_malformed_line_is_named_by_file_and_line(case: Case) -> None:
     assert check.status == "error" and f"{path}, line 3: not JSON" in check.detail and check.fix == "data.path"
     skipped = case.checks("data.skip_bad=true", only="prompts")[0]
     assert "599 prompts" in skipped.detail or "600 prompts" in skipped.detail
-    assert "1 of the first 257 skipped (line 3: not JSON" in skipped.detail
+    assert "1 of 600 rows skipped (line 3: not JSON" in skipped.detail
 
 
 def test_too_few_prompts_and_too_long_ones_say_the_setting_and_the_value(case: Case) -> None:
@@ -477,6 +477,57 @@ def test_a_reward_that_fails_on_one_prompt_says_how(case: Case, body: str, said:
 def test_a_reward_is_called_with_the_reference_answer_and_with_nonsense(case: Case) -> None:
     assert case.check("reward").detail == "exact on prompt 'line-1': 1 for its reference answer, 0 for '0'"
     assert "reward.function = 'none' is unknown" in case.check("reward", 'reward.function="none"').detail
+
+
+def with_row(case: Case, line: int, **fields: object) -> None:
+    path = case.root / "train.jsonl"
+    rows = [json.loads(row) for row in path.read_text().splitlines()]
+    rows[line - 1] |= fields
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("line", [1, 13, 600])
+def test_a_reference_that_the_reward_cannot_use_is_named_by_its_line_wherever_it_stands(case: Case, line: int) -> None:
+    with_row(case, line, answer="no solution")
+    check = case.check("reward", 'reward.function="arithmetic"')
+    assert check.status == "error" and check.fix == "the rows, or data.skip_bad = true"
+    assert check.detail.startswith(f"{case.root}/train.jsonl, line {line}: the reference answer cannot be graded: ")
+    assert (
+        "'no solution'" in check.detail and "600 distinct references of 600 prompts graded, 1 unusable" in check.detail
+    )
+    skipped = case.check("reward", 'reward.function="arithmetic"', "data.skip_bad=true")
+    assert skipped.status == "warning" and "skipped when drawn" in skipped.detail
+    unseen = case.checks('reward.function="arithmetic"', "reward.check_references=0", only="reward")
+    assert [check.status for check in unseen] == ["ok"] or line == 1
+
+
+def test_references_that_are_sound_are_counted_and_an_absent_one_is_a_warning(case: Case) -> None:
+    _, counted = case.checks(only="reward")
+    assert (counted.status, counted.detail) == (
+        "ok",
+        "600 distinct references of 600 prompts graded, 0 unusable",
+    )
+    with_row(case, 40, answer=None)
+    check = case.check("reward")
+    assert check.status == "warning" and "train.jsonl, line 40: there is no reference answer" in check.detail
+
+
+def test_a_long_file_says_how_many_rows_were_looked_at(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_gspo.data import prompts
+
+    monkeypatch.setattr(prompts, "CHECKED_ROWS", 100)
+    monkeypatch.setattr(prompts, "FIRST_ROWS", 50)
+    with_row(case, 300, prompt="a line that is far too long")
+    check = case.checks(only="prompts")[0]
+    assert check.status == "ok"
+    assert (
+        "600 prompts, 32 a step, read as 'prompts'; 50 rows looked at, the others are when they are drawn"
+        in check.detail
+    )
+    graded = case.checks("reward.check_references=7", only="reward")[1]
+    assert graded.detail == (
+        "7 distinct references of 7 prompts graded, 0 unusable; the others are when they are drawn"
+    )
 
 
 def test_token_rewards_under_gspo_are_said_to_be_averaged(case: Case) -> None:
