@@ -35,9 +35,12 @@ class HuggingFaceTokenizer:
 
     def __init__(self, directory: Path, template_variables: Mapping[str, Any] | None = None) -> None:
         self._hf = _load(directory)
+        settings = read_json(directory, "tokenizer_config.json")
         if (directory / FILE).is_file():
-            _check_against_file(self._hf, directory)
-        self._begin = _begin(self._hf, self.encode)
+            _check_against_file(self._hf, directory, settings)
+        else:
+            _check_vocabulary(self._hf, directory, settings)
+        self._begin = _begin(self._hf, self.encode, settings)
         self._template = ChatTemplate(self._hf, template_variables or {}) if self._hf.chat_template else None
         if template_variables and self._template is None:
             raise DataError(f"{directory}: data.chat_template_kwargs is set, but the tokenizer has no chat template")
@@ -106,7 +109,7 @@ def _load(directory: Path) -> Any:
         raise DataError(f"{directory}: transformers cannot load the tokenizer: {one_line(error)}") from error
 
 
-def _check_against_file(hf: Any, directory: Path) -> None:
+def _check_against_file(hf: Any, directory: Path, settings: Mapping[str, Any]) -> None:
     """Raises DataError unless texts have the tokens of ``tokenizer.json`` and become the same texts again.
 
     Whether a text survives is not asked: a tokenizer may be of lower case, or of ten digits.
@@ -116,8 +119,7 @@ def _check_against_file(hf: Any, directory: Path) -> None:
     file = Backend.from_file(str(directory / FILE))
     file.no_truncation()
     file.no_padding()
-    settings = read_json(directory, "tokenizer_config.json")
-    named = {str(token.get("content")) for token in _added(settings) if isinstance(token, dict)}
+    named = _added(settings)
     for name in ("eos_token", "bos_token"):
         token = getattr(hf, name)
         if token is not None and file.token_to_id(token) is None and token not in named:
@@ -137,9 +139,24 @@ def _check_against_file(hf: Any, directory: Path) -> None:
         )
 
 
-def _added(settings: Mapping[str, Any]) -> list[Any]:
+def _check_vocabulary(hf: Any, directory: Path, settings: Mapping[str, Any]) -> None:
+    """Raises DataError unless what was built without a ``tokenizer.json`` has the ids of the other files."""
+    built = hf.get_vocab()
+    for name, ids in (("vocab.json", read_json(directory, "vocab.json")), ("tokenizer_config.json", _added(settings))):
+        for token, i in ids.items():
+            if built.get(token) != i:
+                raise DataError(
+                    f"{directory}: transformers builds a {type(hf).__name__} in which {short(token)} is "
+                    f"{built.get(token)}, and {name} says {i}: name the right tokenizer_class in "
+                    f"tokenizer_config.json, or put the model's tokenizer.json beside it"
+                )
+
+
+def _added(settings: Mapping[str, Any]) -> dict[str, int]:
+    """The added tokens that ``tokenizer_config.json`` names: text -> id."""
     added = settings.get("added_tokens_decoder")
-    return list(added.values()) if isinstance(added, dict) else []
+    entries = added.items() if isinstance(added, dict) else ()
+    return {str(token["content"]): int(i) for i, token in entries if isinstance(token, dict) and "content" in token}
 
 
 def _probes(file: Any) -> Iterator[str]:
@@ -163,14 +180,18 @@ def _decoded(file: Any, hf: Any, ids: list[int], skip: bool) -> bool:
     return bool(text == file.decode(ids, skip_special_tokens=skip))
 
 
-def _begin(hf: Any, encode: Callable[[str], list[int]]) -> str:
-    """The special tokens that the tokenizer puts in front of a text; they are put there as text that one can see."""
+def _begin(hf: Any, encode: Callable[[str], list[int]], settings: Mapping[str, Any]) -> str:
+    """The special tokens that the tokenizer puts in front of a text; they are put there as text that one can see.
+
+    transformers 5 ignores ``add_bos_token`` beside a ``tokenizer.json``, and DeepSeek-V3 asks for its token only so.
+    """
+    asked = str(hf.bos_token) if settings.get("add_bos_token") is True and hf.bos_token else ""
     if not hf.encode(""):
-        return ""
+        return asked
     for text in ("a", "0", *(hf.decode([i]) for i in range(min(len(hf), 64)))):
         ids = _outcome(functools.partial(encode, text))
         if ids:
             whole = list(hf.encode(text))
             front = next((n for n in range(len(whole)) if whole[n : n + len(ids)] == ids), 0)
-            return "".join(hf.convert_ids_to_tokens(whole[:front]))
-    return ""
+            return "".join(hf.convert_ids_to_tokens(whole[:front])) or asked
+    return asked

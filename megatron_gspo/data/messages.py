@@ -24,7 +24,8 @@ def check_prompt(value: object, name: str = "prompt") -> str | tuple[ChatMessage
 
     Messages are {"role", "content"}, or ShareGPT's {"from", "value"}. A content is a text, or parts
     {"type": "text", "text": ...}, which are joined with nothing between them. A key whose value is null is left out,
-    at every depth: Parquet gives every message every key. Other keys (``tool_calls``, ``name``) stay as they are.
+    at every depth: Parquet gives every message every key. Other keys (``tool_calls``, ``name``) stay as they are. Only
+    an assistant's turn that calls tools and says nothing has the content None.
 
     ``name`` is the field that errors speak of. Raises DataError, without the place in the file, for anything that
     would not reach the model as a user means it: null, a number, an image, an unknown role, a user's turn without
@@ -66,8 +67,8 @@ def _message(value: object, place: str) -> ChatMessage:
     if fields.get("tool_calls") in ([], ()):
         del fields["tool_calls"]
     role = _role(fields["role"], place)
-    if role == "assistant" and "tool_calls" in fields:
-        fields.setdefault("content", "")  # a turn that only calls tools says nothing
+    if role == "assistant" and "tool_calls" in fields and not fields.get("content"):
+        return {**fields, "role": role, "content": None}
     if "content" not in fields:
         raise DataError(f"{place} = {value!r:.80} is no chat message: it needs role and content, which is not null")
     content = _content(fields["content"], place)

@@ -39,7 +39,7 @@ class ChatTemplate:
             self._check_unrendered(prompt)
         else:
             self._check_contents(messages)
-        text = self._write(messages, generation_prompt=True)
+        text = self._write_all(messages)
         self._check_said(messages, text)
         return text
 
@@ -68,6 +68,19 @@ class ChatTemplate:
             )
         except Exception as error:  # a template is a program: jinja2's errors, or what it raises itself
             raise DataError(f"the chat template refuses the messages: {one_line(error)}") from error
+
+    def _write_all(self, messages: Sequence[ChatMessage]) -> str:
+        """As ``_write``. A turn that only calls tools has no content: null, as most templates ask for it, or an empty
+        text for one that would write "None"."""
+        if all(message["content"] is not None for message in messages):
+            return self._write(messages, generation_prompt=True)
+        empty = [{**message, "content": message["content"] or ""} for message in messages]
+        without = self._write(empty, generation_prompt=True)
+        try:
+            text = self._write(messages, generation_prompt=True)
+        except DataError:
+            return without
+        return without if text.count("None") > without.count("None") else text
 
     def _check_variables(self) -> None:
         """Raises DataError for a variable that the template never reads: setting it would do nothing."""
@@ -130,7 +143,7 @@ class ChatTemplate:
 
     def _check_contents(self, messages: Sequence[ChatMessage]) -> None:
         for i, message in enumerate(messages):
-            mark = self._mark_in(str(message["content"]))
+            mark = self._mark_in(str(message["content"] or ""))
             if mark is not None:
                 raise DataError(
                     f"message {i} ({message['role']}) holds {mark!r}, which the chat template writes around turns: the "
@@ -141,7 +154,7 @@ class ChatTemplate:
         """Raises DataError unless the text holds what every message says."""
         dropped = self._positions_dropped(messages)
         for i, message in enumerate(messages):
-            role, content = message["role"], str(message["content"])
+            role, content = message["role"], str(message["content"] or "")
             if content.strip() and (i in dropped or not _says(text, role, content)):
                 raise DataError(
                     f"the chat template leaves out what message {i} ({role}) says, {short(content)}: the model would "
@@ -156,9 +169,12 @@ class ChatTemplate:
         shape = tuple((message["role"], bool(message["content"]), *sorted(message)) for message in messages)
         if shape not in self._dropped:
             words = [f"probe{i}x" if message["content"] else "" for i, message in enumerate(messages)]
-            probes = [{**message, "content": word} for message, word in zip(messages, words, strict=True)]
+            probes = [
+                {**message, "content": word or message["content"]}
+                for message, word in zip(messages, words, strict=True)
+            ]
             try:
-                text = self._write(probes, generation_prompt=True)
+                text = self._write_all(probes)
                 self._dropped[shape] = frozenset(i for i, word in enumerate(words) if word not in text)
             except DataError:  # it asks for more than words; what the messages really say is looked for all the same
                 self._dropped[shape] = frozenset()

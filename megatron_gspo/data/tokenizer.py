@@ -13,6 +13,8 @@ from megatron_gspo.data.model_files import read_json, short
 from megatron_gspo.data.sentencepiece import SentencePieceTokenizer, is_tiktoken
 from megatron_gspo.errors import DataError
 
+LONGEST_CHARACTER = 4
+"""Tokens that one character may take: bytes of UTF-8."""
 HF_TOKENIZER_FILES = (FILE, "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
@@ -133,11 +135,16 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """What each token adds to the text, special tokens too. A part of a character is U+FFFD."""
     texts = []
     for i, token in enumerate(ids):
-        alone = tokenizer.decode([token], skip_special=False)
-        before = tokenizer.decode([ids[i - 1]], skip_special=False) if i else ""
-        both = tokenizer.decode([ids[i - 1], token], skip_special=False) if i else alone
-        # Many a tokenizer drops the space of a text's first token.
-        texts.append(both.removeprefix(before) if both.startswith(before) and "\ufffd" not in before else alone)
+        # Many a tokenizer drops the space of a text's first token, so a token is read behind those before it, from
+        # where they begin a character.
+        text = tokenizer.decode([token], skip_special=False)
+        for start in range(i - 1, max(-1, i - 1 - LONGEST_CHARACTER), -1):
+            before = tokenizer.decode(ids[start:i], skip_special=False)
+            both = tokenizer.decode(ids[start : i + 1], skip_special=False)
+            if "\ufffd" not in before and both.startswith(before):
+                text = both.removeprefix(before)
+                break
+        texts.append(text)
     return texts
 
 

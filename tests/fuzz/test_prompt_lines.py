@@ -43,7 +43,7 @@ SOUND = b"\n".join(map(as_json, ROWS)) + b"\n"
 class CharacterTokenizer:
     """One token a character; the template writes each turn as <role:content>, and wants its content to be text."""
 
-    eos_id, stop_ids, vocab_size = 0, (0,), 0x110000
+    eos_id, stop_ids, vocab_size, turn_end = 0, (0,), 0x110000, None
 
     def __len__(self) -> int:
         return self.vocab_size

@@ -32,7 +32,7 @@ def test_keys_that_are_null_are_left_out_at_every_depth() -> None:
     ]
     assert check_prompt(messages) == (
         user("2+2?"),
-        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
         {"role": "tool", "content": "4"},
     )
 

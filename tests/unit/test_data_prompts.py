@@ -21,7 +21,7 @@ EOS = 256
 class ByteTokenizer:
     """One token a UTF-8 byte; the template writes each turn as <role:content>."""
 
-    eos_id, stop_ids, vocab_size = EOS, (EOS,), 257
+    eos_id, stop_ids, vocab_size, turn_end = EOS, (EOS,), 257, None
 
     def __len__(self) -> int:
         return 257
