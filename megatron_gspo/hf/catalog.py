@@ -60,13 +60,13 @@ def read_model(directory: str | Path, *, dequantised: bool = False) -> tuple[Fam
     _check_sizes(directory, config)
     try:
         shape = FAMILIES[name].shape(config)
+        _check_shape(shape)
     except ConfigError as error:
         raise ConfigError(f"{directory}: {error}{_defaults_in(str(error), FAMILIES[name], config)}") from None
     except KeyError as error:
         raise ConfigError(f"{directory}: config.json lacks {error}") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{directory}: config.json cannot be read as {name}: {error}") from None
-    _check_shape(directory, shape)
     return FAMILIES[name], shape
 
 
@@ -90,22 +90,22 @@ def _check_sizes(directory: str | Path, config: dict[str, Any]) -> None:
             raise ConfigError(f"{directory}: {name} = {value!r:.80} in config.json is not true or false")
 
 
-def _check_shape(directory: str | Path, shape: ModelShape) -> None:
+def _check_shape(shape: ModelShape) -> None:
     """Raises ConfigError for what no model can be, whichever fields of config.json made it so."""
     for name in ("num_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_query_groups", "head_dim"):
         if not getattr(shape, name):
-            raise ConfigError(f"{directory}: config.json gives {name} = {getattr(shape, name)!r}")
+            raise ConfigError(f"config.json gives {name} = {getattr(shape, name)!r}")
     for name in ("rotary_base", "norm_epsilon"):
         value = getattr(shape, name)
         if not (type(value) in (float, int) and 0 < value < math.inf):
-            raise ConfigError(f"{directory}: config.json gives {name} = {value!r:.80}, not a positive number")
+            raise ConfigError(f"config.json gives {name} = {value!r:.80}, not a positive number")
     if shape.num_attention_heads % shape.num_query_groups:
         raise ConfigError(
-            f"{directory}: config.json has {shape.num_attention_heads} attention heads for "
-            f"{shape.num_query_groups} key-value heads: it must divide"
+            f"config.json has {shape.num_attention_heads} attention heads for "
+            f"{shape.num_query_groups} key-value heads (num_key_value_heads): it must divide"
         )
     width = shape.expert_hidden_size if any(shape.moe_layers) else shape.ffn_hidden_size
     if not (width and shape.max_positions):
-        raise ConfigError(f"{directory}: config.json gives an MLP of {width!r} rows, {shape.max_positions!r} positions")
+        raise ConfigError(f"config.json gives an MLP of {width!r} rows, {shape.max_positions!r} positions")
     if any(shape.moe_layers) and not 0 < (shape.top_k or 0) <= (shape.num_experts or 0):
-        raise ConfigError(f"{directory}: config.json chooses {shape.top_k} of {shape.num_experts} experts a token")
+        raise ConfigError(f"config.json chooses {shape.top_k} of {shape.num_experts} experts a token")

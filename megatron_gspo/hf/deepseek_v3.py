@@ -130,9 +130,8 @@ def rotary(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def original_positions(config: dict[str, Any]) -> int:
-    """Positions that the model had before YaRN: beside ``rope_parameters``, within, or those that it has now."""
-    within = config_json.rope(config).get("original_max_position_embeddings", config["max_position_embeddings"])
-    return int(config.get("original_max_position_embeddings", within))
+    """Positions that the model had before YaRN; where nothing says so, those that it has now."""
+    return int(config_json.rope_value(config, "original_max_position_embeddings", config["max_position_embeddings"]))
 
 
 def rules(model: ModelShape) -> Sequence[WeightRule]:

@@ -12,6 +12,7 @@ from megatron_gspo.hf.catalog import read_config, read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.hf.layout import check_layout, check_positions
+from megatron_gspo.hf.names import holds_weights
 from megatron_gspo.policy.checkpoint_files import is_distributed
 from megatron_gspo.rollout.engine import ENGINES
 from megatron_gspo.rollout.probe import probe
@@ -63,7 +64,7 @@ def served(config: RunConfig) -> RolloutConfig:
     """``rollout`` for servers on ``model.path``; those of a Megatron checkpoint or of stacked experts, which SGLang
     cannot read, start with whatever is in memory, and the first push fills all of it."""
     path = Path(config.model.path)
-    if not (is_distributed(path) or HfReader(path).stacked()):
+    if not (is_distributed(path) or (holds_weights(path) and HfReader(path).stacked())):
         return config.rollout
     return config.rollout.model_copy(update={"server_args": ("--load-format", "dummy", *config.rollout.server_args)})
 
