@@ -212,6 +212,20 @@ def test_a_name_on_the_hub_is_told_to_be_downloaded(tmp_path, monkeypatch):
         assert advice(path, source, is_model=is_model) == ""
 
 
+@pytest.mark.parametrize("path", ["a" * 300 + "/b", "a/" + "b" * 300, "/".join(["x"] * 3000), "loop/x", ".", "~/m"])
+def test_any_path_may_be_missing(path, tmp_path, monkeypatch, capsys):
+    """Too long, or through links in a circle."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("loop", "loop.toml"):
+        (tmp_path / name).symlink_to(name)
+    source = write(tmp_path / "run.toml", model={"path": path}, data={"path": path.replace("m", "d")})
+    write(tmp_path / "other.toml", train={"run_dir": path.partition("/")[0] or "x"})
+    lines, err = doctor(capsys, str(source))
+    assert any(line.startswith("error    model ") for line in lines) and "nobody foresaw" not in err
+    assert main(["train", str(source)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_directory_without_a_config_is_no_model_and_only_what_is_read_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").mkdir()
