@@ -10,6 +10,7 @@ What that command itself needs and lacks is made first.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import tomllib
@@ -24,7 +25,7 @@ MODELS = ("model.path", "algorithm.reference")
 INPUTS = ("model.path", "algorithm.reference", "data.path", "data.eval_path")
 """Settings that name what a run reads."""
 MADE_BY = re.compile(r"^[ \t]*#[ \t]*(?P<path>\S+) is made by:?[ \t]+(?P<command>\S.*?)[ \t]*$", re.MULTILINE)
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 MOST_FILES = 200
 """TOML files of a directory that are read in search of a maker."""
 
@@ -36,7 +37,7 @@ def check_inputs(config: RunConfig, source: Path, names: Sequence[str] = INPUTS)
     """
     for name, path in missing(config, names).items():
         if hint := advice(path, source, is_model=name in MODELS):
-            raise DataError(f"{name} = {path}: {_lack(path, name)} -> {hint}")
+            raise DataError(f"{name} = {path}: {lack(path, name)} -> {hint}")
 
 
 def missing(config: RunConfig, names: Sequence[str] = INPUTS) -> dict[str, str]:
@@ -51,12 +52,19 @@ def missing(config: RunConfig, names: Sequence[str] = INPUTS) -> dict[str, str]:
     return {name: read[name] for name in names if read[name] and not _is_there(read[name], name in MODELS)}
 
 
+def lack(path: str, name: str) -> str:
+    """What is wrong with the missing input ``path`` of the setting ``name``."""
+    if name not in MODELS:
+        return "no such data file"
+    return "no config.json in it" if _is_there(path, is_model=False) else "no such model directory"
+
+
 def advice(path: str, source: Path, *, is_model: bool = False) -> str:
     """What to do about a path of ``source`` that is not there; empty where nothing is known."""
     if commands := list(dict.fromkeys(_commands(path, source, frozenset()))):
         return f"make it: {' && '.join(commands)}"
     if not Path(path).is_absolute():
-        for directory in source.resolve().parents:
+        for directory in _real(source).parents:
             if _is_there(str(directory / path), is_model):
                 return f"paths are relative to the working directory, and it is there from {directory}: cd {directory}"
     if is_model and HUB_NAME.fullmatch(path) and not Path(path).parent.exists():
@@ -75,18 +83,18 @@ def _commands(path: str, source: Path, seen: frozenset[Path]) -> Iterator[str]:
             yield made["command"]
             return
     for other in _neighbours(source):
-        if other.resolve() in seen or not _trains(other, path):
+        if _real(other) in seen or not _trains(other, path):
             continue
         for needed in _inputs_of(other):
             if not _is_there(needed, is_model=False):
-                yield from _commands(needed, other, seen | {source.resolve(), other.resolve()})
+                yield from _commands(needed, other, seen | {_real(source), _real(other)})
         yield f"megatron-gspo train {shlex.quote(str(other))}"
         return
 
 
 def _neighbours(source: Path) -> list[Path]:
-    own = source.resolve()
-    return [path for path in sorted(source.parent.glob("*.toml"))[:MOST_FILES] if path.resolve() != own]
+    own = _real(source)
+    return [path for path in sorted(source.parent.glob("*.toml"))[:MOST_FILES] if _real(path) != own]
 
 
 def _trains(toml: Path, path: str) -> bool:
@@ -122,10 +130,15 @@ def _text(path: Path) -> str:
 
 def _lies_in(path: str, directory: str) -> bool:
     try:
-        inside, around = Path(path).resolve(), Path(directory).resolve()
-    except (OSError, ValueError, RuntimeError):  # a null character, links in a circle
+        inside, around = _real(path), _real(directory)
+    except (OSError, ValueError):  # a null character
         return False
     return inside == around or around in inside.parents
+
+
+def _real(path: str | Path) -> Path:
+    """Without links; ``Path.resolve`` raises for links in a circle, and this leaves them."""
+    return Path(os.path.realpath(path))
 
 
 def _is_there(path: str, is_model: bool) -> bool:
@@ -134,9 +147,3 @@ def _is_there(path: str, is_model: bool) -> bool:
         return (Path(path) / "config.json").is_file() if is_model else Path(path).exists()
     except (OSError, ValueError):
         return False
-
-
-def _lack(path: str, name: str) -> str:
-    if name in MODELS and Path(path).is_dir():
-        return "no config.json in it"
-    return f"no such {'model directory' if name in MODELS else 'file'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pydantic import model_validator
@@ -75,7 +76,7 @@ class RunConfig(Section):
 
     def _check_paths(self) -> None:
         """A run directory is replaced under ``train.overwrite``, so nothing that the run reads may lie in it."""
-        run = Path(self.train.run_dir).resolve()
+        run = Path(os.path.realpath(self.train.run_dir))  # Path.resolve raises for links in a circle
         inputs = {
             "model.path": self.model.path,
             "algorithm.reference": self.algorithm.reference,
@@ -83,7 +84,8 @@ class RunConfig(Section):
             "data.eval_path": self.data.eval_path,
         }
         for name, path in inputs.items():
-            if path and (run == Path(path).resolve() or run in Path(path).resolve().parents):
+            real = Path(os.path.realpath(path))
+            if path and (run == real or run in real.parents):
                 raise ValueError(
                     f"{name} = {path} lies in train.run_dir = {self.train.run_dir}: name another directory"
                 )

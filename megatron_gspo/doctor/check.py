@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
+from megatron_gspo.config.inputs import lack
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.errors import MegatronGspoError
 from megatron_gspo.report.text import count
@@ -86,9 +86,7 @@ def _checks(facts: Facts, entry: Entry) -> list[Check]:
 
 def _no_such_file(facts: Facts, entry: Entry) -> Check:
     path = facts.missing[entry.file]
-    what = "data file" if entry.file.startswith("data.") else "model directory"
-    lack = "no config.json in it" if what != "data file" and Path(path).is_dir() else f"no such {what}"
-    return error(f"{path}: {lack}", facts.advice(entry.file) or entry.file)
+    return error(f"{path}: {lack(path, entry.file)}", facts.advice(entry.file) or entry.file)
 
 
 def _root(facts: Facts, lacking: str) -> str:

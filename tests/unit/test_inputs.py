@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ def test_doctor_on_a_fresh_example_names_the_commands_that_come_first(name, comm
     unchecked = [line for line in lines if "not checked" in line]
     assert len(unchecked) == 2 and unchecked[0].startswith("warning  model ")
     assert "without the model's config.json: weights, tokenizer, layout, memory," in unchecked[0]
+    wrong = {re.split(r"  +", line)[1] for line in lines if line.startswith("error")} - {"engine"}
+    assert wrong == {"model", "prompts"} | (set() if name.endswith("sft") else {"eval prompts"})
     prompts = [line for line in lines if "no such data file" in line]
     assert prompts and all(line.endswith(f"->  make it: {commands.partition(' && ')[0]}") for line in prompts)
 
@@ -207,6 +210,20 @@ def test_a_name_on_the_hub_is_told_to_be_downloaded(tmp_path, monkeypatch):
     (tmp_path / "Qwen").mkdir()  # then it is a path that is spelt wrong
     for path, is_model in (("Qwen/Qwen3-30B-A3B", True), ("a/b/c", True), ("data/train.jsonl", False)):
         assert advice(path, source, is_model=is_model) == ""
+
+
+@pytest.mark.parametrize("path", ["a" * 300 + "/b", "a/" + "b" * 300, "/".join(["x"] * 3000), "loop/x", ".", "~/m"])
+def test_any_path_may_be_missing(path, tmp_path, monkeypatch, capsys):
+    """Too long, or through links in a circle."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("loop", "loop.toml"):
+        (tmp_path / name).symlink_to(name)
+    source = write(tmp_path / "run.toml", model={"path": path}, data={"path": path.replace("m", "d")})
+    write(tmp_path / "other.toml", train={"run_dir": path.partition("/")[0] or "x"})
+    lines, err = doctor(capsys, str(source))
+    assert any(line.startswith("error    model ") for line in lines) and "nobody foresaw" not in err
+    assert main(["train", str(source)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_directory_without_a_config_is_no_model_and_only_what_is_read_is_missing(tmp_path, monkeypatch):
