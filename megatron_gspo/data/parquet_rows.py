@@ -22,7 +22,8 @@ SMALL_FILE_BYTES, SMALL_FILE_ROWS = 2**26, 30_000
 """A file up to both is read from where it is, whatever its row groups; its row groups then stay in memory."""
 SMALL_GROUP_ROWS, SMALL_GROUP_BYTES = 2_000, 2**25
 """A row group up to both can be read for the sake of one row."""
-COPIED_GROUP_ROWS = 500
+COPIED_ROWS = 64
+"""Rows of a copy that are read at a time."""
 HELD_BYTES = 2**26
 """Of decoded row groups, the last one used aside."""
 
@@ -31,16 +32,16 @@ class ParquetRows:
     """Rows of a Parquet file.
 
     Parquet cannot be read from the middle of a row group, and one written by pandas has a million rows: such a file is
-    copied once into small row groups (``copies.plain_copy``), and rows are read from the copy.
+    copied once into an Arrow file of small batches (``copies.plain_copy``), and rows are read from the copy.
     """
 
-    def __init__(self, path: Path, source: Path | None = None) -> None:
-        self._path, self._source = path, source or path
+    def __init__(self, path: Path) -> None:
+        self._path = path
         with self._saying(0):
             self._file = _open(path)
             names = self._file.schema_arrow.names
             if len(set(names)) < len(names):
-                raise DataError(f"{self._source}: a column stands twice: {', '.join(names)}")
+                raise DataError(f"{self._path}: a column stands twice: {', '.join(names)}")
             meta = self._file.metadata
             groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
         self._ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
@@ -50,8 +51,8 @@ class ParquetRows:
             for group, size in zip(groups, sizes, strict=True)
         )
         small_file = sum(sizes) <= SMALL_FILE_BYTES and len(self) <= SMALL_FILE_ROWS
-        self._from_here = small_groups or small_file or source is not None
-        self._copy: ParquetRows | None = None
+        self._from_here = small_groups or small_file
+        self._copy: Any = None
         self._held: OrderedDict[int, pa.Table] = OrderedDict()
 
     def __len__(self) -> int:
@@ -59,7 +60,7 @@ class ParquetRows:
 
     def read(self, index: int) -> Row:
         if not self._from_here:
-            return self._copied().read(index)
+            return self._read_copy(index)
         group = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[group - 1]) if group else 0
         with self._saying(index):
@@ -83,7 +84,7 @@ class ParquetRows:
         return []
 
     def digest(self) -> str:
-        return digest(self._source)
+        return digest(self._path)
 
     def _group(self, group: int) -> pa.Table:
         """A row group, decoded; of those used before, as many as ``HELD_BYTES`` allow are held."""
@@ -94,24 +95,35 @@ class ParquetRows:
         self._held.move_to_end(group)
         return self._held[group]
 
-    def _copied(self) -> ParquetRows:
+    def _read_copy(self, index: int) -> Row:
+        import pyarrow as pa
+
         if self._copy is None:
-            self._copy = ParquetRows(plain_copy(self._path, ".parquet", self._write_copy), self._source)
-        return self._copy
+            self._copy = pa.ipc.open_file(pa.OSFile(str(plain_copy(self._path, ".arrow", self._write_copy))))
+        with self._saying(index):
+            batch = self._copy.get_batch(index // COPIED_ROWS)
+            (fields,) = batch.slice(index % COPIED_ROWS, 1).to_pylist()
+        return _row(index + 1, fields)
 
     def _write_copy(self, target: Path) -> None:
-        import pyarrow.parquet as pq
+        """Batches of ``COPIED_ROWS`` rows, the last one shorter: row i is in batch i // COPIED_ROWS."""
+        import pyarrow as pa
 
-        done = 0
-        with pq.ParquetWriter(target, self._file.schema_arrow, write_page_checksum=True, compression="lz4") as writer:
-            batches = self._file.iter_batches(batch_size=COPIED_GROUP_ROWS)
+        schema, done = self._file.schema_arrow, 0
+        batches = self._file.iter_batches(batch_size=16 * COPIED_ROWS)
+        left = schema.empty_table()
+        with pa.ipc.new_file(str(target), schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
             while True:
                 with self._saying(done):
                     batch = next(batches, None)
-                if batch is None:
-                    return
-                writer.write_batch(batch, row_group_size=COPIED_GROUP_ROWS)
+                    if batch is None:
+                        break
+                    rows = pa.concat_tables([left, pa.Table.from_batches([batch])]).combine_chunks()
                 done += batch.num_rows
+                whole = rows.num_rows - rows.num_rows % COPIED_ROWS
+                writer.write_table(rows.slice(0, whole), max_chunksize=COPIED_ROWS)
+                left = rows.slice(whole)
+            writer.write_table(left)
 
     @contextlib.contextmanager
     def _saying(self, rows: int) -> Iterator[None]:
@@ -123,7 +135,7 @@ class ParquetRows:
         except DataError:
             raise
         except (pa.ArrowException, OSError, ValueError, ArithmeticError) as error:  # text that is none, dates
-            raise DataError(f"{self._source}: after row {rows}: {' '.join(str(error).split())}") from None
+            raise DataError(f"{self._path}: after row {rows}: {' '.join(str(error).split())}") from None
 
 
 def _open(path: Path) -> Any:
