@@ -21,6 +21,7 @@ import psutil
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
 from megatron_gspo.rollout.probe import get
+from megatron_gspo.storage import writing
 
 Device = Literal["cpu", "cuda"]
 
@@ -68,7 +69,8 @@ class LocalServers:
 
     def __enter__(self) -> Self:
         python = find_server_python(self._config.server_python)
-        self._log_dir.mkdir(parents=True, exist_ok=True)
+        with writing(self._log_dir):
+            self._log_dir.mkdir(parents=True, exist_ok=True)
         ports = free_ports(self._config.local_servers)
         try:
             for index, port in enumerate(ports):
@@ -119,7 +121,8 @@ class _Server:
     def __init__(self, python: Path, arguments: list[str], url: str, log: Path, device: Device) -> None:
         self.url = url
         self._log_path = log
-        self._log: IO[bytes] = log.open("wb")
+        with writing(log):
+            self._log: IO[bytes] = log.open("wb")
         try:
             self._process = subprocess.Popen(
                 [
