@@ -55,6 +55,7 @@ INERT: tuple[tuple[tuple[str, ...], When, str], ...] = (
         lambda c: c.algorithm.name in ("grpo", "ppo"),
         "the clip range is of token ratios",
     ),
+    (("rollout.max_empty_steps",), lambda c: c.rollout.on_empty_step == "error", "the first empty step fails the run"),
     (("replay.min_coverage",), lambda c: c.replay.mode != "r3", "only r3 replays routes that may be missing"),
     (("replay.engine_routes_every",), lambda c: c.replay.mode == "r3", "r3 asks for routes in every outer step"),
     (("replay.drift_every",), lambda c: c.replay.mode != "off", "with replay every outer step is measured"),

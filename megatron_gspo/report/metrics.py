@@ -136,7 +136,7 @@ METRICS: dict[str, Metric] = {
         "Mean of log pi_theta - log pi_ref over response tokens, each with the same weight; with a reference "
         "(`algorithm.kl_loss_coef` above 0) alone. The tokens were drawn by mu, so it estimates the divergence of "
         "pi_theta from pi_ref without bias where pi_theta is mu: in minibatch 0, but for the engine gap.",
-        "0 at the start, of either sign there; rises as the policy leaves the reference.",
+        "Near 0 at first, of either sign; rises as the policy leaves the reference.",
     ),
     "kl/ref_k3": Metric(
         "nats/token",

@@ -23,6 +23,7 @@ from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
 from megatron_gspo.parallel.rendezvous import INTERFACES
 from megatron_gspo.rollout.probe import get
+from megatron_gspo.storage import writing
 
 Device = Literal["cpu", "cuda"]
 
@@ -70,7 +71,8 @@ class LocalServers:
 
     def __enter__(self) -> Self:
         python = find_server_python(self._config.server_python)
-        self._log_dir.mkdir(parents=True, exist_ok=True)
+        with writing(self._log_dir):
+            self._log_dir.mkdir(parents=True, exist_ok=True)
         ports = free_ports(self._config.local_servers)
         try:
             for index, port in enumerate(ports):
@@ -122,7 +124,8 @@ class _Server:
         self.url = url
         self._answered = False
         self._log_path = log
-        self._log: IO[bytes] = log.open("wb")
+        with writing(log):
+            self._log: IO[bytes] = log.open("wb")
         try:
             self._process = subprocess.Popen(
                 [

@@ -40,7 +40,7 @@ class Resumption:
     extra: dict[str, Any]
     """What the run saved beside the policy: ``Progress`` and ``identity``."""
     changes: dict[str, tuple[Any, Any]]
-    """Setting (or package) -> its value then and now, where they differ."""
+    """Setting (or "content of SETTING", or package) -> its value (or hash) then and now, where they differ."""
     accepted: tuple[str, ...] = ()
     """Of them, those that alter numbers, and that ``train.resume_changes`` names."""
 
@@ -90,13 +90,16 @@ def _find(config: RunConfig, identity: Mapping[str, Any]) -> Resumption | None:
         )
     allowed = config.train.resume_changes
     _check_names(allowed)
-    _check_prompts(directory, extra["prompts"], identity["prompts"], allowed)
-    _check_contents(directory, extra.get("contents", {}), identity.get("contents", {}), allowed)
+    prompts = _differences(extra["prompts"], identity["prompts"])
+    contents = _differences(extra.get("contents", {}), identity.get("contents", {}))
+    _check_prompts(directory, prompts, allowed)
+    _check_contents(directory, contents, allowed)
     then, now = defaults() | flat(extra["config"]), flat(identity["config"])
     changes = _differences(then, now)
     altering = tuple(name for name in changes if RULES[name].alters(then, now))
     _check_changes(directory, changes, [name for name in altering if name not in allowed])
     noted = {name: pair for name, pair in changes.items() if not name.startswith("train.resume")}
+    noted |= {f"content of {name}": pair for name, pair in (prompts | contents).items()}
     return Resumption(directory, extra, noted | _differences(extra["versions"], identity["versions"]), altering)
 
 
@@ -124,8 +127,8 @@ def _check_changes(directory: Path, changes: Mapping[str, tuple[Any, Any]], refu
         )
 
 
-def _check_prompts(directory: Path, then: Mapping[str, str], now: Mapping[str, str], allowed: tuple[str, ...]) -> None:
-    for name, (before, after) in _differences(then, now).items():
+def _check_prompts(directory: Path, changes: Mapping[str, tuple[str, str]], allowed: tuple[str, ...]) -> None:
+    for name, (before, after) in changes.items():
         added_or_left_out = name == "data.eval_path" and fingerprint(()) in (before, after)
         if name not in allowed and not added_or_left_out:
             which = " (the first eval.prompts of them)" if name == "data.eval_path" else ""
@@ -139,9 +142,9 @@ def _check_prompts(directory: Path, then: Mapping[str, str], now: Mapping[str, s
             )
 
 
-def _check_contents(directory: Path, then: Mapping[str, str], now: Mapping[str, str], allowed: tuple[str, ...]) -> None:
+def _check_contents(directory: Path, changes: Mapping[str, tuple[str, str]], allowed: tuple[str, ...]) -> None:
     """What a setting names is compared by its content, where both versions know it."""
-    for name, (before, after) in _differences(then, now).items():
+    for name, (before, after) in changes.items():
         if name not in allowed:
             raise ConfigError(
                 f"{directory} cannot be continued as the same experiment: {CONTENTS[name]} (of {name}) is not what it "

@@ -137,12 +137,19 @@ def stopped_after_one(config: RunConfig) -> None:
         train(config)
 
 
-def test_a_disk_that_fills_up_under_an_export_is_said(ranks: RankPool, quickstart: Path, sft: MakeSft) -> None:
-    config = sft("full", quickstart / "model", "train.save_hf_every=1")
-    with pytest.raises(AssertionError, match=r"WriteError: .*outer_00001: the export cannot be written"):
+@pytest.mark.parametrize(
+    ("setting", "parent", "name"), [("save_hf_every=1", "exports", "outer_00001"), ("save_hf=true", ".", "hf")]
+)
+def test_a_disk_that_fills_up_under_an_export_is_said(
+    ranks: RankPool, quickstart: Path, sft: MakeSft, setting: str, parent: str, name: str
+) -> None:
+    config = sft("full", quickstart / "model", "train.outer_steps=1", f"train.{setting}")
+    said = rf"WriteError: .*{name}: the export cannot be written: .*No space left on device .* free at .*: make room"
+    with pytest.raises(AssertionError, match=said):
         ranks.run(1, train_on_a_full_disk, config)
-    assert not list((Path(config.train.run_dir) / "exports").iterdir())
-    shutil.rmtree(config.train.run_dir)
+    run = Path(config.train.run_dir)
+    assert not [path for path in (run / parent).iterdir() if path.name.startswith(name)]
+    shutil.rmtree(run)
 
 
 def train_on_a_full_disk(config: RunConfig) -> None:

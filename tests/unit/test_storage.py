@@ -18,13 +18,16 @@ from report_runs import make_config, make_report, make_rollout
 from safetensors.torch import save_file
 
 from megatron_gspo import cli
-from megatron_gspo.errors import ConfigError, MegatronGspoError, UserError, WriteError
+from megatron_gspo.config import SyncConfig
+from megatron_gspo.errors import ConfigError, MegatronGspoError, SyncError, UserError, WriteError
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.report.evaluation import EvaluationDirectory
 from megatron_gspo.report.html import write_page
 from megatron_gspo.report.recorder import RunRecorder
 from megatron_gspo.report.rundir import RunDirectory
 from megatron_gspo.storage import claiming, free_space, refusal, writing
+from megatron_gspo.sync.disk import DiskSync
+from megatron_gspo.sync.peers import Peers
 from megatron_gspo.types import Prompt, Rollout
 
 ROOM = r"\(\d+\.\d [MG]B of \d+\.\d [MG]B free at .*\): make room, then "
@@ -211,6 +214,25 @@ def test_an_evaluation_that_cannot_keep_its_responses_fails(tmp_path: Path, smal
     small_files(1000)
     with pytest.raises(WriteError, match=r"out: the responses cannot be written: .*File too large"), out:
         out.drawn([Rollout(prompt, 0, ids, logprobs, "stop", (0,))])
+
+
+def test_a_full_disk_under_a_weight_sync_is_said_and_what_was_written_goes(
+    tmp_path: Path, small_files: Callable[[int], None]
+) -> None:
+    model, shared = tmp_path / "model", tmp_path / "shared"
+    model.mkdir()
+    shared.mkdir()
+    (model / "config.json").write_text("{}")
+    config = SyncConfig(method="disk", directory=str(shared))
+    sync = DiskSync(config, ["http://127.0.0.1:1"], Peers(), model, {"a"})
+    place = sync._begin()
+    small_files(1000)
+    with pytest.raises(
+        SyncError, match=rf"^sync.directory = {shared} cannot be written: .*File too large.*{ROOM}start"
+    ):
+        sync._send(place, [("a", torch.zeros(10_000))])
+    sync._abandon()
+    assert not list(shared.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------- an index
