@@ -26,7 +26,7 @@ from megatron_gspo.train import step as training
 from megatron_gspo.train.batch import Minibatch, place
 from megatron_gspo.train.context import Learner, build_learner
 from megatron_gspo.train.replay import MinibatchRoutes
-from megatron_gspo.types import RouteShard, TokenShard
+from megatron_gspo.types import RouteShard, Sample, TokenShard
 
 Fault = Callable[[], AbstractContextManager[object]]
 """Makes a context that each rank enters around its whole step. For tests: the check must be able to fail."""
@@ -71,7 +71,7 @@ def disturb(reference: Policy) -> None:
 
 
 def old_pass(
-    case: Case, learner: Learner, mine: Sequence, minibatches: list[Minibatch], part: Part
+    case: Case, learner: Learner, mine: Sequence[Sample], minibatches: list[Minibatch], part: Part
 ) -> tuple[list[list[TokenShard]], list[MinibatchRoutes]]:
     """The forward passes of pi_old and the reference, with the routers' choices; returns what training takes."""
     engine = training.engine_routes(learner, mine, minibatches, 0)
