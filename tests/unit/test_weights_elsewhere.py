@@ -221,7 +221,7 @@ def test_stacked_experts_are_read_one_by_one_as_transformers_has_them(tmp_path: 
     again = AutoModelForCausalLM.from_pretrained(stacked, dtype=torch.float32).eval()
     tokens = torch.tensor([[3, 1, 4, 1, 5, 9]])
     with torch.no_grad():
-        assert torch.equal(model(tokens).logits, again(tokens).logits)
+        torch.testing.assert_close(again(tokens).logits, model(tokens).logits, atol=1e-5, rtol=0)  # kernels vary
 
     family, shape = read_model(stacked)
     one, other = HfReader(single), HfReader(stacked)
