@@ -93,7 +93,7 @@ def test_a_configuration_loses_the_quantisation_that_its_weights_have_lost(tmp_p
 # ------------------------------------------------------------------------------------------------------------ auto_map
 
 CODE = {
-    "modeling.py": "import torch\nfrom .configuration import Config\nfrom .sub.layers import Layer\nfrom . import util\n",
+    "modeling.py": "import torch\nfrom .configuration import C\nfrom .sub.layers import L\nfrom . import util\n",
     "configuration.py": "class Config: ...\n",
     "sub/__init__.py": "",
     "sub/layers.py": "from ..helper import f\nif True:\n    from .deep import g\n",
@@ -173,7 +173,7 @@ def test_one_of_two_tokenizers_stays(tmp_path: Path, out: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["from ...secret import f\n", "from .. import secret\n", "from ..secret import f\n", "from ....x.y import f"],
+    ["from ...secret import f\n", "from .. import secret\n", "from ..secret import f\n", "from ...x.y import f"],
 )
 def test_code_from_outside_of_the_directory_is_not_copied(tmp_path: Path, out: Path, text: str) -> None:
     store(tmp_path, {"secret.py": "1", "x/y.py": "1"})
