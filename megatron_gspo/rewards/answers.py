@@ -1,8 +1,8 @@
 r"""Finds and reads the final answer of a text; docs/grading.md has the rules, with examples.
 
-    marked     "#### 42", the last one, read strictly: the line must be one number, with its name and its unit
-    boxed      "\boxed{42}", the last one that closes, read strictly too
-    last       the last number of the text, where it stands for itself
+marked     "#### 42", the last one, read strictly: the line must be one number, with its name and its unit
+boxed      "\boxed{42}", the last one that closes, read strictly too
+last       the last number of the text, where it stands for itself
 """
 
 from __future__ import annotations
@@ -62,8 +62,10 @@ def _marked(text: str) -> Span | None:
     if line_end - start <= MAX_ANSWER and (
         not text[start:line_end].strip("# \t\r*_:$") or _ANSWER_LABEL.fullmatch(text[start:line_end].strip("#"))
     ):
-        start = line_end + len(text[line_end : line_end + MAX_ANSWER]) - len(
-            text[line_end : line_end + MAX_ANSWER].lstrip()
+        start = (
+            line_end
+            + len(text[line_end : line_end + MAX_ANSWER])
+            - len(text[line_end : line_end + MAX_ANSWER].lstrip())
         )
         line_end = text.find("\n", start)
         line_end = len(text) if line_end < 0 else line_end

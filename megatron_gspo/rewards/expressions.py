@@ -1,10 +1,10 @@
 r"""Exact values of expressions: rational arithmetic here, roots and logarithms left to math-verify.
 
-    sum      := product (("+" | "-") product)*
-    product  := signed (("*" | "/") signed)*
-    signed   := ("-" | "+")* power
-    power    := atom "!"? ("^" exponent)?
-    atom     := number | mixed number | (sum) | {sum} | \frac | \binom | \sqrt | \log | \ln | \pi ...
+sum      := product (("+" | "-") product)*
+product  := signed (("*" | "/") signed)*
+signed   := ("-" | "+")* power
+power    := atom "!"? ("^" exponent)?
+atom     := number | mixed number | (sum) | {sum} | \frac | \binom | \sqrt | \log | \ln | \pi ...
 """
 
 from __future__ import annotations

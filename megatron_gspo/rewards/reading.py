@@ -18,7 +18,26 @@ _MATHEMATICS = frozenset(
     + [r"\frac", r"\sqrt", r"\pi", r"\log", r"\ln", r"\binom", r"\sin", r"\cos", r"\tan"]
 )
 _FUNCTIONS = frozenset([r"\frac", r"\sqrt", r"\log", r"\ln", r"\binom", r"\sin", r"\cos", r"\tan"])
-_IS = frozenset({"is", "are", "was", "be", "equals", "equal", "makes", "gives", "becomes", "is:", "是", "为", "为：", "ist", "est", "es"})
+_IS = frozenset(
+    {
+        "is",
+        "are",
+        "was",
+        "be",
+        "equals",
+        "equal",
+        "makes",
+        "gives",
+        "becomes",
+        "is:",
+        "是",
+        "为",
+        "为：",
+        "ist",
+        "est",
+        "es",
+    }
+)
 _HEADINGS = frozenset(
     "step note check verification part case example problem question hint remark section explanation method stage phase "
     "task option".split()
@@ -26,13 +45,17 @@ _HEADINGS = frozenset(
 """Words that a line of headings begins with, not an answer."""
 _NOT_SIGNS = frozenset("not minus negative plus times than over".split())
 """Words before a number that say that it is not the value."""
-_JOINING = frozenset("and or to of out through till until versus vs by times plus minus divided over per from between".split())
+_JOINING = frozenset(
+    "and or to of out through till until versus vs by times plus minus divided over per from between".split()
+)
 """With nothing but these between them, two numbers are not one answer."""
 _JOINING_SYMBOLS = frozenset(", ; : & | ' \" ( ) [ ] { } _ ~ % ° range dash . $ # @".split())
 _VARIABLES = frozenset("x y z n i j e pi M B T bn mn Bn Mn mln bln tn".split())
 """What a number with one of these touching it is not: 42x, 42M."""
 _CHANGING = frozenset("squared cubed plus minus point".split())
-_PARTS = frozenset("half halves third thirds quarter quarters fourth fourths fifth fifths sixth eighth eighths tenth tenths".split())
+_PARTS = frozenset(
+    "half halves third thirds quarter quarters fourth fourths fifth fifths sixth eighth eighths tenth tenths".split()
+)
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _LIST_MARKER = re.compile(r"\s*(?:>\s{0,3})*(?:(?:\(?\d{1,3}[.)]|[-+*\u2022])\s{1,9}(?=\S))?")
 

@@ -68,13 +68,18 @@ def tokenize(text: str) -> list[Token]:
 def _token(text: str, match: re.Match[str], kind: str, found: str, spaced: bool) -> Token:
     if kind == "number":
         plain = found.replace(",", "").replace(THIN, "")
-        return Token("number", plain, spaced, Fraction(plain)) if len(plain) <= MAX_DIGITS else Token("long", "", spaced)
+        return (
+            Token("number", plain, spaced, Fraction(plain)) if len(plain) <= MAX_DIGITS else Token("long", "", spaced)
+        )
     if kind == "word":
         return Token("word", found, spaced)
     if kind == "command":
         name = found.partition("[")[0]
         return Token(name if name in _MATHEMATICS else "command", found, spaced)
-    before, after = text[max(0, match.start() - 4) : match.start()].rstrip("$"), text[match.end() : match.end() + 4].lstrip("$")
+    before, after = (
+        text[max(0, match.start() - 4) : match.start()].rstrip("$"),
+        text[match.end() : match.end() + 4].lstrip("$"),
+    )
     return Token(_symbol(found, before, after), found, spaced)
 
 
