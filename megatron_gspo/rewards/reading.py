@@ -14,7 +14,7 @@ from megatron_gspo.rewards.tokens import Token, tokenize
 
 NO_NUMBER: Final = "no number"
 
-_LIST_MARKER = re.compile(r"\s*(?:>\s{0,3})*(?:(?:\(?\d{1,3}[.)]|[-+*\u2022])\s{1,9}(?=\S))?")
+_LIST_MARKER = re.compile(r"\s*(?:>\s{1,3})*(?:(?:\(?\d{1,3}[.)]|[-+*\u2022])\s{1,9}(?=\S))?")
 
 
 @dataclass(frozen=True)

@@ -100,11 +100,13 @@ def _symbol(symbol: str, before: str, after: str) -> str:
     if symbol == "*":  # a product, or a bullet, or emphasis
         if re.search(rf"[\d)}}%][ {THIN}]?\Z", before) and re.match(rf"[ {THIN}]?[\d({{\\.-]", after):
             return "*"
-        return "*" if re.search(r"\w[ ]?\Z", before) and left.isspace() == right.isspace() != (not after) else "skipped"
+        touching = re.search(r"\w\Z", before) and re.match(r"\w", after)
+        spaced = re.search(r"\w \Z", before) and re.match(r" \w", after)
+        return "*" if touching or spaced else "skipped"
     if symbol == ".":
         return "end" if not right or right.isspace() else "."
     if symbol in "?\u3002":
         return "end"
     if symbol == ":":
-        return ":" if (right.isdigit() and left.isdigit()) or (left.isspace() and right.isspace()) else "label"
+        return ":" if re.search(r"\d ?\Z", before) and (left.isspace() or right.isdigit()) else "label"
     return {">": "<"}.get(symbol, symbol)

@@ -16,7 +16,7 @@ HEADINGS = _set(
     "phase task option"
 )
 """Words that a heading begins with, and not an answer."""
-NOT_THE_VALUE = _set("not minus negative plus times than over")
+NOT_THE_VALUE = _set("not minus negative plus times than over log ln sin cos tan root")
 """Words before a number that say that it is not the value."""
 JOINING = _set("and or to of out through till until versus vs by times plus minus divided over per from between")
 """With nothing but these between them, two numbers are not one answer."""

@@ -146,6 +146,7 @@ def test_a_long_text_is_graded_in_linear_time(text: str) -> None:
 numbers = st.fractions(min_value=-999, max_value=999, max_denominator=99)
 
 
+@settings(max_examples=50)
 @given(
     st.recursive(
         numbers.map(lambda n: (f"({n.numerator}/{n.denominator})", n)),
@@ -194,7 +195,7 @@ def test_what_fits_the_limits_has_a_value(text: str) -> None:
         r"\sqrt{-4}",
         r"\sqrt[0]{4}",
         r"\ln{0}",
-        "- " * 20 + "1",
+        "--1",
     ],
 )
 def test_what_exceeds_them_or_has_no_value_is_unreadable(text: str) -> None:
