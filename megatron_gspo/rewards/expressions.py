@@ -1,10 +1,14 @@
 r"""Exact values of expressions: rational arithmetic here, roots and logarithms left to math-verify.
 
-sum      := product (("+" | "-") product)*
-product  := signed (("*" | "/") signed)*
-signed   := ("-" | "+")? power
-power    := atom "!"? ("^" signed)?
-atom     := number | mixed number | (sum) | {sum} | \frac | \binom | \sqrt | \log | \ln | \pi ...
+The grammar that is read::
+
+    sum      := product (("+" | "-") product)*
+    product  := signed (("*" | "/") signed)*
+    signed   := ("-" | "+")? power
+    power    := atom "!"? ("^" signed)?
+    atom     := number | mixed number | (sum) | {sum} | \frac | \binom | \sqrt | \log | \ln | \pi ...
+
+Fields and methods are named after it.
 """
 
 from __future__ import annotations
