@@ -1,10 +1,14 @@
 r"""Exact values of expressions: rational arithmetic here, roots and logarithms left to math-verify.
 
-sum      := product (("+" | "-") product)*
-product  := signed (("*" | "/") signed)*
-signed   := ("-" | "+")* power
-power    := atom "!"? ("^" exponent)?
-atom     := number | mixed number | (sum) | {sum} | \frac | \binom | \sqrt | \log | \ln | \pi ...
+The grammar that is read::
+
+    sum      := product (("+" | "-") product)*
+    product  := signed (("*" | "/") signed)*
+    signed   := ("-" | "+")? power
+    power    := atom "!"? ("^" signed)?
+    atom     := number | mixed number | (sum) | {sum} | \frac | \binom | \sqrt | \log | \ln | \pi ...
+
+Fields and methods are named after it.
 """
 
 from __future__ import annotations
@@ -127,15 +131,15 @@ class _Parser:
         return value
 
     def signed(self, depth: int) -> Value:
-        if depth > MAX_DEPTH:
-            raise UnreadableError
         if self.is_next("-", "+"):
             sign = self.take("-", "+").kind
-            value = self.signed(depth + 1)
+            value = self.power(depth)
             return value if sign == "+" else _combine(Value.of(Fraction(0)), "-", value)
         return self.power(depth)
 
     def power(self, depth: int) -> Value:
+        if depth > MAX_DEPTH:
+            raise UnreadableError
         base = self.atom(depth)
         if self.is_next("!"):
             self.take("!")

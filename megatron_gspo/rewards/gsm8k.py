@@ -13,7 +13,7 @@ from megatron_gspo.rewards.thinking import after_thinking
 from megatron_gspo.rewards.verifier import StoppedError, shared_verifier
 from megatron_gspo.types import Prompt, Rollout
 
-_WELL_FORMED = re.compile(r"#### [-+\u2212]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:(?<=\d)|\.\d+)(?:\.\d+)?\s*")
+_WELL_FORMED = re.compile(r"#### [-+\u2212]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)\s*")
 
 
 def gsm8k(prompt: Prompt, response: Rollout, format_reward: float = 0.0) -> float:

@@ -8,56 +8,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
+from megatron_gspo.rewards import words as vocabulary
 from megatron_gspo.rewards.expressions import UnreadableError, Value, evaluate
 from megatron_gspo.rewards.tokens import Token, tokenize
 
 NO_NUMBER: Final = "no number"
 
-_MATHEMATICS = frozenset(
-    ["number", "+", "-", "*", "/", "^", "!", "(", ")", "{", "}", "_"]
-    + [r"\frac", r"\sqrt", r"\pi", r"\log", r"\ln", r"\binom", r"\sin", r"\cos", r"\tan"]
-)
-_FUNCTIONS = frozenset([r"\frac", r"\sqrt", r"\log", r"\ln", r"\binom", r"\sin", r"\cos", r"\tan"])
-_IS = frozenset(
-    {
-        "is",
-        "are",
-        "was",
-        "be",
-        "equals",
-        "equal",
-        "makes",
-        "gives",
-        "becomes",
-        "is:",
-        "是",
-        "为",
-        "为：",
-        "ist",
-        "est",
-        "es",
-    }
-)
-_HEADINGS = frozenset(
-    "step note check verification part case example problem question hint remark section explanation method stage phase "
-    "task option".split()
-)
-"""Words that a line of headings begins with, not an answer."""
-_NOT_SIGNS = frozenset("not minus negative plus times than over".split())
-"""Words before a number that say that it is not the value."""
-_JOINING = frozenset(
-    "and or to of out through till until versus vs by times plus minus divided over per from between".split()
-)
-"""With nothing but these between them, two numbers are not one answer."""
-_JOINING_SYMBOLS = frozenset(", ; : & | ' \" ( ) [ ] { } _ ~ % ° range dash . $ # @".split())
-_VARIABLES = frozenset("x y z n i j e pi M B T bn mn Bn Mn mln bln tn".split())
-"""What a number with one of these touching it is not: 42x, 42M."""
-_CHANGING = frozenset("squared cubed plus minus point".split())
-_PARTS = frozenset(
-    "half halves third thirds quarter quarters fourth fourths fifth fifths sixth eighth eighths tenth tenths".split()
-)
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_LIST_MARKER = re.compile(r"\s*(?:>\s{0,3})*(?:(?:\(?\d{1,3}[.)]|[-+*\u2022])\s{1,9}(?=\S))?")
+_LIST_MARKER = re.compile(r"\s*(?:>\s{1,3})*(?:(?:\(?\d{1,3}[.)]|[-+*\u2022])\s{1,9}(?=\S))?")
 
 
 @dataclass(frozen=True)
@@ -97,7 +54,7 @@ def read_last(text: str, *, boxed: bool = False, alone: bool = False, cut: bool 
     runs = _runs(tokens)
     if not runs:
         return None if any(token.kind == "long" for token in tokens) else NO_NUMBER
-    if alone and len(runs) > 1 or any(token.kind == "long" for token in tokens[runs[-1].start :]):
+    if (alone and len(runs) > 1) or any(token.kind == "long" for token in tokens[runs[-1].start :]):
         return None
     if (cut and runs[-1].start == 0) or _is_joined(tokens, runs):
         return None
@@ -130,21 +87,21 @@ def _statement(tokens: Sequence[Token], boxed: bool) -> Value | None:
     if before and not _is_name(before):
         return None
     after = tokens[run.end :]
-    if any(token.text in _JOINING - {"per"} or token.kind in (":", ",", "_") for token in after):
+    if any(token.text in vocabulary.JOINING - {"per"} or token.kind in (":", ",", "_") for token in after):
         return None
     return _value(tokens, run, boxed=boxed, strict=True)
 
 
 def _is_name(tokens: Sequence[Token]) -> bool:
     """Whether these name the number behind them: they end in ":" or "is", and are no heading."""
-    ends = tokens[-1].kind == "label" or tokens[-1].text.lower() in _IS
-    return ends and tokens[0].text.lower() not in _HEADINGS
+    ends = tokens[-1].kind == "label" or tokens[-1].text.lower() in vocabulary.IS
+    return ends and tokens[0].text.lower() not in vocabulary.HEADINGS
 
 
 def _runs(tokens: Sequence[Token]) -> list[Run]:
     runs, start = [], None
     for index, token in enumerate([*tokens, Token("end", "", False)]):
-        if token.kind in _MATHEMATICS:
+        if token.kind in vocabulary.MATHEMATICS:
             start = index if start is None else start
         elif start is not None:
             if any(token.kind in ("number", r"\pi") for token in tokens[start:index]):
@@ -158,7 +115,7 @@ def _is_joined(tokens: Sequence[Token], runs: Sequence[Run]) -> bool:
     if len(runs) < 2:
         return False
     between = tokens[runs[-2].end : runs[-1].start]
-    if all(token.text.lower() in _JOINING or token.kind in _JOINING_SYMBOLS for token in between):
+    if all(token.text.lower() in vocabulary.JOINING or token.kind in vocabulary.JOINING_SYMBOLS for token in between):
         return True
     words = [token.text.lower() for token in between if token.kind == "word"]
     unit = [token.text.lower() for token in tokens[runs[-1].end :] if token.kind == "word"][: len(words) - 1]
@@ -236,14 +193,14 @@ def _is_blocked_before(tokens: Sequence[Token], start: int) -> bool:
     before = tokens[start - 1] if start else None
     if before is None:
         return False
-    if before.kind in ("<", "±", "command", "range", ":", "_", "^") or before.kind in _FUNCTIONS:
+    if before.kind in ("<", "±", "command", "range", ":", "_", "^") or before.kind in vocabulary.FUNCTIONS:
         return True
     if tokens[start].kind == "(" and not tokens[start].spaced and before.kind == "word":
         return True
     if before.kind in ("(", "{") and not before.spaced and start > 1:
         opener = tokens[start - 2]
-        return opener.kind in ("word", "command", "_", "^", "number") or opener.kind in _FUNCTIONS
-    return before.kind == "word" and before.text.lower() in _NOT_SIGNS
+        return opener.kind in ("word", "command", "_", "^", "number") or opener.kind in vocabulary.FUNCTIONS
+    return before.kind == "word" and before.text.lower() in vocabulary.NOT_THE_VALUE
 
 
 def _is_blocked_behind(tokens: Sequence[Token], end: int) -> bool:
@@ -252,17 +209,15 @@ def _is_blocked_behind(tokens: Sequence[Token], end: int) -> bool:
     if not behind:
         return False
     first = behind[0]
-    if first.kind in ("<", "±", "_", "‰", ":") or (first.kind == "command" and first.text not in _HARMLESS):
+    if first.kind in ("<", "±", "_", "‰", ":") or (first.kind == "command" and first.text not in vocabulary.HARMLESS):
         return True
     if first.kind == "word" and (
-        (first.text in _VARIABLES and (not first.spaced or first.text == "pi")) or first.text.lower() in _CHANGING
+        (first.text in vocabulary.VARIABLES and (not first.spaced or first.text == "pi"))
+        or first.text.lower() in vocabulary.CHANGING
     ):
         return True
     words = [token.text.lower() for token in behind]
-    return words[0] == "and" and any(word in _PARTS for word in words[1:])
-
-
-_HARMLESS = frozenset({r"\square", r"\blacksquare", r"\checkmark", r"\qed", r"\_", r"\#", "\\"})
+    return words[0] == "and" and any(word in vocabulary.PARTS for word in words[1:])
 
 
 def _scaled(value: Value, behind: Sequence[Token]) -> Value | None:
@@ -270,7 +225,7 @@ def _scaled(value: Value, behind: Sequence[Token]) -> Value | None:
     word = behind[0] if behind and behind[0].kind == "word" else None
     if word is None:
         return value
-    scale = 1000 if word.text in ("k", "K") and not word.spaced else _SCALES.get(word.text.lower(), 1)
+    scale = 1000 if word.text in ("k", "K") and not word.spaced else vocabulary.SCALES.get(word.text.lower(), 1)
     if scale == 1:
         return value
     try:

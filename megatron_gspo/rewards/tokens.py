@@ -86,7 +86,7 @@ def _token(text: str, match: re.Match[str], kind: str, found: str, spaced: bool)
 def _symbol(symbol: str, before: str, after: str) -> str:
     """The kind of one character between these texts."""
     left, right = before[-1:], after[:1]
-    starts_number = right.isdigit() or right in (".", "(", "\\", "{") and bool(right)
+    starts_number = right.isdigit() or (right in (".", "(", "\\", "{") and bool(right))
     if symbol in "-" + RANGE:
         if re.match(rf"[{LATIN}_]", left):
             return "dash"
@@ -100,11 +100,13 @@ def _symbol(symbol: str, before: str, after: str) -> str:
     if symbol == "*":  # a product, or a bullet, or emphasis
         if re.search(rf"[\d)}}%][ {THIN}]?\Z", before) and re.match(rf"[ {THIN}]?[\d({{\\.-]", after):
             return "*"
-        return "*" if re.search(r"\w[ ]?\Z", before) and left.isspace() == right.isspace() != (not after) else "skipped"
+        touching = re.search(r"\w\Z", before) and re.match(r"\w", after)
+        spaced = re.search(r"\w \Z", before) and re.match(r" \w", after)
+        return "*" if touching or spaced else "skipped"
     if symbol == ".":
         return "end" if not right or right.isspace() else "."
-    if symbol in "。！？?;":
-        return "end" if symbol != ";" else ";"
+    if symbol in "?\u3002":
+        return "end"
     if symbol == ":":
-        return ":" if right.isdigit() and left.isdigit() or left.isspace() and right.isspace() else "label"
+        return ":" if re.search(r"\d ?\Z", before) and (left.isspace() or right.isdigit()) else "label"
     return {">": "<"}.get(symbol, symbol)

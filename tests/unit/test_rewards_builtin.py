@@ -44,8 +44,8 @@ def test_numbers_are_read_as_people_write_them(text: str, number: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x", "4 2", "12,34", "1,0800", "1.2.3", "42 apples", "--1", "nan", "9" * 500, "20+22", "84/2", "4\u00b2", "1 080",
-     "1e9999", "4**2"],
+    ["", "x", "4 2", "12,34", "1,0800", "1.2.3", "42 apples", "--1", "nan", "9" * 500, "20+22", "84/2", "4\u00b2",
+     "1 080", "1e9999", "4**2"],
 )  # fmt: skip
 def test_anything_else_is_no_number(text: str) -> None:
     assert parse_number(text) is None
@@ -157,7 +157,7 @@ def test_each_gsm8k_reference_grades_1_and_another_ones_0() -> None:
         assert gsm8k(*case(row, row), format_reward=0.1) == 1, row
         assert gsm8k(*case(row, other), format_reward=0.1) == (1 if mine == others else 0.1), (row, other)
         assert is_well_formed(row)
-    for row, mine in zip(rows[::10], right[::10], strict=True):
+    for row, mine in zip(rows[::25], right[::25], strict=True):
         solution = row.rpartition("#### ")[0]
         assert gsm8k(*case(row, f"The answer is ${mine:,}.")) == 1, row
         assert gsm8k(*case(row, rf"{solution}\boxed{{{mine}}}")) == 1, row

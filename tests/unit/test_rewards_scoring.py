@@ -13,7 +13,15 @@ import pytest
 
 from megatron_gspo.config import RewardConfig
 from megatron_gspo.errors import ConfigError, RewardError
-from megatron_gspo.rewards import BUILTIN_REWARDS, GroupRewards, Reward, TokenRewards, resolve_reward, score_groups
+from megatron_gspo.rewards import (
+    BUILTIN_REWARDS,
+    GroupRewards,
+    Reward,
+    Stopped,
+    TokenRewards,
+    resolve_reward,
+    score_groups,
+)
 from megatron_gspo.rewards.scoring import SYNC_THREADS
 from megatron_gspo.types import Prompt, Rollout
 
@@ -133,6 +141,36 @@ def test_a_hanging_function_is_given_up_in_time(is_async: bool) -> None:
     with pytest.raises(RewardError, match=r"gave no answer within 0.1 s .*prompt 'a'"):
         score(hang_async if is_async else hang, GROUPS, timeout_s=0.1)
     assert time.monotonic() - start < 1.5
+
+
+def test_a_built_in_reward_that_takes_too_long_gives_0_and_is_counted() -> None:
+    def hang(prompt: Prompt, response: Rollout) -> float:
+        time.sleep(1.0 if response.sample == 1 else 0.0)
+        return 1.0
+
+    first, second = score(hang, GROUPS, timeout_s=0.3, built_in=True)
+    np.testing.assert_array_equal(first.rewards_G, [1, 0])
+    np.testing.assert_array_equal(second.rewards_G, [1, 0, 1])
+    assert (first.stopped, second.stopped) == (1, 1)
+
+
+def test_a_reward_that_says_it_was_stopped_is_0_and_counted() -> None:
+    def stop(prompt: Prompt, response: Rollout) -> float | TokenRewards:
+        n = len(response.response_ids)
+        return {0: Stopped(), 1: 0.5, 2: TokenRewards(np.ones(n))}[response.sample]
+
+    first, second = score(stop, GROUPS)
+    np.testing.assert_array_equal(first.rewards_G, [0, 0.5])
+    np.testing.assert_array_equal(second.rewards_G, [0, 0.5, 1])
+    assert (first.stopped, second.stopped) == (1, 1)
+    assert second.token_rewards_G is not None
+    np.testing.assert_array_equal(second.token_rewards_G[0], [0, 0])
+
+
+def test_only_built_in_names_are_built_in() -> None:
+    assert all(resolve_reward(RewardConfig(function=name)).built_in for name in BUILTIN_REWARDS)
+    assert not resolve_reward(RewardConfig(function=f"{QUICKSTART}:running_sum")).built_in
+    assert not resolve_reward(RewardConfig(function="megatron_gspo.rewards.gsm8k:gsm8k")).built_in
 
 
 def test_waiting_for_a_turn_does_not_count_as_hanging() -> None:
