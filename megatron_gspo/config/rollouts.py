@@ -58,8 +58,8 @@ class RolloutConfig(Section):
     """Longer responses are cut: ``finish_reason`` "length"."""
     stop_tokens: Annotated[tuple[StopToken, ...], AsList] = ()
     """Tokens that end a response besides the model's own (those of ``generation_config.json``, ``config.json`` and the
-    tokenizer), as texts or ids: ["<|im_end|>"] for a base model whose chat template ends a turn with it. Each must be
-    one token of the vocabulary. Training, evaluation and fine-tuning use them."""
+    tokenizer), as texts or ids: ``["<|im_end|>"]`` for a base model whose chat template ends a turn with it. Each must
+    be one token of the vocabulary. Training, evaluation and fine-tuning use them."""
     concurrency: Positive = 64
     """Prompts in flight a data-parallel leader."""
     timeout_s: PositiveFloat = 600.0
@@ -127,8 +127,8 @@ class RewardConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments bound to the function."""
     special_tokens: bool = False
-    """``response.text`` keeps special tokens, but for the stop token at its end: for rewards that look for </think>
-    or a tool call's tokens in a tokenizer where those are special."""
+    """``response.text`` keeps special tokens, but for the stop token at its end: for rewards that look for
+    ``</think>`` or a tool call's tokens in a tokenizer where those are special."""
     timeout_s: PositiveFloat = 30.0
     """Seconds a call may take. A function of yours that takes longer ends the run; a built-in one gives 0."""
     concurrency: Positive = 64

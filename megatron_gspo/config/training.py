@@ -114,7 +114,7 @@ class DataConfig(Section):
     chat_template: bool = True
     """Renders prompts with the tokenizer's chat template when it has one; chat messages need it."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Variables handed to the chat template: {enable_thinking = false} for Qwen3. One that it never reads is
+    """Variables handed to the chat template: ``{ enable_thinking = false }`` for Qwen3. One that it never reads is
     refused."""
     shuffle: bool = True
     """A new deterministic order every epoch, from ``train.seed``."""

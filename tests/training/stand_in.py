@@ -80,16 +80,16 @@ class StandIn:
 def sound(body: dict[str, Any], version: str) -> dict[str, Any]:
     """A response drawn uniformly by the request's own seed, which ends in a stop token or at the limit."""
     parameters = body["sampling_params"]
-    (stop,), most = parameters["stop_token_ids"], parameters["max_new_tokens"]
+    stops, most = parameters["stop_token_ids"], parameters["max_new_tokens"]
     draw = random.Random(parameters.get("sampling_seed", 0))
     ids: list[int] = []
-    while len(ids) < most and stop not in ids:
+    while len(ids) < most and ids[-1:] not in [[stop] for stop in stops]:
         ids.append(draw.randrange(VOCABULARY))
-    ended = ids[-1] == stop
+    ended = ids[-1] in stops
     return {
         "output_ids": ids,
         "meta_info": {
-            "finish_reason": {"type": "stop", "matched": stop} if ended else {"type": "length", "length": len(ids)},
+            "finish_reason": {"type": "stop", "matched": ids[-1]} if ended else {"type": "length", "length": len(ids)},
             "prompt_tokens": len(body["input_ids"]),
             "completion_tokens": len(ids),
             "weight_version": version,
