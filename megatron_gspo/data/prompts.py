@@ -161,11 +161,11 @@ def load_completions(
     """Examples for supervised fine-tuning: prompts as ``load_prompts`` reads them, and the text that follows them.
 
     That text is ``completion`` in format "prompts", ``answer`` in "gsm8k", the last turn of a conversation;
-    ``training_end`` is appended, unless it ends in a stop token already. More than ``max_response_tokens`` of them, that one counted, is a bad row like
-    an over-long prompt.
+    ``training_end`` is appended, unless it ends in a stop token already. More than ``max_response_tokens`` of them,
+    that one counted, is a bad row like an over-long prompt.
     """
-    reader = _Reader(tokenizer, format, fields, chat_template, max_prompt_tokens, max_response_tokens)
-    reader = replace(reader, end_id=training_end(tokenizer, chat_template))
+    end_id = training_end(tokenizer, chat_template)
+    reader = _Reader(tokenizer, format, fields, chat_template, max_prompt_tokens, max_response_tokens, end_id)
     return CompletionSet(
         *_load(Path(path), reader, _Reader.completion, lambda example: example.prompt, skip_bad, limit, False)
     )
