@@ -55,16 +55,18 @@ def run(options: argparse.Namespace) -> int:
 
     import psutil
 
+    from megatron_gspo.errors import ConfigError
     from megatron_gspo.quiet import mute
 
     check(options)
+    if not Path(options.source).is_dir():  # before a process group is made
+        raise ConfigError(f"{options.source}: no such directory")
     mute()
     groups = join_world()
     import torch.distributed as dist
 
     from megatron_gspo.convert.kinds import kind_of
     from megatron_gspo.convert.run import Options, convert
-    from megatron_gspo.errors import ConfigError
 
     if options.expect and (kind := kind_of(Path(options.source))) != options.expect:
         raise ConfigError(f"{options.source} is a {kind} checkpoint, and --expect says {options.expect}")
@@ -96,8 +98,6 @@ def check(options: argparse.Namespace) -> None:
     """Raises ConfigError for options that cannot be, or that would be passed over."""
     from megatron_gspo.errors import ConfigError
 
-    if not Path(options.source).is_dir():
-        raise ConfigError(f"{options.source}: no such directory")
     if not options.verify and (options.logits or options.tokens or options.layout):
         raise ConfigError("--logits, --tokens and --layout belong to --verify, which compares and writes nothing")
     if not 0 < options.max_shard_gb <= MOST_GB:
