@@ -49,7 +49,7 @@ def _compiled(*rules: tuple[str, str]) -> list[tuple[re.Pattern[str], str]]:
     return [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
 
-_NOT_ASCII = _compiled((r"√\s?(\d+)(?![\d.,])", r"\\sqrt{\1}"))
+_NOT_ASCII = _compiled((r"√\s?(\d+(?:\.\d+)?)(?!\d|[.,]\d)", r"\\sqrt{\1}"))
 _HTML = _compiled(
     (r"<<[^<>]{0,200}>>", " "),  # the calculator's notes in GSM8K's solutions
     (r"(?i)<sup>", "^{"),

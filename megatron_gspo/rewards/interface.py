@@ -25,10 +25,7 @@ class TokenRewards:
 
 
 class Stopped(float):
-    """A reward of 0 for a response whose grading was stopped because it took too long; ``score_groups`` counts it."""
-
-    def __new__(cls) -> Stopped:
-        return super().__new__(cls, 0.0)
+    """``Stopped()`` is a reward of 0 for a response whose grading took too long and was stopped; it is counted."""
 
 
 RewardResult = float | TokenRewards

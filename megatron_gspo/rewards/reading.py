@@ -193,7 +193,7 @@ def _is_blocked_before(tokens: Sequence[Token], start: int) -> bool:
     before = tokens[start - 1] if start else None
     if before is None:
         return False
-    if before.kind in ("<", "±", "command", "range", ":", "_", "^") or before.kind in vocabulary.FUNCTIONS:
+    if before.kind in ("<", "±", "√", "command", "range", ":", "_", "^") or before.kind in vocabulary.FUNCTIONS:
         return True
     if tokens[start].kind == "(" and not tokens[start].spaced and before.kind == "word":
         return True

@@ -56,7 +56,7 @@ class Verifier:
                 process = self._idle.pop() if self._idle else None
             process = process or self._start()
             answer = _ask(process, request, PATIENCE * self.limit_s)
-            if answer is None:
+            if not answer:
                 self._end(process)
                 raise StoppedError
             with self._lock:
@@ -80,12 +80,13 @@ class Verifier:
         with self._lock:
             self._all.add(process)
         ready = _ask(process, b"", START_S)
-        if ready is None and process.poll() is None:
+        if ready is None:
             self._end(process)
             raise StoppedError
-        if ready is None:
+        if not ready:
             assert process.stderr is not None
             lines = process.stderr.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+            process.wait()
             self._end(process)
             raise RuntimeError(f"math-verify's process ended with status {process.returncode}: {lines[-1]}")
         return process
@@ -101,13 +102,13 @@ class Verifier:
 
 
 def _ask(process: subprocess.Popen[bytes], request: bytes, patience_s: float) -> bytes | None:
-    """Sends a line and returns the one that comes back; None when the process ended or the time is up."""
+    """Sends a line and returns the one that comes back; b"" when the process has ended, None when the time is up."""
     assert process.stdin is not None and process.stdout is not None
     deadline = time.monotonic() + patience_s
     try:
         process.stdin.write(request)
     except OSError:
-        return None
+        return b""
     output = select.poll()  # select() cannot watch descriptors above 1023, and a trainer has those
     output.register(process.stdout, select.POLLIN)
     answer = b""
@@ -117,7 +118,7 @@ def _ask(process: subprocess.Popen[bytes], request: bytes, patience_s: float) ->
             return None
         piece = os.read(process.stdout.fileno(), 4096)
         if not piece:
-            return None
+            return b""
         answer += piece
     return answer
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -103,6 +104,15 @@ def test_a_stopped_grading_is_0_is_counted_and_does_not_end_the_scoring(monkeypa
     own.close()
     assert scored.rewards_G.tolist() == [1, 0, 0.1, 0]
     assert scored.stopped == 1
+
+
+def test_a_math_verify_that_cannot_be_imported_is_an_error_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: Verifier
+) -> None:
+    (tmp_path / "math_verify.py").write_text("raise ImportError('no parser')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="math-verify's process ended with status 1: ImportError: no parser"):
+        own.equal("(2)", r"\sqrt{(4)}")
 
 
 def test_a_process_shares_one_verifier() -> None:
