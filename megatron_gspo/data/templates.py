@@ -87,12 +87,12 @@ class ChatTemplate:
         import jinja2
         from jinja2 import meta
 
-        source = self._hf.get_chat_template(tools=self._variables.get("tools"))
         environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
         try:
+            source = self._hf.get_chat_template(tools=self._variables.get("tools"))
             read = meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", source)))
-        except jinja2.TemplateError as error:
-            raise DataError(f"the chat template is none: {one_line(error)}") from error
+        except (jinja2.TemplateError, ValueError) as error:  # the latter: several templates and no default
+            raise DataError(f"the chat template cannot be read: {one_line(error)}") from error
         read -= OURS
         unread = sorted(self._variables.keys() - read)
         if unread:

@@ -134,17 +134,18 @@ def response_text(tokenizer: Tokenizer, *, special_tokens: bool) -> Callable[[Se
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """What each token adds to the text, special tokens too. A part of a character is U+FFFD."""
     texts = []
-    for i, token in enumerate(ids):
+    alone = [tokenizer.decode([token], skip_special=False) for token in ids]
+    for i, text in enumerate(alone):
         # Many a tokenizer drops the space of a text's first token, so a token is read behind those before it, from
         # where they begin a character.
-        text = tokenizer.decode([token], skip_special=False)
         for start in range(i - 1, max(-1, i - 1 - LONGEST_CHARACTER), -1):
-            before = tokenizer.decode(ids[start:i], skip_special=False)
+            before = alone[start] if start == i - 1 else tokenizer.decode(ids[start:i], skip_special=False)
             both = tokenizer.decode(ids[start : i + 1], skip_special=False)
             if "\ufffd" not in before and both.startswith(before):
-                text = both.removeprefix(before)
+                texts.append(both.removeprefix(before))
                 break
-        texts.append(text)
+        else:
+            texts.append(text)
     return texts
 
 

@@ -24,7 +24,7 @@ Open = Callable[..., Tokenizer]
 def opened(tmp_path: Path) -> Open:
     """A family's tokenizer, with another template or other settings of its tokenizer_config.json."""
 
-    def open_one(name: str = "Qwen3", *, template: str = "", eos: str = "", **settings: Any) -> Tokenizer:
+    def open_one(name: str = "Qwen3", *, template: Any = "", eos: str = "", **settings: Any) -> Tokenizer:
         directory = tmp_path / "model"
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
@@ -287,3 +287,11 @@ def test_messages_of_parquet_render_as_those_of_jsonl(opened: Open, tmp_path: Pa
     pq.write_table(table, tmp_path / "p.parquet")
     (prompt,) = load_prompts(tmp_path / "p.parquet", tokenizer=opened(template=asks)).prompts
     assert prompt.text == "2+2?"
+
+
+def test_several_templates_without_a_default_are_one_line(opened: Open) -> None:
+    named = [{"name": "one", "template": PLAIN}, {"name": "two", "template": PLAIN}]
+    with pytest.raises(DataError, match="the chat template refuses the messages: .*multiple chat templates"):
+        opened(template=named).render("hi", True)
+    named[1]["name"] = "default"
+    assert opened(template=named).render("hi", True) == "<|user|>hi<|assistant|>"
