@@ -12,8 +12,28 @@ from megatron_gspo.data.rows import Row, Rows
 from megatron_gspo.errors import DataError
 
 T = TypeVar("T")
-HELD = 2048
-"""Items that are kept after they were made, those used last."""
+HELD_ITEMS, HELD_TOKENS = 8192, 2**20
+"""Items that are kept after they were made, those used last, as many as both allow."""
+
+
+class Cache(Generic[T]):
+    """The items used last, by their row."""
+
+    def __init__(self, tokens_of: Callable[[T], int]) -> None:
+        self._tokens_of, self._tokens = tokens_of, 0
+        self._items: OrderedDict[int, T] = OrderedDict()
+
+    def get(self, row: int) -> T | None:
+        if row in self._items:
+            self._items.move_to_end(row)
+        return self._items.get(row)
+
+    def put(self, row: int, item: T) -> None:
+        self._items[row] = item
+        self._tokens += self._tokens_of(item)
+        while len(self._items) > HELD_ITEMS or (self._tokens > HELD_TOKENS and len(self._items) > 1):
+            _, oldest = self._items.popitem(last=False)
+            self._tokens -= self._tokens_of(oldest)
 
 
 class LazyItems(Sequence[T], Generic[T]):
@@ -22,10 +42,9 @@ class LazyItems(Sequence[T], Generic[T]):
     Asking for an item whose row is bad raises DataError with the file and the place.
     """
 
-    def __init__(self, path: str, rows: Rows, rows_N: np.ndarray, make: Callable[[Row], T]) -> None:
+    def __init__(self, path: str, rows: Rows, rows_N: np.ndarray, make: Callable[[Row], T], cache: Cache[T]) -> None:
         """``rows_N``: [N] int64, indices into ``rows``."""
-        self._path, self._rows, self._rows_N, self._make = path, rows, rows_N, make
-        self._held: OrderedDict[int, T] = OrderedDict()
+        self._path, self._rows, self._rows_N, self._make, self._cache = path, rows, rows_N, make, cache
 
     def __len__(self) -> int:
         return len(self._rows_N)
@@ -36,7 +55,7 @@ class LazyItems(Sequence[T], Generic[T]):
     def __getitem__(self, index: slice) -> LazyItems[T]: ...
     def __getitem__(self, index: int | slice) -> T | LazyItems[T]:
         if isinstance(index, slice):
-            return LazyItems(self._path, self._rows, self._rows_N[index], self._make)
+            return self._of(self._rows_N[index])
         return self._item(int(self._rows_N[index]))
 
     def __iter__(self) -> Iterator[T]:
@@ -55,18 +74,19 @@ class LazyItems(Sequence[T], Generic[T]):
 
     def without(self, indices: Sequence[int]) -> LazyItems[T]:
         """The others, in their order."""
-        return LazyItems(self._path, self._rows, np.delete(self._rows_N, list(indices)), self._make)
+        return self._of(np.delete(self._rows_N, list(indices)))
+
+    def _of(self, rows_N: np.ndarray) -> LazyItems[T]:
+        return LazyItems(self._path, self._rows, rows_N, self._make, self._cache)
 
     def _item(self, index: int) -> T:
-        if index in self._held:
-            self._held.move_to_end(index)
-            return self._held[index]
+        held = self._cache.get(index)
+        if held is not None:
+            return held
         row = self._rows.read(index)
         try:
             item = self._make(row)
         except DataError as error:
             raise DataError(f"{self._path}, {row.place}: {error}") from error
-        self._held[index] = item
-        if len(self._held) > HELD:
-            self._held.popitem(last=False)
+        self._cache.put(index, item)
         return item

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_gspo.data.files import open_rows
 from megatron_gspo.data.fingerprint import Fingerprint
 from megatron_gspo.data.formats import Example, Paths, PromptFormat, completion_of, read_example, recognise
-from megatron_gspo.data.lazy import LazyItems
+from megatron_gspo.data.lazy import Cache, LazyItems
 from megatron_gspo.data.rows import Row, Rows
 from megatron_gspo.data.tokenizer import Tokenizer, training_end
 from megatron_gspo.errors import DataError
@@ -186,9 +186,10 @@ def _load(
     whole = whole or count <= CHECKED_ROWS
     reader = replace(reader, format=_format(rows, reader), place_in_id=not whole)
     first = rows.read_all() if whole else _first_rows(rows, count)
-    found = _look(path, first, functools.partial(make, reader), prompt_of, skip_bad, limit)
+    cache: Cache[T] = Cache(_tokens_of)
+    found = _look(path, first, functools.partial(make, reader), prompt_of, skip_bad, limit, cache if whole else None)
     rows_N = np.asarray(found.usable, dtype=np.int64) if whole else np.arange(count)
-    items = LazyItems(str(path), rows, rows_N, functools.partial(make, reader))
+    items = LazyItems(str(path), rows, rows_N, functools.partial(make, reader), cache)
     known = found.fingerprint.text if whole else functools.partial(_fingerprint, rows, items)
     tokens = tuple(found.prompt_tokens), tuple(found.response_tokens)
     looked = Looked(found.read, len(rows), whole, *tokens, reader.format, known)
@@ -226,6 +227,10 @@ def _facts(item: Prompt | Completion) -> tuple[Any, ...]:
     return item.id, item.token_ids, item.answer, item.metadata
 
 
+def _tokens_of(item: Prompt | Completion) -> int:
+    return len(item.token_ids) if isinstance(item, Prompt) else len(item.prompt.token_ids) + len(item.completion_ids)
+
+
 @dataclass
 class _Found:
     read: int = 0
@@ -243,6 +248,7 @@ def _look(
     prompt_of: Callable[[T], Prompt],
     skip_bad: bool,
     limit: int | None,
+    cache: Cache[T] | None,
 ) -> _Found:
     """Makes items of rows until ``limit`` are usable, and keeps what they say of the file. Raises DataError."""
     found = _Found()
@@ -262,6 +268,8 @@ def _look(
         first_seen[prompt.id] = row.place
         found.fingerprint.add(_facts(item))
         found.usable.append(found.read - 1)
+        if cache is not None:
+            cache.put(found.read - 1, item)
         found.prompt_tokens.append(len(prompt.token_ids))
         if isinstance(item, Completion):
             found.response_tokens.append(len(item.completion_ids))

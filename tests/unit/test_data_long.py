@@ -79,6 +79,22 @@ def test_a_slice_and_an_iteration_are_the_rows(tmp_path: Path) -> None:
         loaded[MANY]
 
 
+def test_what_is_held_is_bounded_by_items_and_by_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_gspo.data import lazy
+
+    monkeypatch.setattr(lazy, "HELD_ITEMS", 3)
+    monkeypatch.setattr(lazy, "HELD_TOKENS", 25)
+    cache: lazy.Cache[str] = lazy.Cache(len)
+    for row, item in enumerate(["a" * 5, "b" * 5, "c" * 5, "d" * 5]):
+        assert cache.get(0) == ("a" * 5 if row else None), "what was used last stays"
+        cache.put(row, item)
+    assert [row for row in range(4) if cache.get(row)] == [0, 2, 3]
+    cache.put(9, "e" * 20)
+    assert [row for row in range(10) if cache.get(row)] == [3, 9]
+    cache.put(10, "f" * 99)
+    assert [row for row in range(11) if cache.get(row)] == [10], "the newest is held whatever its length"
+
+
 def test_completions_are_made_when_they_are_drawn_too(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [row | {"completion": "é" * (n + 1)} for n, row in enumerate(rows())])
     loaded = load_completions(path, tokenizer=TOKENIZER, max_response_tokens=50)
