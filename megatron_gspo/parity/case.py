@@ -23,10 +23,10 @@ Key = tuple[int, int]
 STEPS = (1, 4)
 """What the two optimizer steps are numbered in a run of TOTAL_STEPS: one lies in the warm-up, one in the decay."""
 TOTAL_STEPS, WARMUP_STEPS = 8, 3
-GROUPS, GROUP_SIZE = 2, 4
-"""Groups of a mini-batch, and responses of a group."""
-SURVIVORS = ((0, 1, 2, 3), (0, 1, 2, 3), (0, 1), (2,))
-"""By group: which of its responses were not dropped."""
+GROUPS = 2
+"""Of a mini-batch."""
+LEFT = ((0, 1), (2,))
+"""By group of the second mini-batch: which of its responses were not dropped."""
 BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.1
 KL_COEF = 0.3
 
@@ -157,7 +157,7 @@ class Case:
                 },
                 "rollout": {
                     "temperature": self.temperature,
-                    "group_size": GROUP_SIZE,
+                    "group_size": self.precision.group,
                     "max_prompt_tokens": 1,
                     "max_response_tokens": longest - 1,
                 },
@@ -167,18 +167,20 @@ class Case:
         )
 
 
-def random_samples(vocabulary: int, seed: int, *, max_prompt: int = 9, max_response: int = 40) -> tuple[Sample, ...]:
+def random_samples(
+    vocabulary: int, seed: int, *, group_size: int = 4, max_prompt: int = 9, max_response: int = 40
+) -> tuple[Sample, ...]:
     """Random tokens for two mini-batches: advantages of both signs, which for token losses differ by token.
 
-    The first has two groups of four responses of uneven lengths. Of the second's two groups, three long responses are
+    The first has two whole groups of responses of uneven lengths. Of the second's two groups, three long responses are
     left, each of which fills most of a micro-batch: groups count by the responses that survive, and of two or four data
     ranks one has a dummy. A response of twice the length comes first in both: what cuts a micro-batch goes through it.
     """
     rng = np.random.default_rng(seed)
     samples = []
-    for group, survivors in enumerate(SURVIVORS):
+    for group, survivors in enumerate((range(group_size), range(group_size), *LEFT)):
         prompt_ids = rng.integers(0, vocabulary, rng.integers(1, max_prompt + 1)).astype(np.int32)
-        rewards = rng.random(GROUP_SIZE)
+        rewards = rng.random(group_size)
         advantages = (rewards - rewards.mean()) / rewards.std()
         clipped = 3 if group == 1 else 1  # ``straddling_old``: below the range, or above it
         advantages *= np.sign(advantages[clipped]) * (-1 if clipped == 3 else 1)

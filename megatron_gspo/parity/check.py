@@ -182,11 +182,17 @@ def _case(settings: Settings, path: str) -> Case:
     shape = read_model(path)[1]
     if settings.replay and not any(shape.moe_layers):
         raise ConfigError(f"--replay: {shape.architecture} with these layers is dense, and has no routes to replay")
-    prompt, response = (64, 128) if settings.path else (9, 40)
-    response = round(PRECISIONS[settings.dtype].length * response)
+    precision = PRECISIONS[settings.dtype]
+    prompt, response = (round(precision.length * tokens) for tokens in ((64, 128) if settings.path else (9, 40)))
     return Case(
         path=path,
-        samples=random_samples(shape.vocab_size, settings.seed, max_prompt=prompt, max_response=response),
+        samples=random_samples(
+            shape.vocab_size,
+            settings.seed,
+            group_size=precision.group,
+            max_prompt=prompt,
+            max_response=response,
+        ),
         seed=settings.seed,
         loss=settings.loss,
         dtype=settings.dtype,

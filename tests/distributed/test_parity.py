@@ -69,7 +69,7 @@ def test_a_right_layout_holds_at_the_rounding_of_float64(tiny: Bench, layout: st
 @pytest.mark.parametrize("loss", sorted(set(LOSSES) - {"gspo"}))
 def test_every_loss_holds_over_tensor_context_and_data_ranks(tmp_path: Any, loss: str) -> None:
     of_loss = bench(tmp_path, loss=loss)
-    for layout in ("TP2", "CP2", "DP2"):
+    for layout in ("TP2", "CP2xDP2"):
         row = of_loss.row(layout)
         assert (row.verdict, row.reason) == ("held", "")
         assert 0.0 < row.columns["gradients"].error < 1e-11
@@ -273,7 +273,7 @@ def test_under_torchrun_the_world_checks_the_layouts_that_fit_it() -> None:
         ("TP2xPP2", "refused"),
     ], err
     assert rows["TP2xPP2"]["reason"] == "needs 4 ranks, and the world has 2"
-    assert rows["TP2"]["columns"]["gradients"]["error"] < 1e-13
+    assert rows["TP2"]["columns"]["gradients"]["error"] < 1e-11
     assert status == 1, "a layout that was named was not shown to hold"
 
 

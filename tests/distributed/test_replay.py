@@ -292,7 +292,8 @@ def routes_are_dealt_one_token_late() -> Iterator[None]:
 
     def late(*args: Any) -> Any:
         experts_TLK, present_T = lay_out(*args)
-        return np.roll(experts_TLK, 1, axis=0), present_T
+        experts_TLK[present_T] = np.roll(experts_TLK[present_T], 1, axis=0)
+        return experts_TLK, present_T
 
     with mock.patch.object(routes, "lay_out", late):
         yield
