@@ -100,7 +100,7 @@ class RolloutGroup:
     rewards_G: np.ndarray
     """[G_p] float64 in [0, 1]."""
     token_rewards_G: tuple[np.ndarray, ...] | None = None
-    """Per-token rewards, each [R] float64 in [0, 1]; None when the reward gave one number a response."""
+    """Per-token rewards, each [R] float64 in [0, 1]; None when the reward gave one number per response."""
 
 
 @dataclass(frozen=True)

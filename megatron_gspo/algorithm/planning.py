@@ -27,7 +27,7 @@ A = 32 * 128, W = 63e6 a layer with its share of the output layer. Attention equ
 
 @dataclass(frozen=True)
 class Plan:
-    """A place for each of S sequences, which every data-parallel leader derives alike from the lengths alone."""
+    """A place for each of S sequences, which every data-parallel leader derives from the lengths alone."""
 
     rank_S: npt.NDArray[np.int32]
     """[S] data-parallel rank, 0 <= rank < num_ranks."""
@@ -35,7 +35,7 @@ class Plan:
     """[S] micro-batch on that rank, 0 <= microbatch < num_microbatches."""
     num_ranks: int
     num_microbatches: int
-    """Micro-batches a rank, the same on all of them; some may be empty."""
+    """Micro-batches per rank, the same on all of them; some may be empty."""
     rank_costs: npt.NDArray[np.float64]
     """[num_ranks] sum of length + attention_cost * length**2 over a rank's sequences."""
 
@@ -79,7 +79,8 @@ def plan_microbatches(
     - The number is near max(ceil(tokens / budget), sequences above half the budget) / num_ranks, the fewest possible.
     - The heaviest rank is within 2% of max(total cost / num_ranks, heaviest sequence), below which no assignment
       gets, once ranks hold some tens of sequences.
-    - A rank's micro-batches run from costly to cheap, so those that run at the same time on all ranks are alike.
+    - A rank's micro-batches run from costly to cheap, so those that run at the same time on all ranks cost about as
+      much.
     - It depends on the arguments alone; equal lengths are told apart by index.
 
     Ranks: longest processing time first (Graham 1969), then exchanges between the heaviest rank and a lighter one.

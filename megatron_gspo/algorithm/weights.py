@@ -1,6 +1,6 @@
 """How much of the mini-batch's loss each response carries.
 
-A token's weight is ``weight / |y|`` of its response, whatever the aggregation, so one number a response is enough.
+A token's weight is ``weight / |y|`` of its response, whatever the aggregation, so one number per response is enough.
 With P surviving groups, G_p survivors of prompt p, and |y| response tokens:
 
     aggregation     weight of a response        weight of a token           source

@@ -178,7 +178,7 @@ def measure_on_a_rank(settings: Settings, heads: dict[int, list[str]]) -> dict[i
         group = make_groups(ParallelConfig(tensor=dist.get_world_size())).tensor
         dtype, hidden = DTYPES[settings.dtype], settings.hidden
         warm = Problem.make(tokens=64, vocab=512 * group.size(), hidden=hidden, chunk=32, dtype=dtype, group=group)
-        for head in dict.fromkeys(name for names in heads.values() for name in names):  # alike on every rank
+        for head in dict.fromkeys(name for names in heads.values() for name in names):  # on every rank in this order
             measure(head, warm, device())
         return {
             tokens: _take_turns(

@@ -49,7 +49,7 @@ MIXES: dict[str, Callable[[np.random.Generator, int], Lengths]] = {
 
 
 def lower_bounds(lengths: Lengths, token_budget: int, num_ranks: int) -> tuple[float, int]:
-    """(heaviest rank's cost, micro-batches a rank): no plan is below either.
+    """(heaviest rank's cost, micro-batches per rank): no plan is below either.
 
     Cost: the mean of ranks, or the heaviest sequence. Micro-batches: what the tokens fill, or one for each sequence
     above half the budget.

@@ -60,7 +60,7 @@ class Settings:
     top_k: int = 8
     experts: int = 128
     response: int = 500
-    """Tokens a response, its prompt among them."""
+    """Tokens per response, its prompt among them."""
     microbatch: int = 10_000
     hidden: int = 64
     """Of the model that takes steps: 4 layers, 16 experts of which 4, as the quickstart's."""

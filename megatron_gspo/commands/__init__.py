@@ -1,4 +1,4 @@
-"""The commands of ``megatron-gspo``, a file each. Adding one is a file here and its name in ``GROUPS``.
+"""The commands of ``megatron-gspo``, a file each. Adding one is one file here and its name in ``GROUPS``.
 
 A command's module has ``SUMMARY`` (a phrase), ``EXAMPLE`` (a command line), perhaps ``MORE`` (sentences for
 ``--help``) and ``DOCS`` (its page), ``add_arguments(parser)`` and ``run(options) -> exit status``. Heavy imports belong

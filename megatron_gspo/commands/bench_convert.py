@@ -10,7 +10,7 @@ SUMMARY = "rate and peak memory of convert, both ways, beside cp"
 EXAMPLE = "megatron-gspo bench convert --gb 4 --json"
 DOCS = "docs/benchmarks.md"
 MORE = """Makes a random Qwen3-MoE checkpoint (128
-experts a layer), converts it to Megatron's format and back, copies its files with cp, and compares what came back."""
+experts per layer), converts it to Megatron's format and back, copies its files with cp, and compares what came back."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def _table(result: dict[str, Any]) -> str:
     lines = [
         f"{machine['device']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date']}",
         f"{checkpoint['bytes'] / 1e9:.2f} GB, {checkpoint['layers']} layers of {checkpoint['experts']} experts "
-        f"({checkpoint['layer_experts_bytes'] / 1e9:.2f} GB of experts a layer)",
+        f"({checkpoint['layer_experts_bytes'] / 1e9:.2f} GB of experts per layer)",
         f"cp: {result['cp']['bytes_per_s'] / 1e6:.0f} MB/s",
     ]
     for row in result["rows"]:

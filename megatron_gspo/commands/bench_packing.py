@@ -17,11 +17,11 @@ micro-batches over the lower bound."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--sequences", type=positive, default=100_000, help="sequences a mini-batch (default: %(default)s)"
+        "--sequences", type=positive, default=100_000, help="sequences per mini-batch (default: %(default)s)"
     )
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 8, 64, 512], help="data-parallel ranks")
     parser.add_argument(
-        "--token-budget", type=positive, default=32768, help="tokens a micro-batch (default: %(default)s)"
+        "--token-budget", type=positive, default=32768, help="tokens per micro-batch (default: %(default)s)"
     )
     parser.add_argument("--repetitions", type=positive, default=5, help="plans of each kind (default: %(default)s)")
 
@@ -45,7 +45,7 @@ def _table(result: dict[str, Any]) -> str:
     machine, settings = result["machine"], result["settings"]
     lines = [
         f"{machine['device']}, {machine['cores']} cores, {machine['date']}",
-        f"{settings['sequences']:,} sequences, {settings['token_budget']:,} tokens a micro-batch, "
+        f"{settings['sequences']:,} sequences, {settings['token_budget']:,} tokens per micro-batch, "
         f"{settings['repetitions']} plans; milliseconds on one core: median (smallest to largest)",
         "",
         f"{'mix':14} {'ranks':>5}  {'milliseconds':22} {'heaviest rank':>14} {'micro-batches':>14}",

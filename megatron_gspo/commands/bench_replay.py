@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=positive, default=20_000, help="tokens whose routes move (default: %(default)s)"
     )
     parser.add_argument("--layers", type=positive, default=48, help="MoE layers (default: %(default)s)")
-    parser.add_argument("--top-k", type=positive, default=8, help="experts a token (default: %(default)s)")
-    parser.add_argument("--experts", type=positive, default=128, help="experts a layer (default: %(default)s)")
+    parser.add_argument("--top-k", type=positive, default=8, help="experts per token (default: %(default)s)")
+    parser.add_argument("--experts", type=positive, default=128, help="experts per layer (default: %(default)s)")
     parser.add_argument(
         "--hidden", type=positive, default=64, help="width of the stepping model (default: %(default)s)"
     )
@@ -58,7 +58,7 @@ def table(result: dict[str, Any]) -> str:
         f"{settings['layers']} layers, top-{settings['top_k']} of {settings['experts']} experts; processor time of one "
         f"thread, median (smallest to largest) of {settings['repetitions']}",
         "",
-        f"bytes a token:  {size['reply']:,} in the server's reply, {size['kept']:,} kept and swapped between leaders, "
+        f"bytes per token:  {size['reply']:,} in the server's reply, {size['kept']:,} kept and swapped by leaders, "
         f"{size['a_rank']:,.1f} to a rank of tensor 2 x pipeline 2",
         "",
         "milliseconds per 100,000 tokens",

@@ -17,7 +17,7 @@ of float32 by default) and pushes its weights by every method, beside a bare bro
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=positive, default=2, help="layers (default: %(default)s)")
     parser.add_argument("--hidden", type=positive, default=1024, help="hidden size (default: %(default)s)")
-    parser.add_argument("--experts", type=positive, default=32, help="experts a layer (default: %(default)s)")
+    parser.add_argument("--experts", type=positive, default=32, help="experts per layer (default: %(default)s)")
     parser.add_argument("--expert-width", type=positive, default=384, help="width of an expert (default: %(default)s)")
     parser.add_argument("--vocab", type=positive, default=16384, help="vocabulary (default: %(default)s)")
     parser.add_argument("--bucket-mb", type=positive, help="sync.bucket_mb (default: the configuration's)")

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("prompts", "gsm8k"), help="of the prompt file (data.format)")
     parser.add_argument("--reward", metavar="NAME", help="reward without options (reward.function)")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts (eval.prompts)")
-    parser.add_argument("--samples", type=int, metavar="K", help="responses a prompt (eval.samples)")
+    parser.add_argument("--samples", type=int, metavar="K", help="responses per prompt (eval.samples)")
     parser.add_argument("--temperature", type=float, metavar="T", help="of sampling (rollout.temperature)")
     parser.add_argument("--greedy", action="store_true", help="one response at temperature 0 instead")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="of a response (rollout.max_response_tokens)")

@@ -18,12 +18,12 @@ class ParallelConfig(Section):
     pipeline: Positive = 1
     """Pipeline stages."""
     virtual_pipeline: Positive = 1
-    """Virtual stages a pipeline rank: it holds every ``pipeline``-th of pipeline x virtual_pipeline pieces of the
+    """Virtual stages per pipeline rank: it holds every ``pipeline``-th of pipeline x virtual_pipeline pieces of the
     model, which shortens the time that stages wait at the ends of a step. Micro-batches come in multiples of
     ``pipeline``; where there are fewer, dummies fill up."""
     stage_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AsList] | None = None
-    """Layers of each of the pipeline x virtual_pipeline virtual stages, in the model's order. Absent: alike, and where
-    they do not divide, the first ones have one more (the last one also has the output layer)."""
+    """Layers of each of the pipeline x virtual_pipeline virtual stages, in the model's order. Absent: the
+    same number each, and where they do not divide, the first ones have one more (the last one also has the output layer)."""
     context: Positive = 1
     """Context-parallel ranks: each holds 1/context of every sequence's tokens (load-balanced, zigzag)."""
     expert: Positive = 1

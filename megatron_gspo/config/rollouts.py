@@ -43,7 +43,7 @@ class RolloutConfig(Section):
     server_start_s: PositiveFloat = 300.0
     """Seconds a local server may take until it is healthy."""
     group_size: Annotated[int, Field(ge=2)] = 8
-    """Responses G a prompt."""
+    """Responses G per prompt."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; the trainer's logprobs and entropy use the same."""
     top_p: float = 1.0
@@ -61,7 +61,7 @@ class RolloutConfig(Section):
     tokenizer), as texts or ids: ``["<|im_end|>"]`` for a base model whose chat template ends a turn with it. Each must
     be one token of the vocabulary. Training, evaluation and fine-tuning use them."""
     concurrency: Positive = 64
-    """Prompts in flight a data-parallel leader."""
+    """Prompts in flight per data-parallel leader."""
     timeout_s: PositiveFloat = 600.0
     """Seconds until a request that has not answered is given up."""
     retries: Annotated[int, Field(ge=0)] = 3
@@ -104,7 +104,7 @@ class SyncConfig(Section):
     directory: str = "/dev/shm"
     """Parent directory of the files of "disk"; each sync removes the one before."""
     bucket_mb: Positive = 64
-    """Megabytes of tensors a request of "tensor", a file of "disk", or a broadcast of "distributed"."""
+    """Megabytes of tensors per request of "tensor", file of "disk" or broadcast of "distributed"."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Of the process group of "distributed"; "auto" is nccl where trainer and servers all compute on GPUs, gloo
     otherwise. nccl needs a GPU of its own for each: with servers that share the trainer's, "gloo"."""
@@ -149,9 +149,9 @@ class EvalConfig(Section):
     prompts: Positive = 512
     """Prompts used: the first ones of ``data.eval_path``."""
     samples: Positive = 1
-    """Responses a prompt at the training temperature; above 1, ``eval/pass_at_k`` is logged too."""
+    """Responses per prompt at the training temperature; above 1, ``eval/pass_at_k`` is logged too."""
     greedy: bool = True
-    """Also evaluates at temperature 0, one response a prompt (``eval/greedy_accuracy``)."""
+    """Also evaluates at temperature 0, one response per prompt (``eval/greedy_accuracy``)."""
 
 
 class ReplayConfig(Section):

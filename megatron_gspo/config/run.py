@@ -31,7 +31,7 @@ class RunConfig(Section):
 
     @property
     def minibatches(self) -> int:
-        """Optimizer steps an outer step: 1 for sft."""
+        """Optimizer steps per outer step: 1 for sft."""
         return 1 if self.algorithm.name == "sft" else self.train.minibatches
 
     @property

@@ -57,8 +57,8 @@ class AlgorithmConfig(Section):
     """Permits a sequence-ratio clip range above 0.05, where GSPO hardly ever clips."""
     aggregation: Literal["paper", "token-mean", "token-sum"] = "paper"
     """How a mini-batch's tokens are weighted. "paper": prompt 1/P, response 1/G, token 1/|y|. "token-mean": every
-    response token alike (DAPO). "token-sum": 1/P, 1/G, token 1/max_response_tokens (Dr.GRPO). Token-ratio losses and
-    gspo-token take any; gspo only "paper", since its loss has no token terms."""
+    response token has the same weight (DAPO). "token-sum": 1/P, 1/G, token 1/max_response_tokens (Dr.GRPO).
+    Token-ratio losses and gspo-token take any; gspo only "paper", since its loss has no token terms."""
     kl_loss_coef: NonNegativeFloat = 0.0
     """Weight of the k3 estimate of KL(new || reference) in the loss."""
     reference: str = ""
@@ -87,7 +87,7 @@ class AlgorithmConfig(Section):
             )
         if self.name == "gspo" and self.aggregation != "paper":
             raise ValueError(
-                f'aggregation = "{self.aggregation}" weights tokens, and gspo has one term a sequence: use "paper", '
+                f'aggregation = "{self.aggregation}" weights tokens, and gspo has one term per sequence: use "paper", '
                 f'or name = "gspo-token"'
             )
         return self
@@ -151,14 +151,14 @@ class TrainConfig(Section):
     prompts_per_step: Positive = 16
     """Prompts P an outer step, over all ranks; for sft, examples an optimizer step."""
     minibatches: Positive = 4
-    """Optimizer steps an outer step; each takes prompts_per_step / minibatches whole groups."""
+    """Optimizer steps per outer step; each takes prompts_per_step / minibatches whole groups."""
     microbatch_tokens: Positive = 4096
     """Token budget of a packed micro-batch (prompt, response, and what context parallelism fills a sequence up with),
     of which a rank holds 1/context. Memory, not mathematics: it cannot change a step."""
     oversize: Literal["error", "own"] = "error"
     """A sequence above the budget: an error, or a micro-batch of its own."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 10
-    """Outer steps between checkpoints; the end always has one, and 0 is only there."""
+    """Outer steps between checkpoints; the last outer step always has one; with 0 that is the only one."""
     keep_last: Positive = 2
     """Newest checkpoints that stay."""
     keep_every: Annotated[int, Field(ge=0)] = 0

@@ -33,30 +33,30 @@ def check_layout(facts: Facts) -> list[Check]:
         f"{facts.ranks} ranks; expert {parallel.expert} x expert_tensor {parallel.expert_tensor}"
     )
     if parallel.virtual_pipeline > 1:
-        text += f"; {parallel.virtual_pipeline} virtual stages a rank, micro-batches padded to a multiple of the stages"
+        text += f"; {parallel.virtual_pipeline} virtual stages per rank, micro-batches padded to a multiple of stages"
     if parallel.tensor > 1:
         text += "; sequence parallel, since tensor > 1"
     sequences, _ = tokens_of_minibatch(facts.config)
     packs = microbatches(facts.config, data)
-    checks = [ok(f"{text}; {sequences} sequences a mini-batch, at full length {count(packs, 'pack')} a rank")]
+    checks = [ok(f"{text}; {sequences} sequences per mini-batch, at full length {count(packs, 'pack')} a rank")]
     if sequences < data:
         checks.append(
             warning(
-                f"{sequences} sequences a mini-batch for {data} data-parallel ranks: some train on nothing",
+                f"{sequences} sequences per mini-batch for {data} data-parallel ranks: some train on nothing",
                 "fewer parallel.data, or more train.prompts_per_step or rollout.group_size",
             )
         )
     if packs < parallel.pipeline > 1:
         checks.append(
             warning(
-                f"{packs} micro-batches a mini-batch for {parallel.pipeline} pipeline stages: most of them wait",
+                f"{packs} micro-batches per mini-batch for {parallel.pipeline} pipeline stages: most of them wait",
                 "fewer train.minibatches, a smaller train.microbatch_tokens, or fewer parallel.pipeline",
             )
         )
     if facts.config.train.prompts_per_step < data and not facts.supervised:
         checks.append(
             warning(
-                f"{facts.config.train.prompts_per_step} prompts a step, {data} leaders to fetch them: some are idle",
+                f"{facts.config.train.prompts_per_step} prompts per step, {data} leaders to fetch them: some are idle",
                 "train.prompts_per_step",
             )
         )

@@ -108,4 +108,4 @@ def _check_shape(shape: ModelShape) -> None:
     if not (width and shape.max_positions):
         raise ConfigError(f"config.json gives an MLP of {width!r} rows, {shape.max_positions!r} positions")
     if any(shape.moe_layers) and not 0 < (shape.top_k or 0) <= (shape.num_experts or 0):
-        raise ConfigError(f"config.json chooses {shape.top_k} of {shape.num_experts} experts a token")
+        raise ConfigError(f"config.json chooses {shape.top_k} of {shape.num_experts} experts per token")

@@ -103,7 +103,7 @@ def bias_rule() -> WeightRule:
 
 
 def join_qkv(pieces: Sequence[torch.Tensor], head_dim: int) -> torch.Tensor:
-    """[q heads * d, ...], [groups * d, ...], [groups * d, ...] -> [groups * (heads a group + 2) * d, ...].
+    """[q heads * d, ...], [groups * d, ...], [groups * d, ...] -> [groups * (heads per group + 2) * d, ...].
 
     Each key-value group's rows stand together: its query heads, then its key, then its value.
     """

@@ -1,4 +1,4 @@
-"""Experts that newer transformers keep as two tensors a layer, read one by one under the names of the families' tables.
+"""Experts that newer transformers keep as two tensors per layer, read one by one under the names of the tables.
 
 ``experts.gate_up_proj`` [E, 2I, H] holds each expert's gate rows over its up rows, ``experts.down_proj`` [E, H, I] its
 third matrix: what transformers' model has in memory, and writes with ``save_original_format=False``.

@@ -2,7 +2,7 @@
 
 ``gather_rows`` gives every context rank what it needs of every other: keys and values, by all-gather.
 
-With x_r the rows of context rank r of n, and L the loss that all ranks compute alike,
+With x_r the rows of context rank r of n, and L the loss that every rank computes,
 
     forward     y = [x_0; x_1; ...; x_(n-1)]                  on every rank
     backward    dL/dx_r = sum over ranks q of (dL/dy on q)_r   reduce-scatter

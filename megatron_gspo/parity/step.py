@@ -111,7 +111,7 @@ def train(
     step.gradients = gradient_copies(learner.policy, references / GRADIENTS.format(step=number))
     try:
         step.metrics = training.take_step(learner, sums, STEPS[number])
-    except NonFiniteError:  # on every rank alike; the columns say where it comes from
+    except NonFiniteError:  # raised on every rank; the columns say where it comes from
         return step
     parameters = references / PARAMETERS.format(step=number)
     step.parameters = parameter_copies(learner.policy, parameters)

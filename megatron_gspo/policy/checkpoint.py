@@ -109,7 +109,7 @@ def _read(state: dict[str, Any], directory: Path) -> dict[str, Any]:
 def _sharded_state(policy: Policy, states_of: StatesOf) -> dict[str, Any]:
     """What this rank writes, or wants to read: its shards, each with its place in the whole.
 
-    Optimizer state is laid out as Megatron's ``fully_reshardable`` is: three tensors a parameter, in the parameter's
+    Optimizer state is laid out as Megatron's ``fully_reshardable`` is: three tensors per parameter, in the parameter's
     shape and place. We put it together ourselves, since 0.16.1 takes the wrong elements wherever a
     buffer has two buckets with padding between them, which a tied embedding under pipeline parallelism makes.
     """

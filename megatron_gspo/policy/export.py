@@ -1,4 +1,4 @@
-"""The policy's weights and gradients in Hugging Face names, streamed: a gather over tensor ranks a parameter."""
+"""The policy's weights and gradients in Hugging Face names, streamed: one gather over tensor ranks per parameter."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _stream_chunk(
         replicas = groups.expert_data if expert else groups.data_context
         mine = value(parameter)
         if replicas.rank() != 0 or mine is None:
-            continue  # all tensor ranks of a replica skip alike
+            continue  # every tensor rank of a replica skips the same ones
         for name, piece in zip(named.hf_names, named.rule.split(mine), strict=True):
             pieces = [piece] if named.rule.cut == "whole" else gather_pieces(piece, tensor)
             whole = put_together(pieces, named.rule.cut, model.shape.vocab_size)

@@ -89,7 +89,7 @@ class Replay:
     ``RouteShard`` a micro-batch. In record it is what they chose; recorded routes replayed at the same weights
     change nothing, to the last bit.
 
-    Leaving a phase raises ReplayError, on all ranks alike, when on any of them a router was not asked exactly once for
+    Leaving a phase raises ReplayError, on every rank, when on any of them a router was not asked exactly once for
     each micro-batch in forward and once in recompute (where its module is recomputed), or when ``routes`` are not
     this rank's: other layers, tokens or micro-batches, an expert out of range or twice in a row.
     """

@@ -238,7 +238,7 @@ METRICS: dict[str, Metric] = {
     "eval/greedy_accuracy": Metric("fraction", "The same at temperature 0.", combine="last"),
     "eval/pass_at_k": Metric(
         "fraction",
-        "Share of those prompts with a right one among `eval.samples` responses; absent for one response a prompt.",
+        "Share of those prompts with a right one among `eval.samples` responses; absent for one response per prompt.",
         "Falls while the accuracy rises: fewer prompts are solved at all.",
         combine="last",
     ),

@@ -82,7 +82,7 @@ def warnings(lines: list[Record], config: RunConfig | None) -> list[str]:
         found.append(f"{skipped} of the last {len(recent)} outer steps were skipped: every response was dropped")
     stopped = _mean(recent, "reward/grader_timeouts")
     if stopped:
-        found.append(f"{stopped:.2g} responses an outer step took too long to grade and got 0 (docs/grading.md)")
+        found.append(f"{stopped:.2g} responses per outer step took too long to grade and got 0 (docs/grading.md)")
     truncated = _mean(recent, "length/truncated")
     if truncated is not None and truncated > 0.5:
         found.append(f"{truncated:.0%} of the responses were truncated: raise rollout.max_response_tokens")

@@ -1,4 +1,4 @@
-"""A run in words: what the terminal, the status and the page say alike."""
+"""A run in words, which the terminal, the status and the page share."""
 
 from __future__ import annotations
 

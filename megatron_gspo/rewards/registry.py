@@ -83,7 +83,7 @@ def _find(name: str) -> Callable[..., Any]:
 
 
 def _module_of_file(path: Path) -> ModuleType:
-    """Imports a file by its path, once a process, under a name that no package can have."""
+    """Imports a file by its path, once per process, under a name that no package can have."""
     path = path.resolve()
     name = f"megatron_gspo_reward:{path}"
     if name in sys.modules:

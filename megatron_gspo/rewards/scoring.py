@@ -29,7 +29,7 @@ class GroupRewards:
     rewards_G: np.ndarray
     """[G] float64 in [0, 1]; the mean of a response's token rewards where it has them."""
     token_rewards_G: tuple[np.ndarray, ...] | None
-    """G arrays, each [R] float64 in [0, 1]; None when the function gave one number a response throughout."""
+    """G arrays, each [R] float64 in [0, 1]; None when the function gave one number per response throughout."""
     stopped: int = 0
     """Responses whose grading took too long and was stopped; their rewards are 0."""
 

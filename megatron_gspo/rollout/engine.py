@@ -28,7 +28,7 @@ class Sampling:
     """How responses are drawn: plain sampling at a temperature, since training needs the sampled distribution."""
 
     group_size: int
-    """Responses a prompt."""
+    """Responses per prompt."""
     temperature: float
     max_tokens: int
     """Response tokens, the stop token included; a longer response is cut (``finish_reason`` "length")."""

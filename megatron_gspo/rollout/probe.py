@@ -30,7 +30,7 @@ class ServerState:
 
 
 def probe(urls: Sequence[str], timeout_s: float = 2.0) -> list[ServerState]:
-    """Asks each server for ``/health`` and ``/model_info``, all at a time, ``timeout_s`` seconds a request."""
+    """Asks each server for ``/health`` and ``/model_info``, all at a time, ``timeout_s`` seconds per request."""
     if not urls:
         return []
     with ThreadPoolExecutor(len(urls)) as threads:

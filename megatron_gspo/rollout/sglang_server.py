@@ -183,7 +183,7 @@ def attend_decode(
 
     Args:
         query_NHD: [sequences, heads, dimension]. ``output_NHD``, of the same shape, is filled.
-        keys_CHD: [cache rows, key-value heads, dimension]; ``values_CHD`` alike.
+        keys_CHD: [cache rows, key-value heads, dimension]; ``values_CHD`` has the same shape.
         place_RL: [requests, positions], cache rows of each request's tokens.
         request_N: [sequences], the request of each.
         length_N: [sequences], tokens of each, the new one included.

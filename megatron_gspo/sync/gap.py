@@ -1,7 +1,7 @@
 """A gap between engine and trainer, made on purpose: what the servers receive differs from the trainer's weights.
 
-On a CPU engine and trainer compute alike in float32, and replaying the engine's routes (R3) has nothing to mend. These
-put a gap there, on the stream that goes out and nowhere else. Both are off by default.
+In float32 on a CPU, engine and trainer compute the same, and replaying the engine's routes (R3) has nothing to mend.
+These put a gap there, on the stream that goes out and nowhere else. Both are off by default.
 """
 
 from __future__ import annotations

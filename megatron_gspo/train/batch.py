@@ -1,4 +1,4 @@
-"""From scored groups to packed micro-batches: who trains on what, decided alike by every leader.
+"""From scored groups to packed micro-batches: who trains on what, decided by every leader, with the same result.
 
 The unit is the outer step. Mini-batches are whole groups, cut by position; their micro-batches are planned here, once,
 so that the pi_old pass and the training pass run over exactly the same tensors.
@@ -43,7 +43,7 @@ def place(mine: Sequence[Sample], config: RunConfig, groups: Groups) -> list[Min
         mine: on each data-parallel leader, the samples of the groups that it fetched, with any weight; ignored
             elsewhere. ``Sample.group`` is the prompt's position among the outer step's prompts.
     Returns:
-        The mini-batches that have a surviving group, in order, alike in number on every rank.
+        The mini-batches that have a surviving group, in order, the same number of them on every rank.
     """
     placed: list[list[tuple[Sample, ...]]] | None = None
     totals: list[int] = []

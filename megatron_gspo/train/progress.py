@@ -30,7 +30,7 @@ SKIPPED = "step/skipped"
 
 @dataclass
 class Progress:
-    """Where a run stands between two outer steps, alike on every rank."""
+    """Where a run stands between two outer steps, the same on every rank."""
 
     cursor: PromptCursor
     """Which prompts come next."""

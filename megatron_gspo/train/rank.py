@@ -82,7 +82,7 @@ def die_with_parent() -> None:
 
 def _say_once(text: str) -> None:
     """Prints a failure unless another rank has: one that the ranks agree on strikes all of them, another only one,
-    and the rest then fail for the want of it."""
+    and the rest then fail because it is missing."""
     if os.environ["RANK"] != "0":
         time.sleep(FIRST_RANKS_TURN_S)
     if _is_first("failure"):

@@ -87,7 +87,7 @@ class HuggingFaceSave:
 
 
 def save_hugging_face(policy: Policy, config: RunConfig, groups: Groups, directory: Path) -> None:
-    """Writes the policy now, a tensor at a time. Collective. Raises WriteError on every rank when one cannot write."""
+    """Writes the policy now, one tensor at a time. Collective. Raises WriteError on every rank when one cannot."""
     save = HuggingFaceSave(config, groups, directory)
     error: Exception | None = None
     weight_map: dict[str, str] = {}

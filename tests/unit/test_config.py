@@ -77,7 +77,7 @@ def test_a_ppo_sized_clip_range_for_a_sequence_ratio_needs_to_be_asked_for(name:
         ({"rollout": {"temperature": 0.0}}, r"rollout\.temperature = 0\.0"),
         ({"algorithm": {"name": "reinforce"}}, r"algorithm\.name = 'reinforce': .*'gspo'"),
         ({"algorithm": {"clip_low": 1.5}}, r"algorithm\.clip_low = 1\.5: .*less than 1"),
-        ({"algorithm": {"aggregation": "token-mean"}}, r"gspo has one term a sequence"),
+        ({"algorithm": {"aggregation": "token-mean"}}, r"gspo has one term per sequence"),
         ({"train": {"minibatches": 3}}, r"prompts_per_step = 16 .*minibatches = 3.*16 / 3 = 5\.333"),
         ({"train": {"microbatch_tokens": 1500}}, r"1024 \+ max_response_tokens 1024 = 2048 does not fit .* 1500"),
         (

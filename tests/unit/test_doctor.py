@@ -258,7 +258,7 @@ def test_ranks_that_the_layout_does_not_fill_show_the_product(case: Case) -> Non
 def test_data_parallel_ranks_with_nothing_to_train_on_are_warned_of(case: Case) -> None:
     settings = ("train.prompts_per_step=2", "train.minibatches=2", "rollout.group_size=2", "parallel.data=4")
     check = case.check("layout", *settings)
-    assert check.status == "warning" and "2 sequences a mini-batch for 4 data-parallel ranks" in check.detail
+    assert check.status == "warning" and "2 sequences per mini-batch for 4 data-parallel ranks" in check.detail
     assert "sequence parallel, since tensor > 1" in case.check("layout", "parallel.tensor=2").detail
 
 

@@ -20,7 +20,7 @@ def gspo(
     """-sum_i weight_i min(s_i A_i, clip(s_i, 1 - clip_low, 1 + clip_high) A_i),  s_i = exp(mean_t(new_t - old_t)).
 
     The ratio is of the whole response, normalised by its length; a response is clipped as one. Without clipping its
-    gradient is weight_i s_i A_i / |y_i| for every token alike.
+    gradient is weight_i s_i A_i / |y_i| for each of its tokens.
 
     Args:
         shard: with ``old_logprobs_T``; ``advantages_S`` and ``weights_S`` are used.
