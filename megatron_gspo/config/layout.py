@@ -23,7 +23,8 @@ class ParallelConfig(Section):
     ``pipeline``; where there are fewer, dummies fill up."""
     stage_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AsList] | None = None
     """Layers of each of the pipeline x virtual_pipeline virtual stages, in the model's order. Absent: the
-    same number each, and where they do not divide, the first ones have one more (the last one also has the output layer)."""
+    same number each, and where they do not divide, the first ones have one more (the last one also has the output
+    layer)."""
     context: Positive = 1
     """Context-parallel ranks: each holds 1/context of every sequence's tokens (load-balanced, zigzag)."""
     expert: Positive = 1
