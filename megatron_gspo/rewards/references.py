@@ -27,7 +27,7 @@ ASYNC_LIMIT = 8
 BUDGET_S = 60.0
 """Seconds after which the grading before training stops, whatever is left."""
 FIRST_BATCH, BATCH = 8, 64
-FAILING_S = 2.0
+FAILING_S = 0.5
 """Seconds after which it stops when nothing but failures came: a reward that hangs hangs on the rest too."""
 MADE_UP = "0"
 """A response that is wrong, unless it is the answer; for prompts without one."""
