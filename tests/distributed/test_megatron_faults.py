@@ -78,12 +78,14 @@ FAMILIES = [
     "tiny-moonlight",
     "tiny-glm4-moe",
 ]
-NORMS = [
-    *((name, "TP2xEP2", "bfloat16") for name in FAMILIES),
-    ("tiny-moe", "TP2xDP2xEP4", "bfloat16"),
-    ("tiny-moe", "TP2xDP2xEP2xETP2", "bfloat16"),
-    ("tiny-moe", "DP2xETP2", "float32"),
-]
+NORMS = {
+    "tiny-moe": "TP2xDP2xEP2xETP2",
+    "tiny-qwen2-moe": "TP2xEP2",
+    "tiny-olmoe": "TP2xEP2",
+    "tiny-deepseek-v3": "TP2xEP2",
+    "tiny-glm4-moe": "TP2xEP2",
+}
+"""One a kind of parameter: the others' are among theirs. In float64 Qwen3-MoE is at every layout in test_policy."""
 
 
 def norms(case: Case, parallel: dict[str, int], fault: Callable[[], Any] | None) -> tuple[float, list[np.ndarray]]:
@@ -118,12 +120,10 @@ def megatron_asks_for_an_experts_own_group() -> bool:
     return "expert_tp_group" in inspect.signature(param_is_not_tensor_parallel_duplicate).parameters
 
 
-@pytest.mark.parametrize(("name", "layout", "dtype"), NORMS, ids=["-".join(row) for row in NORMS])
-def test_a_gradient_norm_counts_every_whole_gradient_once(
-    ranks: RankPool, make: Make, name: str, layout: str, dtype: str
-) -> None:
-    """In bfloat16 too, where the optimizer's parameters are float32 copies that could have lost their marks."""
-    norm, whole = counted(ranks, case_of(make(name), dtype=dtype), layout)
+@pytest.mark.parametrize("name", NORMS)
+def test_a_gradient_norm_counts_every_whole_gradient_once(ranks: RankPool, make: Make, name: str) -> None:
+    """In bfloat16, where the optimizer's parameters are float32 copies that could have lost their marks."""
+    norm, whole = counted(ranks, case_of(make(name), dtype="bfloat16"), NORMS[name])
     assert norm == pytest.approx(whole, rel=1e-5)
 
 
@@ -364,7 +364,7 @@ def test_padding_and_dummies_are_in_no_count_of_a_router(ranks: RankPool, make: 
     [(_, plain)] = ranks.run(1, load, case, {})
     tokens = sum(sample.length for sample in case.samples)
     assert plain.sum(axis=1).tolist() == [2 * tokens] * 3
-    for layout in ("TP2", "CP2", "DP2", "TP2xCP2"):
+    for layout in ("DP2", "TP2xCP2"):
         world, parallel = LAYOUTS[layout]
         padded = ranks.run(world, load, replace(case, pad_to=32), parallel)
         assert np.array_equal(sum(counts for _, counts in padded), plain), layout
@@ -387,7 +387,7 @@ def sent(path: str, parallel: dict[str, int], fault: Callable[[], Any] | None) -
         return dict(steps.make_policy(case_of(path), parallel)[0].weights())
 
 
-@pytest.mark.parametrize("layout", ["TP2xETP2", "DP2xETP2", "TP2xDP2xEP2xETP2"])
+@pytest.mark.parametrize("layout", ["TP2xETP2", "DP2xETP2"])
 def test_experts_that_are_cut_over_ranks_are_sent_whole(ranks: RankPool, make: Make, layout: str) -> None:
     path = make("tiny-moe")
     stored, (world, parallel) = load_file(Path(path) / "model.safetensors"), LAYOUTS[layout]
