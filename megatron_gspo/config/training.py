@@ -98,7 +98,7 @@ class DataConfig(Section):
 
     path: Named
     """Training prompts: a file (JSON lines, a JSON array, CSV, TSV, each also compressed, or Parquet), a directory of
-    shards, or a pattern ("data/train-*"). docs/data.md says how each is read."""
+    shards, or a pattern (``data/train-*``). docs/data.md says how each is read."""
     eval_path: str = ""
     """Held-out prompts; empty: no evaluation."""
     format: Literal["auto", "prompts", "gsm8k", "verl", "messages", "sharegpt", "alpaca"] = "auto"

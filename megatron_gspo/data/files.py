@@ -39,7 +39,7 @@ _OF_SO_MANY = re.compile(r"(.*?)(\d+)-of-(\d+)(.*)")
 
 
 def open_rows(path: str | Path) -> Rows:
-    """The rows of a file, of the shards in a directory (in the order of their names), or of a pattern ("train-*").
+    """The rows of a file, of the shards in a directory (in the order of their names), or of a pattern (``train-*``).
 
     JSON lines, a JSON array (``.json`` that begins with "["), CSV and TSV, each also under ``.gz``, ``.bz2`` and
     ``.xz``, and Parquet; a file of any other name is read as JSON lines. Raises DataError.
