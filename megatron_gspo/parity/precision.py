@@ -28,7 +28,7 @@ class Precision:
     """Whether every response with a near-tie is left out beforehand. In bfloat16 hardly one is without: there only
     those go that do fall on the other side, and the layout is run again."""
     group: int
-    """Responses in each group of the first mini-batch; more where many will be left out."""
+    """Responses in each whole group; more where many will be left out."""
     lr: float
     """Learning rate. In float64 it is so small that the float32 norm, by which gradients are clipped, moves no weight
     by more than lr x norm = 1e-12 and no later gradient by more than the tolerance (docs/parity.md). In bfloat16 no
