@@ -174,11 +174,14 @@ def random_samples(
 
     The first has two whole groups of responses of uneven lengths. Of the second's two groups, three long responses are
     left, each of which fills most of a micro-batch: groups count by the responses that survive, and of two or four data
-    ranks one has a dummy. A response of twice the length comes first in both: what cuts a micro-batch goes through it.
+    ranks one has a dummy. (Groups above four, of which many a response will be left out, are whole there too.) A
+    response of twice the length comes first in both: what cuts a micro-batch goes through it.
     """
     rng = np.random.default_rng(seed)
     samples = []
-    for group, survivors in enumerate((range(group_size), range(group_size), *LEFT)):
+    whole = (range(group_size),) * GROUPS
+    left = LEFT if group_size == 4 else whole
+    for group, survivors in enumerate((*whole, *left)):
         prompt_ids = rng.integers(0, vocabulary, rng.integers(1, max_prompt + 1)).astype(np.int32)
         rewards = rng.random(group_size)
         advantages = (rewards - rewards.mean()) / rewards.std()
@@ -186,8 +189,10 @@ def random_samples(
         advantages *= np.sign(advantages[clipped]) * (-1 if clipped == 3 else 1)
         for number in survivors:
             length = int(rng.integers(1, max_response + 1))
-            if group >= GROUPS or number == group == 0:
-                length = round(max_response * (2.0 if number == 0 else 1.5))
+            if number == 0 and group % GROUPS == 0:
+                length = 2 * max_response
+            elif group >= GROUPS and left == LEFT:
+                length = round(1.5 * max_response)
             samples.append(
                 Sample(
                     group=group,

@@ -182,14 +182,13 @@ def _case(settings: Settings, path: str) -> Case:
     shape = read_model(path)[1]
     if settings.replay and not any(shape.moe_layers):
         raise ConfigError(f"--replay: {shape.architecture} with these layers is dense, and has no routes to replay")
-    precision = PRECISIONS[settings.dtype]
-    prompt, response = (round(precision.length * tokens) for tokens in ((64, 128) if settings.path else (9, 40)))
+    prompt, response = (64, 128) if settings.path else (9, 40)
     return Case(
         path=path,
         samples=random_samples(
             shape.vocab_size,
             settings.seed,
-            group_size=precision.group,
+            group_size=PRECISIONS[settings.dtype].group,
             max_prompt=prompt,
             max_response=response,
         ),
