@@ -24,8 +24,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch.distributed.checkpoint.metadata import MetadataIndex
-
 from megatron_gspo.errors import WeightError
 
 HEADER = "checkpoint.json"
@@ -306,9 +304,9 @@ class _Descriptions(pickle._Unpickler):
 
 def _check_key(key: object) -> None:
     """Raises UnpicklingError unless a key is text, a number, or torch's index of a tensor's block."""
-    if isinstance(key, MetadataIndex):
-        _check_flat((key.fqn, key.index))
-        _check_flat(tuple(key.offset or ()))
+    if f"{type(key).__module__}.{type(key).__qualname__}" == f"{_TORCH}metadata.MetadataIndex":  # without importing it
+        _check_flat((key.fqn, key.index))  # type: ignore[attr-defined]
+        _check_flat(tuple(key.offset or ()))  # type: ignore[attr-defined]
     elif not isinstance(key, _PLAIN):
         raise pickle.UnpicklingError(f"{_shown(key)} is no key in a description of tensors")
 

@@ -106,6 +106,7 @@ SECTIONS = (
                 "Every response of the step was dropped; the weights stayed as they were.",
                 zero=True,
             ),
+            Chart("Skipped prompts", "prompts", (Curve("data/skipped", "bad rows, replaced by the next"),), zero=True),
         ),
     ),
     Section(

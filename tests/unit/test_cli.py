@@ -245,7 +245,7 @@ def test_what_a_terminal_cannot_show_does_not_end_the_program():
         env=environment,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "Responses G a prompt." in done.stdout
+    assert "Responses G per prompt." in done.stdout
 
 
 @pytest.mark.parametrize("call", ["_parser()", "main(['explain', 'lr'])"])

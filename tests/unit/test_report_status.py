@@ -96,7 +96,7 @@ def test_a_healthy_run_warns_of_nothing() -> None:
         ({"kl__engine_k3": 2e-3}, "kl/engine_k3 is 0.002, above 0.001"),
         ({"kl__engine_tail": 1e-2}, "kl/engine_tail is 0.01, above 0.0001"),
         ({"reward__zero_std_groups": 0.75}, "75% of the groups have equal rewards"),
-        ({"reward__grader_timeouts": 3.0}, "3 responses an outer step took too long to grade"),
+        ({"reward__grader_timeouts": 3.0}, "3 responses per outer step took too long to grade"),
         ({"length__truncated": 0.6}, "60% of the responses were truncated"),
         ({"step__skipped": 1.0}, "10 of the last 10 outer steps were skipped: every response was dropped"),
     ],
