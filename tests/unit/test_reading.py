@@ -15,7 +15,7 @@ from megatron_gspo.algorithm.packing import pack, shard_tokens
 from megatron_gspo.algorithm.ratios import segment_sum
 from megatron_gspo.train.batch import Minibatch
 from megatron_gspo.train.reading import _measure
-from megatron_gspo.types import Sample, Shard
+from megatron_gspo.types import Sample, Shard, Trained
 
 
 def sample(group: int) -> Sample:
@@ -34,6 +34,7 @@ def test_a_ratio_beyond_what_a_float_holds_is_kept_as_an_infinity() -> None:
     groups = SimpleNamespace(token=SimpleNamespace(size=lambda: 1), shard=Shard())
     assert not dist.is_initialized(), "one rank alone gathers nothing"
     minibatch = Minibatch((batch,), (samples,), 8)
-    measured = _measure(SimpleNamespace(groups=groups), [minibatch], [[shard]], [[(new_T, output)]], {(0, 0), (1, 0)})  # type: ignore[arg-type]
+    run, trained = SimpleNamespace(groups=groups), Trained(new_T, torch.zeros_like(new_T), output)
+    measured = _measure(run, [minibatch], [[shard]], [[trained]], {(0, 0), (1, 0)})  # type: ignore[arg-type]
     assert (measured[0, 0].ratio, measured[1, 0].ratio) == (math.inf, 0.0)
     assert (measured[0, 0].clipped, measured[1, 0].clipped) == (True, False)
