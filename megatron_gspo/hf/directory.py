@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,16 @@ def _describe_weights(directory: Path, dtype: str | None) -> None:
         changed = changed | dict.fromkeys(keys, dtype)
     if changed != config:
         write_json(directory / "config.json", changed)
+
+
+def name_stop_tokens(directory: Path, stop_ids: Sequence[int]) -> None:
+    """Adds ids to those at which ``generation_config.json`` ends a response, so that whoever serves the directory stops
+    where training did."""
+    path = directory / "generation_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    named = settings.get("eos_token_id")
+    own = named if isinstance(named, list) else [] if named is None else [named]
+    write_json(path, settings | {"eos_token_id": list(dict.fromkeys([*own, *stop_ids]))})
 
 
 def write_json(path: Path, content: Any) -> None:

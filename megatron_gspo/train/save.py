@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_gspo.config import RunConfig
+from megatron_gspo.data.tokenizer import open_tokenizer
 from megatron_gspo.errors import MegatronGspoError
 from megatron_gspo.hf.carried import find_carried
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import write_shards
-from megatron_gspo.hf.directory import copy_companions, name_shards, write_index
+from megatron_gspo.hf.directory import copy_companions, name_shards, name_stop_tokens, write_index
 from megatron_gspo.parallel.exchange import agree, gather_objects, together
 from megatron_gspo.policy.checkpoint_files import UNFINISHED, clear_leftovers, name_of, put_in_place
 from megatron_gspo.policy.groups import Groups
@@ -72,6 +73,8 @@ class HuggingFaceSave:
         model = self._config.model
         for line in copy_companions(Path(model.path), self._unfinished, dtype=model.dtype):
             _warn_once(line)
+        if self._config.rollout.stop_tokens:
+            name_stop_tokens(self._unfinished, open_tokenizer(self._config).stop_ids)
         put_in_place(self._unfinished, self.directory)
 
     def _refusals(self) -> AbstractContextManager[None]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from megatron_gspo.errors import ConfigError, WeightError
 from megatron_gspo.hf import directory as written
 from megatron_gspo.hf.checkpoint import HfReader, write_shards
-from megatron_gspo.hf.directory import copy_companions, name_shards, tensor_bytes, write_index
+from megatron_gspo.hf.directory import copy_companions, name_shards, name_stop_tokens, tensor_bytes, write_index
 from megatron_gspo.policy.checkpoint_files import HEADER, METADATA
 from megatron_gspo.policy.checkpoint_write import COMMON
 
@@ -230,3 +230,20 @@ def test_a_file_that_is_cut_short_has_no_size(tmp_path: Path) -> None:
 def test_names_of_a_megatron_checkpoint_are_none_of_the_companions() -> None:
     for name in (HEADER, METADATA, COMMON, "metadata.json"):
         assert written.OF_WEIGHTS.fullmatch(name) or Path(name).suffix in written.WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"eos_token_id": 7, "top_p": 0.9}, {"eos_token_id": [7, 3], "top_p": 0.9}),
+        ({"eos_token_id": [3, 9]}, {"eos_token_id": [3, 9, 7]}),
+        (None, {"eos_token_id": [3, 7]}),
+    ],
+)
+def test_stop_tokens_of_the_run_are_added_to_those_that_a_server_reads(
+    tmp_path: Path, before: dict[str, Any] | None, after: dict[str, Any]
+) -> None:
+    if before is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(before))
+    name_stop_tokens(tmp_path, (3, 7))
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == after
