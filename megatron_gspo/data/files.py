@@ -33,6 +33,14 @@ UNREAD = {
     ".xlsx": "is a spreadsheet: save it as CSV",
     ".pkl": "is a pickle: write JSON lines or Parquet",
 }
+BEGINNINGS = {
+    b"\x1f\x8b": "is compressed with gzip: give it a name that ends in .gz",
+    b"\x28\xb5\x2f\xfd": UNREAD[".zst"],
+    b"PK\x03\x04": UNREAD[".zip"],
+    b"\xff\xfe": "is UTF-16: save it as UTF-8",
+    b"\xfe\xff": "is UTF-16: save it as UTF-8",
+}
+"""How a file begins that is not the text which its name says."""
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """What the datasets library puts beside the shards."""
 _OF_SO_MANY = re.compile(r"(.*?)(\d+)-of-(\d+)(.*)")
@@ -86,8 +94,13 @@ def find_shards(path: Path) -> Sequence[Path]:
 def _is_data(file: Path) -> bool:
     if file.name.startswith((".", "_")) or file.name in NOT_ROWS:
         return False
-    suffix = (file.with_suffix("") if file.suffix in COMPRESSED else file).suffix
-    return suffix in (*PARQUET, *JSON_LINES, *TABLES) or file.suffix in UNREAD
+    suffix = _suffix(file.with_suffix("") if _suffix(file) in COMPRESSED else file)
+    return suffix in (*PARQUET, *JSON_LINES, *TABLES) or _suffix(file) in UNREAD
+
+
+def _suffix(file: Path) -> str:
+    """ ".csv" of "x.CSV"."""
+    return file.suffix.lower()
 
 
 def _check_complete(path: Path, shards: Sequence[Path]) -> None:
@@ -102,15 +115,19 @@ def _check_complete(path: Path, shards: Sequence[Path]) -> None:
 
 
 def _open_file(path: Path) -> Rows:
-    if path.suffix in UNREAD:
-        raise DataError(f"{path} {UNREAD[path.suffix]}")
+    suffix = _suffix(path)
+    if suffix in UNREAD:
+        raise DataError(f"{path} {UNREAD[suffix]}")
     with path.open("rb") as file:
         head = file.read(4)
-    if path.suffix in PARQUET or head == b"PAR1":
+    if suffix in PARQUET or head == b"PAR1":
         return ParquetRows(path)
-    if path.suffix not in COMPRESSED:
-        return _open_text(path, path.suffix, path)
-    inner = path.with_suffix("").suffix
+    if suffix not in COMPRESSED:
+        for begin, advice in BEGINNINGS.items():
+            if head.startswith(begin):
+                raise DataError(f"{path} {advice}")
+        return _open_text(path, suffix, path)
+    inner = _suffix(path.with_suffix(""))
     if inner in (*PARQUET, *UNREAD):
         raise DataError(f"{path}: compressed once more outside: unpack it")
     copy = plain_copy(path, inner or ".jsonl", lambda target: _unpack(path, target))
@@ -132,7 +149,7 @@ def _first_character(path: Path) -> bytes:
 
 def _unpack(path: Path, target: Path) -> None:
     try:
-        with COMPRESSED[path.suffix](path, "rb") as packed, target.open("wb") as plain:
+        with COMPRESSED[_suffix(path)](path, "rb") as packed, target.open("wb") as plain:
             shutil.copyfileobj(packed, plain, 2**20)
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         raise DataError(f"{path}: cannot be unpacked: {error}") from None

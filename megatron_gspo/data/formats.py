@@ -6,10 +6,11 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Any, Literal, get_args
 
 from megatron_gspo.config import DataConfig
-from megatron_gspo.data.messages import ALIASES, ChatMessage, check_prompt
+from megatron_gspo.data.messages import ALIASES, ChatMessage, check_prompt, check_text, holds_messages
 from megatron_gspo.errors import DataError
 
 PromptFormat = Literal["auto", "prompts", "gsm8k", "verl", "messages", "sharegpt", "alpaca"]
@@ -56,7 +57,7 @@ def read_prompts(fields: Fields) -> Example:
 
 def read_gsm8k(fields: Fields) -> Example:
     """``question`` and ``answer``, whose whole text is the reference and the completion."""
-    question = text(fields.pop("question", None), "question")
+    question = check_text(fields.pop("question", None), "question")
     answer = text(fields.pop("answer", None), "answer")
     return Example(question, answer, _identity(fields), answer, fields, newline=True)
 
@@ -88,7 +89,7 @@ def read_sharegpt(fields: Fields) -> Example:
 def read_alpaca(fields: Fields) -> Example:
     """``instruction``, ``input`` below it after an empty line, and ``output``: the completion, and the reference unless
     there is an ``answer``."""
-    prompt = text(fields.pop("instruction", None), "instruction")
+    prompt = check_text(fields.pop("instruction", None), "instruction")
     if more := optional_text(fields.pop("input", None), "input"):
         prompt = f"{prompt}\n\n{more}"
     output = optional_text(fields.pop("output", None), "output")
@@ -129,10 +130,16 @@ class Paths:
 
 
 def recognise(rows: Iterable[Mapping[str, Any]], paths: Paths) -> str:
-    """The format of the first row that is of one; "prompts" when none is, whose errors then say what is missing."""
+    """The format of the first row that is of one; "prompts" when none is, whose errors then say what is missing.
+
+    A row of verl's whose answer is null looks like one of "prompts": another row tells.
+    """
     if paths.prompt:
         return "prompts"
-    return next((name for row in rows for name, entry in FORMATS.items() if entry.recognise(dict(row))), "prompts")
+    fields = [dict(row) for row in rows]
+    found = [name for row in fields for name, entry in FORMATS.items() if entry.recognise(row)][:1] or ["prompts"]
+    is_verl = found == ["prompts"] and not any("answer" in row for row in fields)
+    return "verl" if is_verl and any(FORMATS["verl"].recognise(row) for row in fields) else found[0]
 
 
 def read_example(name: str, paths: Paths, fields: Fields) -> Example:
@@ -187,6 +194,8 @@ def text(value: object, name: str) -> str:
         raise DataError(f"the field {name!r} is missing")
     if not isinstance(value, str) or not value:
         raise DataError(f"the field {name!r} must be a non-empty string, got {value!r:.80}")
+    if holds_messages(value):
+        raise DataError(f"the field {name!r} holds chat messages as a text, got {value!r:.80}: write them as a list")
     return value
 
 
@@ -194,9 +203,9 @@ def optional_text(value: object, name: str) -> str:
     """A text, or a number as text; empty when absent."""
     if value is None:
         return ""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise DataError(f"the field {name!r} must be a string or a number, got {value!r:.80}")
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float | Decimal) and not math.isfinite(value):
         raise DataError(f"the field {name!r} is {value}, which is no number")
     return str(value)
 

@@ -42,6 +42,10 @@ class HuggingFaceTokenizer:
             _check_vocabulary(self._hf, directory, settings)
         self._begin = _begin(self._hf, self.encode, settings)
         self._template = ChatTemplate(self._hf, template_variables or {}) if self._hf.chat_template else None
+        if self._template is None and (directory / "chat_template.json").is_file():
+            raise DataError(
+                f"{directory}: chat_template.json is read by nothing: write its text to chat_template.jinja"
+            )
         if template_variables and self._template is None:
             raise DataError(f"{directory}: data.chat_template_kwargs is set, but the tokenizer has no chat template")
         self.vocab_size = read_json(directory).get("vocab_size") or len(self._hf)
@@ -120,6 +124,7 @@ def _check_against_file(hf: Any, directory: Path, settings: Mapping[str, Any]) -
     file.no_truncation()
     file.no_padding()
     named = _added(settings)
+    _check_added_tokens(hf, directory)
     for name in ("eos_token", "bos_token"):
         token = getattr(hf, name)
         if token is not None and file.token_to_id(token) is None and token not in named:
@@ -141,6 +146,7 @@ def _check_against_file(hf: Any, directory: Path, settings: Mapping[str, Any]) -
 
 def _check_vocabulary(hf: Any, directory: Path, settings: Mapping[str, Any]) -> None:
     """Raises DataError unless what was built without a ``tokenizer.json`` has the ids of the other files."""
+    _check_added_tokens(hf, directory)
     built = hf.get_vocab()
     for name, ids in (("vocab.json", read_json(directory, "vocab.json")), ("tokenizer_config.json", _added(settings))):
         for token, i in ids.items():
@@ -150,6 +156,18 @@ def _check_vocabulary(hf: Any, directory: Path, settings: Mapping[str, Any]) -> 
                     f"{built.get(token)}, and {name} says {i}: name the right tokenizer_class in "
                     f"tokenizer_config.json, or put the model's tokenizer.json beside it"
                 )
+
+
+def _check_added_tokens(hf: Any, directory: Path) -> None:
+    """Raises DataError for a token of ``added_tokens.json`` that was not read: it would be encoded as plain text."""
+    built = hf.get_vocab()
+    for token, i in read_json(directory, "added_tokens.json").items():
+        if built.get(token) != i:
+            raise DataError(
+                f"{directory}: added_tokens.json says that {short(token)} is {i}, and in the tokenizer it is "
+                f"{built.get(token)}: add it to {FILE} and to added_tokens_decoder of tokenizer_config.json, or remove "
+                f"it there if the model does not use it"
+            )
 
 
 def _added(settings: Mapping[str, Any]) -> dict[str, int]:

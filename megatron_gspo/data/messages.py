@@ -6,6 +6,7 @@ nothing at all for a role that it does not know. So messages are brought into on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,10 @@ ChatMessage = Mapping[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ALIASES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant"}
 """Roles as ShareGPT, Gemini and others name them."""
+MEDIA = ("image", "images", "video", "videos", "audio", "audios", "files")
+"""Keys of a message that stand for what is no text."""
+_ROLE_KEY = re.compile(r"['\"](?:role|from)['\"]\s*:")
+_INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 
 
 def check_prompt(value: object, name: str = "prompt") -> str | tuple[ChatMessage, ...]:
@@ -50,12 +55,24 @@ def check_prompt(value: object, name: str = "prompt") -> str | tuple[ChatMessage
 
 
 def check_text(value: object, name: str) -> str:
-    """A text with more in it than white space. Raises DataError, which names the field."""
+    """A text with more in it than white space. Raises DataError, which names the field, also for chat messages that
+    were written down as a text: they would be one turn of the user's."""
     if value is None:
         raise DataError(f"the field {name!r} is missing")
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or _is_blank(value):
         raise DataError(f"the field {name!r} must be a non-empty string, got {value!r:.80}")
+    if holds_messages(value):
+        raise DataError(f"the field {name!r} holds chat messages as a text, got {value!r:.80}: write them as a list")
     return value
+
+
+def holds_messages(text: str) -> bool:
+    """Whether the text is chat messages, as JSON or as Python prints them."""
+    return text.lstrip().startswith("[{") and _ROLE_KEY.search(text) is not None
+
+
+def _is_blank(text: str) -> bool:
+    return not text.translate(dict.fromkeys(map(ord, _INVISIBLE))).strip()
 
 
 def _message(value: object, place: str) -> ChatMessage:
@@ -72,7 +89,9 @@ def _message(value: object, place: str) -> ChatMessage:
     if "content" not in fields:
         raise DataError(f"{place} = {value!r:.80} is no chat message: it needs role and content, which is not null")
     content = _content(fields["content"], place)
-    if role == "user" and not content.strip():
+    if media := next((key for key in MEDIA if fields.get(key)), None):
+        raise DataError(f"{place} has {media!r}: images, audio and files do not reach a language model")
+    if role == "user" and _is_blank(content):
         raise DataError(f"{place}: the user's turn is empty, got {fields['content']!r:.80}")
     return {**fields, "role": role, "content": content}
 

@@ -42,6 +42,7 @@ class ParquetRows:
             names = self._file.schema_arrow.names
             if len(set(names)) < len(names):
                 raise DataError(f"{self._path}: a column stands twice: {', '.join(names)}")
+            self._short = _short_floats(self._file.schema_arrow)
             meta = self._file.metadata
             groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
         self._ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
@@ -65,7 +66,7 @@ class ParquetRows:
         first = int(self._ends[group - 1]) if group else 0
         with self._saying(index):
             (fields,) = self._group(group).slice(index - first, 1).to_pylist()
-        return _row(index + 1, fields)
+        return self._row(index + 1, fields)
 
     def read_all(self) -> Iterator[Row]:
         number = 0
@@ -78,7 +79,7 @@ class ParquetRows:
                 rows = batch.to_pylist()
             for fields in rows:
                 number += 1
-                yield _row(number, fields)
+                yield self._row(number, fields)
 
     def suspects(self) -> list[int]:
         return []
@@ -103,7 +104,7 @@ class ParquetRows:
         with self._saying(index):
             batch = self._copy.get_batch(index // COPIED_ROWS)
             (fields,) = batch.slice(index % COPIED_ROWS, 1).to_pylist()
-        return _row(index + 1, fields)
+        return self._row(index + 1, fields)
 
     def _write_copy(self, target: Path) -> None:
         """Batches of ``COPIED_ROWS`` rows, the last one shorter: row i is in batch i // COPIED_ROWS."""
@@ -124,6 +125,14 @@ class ParquetRows:
                 writer.write_table(rows.slice(0, whole), max_chunksize=COPIED_ROWS)
                 left = rows.slice(whole)
             writer.write_table(left)
+
+    def _row(self, number: int, fields: dict[str, Any]) -> Row:
+        # Parquet gives every row every column: an absent field is a null there, and is not metadata.
+        present = {key: value for key, value in fields.items() if value is not None}
+        for name in self._short:
+            if name in present:
+                present[name] = float(str(np.float32(present[name])))
+        return Row("row", number, present)
 
     @contextlib.contextmanager
     def _saying(self, rows: int) -> Iterator[None]:
@@ -146,6 +155,8 @@ def _open(path: Path) -> Any:
     return pq.ParquetFile(path, page_checksum_verification=True, buffer_size=2**20, pre_buffer=False)
 
 
-def _row(number: int, fields: dict[str, Any]) -> Row:
-    # Parquet gives every row every column: an absent field is a null there, and is not metadata.
-    return Row("row", number, {key: value for key, value in fields.items() if value is not None})
+def _short_floats(schema: pa.Schema) -> tuple[str, ...]:
+    """Columns of 16 or 32 bits, whose 0.1 is 0.10000000149011612 as a float of 64."""
+    import pyarrow as pa
+
+    return tuple(column.name for column in schema if column.type in (pa.float16(), pa.float32()))

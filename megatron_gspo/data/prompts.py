@@ -313,6 +313,11 @@ class _Reader:
         return read_example(self.format, self.fields, dict(row.fields))
 
     def _prompt(self, row: Row, example: Example) -> Prompt:
+        if example.metadata.get("tools") and not isinstance(example.prompt, str):
+            raise DataError(
+                "the row has tools, which would not reach the chat template: give those that all rows share as "
+                "data.chat_template_kwargs.tools, and leave the field out or name it otherwise"
+            )
         text = self.tokenizer.render(example.prompt, self.chat_template)
         if example.newline and text == self.tokenizer.render(example.prompt, False):
             text += "\n"

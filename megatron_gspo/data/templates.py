@@ -19,6 +19,15 @@ GLOBALS = frozenset({"raise_exception", "strftime_now", "range", "dict", "namesp
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 
+_ELSEWHERE = re.compile(
+    r"\s*(?:<s>|<bos>|<\|endoftext\|>|<\uff5cbegin\u2581of\u2581sentence\uff5c>|\[gMASK\]<sop>)?\s*"
+    r"(<\|im_start\|>|<\|begin_of_text\|>|<\|start_header_id\|>|<start_of_turn>|<\uff5cUser\uff5c>"
+    r"|<\|(?:user|system)\|>(?=\s*\n)|\[INST\](?=.*\[/INST\]))",
+    re.DOTALL,
+)
+"""How a text begins that the template of a well-known family has rendered."""
+
+
 class ChatTemplate:
     """The template of a transformers tokenizer, with ``data.chat_template_kwargs`` bound to it.
 
@@ -28,6 +37,10 @@ class ChatTemplate:
 
     def __init__(self, hf: Any, variables: Mapping[str, Any]) -> None:
         self._hf, self._variables = hf, dict(variables)
+        try:
+            self._source = str(hf.get_chat_template(tools=variables.get("tools")))
+        except ValueError as error:  # several, and none by the name of "default"
+            raise DataError(f"the chat template cannot be chosen: {one_line(error)}") from error
         self._dropped: dict[tuple[Any, ...], frozenset[int]] = {}
         if variables:
             self._check_variables()
@@ -89,10 +102,9 @@ class ChatTemplate:
 
         environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
         try:
-            source = self._hf.get_chat_template(tools=self._variables.get("tools"))
-            read = meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", source)))
-        except (jinja2.TemplateError, ValueError) as error:  # the latter: several templates and no default
-            raise DataError(f"the chat template cannot be read: {one_line(error)}") from error
+            read = meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", self._source)))
+        except jinja2.TemplateError as error:
+            raise DataError(f"the chat template is none: {one_line(error)}") from error
         read -= OURS
         unread = sorted(self._variables.keys() - read)
         if unread:
@@ -124,12 +136,17 @@ class ChatTemplate:
                 continue
         return frozenset(marks)
 
-    def _mark_in(self, text: str) -> str | None:
-        return next((token for token in self._special.findall(text) if token in self._marks), None)
+    @functools.cached_property
+    def _ends(self) -> frozenset[str]:
+        """The tokens between texts, which the template need not write."""
+        return frozenset(filter(None, (self._hf.bos_token, self._hf.eos_token, self._hf.pad_token)))
+
+    def _first_of(self, tokens: frozenset[str], text: str) -> str | None:
+        return next((token for token in self._special.findall(text) if token in tokens), None)
 
     def _check_unrendered(self, text: str) -> None:
         """Raises DataError for a text that was rendered already: it would become a turn within a user's turn."""
-        mark = self._mark_in(text)
+        mark = self._first_of(self._marks, text)
         if mark is None:
             (turn,) = _turns("user")
             before, _, behind = map(str.strip, self._write([turn], generation_prompt=True).partition(turn["content"]))
@@ -140,15 +157,25 @@ class ChatTemplate:
                 f"the prompt already holds {mark!r}, which the chat template writes itself: for texts that are "
                 f"rendered already set data.chat_template = false, else remove it from the text"
             )
+        if elsewhere := _ELSEWHERE.match(text):
+            raise DataError(
+                f"the prompt begins with {elsewhere[1]!r}: another model's chat template has rendered it already; give "
+                f"the question alone or chat messages, or set data.chat_template = false"
+            )
+        if end := self._first_of(self._ends, text):
+            raise DataError(f"the prompt holds {end!r}, which the model would read as that token: remove it")
 
     def _check_contents(self, messages: Sequence[ChatMessage]) -> None:
         for i, message in enumerate(messages):
-            mark = self._mark_in(str(message["content"] or ""))
+            mark = self._first_of(self._marks | self._ends, str(message["content"] or ""))
             if mark is not None:
                 raise DataError(
-                    f"message {i} ({message['role']}) holds {mark!r}, which the chat template writes around turns: the "
+                    f"message {i} ({message['role']}) holds {mark!r}, {self._what(mark)}: the "
                     f"model would read it as one of those; remove it"
                 )
+
+    def _what(self, mark: str) -> str:
+        return "which the chat template writes around turns" if mark in self._marks else "a token that ends texts"
 
     def _check_said(self, messages: Sequence[ChatMessage], text: str) -> None:
         """Raises DataError unless the text holds what every message says."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_gspo.data.messages import holds_messages
 from megatron_gspo.data.rows import Row, json_row
 from megatron_gspo.errors import DataError
 
@@ -228,7 +229,7 @@ def _index_csv(file: io.BufferedReader, delimiter: str, shown: Path) -> tuple[li
     _allow_long_cells()
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     try:
-        header = next(reader, [])
+        header = [name.strip() for name in next(reader, [])]
         while True:
             begin, number = at, line + 1
             cells = next(reader, None)
@@ -252,7 +253,7 @@ def _csv_row(header: list[str], delimiter: str, number: int, text: bytes) -> Row
         return Row("line", number, {}, f"has {len(cells)} cells, the header has {len(header)}")
     fields = {name: cell for name, cell in zip(header, cells, strict=True) if name and cell}
     for name, cell in fields.items():
-        if cell.lstrip().startswith("[{") and ("'role'" in cell or '"role"' in cell or "'from'" in cell):
+        if holds_messages(cell):
             return Row("line", number, {}, f"the cell {name!r} holds chat messages as text: use JSON lines or Parquet")
     return Row("line", number, fields)
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from megatron_gspo.rewards.expressions import Value
-from megatron_gspo.rewards.reading import NO_NUMBER, read_last, read_strictly
+from megatron_gspo.rewards.reading import NO_NUMBER, is_joining, read_last, read_strictly
 
 MAX_ANSWER = 300
 """Characters of a marked or boxed answer."""
@@ -20,9 +20,12 @@ MAX_LINE = 1000
 MAX_LINES = 20
 """Lines with digits that are searched for the last number, from the end."""
 MAX_BOXES = 50
+MAX_BETWEEN = 60
+"""Characters between two boxes that are looked at for "or" and the like."""
 
 _DIGIT = re.compile(r"[\d¼-¾⅐-⅞]")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s{0,9}(?:\{|(?=[\d$]))")
+_COMMANDS = (r"\boxed", r"\fbox", r"\framebox")
 _ANSWER_LABEL = re.compile(r"[\W_]*(?:the\s)?(?:final\s)?(?:answer|result|solution)[\W_]*", re.IGNORECASE)
 _CLOSING_HASHES = re.compile(r"[#\s]*\Z")
 
@@ -79,10 +82,22 @@ def _span(text: str, start: int, end: int) -> Span | None:
 
 
 def _boxed(text: str) -> Span | None:
-    """What the last box that closes holds."""
-    end = len(text)
+    """What the last box that closes holds; a box without text where two that differ are alternatives or a list."""
+    last = _box(text, len(text))
+    if last is None:
+        return None
+    opened = max(text.rfind(command, 0, last.start) for command in _COMMANDS)
+    before = _box(text, opened)
+    if before is None or not before.end <= opened <= before.end + MAX_BETWEEN:
+        return last
+    is_same = before.text.split() == last.text.split()
+    return last if is_same or not is_joining(text[before.end : opened]) else Span("", last.start, last.end)
+
+
+def _box(text: str, end: int) -> Span | None:
+    """What the last box that closes and that opens before ``end`` holds."""
     for _ in range(MAX_BOXES):
-        start = max(text.rfind(r"\boxed", 0, end), text.rfind(r"\fbox", 0, end), text.rfind(r"\framebox", 0, end))
+        start = max(text.rfind(command, 0, end) for command in _COMMANDS)
         if start < 0:
             return None
         opening = _BOX.match(text, start)

@@ -29,6 +29,7 @@ _CHARACTERS = str.maketrans(
     | dict.fromkeys("\u2192\u21d2\u2234", "=")
     | dict.fromkeys("\u2264\u2265\u2260\u226a\u226b", "<")
     | dict.fromkeys("\uffe5\uffe1€£¥₹₩₽₫₺₪฿", "$")
+    | {"\u066b": ".", "\u066c": ",", "\u060c": ","}  # Arabic
     | {"\u00ba": "°", "\u2032": "'", "\u03c0": r"\pi "}
     | {
         character: r" \frac{{{}}}{{{}}} ".format(*unicodedata.normalize("NFKC", character).split("\u2044"))
@@ -88,6 +89,7 @@ _PLAIN = _compiled(
     (r"[-=]{1,2}>", "="),
     (r"~~[^~\n]{1,99}~~", " "),  # struck out
     (r"~", THIN),
+    (r"(?<![\w.,])0[xX](?=\d*[A-Fa-f])", r"0\\hex "),
     (r"(?<=\d)\s?[xX]\s?(?=\d)", TIMES),
     (r"(?<![A-Za-z\\])sqrt(?=[({])", r"\\sqrt"),
 )

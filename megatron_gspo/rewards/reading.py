@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,6 +15,8 @@ from megatron_gspo.rewards.tokens import Token, tokenize
 
 NO_NUMBER: Final = "no number"
 
+_LOOKS_LIKE_ZEROS = re.compile(r"[Oo\u041e\u043e][Oo\u041e\u043e\d]*")
+"""Latin and Cyrillic letters behind a digit: "1O" is perhaps 10, and surely not 1."""
 _LIST_MARKER = re.compile(r"\s*(?:>\s{1,3})*(?:(?:\(?\d{1,3}[.)]|[-+*\u2022])\s{1,9}(?=\S))?")
 
 
@@ -32,6 +35,8 @@ def read_strictly(text: str, *, boxed: bool) -> Value | None:
     if any(token.kind in ("<", "±", "range", "long", "command") for token in tokens):
         return None
     parts = _split(tokens, "=")
+    if any(_goes_on(part) for part in parts[:-1]):
+        return None  # x = 4, y = 2
     value = _statement(parts[-1], boxed)
     if len(parts) == 1:
         return value
@@ -61,6 +66,11 @@ def read_last(text: str, *, boxed: bool = False, alone: bool = False, cut: bool 
     return _value(tokens, runs[-1], boxed=boxed, strict=False)
 
 
+def is_joining(text: str) -> bool:
+    """Whether what stands on both sides of ``text`` are alternatives or a list: " or ", ", ", nothing at all."""
+    return all(_joins(token) for token in tokenize(text))
+
+
 def _without_list_marker(text: str) -> str:
     """The line without "2. ", "(2) " or a quotation's ">"."""
     match = _LIST_MARKER.match(text)
@@ -75,6 +85,14 @@ def _split(tokens: Sequence[Token], kind: str) -> list[list[Token]]:
         else:
             parts[-1].append(token)
     return [part for part in parts if part] or [[]]
+
+
+def _goes_on(tokens: Sequence[Token]) -> bool:
+    """Whether another statement follows the number: "4, y" of "x = 4, y = 2"."""
+    runs = _runs(tokens)
+    return bool(runs) and any(
+        token.kind in (",", ";") or token.text.lower() in ("and", "or") for token in tokens[runs[-1].end :]
+    )
 
 
 def _statement(tokens: Sequence[Token], boxed: bool) -> Value | None:
@@ -115,22 +133,49 @@ def _is_joined(tokens: Sequence[Token], runs: Sequence[Run]) -> bool:
     if len(runs) < 2:
         return False
     between = tokens[runs[-2].end : runs[-1].start]
-    if all(token.text.lower() in vocabulary.JOINING or token.kind in vocabulary.JOINING_SYMBOLS for token in between):
+    if all(map(_joins, between)):
         return True
     words = [token.text.lower() for token in between if token.kind == "word"]
     unit = [token.text.lower() for token in tokens[runs[-1].end :] if token.kind == "word"][: len(words) - 1]
     return words[-1:] == ["or"] and words[:-1] == unit  # "42 apples or 43 apples"
 
 
+def _joins(token: Token) -> bool:
+    return token.text.lower() in vocabulary.JOINING or token.kind in vocabulary.JOINING_SYMBOLS
+
+
 def _value(tokens: Sequence[Token], run: Run, *, boxed: bool, strict: bool) -> Value | None:
     start, end = _trimmed(tokens, run, boxed, strict)
     if start is None or _is_blocked_before(tokens, start) or _is_blocked_behind(tokens, end):
+        return None
+    if not boxed and _is_date_or_range(tokens[start:end], strict):
         return None
     try:
         value = evaluate(tokens[start:end])
     except UnreadableError:
         return None
+    if _is_between_bars(tokens, start, end):
+        return None if value.exact is None else Value.of(abs(value.exact))
     return _scaled(value, tokens[end:])
+
+
+def _is_date_or_range(tokens: Sequence[Token], strict: bool) -> bool:
+    """Whether numbers with a dash between them are no difference: 2024-03-05, 555-1234, and 5-10 in prose."""
+    numbers, signs = tokens[::2], tokens[1::2]
+    if not signs or len(numbers) == len(signs) or any(token.spaced for token in tokens[1:]):
+        return False
+    if any(token.kind != "-" for token in signs) or any(token.value is None for token in numbers):
+        return False
+    if any(re.match(r"0\d", token.text) for token in numbers):
+        return True
+    return not strict and (len(numbers) > 2 or numbers[0].value < numbers[1].value)  # type: ignore[operator]
+
+
+def _is_between_bars(tokens: Sequence[Token], start: int, end: int) -> bool:
+    """Whether it is an absolute value; a row of a table has spaces, or more bars."""
+    if start == 0 or end == len(tokens) or tokens[start].spaced:
+        return False
+    return tokens[start - 1].kind == tokens[end].kind == "|" and sum(token.kind == "|" for token in tokens) == 2
 
 
 def _trimmed(tokens: Sequence[Token], run: Run, boxed: bool, strict: bool) -> tuple[int | None, int]:
@@ -195,12 +240,23 @@ def _is_blocked_before(tokens: Sequence[Token], start: int) -> bool:
         return False
     if before.kind in ("<", "±", "√", "command", "range", ":", "_", "^") or before.kind in vocabulary.FUNCTIONS:
         return True
+    if _is_mark(before) and not tokens[start].spaced:
+        return True
     if tokens[start].kind == "(" and not tokens[start].spaced and before.kind == "word":
         return True
     if before.kind in ("(", "{") and not before.spaced and start > 1:
         opener = tokens[start - 2]
         return opener.kind in ("word", "command", "_", "^", "number") or opener.kind in vocabulary.FUNCTIONS
-    return before.kind == "word" and before.text.lower() in vocabulary.NOT_THE_VALUE
+    words = [token.text.lower().replace("\u2019", "'") if token.kind == "word" else "" for token in tokens[:start]]
+    while words and words[-1] in vocabulary.EQUALS:
+        words.pop()  # "not equal to 42", "cannot be 42"
+    negated = bool(words) and (words[-1] in vocabulary.NEGATIONS or words[-1].endswith("n't"))
+    return negated or (before.kind == "word" and before.text.lower() in vocabulary.NOT_THE_VALUE)
+
+
+def _is_mark(token: Token) -> bool:
+    """Whether it is a combining character, which makes something else of a digit: 0.3 with a dot is a third."""
+    return len(token.text) == 1 and unicodedata.category(token.text).startswith("M")
 
 
 def _is_blocked_behind(tokens: Sequence[Token], end: int) -> bool:
@@ -210,6 +266,8 @@ def _is_blocked_behind(tokens: Sequence[Token], end: int) -> bool:
         return False
     first = behind[0]
     if first.kind in ("<", "±", "_", "‰", ":") or (first.kind == "command" and first.text not in vocabulary.HARMLESS):
+        return True
+    if not first.spaced and (_is_mark(first) or _LOOKS_LIKE_ZEROS.fullmatch(first.text)):
         return True
     if first.kind == "word" and (
         (first.text in vocabulary.VARIABLES and (not first.spaced or first.text == "pi"))

@@ -18,7 +18,13 @@ HEADINGS = _set(
 """Words that a heading begins with, and not an answer."""
 NOT_THE_VALUE = _set("not minus negative plus times than over log ln sin cos tan root")
 """Words before a number that say that it is not the value."""
-JOINING = _set("and or to of out through till until versus vs by times plus minus divided over per from between")
+NEGATIONS = _set("not cannot never")
+EQUALS = _set("equal equals to be exactly")
+"""Words that may stand between a negation and what it denies."""
+JOINING = _set(
+    "and or to of out through till until versus vs by times plus minus divided over per from between "
+    "maybe perhaps possibly either"
+)
 """With nothing but these between them, two numbers are not one answer."""
 JOINING_SYMBOLS = _set(", ; : & | ' \" ( ) [ ] { } _ ~ % ° range dash . $ # @")
 VARIABLES = _set("x y z n i j e pi M B T bn mn Bn Mn mln bln tn")

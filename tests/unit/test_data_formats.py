@@ -8,6 +8,7 @@ import json
 import lzma
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from megatron_gspo.config import load as load_config
 from megatron_gspo.data import load_completions, load_prompts
+from megatron_gspo.data.files import find_shards
 from megatron_gspo.data.formats import FORMATS, Paths
 from megatron_gspo.errors import DataError
 from tests.fuzz.test_prompt_lines import TOKENIZER
@@ -383,3 +385,66 @@ def test_a_shard_that_is_missing_and_a_directory_without_data_are_refused(tmp_pa
         load_prompts(tmp_path, tokenizer=TOKENIZER)
     with pytest.raises(DataError, match="no such data file"):
         load_prompts(tmp_path / "nowhere" / "*.jsonl", tokenizer=TOKENIZER)
+
+
+# ------------------------------------------------------------------------------------------- what people's files hold
+
+
+def test_a_first_row_of_verl_without_a_ground_truth_does_not_cost_the_others_theirs(tmp_path: Path) -> None:
+    rows = [{"prompt": USER, "reward_model": None}, {"prompt": USER, "reward_model": {"ground_truth": "42"}}]
+    found = load_prompts(write(tmp_path / "v.jsonl", *rows), tokenizer=TOKENIZER)
+    assert (found.looked.format, [prompt.answer for prompt in found.prompts]) == ("verl", ["", "42"])
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": USER, "reward_model": {"ground_truth": "42"}}]
+    assert load_prompts(write(tmp_path / "p.jsonl", *rows), tokenizer=TOKENIZER).looked.format == "prompts"
+
+
+def test_numbers_of_parquet_are_the_references_that_were_written(tmp_path: Path) -> None:
+    for column in (pa.array([0.1], pa.float32()), pa.array([0.1]), pa.array([Decimal("0.1")])):
+        pq.write_table(pa.table({"prompt": ["a"], "answer": column}), tmp_path / "n.parquet")
+        (prompt,) = load_prompts(tmp_path / "n.parquet", tokenizer=TOKENIZER).prompts
+        assert prompt.answer == "0.1"
+
+
+def test_spaces_in_a_csv_header_do_not_cost_a_column(tmp_path: Path) -> None:
+    (tmp_path / "s.csv").write_text("prompt, answer\n1+1=, 2\n")
+    (prompt,) = load_prompts(tmp_path / "s.csv", tokenizer=TOKENIZER).prompts
+    assert prompt.answer.strip() == "2" and prompt.metadata == {}
+
+
+def test_suffixes_in_capitals_are_read(tmp_path: Path) -> None:
+    (tmp_path / "A.CSV").write_text("prompt,answer\n1+1=,2\n")
+    (tmp_path / "A.JSON").write_text(json.dumps(ROWS))
+    assert load_prompts(tmp_path / "A.CSV", tokenizer=TOKENIZER).prompts[0].answer == "2"
+    assert len(load_prompts(tmp_path / "A.JSON", tokenizer=TOKENIZER)) == 5
+    assert [shard.name for shard in find_shards(shards(tmp_path / "d", "TRAIN-0.JSONL", "TRAIN-1.JSONL"))] == [
+        *("TRAIN-0.JSONL", "TRAIN-1.JSONL")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (gzip.compress(b'{"prompt": "a"}'), "compressed with gzip: give it a name that ends in .gz"),
+        (b"\x28\xb5\x2f\xfd....", "compressed with zstd"),
+        ('{"prompt": "a"}'.encode("utf-16"), "is UTF-16: save it as UTF-8"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_named_even_when_bad_rows_are_skipped(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        load_prompts(tmp_path / "x.jsonl", tokenizer=TOKENIZER, skip_bad=True)
+
+
+def test_tools_of_a_row_and_messages_written_as_a_text_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", {"messages": USER, "tools": [{"type": "function"}]})
+    with pytest.raises(DataError, match="line 1: the row has tools, which would not reach the chat template"):
+        load_prompts(path, tokenizer=TOKENIZER)
+    assert one(tmp_path, {"prompt": "6x7?", "tools": ["a hammer"]}).metadata == {"tools": ["a hammer"]}
+    path = write(tmp_path / "c.jsonl", {"prompt": "6x7?", "completion": '[{"role": "assistant", "content": "42"}]'})
+    with pytest.raises(DataError, match="'completion' holds chat messages as a text"):
+        load_completions(path, tokenizer=TOKENIZER)
+    for row in ({"question": " ", "answer": "1"}, {"instruction": "\n", "output": "1"}):
+        with pytest.raises(DataError, match="must be a non-empty string"):
+            load_prompts(write(tmp_path / "q.jsonl", row), tokenizer=TOKENIZER)

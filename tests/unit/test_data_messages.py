@@ -18,6 +18,11 @@ def test_a_text_stays_as_it_is() -> None:
     assert check_prompt(" 1 + 1 =\n") == " 1 + 1 =\n"
 
 
+def test_a_text_that_begins_as_a_list_is_a_text_and_empty_media_are_none() -> None:
+    assert check_prompt('[{"id": 1}] How many?') == '[{"id": 1}] How many?'
+    assert check_prompt([user("2+2?", images=[], audio=None)]) == (user("2+2?", images=[]),)
+
+
 def test_parts_of_text_are_joined_with_nothing_between_them() -> None:
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "2+2?", "image_url": None}]
     assert check_prompt([user(parts)]) == (user("What is 2+2?"),)
@@ -78,6 +83,14 @@ def test_messages_in_the_shape_of_sharegpt_are_read() -> None:
         ([user(["x"])], "a part of the content is no text"),
         ([user("")], r"prompt\[0\]: the user's turn is empty, got ''"),
         ([user(" ")], "the user's turn is empty"),
+        ([user("\u200b\ufeff")], "the user's turn is empty"),
+        ("\u200b", "must be a non-empty string"),
+        (
+            '[{"content": "2+2?", "role": "user"}]',
+            "'prompt' holds chat messages as a text, got .*: write them as a list",
+        ),
+        ("[{'role': 'user', 'content': '2+2?'}]", "holds chat messages as a text"),
+        ([user("<image> what is this?", images=["cat.png"])], r"prompt\[0\] has 'images': images, audio and files do"),
         ([user([])], r"the user's turn is empty, got \[\]"),
         ([{"role": "critic", "content": "x"}], r"prompt\[0\]: the role 'critic' is unknown, use system"),
         ([{"role": 7, "content": "x"}], "the role 7 is unknown"),

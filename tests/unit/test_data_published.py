@@ -158,6 +158,19 @@ def test_settings_that_change_what_tokenizer_json_encodes_are_refused(tmp_path: 
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["Qwen3", "Qwen2-MoE without tokenizer.json"])
+def test_a_token_of_added_tokens_json_that_is_not_read_is_refused(tmp_path: Path, name: str) -> None:
+    written = published.write(tmp_path, name) if name == "Qwen3" else published.write_qwen2_moe(tmp_path)
+    known = load_tokenizer(written).token_id("<|im_end|>")
+    published.dump(tmp_path / "added_tokens.json", {"<|im_end|>": known})
+    load_tokenizer(tmp_path)
+    published.dump(tmp_path / "added_tokens.json", {"<|im_end|>": known, "<|call|>": 310})
+    with pytest.raises(
+        DataError, match=r"added_tokens\.json says that '<\|call\|>' is 310, and in the tokenizer it is"
+    ):
+        load_tokenizer(tmp_path)
+
+
 def test_an_end_token_that_tokenizer_json_does_not_have_is_refused(tmp_path: Path) -> None:
     published.write(tmp_path, "Qwen3")
     published.change(tmp_path / "tokenizer_config.json", eos_token="<|eot_id|>")

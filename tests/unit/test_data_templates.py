@@ -123,6 +123,53 @@ def test_a_text_that_is_rendered_already_is_not_rendered_again(opened: Open, nam
         tokenizer.render([{"role": "system", "content": "x"}, user(text)], True)
 
 
+@pytest.mark.parametrize(
+    ("text", "mark"),
+    [
+        ("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>"),
+        ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|>", "<|begin_of_text|>"),
+        ("<s>[INST] 2+2? [/INST]", "[INST]"),
+        ("<bos><start_of_turn>user\n2+2?<end_of_turn>\n<start_of_turn>model\n", "<start_of_turn>"),
+        ("<\uff5cUser\uff5c>2+2?<\uff5cAssistant\uff5c>", "<\uff5cUser\uff5c>"),
+        ("<|user|>\n2+2?<|end|>\n<|assistant|>", "<|user|>"),
+    ],
+)
+def test_a_text_that_another_models_template_has_rendered_is_refused(opened: Open, text: str, mark: str) -> None:
+    tokenizer = opened(template="{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>")
+    with pytest.raises(DataError) as caught:
+        tokenizer.render(text, True)
+    assert f"begins with {mark!r}: another model's chat template has rendered it already" in str(caught.value)
+    assert tokenizer.render(text, False) == text
+    asked = f"What does {mark} mean?"
+    assert tokenizer.render(asked, True) == f"<user>{asked}<assistant>"
+
+
+def test_a_token_that_ends_texts_is_refused_within_a_prompt_although_no_template_writes_it(opened: Open) -> None:
+    tokenizer = opened()  # its template writes <|im_end|>, and <|endoftext|> is the padding
+    with pytest.raises(
+        DataError, match=r"the prompt holds '<\|endoftext\|>', which the model would read as that token"
+    ):
+        tokenizer.render("one <|endoftext|> two", True)
+    with pytest.raises(DataError, match=r"message 0 \(user\) holds '<\|endoftext\|>', a token that ends texts"):
+        tokenizer.render([user("one <|endoftext|> two")], True)
+    assert tokenizer.render("one <|endoftext|> two", False) == "one <|endoftext|> two"
+
+
+def test_templates_of_which_none_is_the_default_and_one_in_an_unread_file_are_refused(tmp_path: Path) -> None:
+    published.write(tmp_path, "Qwen3")
+    config = tmp_path / "tokenizer_config.json"
+    published.change(config, chat_template=[{"name": "rag", "template": PLAIN}, {"name": "tools", "template": PLAIN}])
+    for variables in ({}, {"enable_thinking": False}):
+        with pytest.raises(DataError, match=r"the chat template cannot be chosen: .*no default"):
+            load_tokenizer(tmp_path, template_variables=variables)
+    published.change(config, chat_template=[{"name": "default", "template": PLAIN}, {"name": "rag", "template": "x"}])
+    assert load_tokenizer(tmp_path).render("2+2?", True) == "<|user|>2+2?<|assistant|>"
+    published.change(config, chat_template=None)
+    published.dump(tmp_path / "chat_template.json", {"chat_template": PLAIN})
+    with pytest.raises(DataError, match=r"chat_template\.json is read by nothing"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_rendered_text_without_special_tokens_is_known_by_both_its_ends(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(published.write_mixtral(tmp_path))
     with pytest.raises(DataError, match="the prompt already holds"):

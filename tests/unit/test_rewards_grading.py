@@ -201,3 +201,31 @@ def test_what_fits_the_limits_has_a_value(text: str) -> None:
 def test_what_exceeds_them_or_has_no_value_is_unreadable(text: str) -> None:
     with pytest.raises(UnreadableError):
         evaluate(tokenize(text))
+
+
+@pytest.mark.parametrize(
+    ("reference", "text", "reward"),
+    [
+        *[(42, "|-42|", 1), (-42, "|-42|", 0), (42, r"\boxed{\left|-42\right|}", 1)],
+        *[(-42, "| total | -42 |", 1), (-42, "|total|-42|", 1)],
+    ],
+)
+def test_bars_around_a_number_take_its_sign_and_those_of_a_table_do_not(reference: int, text: str, reward: int) -> None:
+    assert grade(reference, text) == reward
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\boxed{41}, no: \\boxed{42}",
+        "\\boxed{41}\n\nWait. \\boxed{42}",
+        "\\boxed{42}\\boxed{42}",
+        r"\boxed{\boxed{42}}",
+        "It must be equal to 42.",
+        "50-8",
+        r"\boxed{50-8}",
+        "42 oranges",
+    ],
+)
+def test_a_correction_an_equality_and_a_difference_are_answers(text: str) -> None:
+    assert grade(42, text) == 1
