@@ -1,11 +1,12 @@
 """The command line: finds a command, runs it, and turns its failure into one line.
 
-Exit status: 0 done, 1 a run failed, 2 the user's mistake (one line says which).
+Exit status: 0 done, 1 a run failed, 2 the user's mistake (one line says which), 130 interrupted, 141 nobody reads on.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -17,7 +18,8 @@ from megatron_gspo.commands.parsing import DOCS, Parser
 from megatron_gspo.errors import MegatronGspoError, UserError
 from megatron_gspo.storage import ROOM, free_space, is_mistake
 
-FAILED, USER_ERROR = 1, 2
+FAILED, USER_ERROR, INTERRUPTED, UNREAD = 1, 2, 130, 141
+"""The last two as a shell counts them: 128 and the number of the signal, SIGINT and SIGPIPE."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,17 +27,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # not every terminal has a sign for "≥"
-    options = _parse(arguments)
+    try:
+        status = _run(_parse(arguments))
+    except SystemExit:
+        if unsaid := _unsaid():
+            raise SystemExit(unsaid) from None
+        raise
+    return _unsaid() or status
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         return int(options.run(options))
     except UserError as error:
         return _say(error, USER_ERROR)
     except MegatronGspoError as error:
         return _say(error, FAILED)
+    except BrokenPipeError as error:
+        return _unheard(error)
     except OSError as error:  # a name that cannot be read or written; anything else is the machine's
         return _say(error, USER_ERROR) if is_mistake(error) else _say(_with_room(error), FAILED)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+
+
+def _unsaid() -> int:
+    """The exit status when what was printed does not get out; 0 when it does."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        return _unheard(error)
+    return 0
+
+
+def _unheard(error: OSError) -> int:
+    """A reader who has seen enough (``| head -1``) is told nothing more; a full disk behind ``>`` is a line."""
+    with open(os.devnull, "w") as nowhere:  # or Python writes the rest at its end, and fails again
+        os.dup2(nowhere.fileno(), 1)
+    if isinstance(error, BrokenPipeError):
+        return UNREAD
+    return _say(OSError(f"standard output cannot be written: {error}"), FAILED)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -61,9 +93,11 @@ def _parser() -> Parser:
 
 
 def _with_room(error: OSError) -> Exception:
-    """A full disk, with the room there is."""
-    path = Path(error.filename) if isinstance(error.filename, str) else Path.cwd()
-    return OSError(f"{error} ({free_space(path)}): make room") if error.errno in ROOM else error
+    """A full disk, with the room there is where the error names a file: standard output, for one, has no name."""
+    if error.errno not in ROOM:
+        return error
+    room = f" ({free_space(Path(error.filename))})" if isinstance(error.filename, str) else ", perhaps behind > or |"
+    return OSError(f"{error}{room}: make room")
 
 
 def _say(error: Exception, status: int) -> int:

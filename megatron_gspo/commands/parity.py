@@ -86,8 +86,13 @@ def run(options: argparse.Namespace) -> int:
 
 def _config(target: str | None) -> RunConfig | None:
     from megatron_gspo.config import load
+    from megatron_gspo.config.inputs import check_inputs
 
-    return load(target) if target and not Path(target).is_dir() else None
+    if not target or Path(target).is_dir():
+        return None
+    config = load(target)
+    check_inputs(config, Path(target), ("model.path",))
+    return config
 
 
 def _settings(options: argparse.Namespace, config: RunConfig | None, layouts: list[Layout]) -> Settings:

@@ -56,6 +56,8 @@ def lack(path: str, name: str) -> str:
     """What is wrong with the missing input ``path`` of the setting ``name``."""
     if name not in MODELS:
         return "no such data file"
+    if os.path.isfile(path):
+        return "a file, where a model's directory is needed"
     return "no config.json in it" if _is_there(path, is_model=False) else "no such model directory"
 
 

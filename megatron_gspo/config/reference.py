@@ -10,7 +10,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ def find(word: str) -> tuple[Setting, ...]:
         return found
     if found:
         raise ConfigError(f"{len(found)} sections have {name}: name one of {_listed(setting.key for setting in found)}")
-    raise ConfigError(f"no setting {word!r}{_did_you_mean(name, every)}")
+    raise ConfigError(f"no setting {word!r}{did_you_mean(name)}")
 
 
 def with_name(name: str) -> tuple[Setting, ...]:
@@ -82,14 +82,16 @@ def with_name(name: str) -> tuple[Setting, ...]:
     return tuple(s for section in RunConfig.model_fields for s in settings(section) if s.name == name)
 
 
-def _did_you_mean(word: str, every: dict[str, Setting]) -> str:
-    """What the word may have meant: a key of its section, a name that it is part of, or one that is spelt like it."""
+def did_you_mean(word: str) -> str:
+    """What a setting that is none may have meant: a key of its section, one that is part of another or spelt like it,
+    or one whose meaning has its words; else what there is."""
     section, dot, name = word.partition(".")
     if dot and section in RunConfig.model_fields:
-        own = [setting.name for setting in settings(section)]
+        own = {setting.name: setting for setting in settings(section)}
         close = difflib.get_close_matches(name, own, n=1)
-        return f" (did you mean {section}.{close[0]}?)" if close else f" (keys of {section}: {', '.join(own)})"
-    close = _close(word, every)
+        close = [f"{section}.{key}" for key in close] or _meant(name, own.values())
+        return f" (did you mean {_listed(close)}?)" if close else f" (keys of {section}: {', '.join(own)})"
+    close = _close(word, {s.key: s for section in RunConfig.model_fields for s in settings(section)})
     return f" (did you mean {_listed(close)}?)" if close else f" (sections: {', '.join(RunConfig.model_fields)})"
 
 
@@ -100,10 +102,14 @@ def _close(word: str, every: dict[str, Setting]) -> list[str]:
     if not close:
         close = difflib.get_close_matches(word.rpartition(".")[2], sorted({s.name for s in every.values()}), n=1)
         close = [setting.key for name in close for setting in with_name(name)]
-    if not close:  # "learning_rate": words of a meaning
-        words = re.findall(r"[a-z0-9]+", word.lower())
-        close = [s.key for s in every.values() if words and all(w in f"{s.key} {s.meaning}".lower() for w in words)]
-    return close[:SUGGESTIONS]
+    return close[:SUGGESTIONS] or _meant(word, every.values())
+
+
+def _meant(word: str, among: Iterable[Setting]) -> list[str]:
+    """Settings whose key and meaning have every word of it: ``learning_rate``."""
+    words = re.findall(r"[a-z0-9]+", word.lower())
+    found = [s.key for s in among if words and all(w in f"{s.key} {s.meaning}".lower() for w in words)]
+    return found[:SUGGESTIONS]
 
 
 def _listed(names: Any) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from megatron_gspo.config.reference import did_you_mean
 from megatron_gspo.config.run import RunConfig
 from megatron_gspo.errors import ConfigError
 
@@ -27,7 +27,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def read(path: str | Path) -> dict[str, Any]:
     """A TOML file's tree, not validated. Raises ConfigError."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows' editors put a mark first
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not TOML, brackets or digits without end
@@ -89,7 +89,9 @@ def _first_problem(error: ValidationError) -> str:
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        text = f"unknown setting {where}{_did_you_mean(first['loc'])}"
+        text = f"unknown setting {where}{did_you_mean(where)}"
+    elif first["type"] == "model_type":
+        text = f"{where} = {first['input']!r:.200}: it must be a table of settings, [{where}]"
     elif first["type"] == "missing":
         text = f"{where} is missing"
     elif first["type"] == "value_error":
@@ -99,14 +101,3 @@ def _first_problem(error: ValidationError) -> str:
         text = f"{where} = {first['input']!r:.200}: {message[0].lower()}{message[1:]}"
     more = len(problems) - 1
     return text + (f" (and {more} more)" if more else "")
-
-
-def _did_you_mean(location: tuple[int | str, ...]) -> str:
-    fields = RunConfig.model_fields
-    if len(location) > 1:
-        section = fields[str(location[0])].annotation
-        fields = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
-    close = difflib.get_close_matches(str(location[-1]), fields, n=1)
-    if close:
-        return f" (did you mean {'.'.join([*map(str, location[:-1]), close[0]])}?)"
-    return f" (known: {', '.join(fields)})"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from megatron_gspo.config.inputs import lack
+from megatron_gspo.config.inputs import MODELS, lack
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.errors import MegatronGspoError
+from megatron_gspo.hf.elsewhere import what_is_there
 from megatron_gspo.report.text import count
 
 Status = Literal["ok", "warning", "error"]
@@ -86,7 +89,8 @@ def _checks(facts: Facts, entry: Entry) -> list[Check]:
 
 def _no_such_file(facts: Facts, entry: Entry) -> Check:
     path = facts.missing[entry.file]
-    return error(f"{path}: {lack(path, entry.file)}", facts.advice(entry.file) or entry.file)
+    there = f": {what_is_there(Path(path))}" if entry.file in MODELS and os.path.isdir(path) else ""
+    return error(f"{path}: {lack(path, entry.file)}{there}", facts.advice(entry.file) or entry.file)
 
 
 def _root(facts: Facts, lacking: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf import deepseek_v3, glm4_moe, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
+from megatron_gspo.hf.elsewhere import what_is_there
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.quantisation import without_quantization
 
@@ -37,8 +38,10 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: not found: {directory} is no Hugging Face directory") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(
+            f"{path}: not found: {directory} is no Hugging Face directory: {what_is_there(Path(directory))}"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(config, dict):

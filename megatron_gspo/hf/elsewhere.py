@@ -40,7 +40,7 @@ NAMED = 3
 def what_is_there(directory: Path) -> str:
     """The weights of a directory that holds none under the names that are read."""
     if not directory.is_dir():
-        return "no such directory"
+        return "it is a file, not a directory" if directory.exists() else "no such directory"
     names = sorted(path.name for path in directory.iterdir() if not path.is_dir())
     gone = [name for name in names if not (directory / name).exists()]
     if gone:

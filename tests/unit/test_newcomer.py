@@ -1,0 +1,119 @@
+"""The first mistakes of somebody new: each is one line that says what to do, and an exit status."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_gspo.cli import main
+
+TOML = '[model]\npath = "model"\n[data]\npath = "data.jsonl"\n[train]\nrun_dir = "run"\n'
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line that a command with a mistake ends with."""
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("error: ") and "Traceback" not in captured.err
+    return last
+
+
+def run_toml(directory: Path, text: str = TOML, encoding: str = "utf-8") -> str:
+    path = directory / "run.toml"
+    path.write_text(text, encoding=encoding)
+    return str(path)
+
+
+def command_line(*words: str, out: int, **environment: str) -> tuple[int, str]:
+    """(exit status, stderr) of a command that prints to the descriptor ``out``."""
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_gspo.cli", *words],
+        stdout=out,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_who_has_seen_enough_is_no_error(unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        assert command_line("explain", "train", out=write, PYTHONUNBUFFERED=unbuffered) == (141, "")
+    finally:
+        os.close(write)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_the_output_is_a_line_that_names_no_other_disk(unbuffered):
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        status, said = command_line("explain", "train", out=full, PYTHONUNBUFFERED=unbuffered)
+    finally:
+        os.close(full)
+    assert status == 1 and said.count("\n") == 1 and "No space left on device" in said and " free at " not in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "meant"),
+    [("optimizer.learning_rate", "optimizer.lr"), ("optimizer.weight_decy", "optimizer.weight_decay")],
+)
+def test_an_unknown_setting_suggests_what_explain_finds(setting, meant, tmp_path, capsys):
+    section, _, key = setting.partition(".")
+    line = refusal(capsys, "doctor", run_toml(tmp_path, f"{TOML}[{section}]\n{key} = 1\n"))
+    assert line.endswith(f"unknown setting {setting} (did you mean {meant}?)")
+    assert refusal(capsys, "explain", setting).endswith(f"(did you mean {meant}?)")
+
+
+def test_a_value_in_a_sections_place_is_told_to_be_a_table(tmp_path, capsys):
+    text = TOML.replace("[model]", "[more]") + "[train.wandb_]\n"
+    line = refusal(capsys, "doctor", run_toml(tmp_path, f'model = "model"\n{text}'))
+    assert "model = 'model': it must be a table of settings, [model]" in line
+
+
+def test_the_mark_that_windows_editors_put_first_is_no_syntax_error(tmp_path, capsys):
+    line = refusal(capsys, "train", run_toml(tmp_path, encoding="utf-8-sig"))
+    assert "Invalid statement" not in line and "model" in line
+
+
+def test_parity_says_how_to_come_by_a_missing_model_as_train_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = run_toml(tmp_path, "# model is made by: python make.py\n" + TOML)
+    line = refusal(capsys, "parity", config)
+    assert line == "error: model.path = model: no such model directory -> make it: python make.py"
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("adapter_config.json", "adapter_model.safetensors"), "merge it into its base"),
+        (("model.Q4.gguf",), "llama.cpp's format"),
+        ((), "there are no weights in it"),
+    ],
+)
+@pytest.mark.parametrize("command", ["doctor", "train"])
+def test_a_directory_without_config_json_is_told_by_what_lies_in_it(
+    command, names, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("data.jsonl").write_text('{"prompt": "1", "answer": "1"}\n')
+    for name in names:
+        (Path("model") / name).write_text("{}")
+    assert words in refusal(capsys, command, run_toml(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["doctor", "train"])
+def test_a_file_in_the_place_of_a_models_directory_is_called_one(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("model").write_text("weights")
+    assert "a file, " in refusal(capsys, command, run_toml(tmp_path))
