@@ -338,7 +338,7 @@ def test_messages_of_parquet_render_as_those_of_jsonl(opened: Open, tmp_path: Pa
 
 def test_several_templates_without_a_default_are_one_line(opened: Open) -> None:
     named = [{"name": "one", "template": PLAIN}, {"name": "two", "template": PLAIN}]
-    with pytest.raises(DataError, match=r"the chat template refuses the messages: .*multiple chat templates"):
+    with pytest.raises(DataError, match=r"the chat template cannot be chosen: .*multiple chat templates"):
         opened(template=named).render("hi", True)
     named[1]["name"] = "default"
     assert opened(template=named).render("hi", True) == "<|user|>hi<|assistant|>"
