@@ -323,7 +323,7 @@ def _check_flat(values: object) -> None:
 
 def _shown(value: object) -> str:
     """What a value is. Not its repr, which may take for ever."""
-    return f"an object of {type(value).__name__}"
+    return f"the class {value.__name__}" if isinstance(value, type) else f"an object of {type(value).__name__}"
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -200,7 +200,7 @@ def of_another_model(path: Path) -> None:
 BAD_MEGATRON = {
     with_a_command: r"\.metadata: UnpicklingError: .*system has no place in a description of tensors",
     with_a_function_that_runs_text: r"metadata\.dataclass has no place in a description of tensors",
-    with_attributes_for_a_class: r"Metadata'> gets no attributes in a description of tensors",
+    with_attributes_for_a_class: r"the class Metadata gets no attributes in a description of tensors",
     with_a_block_less: r"linear_fc2\.weight: its blocks hold 0 of the 768 elements|linear_fc2\.weight: no file has",
     with_half_a_file: r"__0_0\.distcp",
     with_a_flipped_bit: r"__0_0\.distcp: it was altered: sha256",
