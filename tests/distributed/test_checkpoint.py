@@ -325,7 +325,7 @@ def save_twice_and_die(case: Case, parallel: dict[str, int], root: Path, at: str
         os.kill(os.getpid(), signal.SIGKILL)
 
     points = {
-        "before any file": (checkpoint_write, "save_preprocess"),
+        "before any file": (checkpoint_write.torch, "save"),
         "within a file": (checkpoint_write, "_write_file"),
         "before the description": (checkpoint_write.PendingSave, "_publish"),
         "before the name": (checkpoint_files.Path, "rename"),
