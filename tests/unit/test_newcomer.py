@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_gspo.cli import main
 from megatron_gspo.errors import ConfigError, WeightError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
+from tests.unit.doctor_cases import Case, prepare
 
 TOML = '[model]\npath = "model"\n[data]\npath = "data.jsonl"\n[train]\nrun_dir = "run"\n'
 
@@ -150,3 +153,15 @@ def test_a_pipe_or_a_directory_in_the_place_of_weights_is_refused_at_once(make, 
     make(tmp_path / "model.safetensors")
     with pytest.raises(WeightError, match=r"model\.safetensors: it is not a regular file"):
         HfReader(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_doctor_names_a_matrix_of_a_dtype_that_training_would_refuse(dtype, tmp_path):
+    prepare().write_model(tmp_path / "model", seed=0)
+    case = Case(tmp_path).write()
+    weights = load_file(case.model / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({**weights, name: weights[name].to(dtype)}, case.model / "model.safetensors", {"format": "pt"})
+    found = case.check("weights")
+    assert found.status == "error" and f"model.safetensors: {name} is stored as " in found.detail
+    assert "weights must be torch.float32" in found.detail
