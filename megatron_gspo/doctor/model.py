@@ -102,6 +102,8 @@ def check_weights(facts: Facts) -> Check:
             wrong.append(f"{name} {list(found)}, not {list(shape)}")
     if wrong:
         return error(f"{reader.directory}: {some(wrong)}: not what config.json asks for", "model.path")
+    for name in wanted:
+        reader.dtype(name)  # raises for one that is not read
     carried = carried_names(stored, facts.shape)
     extra = sorted(stored - set(wanted) - {"lm_head.weight"} - set(carried))
     text = f"{len(wanted)} tensors, each of the shape that config.json asks for"

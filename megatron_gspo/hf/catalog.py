@@ -69,7 +69,7 @@ def read_model(directory: str | Path, *, dequantised: bool = False) -> tuple[Fam
     except KeyError as error:
         raise ConfigError(f"{directory}: config.json lacks {error}") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise ConfigError(f"{directory}: config.json cannot be read as {name}: {error}") from None
+        raise ConfigError(f"{directory}: config.json cannot be read as {name}: {error}{_nulls(config)}") from None
     return FAMILIES[name], shape
 
 
@@ -77,6 +77,12 @@ def _defaults_in(message: str, family: Family, config: dict[str, Any]) -> str:
     """Says which of the settings that a message names stand nowhere in config.json."""
     absent = [f"{name} = {value}" for name, value in family.defaults.items() if name in message and name not in config]
     return f" ({', '.join(absent)}: transformers' default, where config.json has none)" if absent else ""
+
+
+def _nulls(config: dict[str, Any]) -> str:
+    """Says which settings are null: one of them may be what a number was needed of."""
+    names = [name for name, value in config.items() if value is None]
+    return f" (null in it: {', '.join(names)})" if names else ""
 
 
 def _check_sizes(directory: str | Path, config: dict[str, Any]) -> None:

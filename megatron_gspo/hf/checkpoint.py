@@ -125,7 +125,7 @@ class HfReader:
 
     def _file(self, path: Path) -> safe_open:
         if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt", device="cpu")
+            self._open[path] = _opened(path)
         return self._open[path]
 
     def _locate(self, index: Path, single: Path) -> dict[str, Path]:
@@ -170,10 +170,17 @@ def whole_set(directory: Path, stem: str = MODEL) -> list[Path]:
     return [files[number] for number in sorted(files)]
 
 
+def _opened(path: Path) -> safe_open:
+    """A file of tensors. Raises OSError for a directory or a pipe (which would wait for a writer)."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a regular file")
+    return safe_open(path, framework="pt", device="cpu")
+
+
 def _names_in(path: Path) -> list[str]:
     """Of a file's tensors, from its header."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with _opened(path) as file:
             return list(file.keys())
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightError(f"{path}: {error}") from None

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_gspo.cli import main
+from megatron_gspo.errors import ConfigError, WeightError
+from megatron_gspo.hf.catalog import read_model
+from megatron_gspo.hf.checkpoint import HfReader
+from tests.unit.doctor_cases import Case, prepare
 
 TOML = '[model]\npath = "model"\n[data]\npath = "data.jsonl"\n[train]\nrun_dir = "run"\n'
 
@@ -112,8 +119,49 @@ def test_a_directory_without_config_json_is_told_by_what_lies_in_it(
     assert words in refusal(capsys, command, run_toml(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["rope_theta", "routed_scaling_factor", "num_experts_per_tok"])
+def test_a_null_where_a_number_is_needed_is_named(name, tmp_path):
+    config = {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "vocab_size": 320,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {name: None}))
+    with pytest.raises(ConfigError, match=name):
+        read_model(tmp_path)
+
+
 @pytest.mark.parametrize("command", ["doctor", "train"])
 def test_a_file_in_the_place_of_a_models_directory_is_called_one(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("model").write_text("weights")
     assert "a file, " in refusal(capsys, command, run_toml(tmp_path))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_pipe_or_a_directory_in_the_place_of_weights_is_refused_at_once(make, tmp_path):
+    make(tmp_path / "model.safetensors")
+    with pytest.raises(WeightError, match=r"model\.safetensors: it is not a regular file"):
+        HfReader(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_doctor_names_a_matrix_of_a_dtype_that_training_would_refuse(dtype, tmp_path):
+    prepare().write_model(tmp_path / "model", seed=0)
+    case = Case(tmp_path).write()
+    weights = load_file(case.model / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({**weights, name: weights[name].to(dtype)}, case.model / "model.safetensors", {"format": "pt"})
+    found = case.check("weights")
+    assert found.status == "error" and f"model.safetensors: {name} is stored as " in found.detail
+    assert "weights must be torch.float32" in found.detail
