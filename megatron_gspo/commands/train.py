@@ -22,10 +22,11 @@ def run(options: argparse.Namespace) -> int:
     from megatron_gspo.config.inputs import check_inputs
 
     config = load(options.config, options.overrides)
-    check_inputs(config, options.config)
     from megatron_gspo.train.rank import run_rank, world_of_torchrun
 
-    if world_of_torchrun() is not None:
+    world = world_of_torchrun()
+    check_inputs(config, options.config)
+    if world is not None:
         from megatron_gspo.report.recorder import RunRecorder
 
         return run_rank(config, RunRecorder)
