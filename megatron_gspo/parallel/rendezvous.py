@@ -20,7 +20,6 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 
 STORE = "MEGATRON_GSPO_STORE"
 """Environment variable: the file in which ranks of one machine find each other."""
-LOOPBACK = "127.0.0.1"
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_gspo.data.cursor import PromptCursor
 from megatron_gspo.errors import DataError
-from megatron_gspo.parallel.exchange import agree, gather_objects
+from megatron_gspo.parallel.exchange import gather_objects, together
 
 T = TypeVar("T")
 Judge = Callable[[Mapping[int, tuple[int, T]]], Mapping[int, str]]
@@ -55,7 +55,7 @@ def take_usable(
     skipped: list[str] = []
     pending = dict(enumerate(cursor.take(count)))
     while pending:
-        problems = _together(functools.partial(_make, pending, mine, make, judge, items), world)
+        problems = _of_all_ranks(functools.partial(_make, pending, mine, make, judge, items), world)
         if problems and not skip_bad:
             raise DataError(problems[min(problems)])
         skipped += [problems[position] for position in sorted(problems)]
@@ -94,13 +94,7 @@ def _make(
     return problems | dict(judged)
 
 
-def _together(action: Callable[[], dict[int, str]], world: dist.ProcessGroup) -> dict[int, str]:
+def _of_all_ranks(action: Callable[[], dict[int, str]], world: dist.ProcessGroup) -> dict[int, str]:
     """The union of every rank's problems; an error of any rank is raised on all."""
-    error: Exception | None = None
-    problems: dict[int, str] = {}
-    try:
-        problems = action()
-    except Exception as caught:
-        error = caught
-    agree(error, world)
-    return {position: text for part in reversed(gather_objects(problems, world)) for position, text in part.items()}
+    parts = gather_objects(together(action, world), world)
+    return {position: text for part in reversed(parts) for position, text in part.items()}
