@@ -50,7 +50,7 @@ test: install browser ## install, then run all tests
 
 .PHONY: test-slow
 test-slow: install ## install, then run the tests that take minutes, which `make test` leaves out
-	OMP_NUM_THREADS=1 $(RUN) pytest -q -s -m slow_suite --durations=0 tests/slow
+	OMP_NUM_THREADS=1 $(RUN) pytest -q -s -m slow_suite --durations=0
 
 .PHONY: test-latest
 test-latest: $(LATEST_STAMP) $(SGLANG_STAMP) browser ## run all tests on Python 3.12 and the newest Megatron-Core (PYTHON_LATEST=...)

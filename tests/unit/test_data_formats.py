@@ -424,7 +424,7 @@ def test_suffixes_in_capitals_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (gzip.compress(b'{"prompt": "a"}'), "compressed with gzip: give it a name that ends in .gz"),
+        (gzip.compress(b'{"prompt": "a"}', mtime=0), "compressed with gzip: give it a name that ends in .gz"),
         (b"\x28\xb5\x2f\xfd....", "compressed with zstd"),
         ('{"prompt": "a"}'.encode("utf-16"), "is UTF-16: save it as UTF-8"),
     ],

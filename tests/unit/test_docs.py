@@ -50,6 +50,8 @@ def test_every_relative_link_leads_to_a_file(page: Path):
     assert not missing
 
 
+@pytest.mark.slow_suite  # four minutes of a processor
+@pytest.mark.timeout(1800)
 def test_the_documentation_builds_without_warnings(tmp_path: Path):
     build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", str(tmp_path / "trees")]
     done = subprocess.run(
