@@ -22,6 +22,11 @@ PROBES = (
     "\u0645\u0631\u062d\u0628\u0627 \u0939\u093f\u0928\u094d\u0926\u0940 e\u0301 \u00bd \U0001f642",
 )
 """Texts whose tokens and decoded form must be those of ``tokenizer.json``: white space, digits, scripts."""
+JSON_FILES = (
+    *(FILE, "tokenizer_config.json", "config.json", "generation_config.json", "vocab.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+)
+"""What transformers and this package read of a directory: each must mean one thing to both."""
 SPECIALS = 512
 """Special tokens of a tokenizer that are tried; some have thousands that nothing uses."""
 
@@ -34,6 +39,8 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, directory: Path, template_variables: Mapping[str, Any] | None = None) -> None:
+        for name in JSON_FILES:
+            read_json(directory, name)
         self._hf = _load(directory)
         settings = read_json(directory, "tokenizer_config.json")
         if (directory / FILE).is_file():

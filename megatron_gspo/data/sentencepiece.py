@@ -10,13 +10,14 @@ from pathlib import Path
 from megatron_gspo.data.messages import ChatMessage
 from megatron_gspo.data.model_files import find_stop_ids, one_line, read_json
 from megatron_gspo.errors import DataError, DependencyError
+from megatron_gspo.untrusted import open_regular
 
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s*")
 
 
 def is_tiktoken(model: Path) -> bool:
     """Whether the file is a tiktoken vocabulary: a line is a token's bytes in base64, and its rank."""
-    with model.open("rb") as lines:
+    with open_regular(model) as lines:
         return _TIKTOKEN_LINE.fullmatch(lines.readline(4096)) is not None
 
 

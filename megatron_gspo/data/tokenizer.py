@@ -12,6 +12,7 @@ from megatron_gspo.data.messages import ChatMessage
 from megatron_gspo.data.model_files import read_json, short
 from megatron_gspo.data.sentencepiece import SentencePieceTokenizer, is_tiktoken
 from megatron_gspo.errors import DataError
+from megatron_gspo.untrusted import strange_entry
 
 LONGEST_CHARACTER = 4
 """Tokens that one character may take: bytes of UTF-8."""
@@ -154,7 +155,9 @@ def _load(path: Path, variables: Mapping[str, Any] | None) -> Tokenizer:
         return _plain(SentencePieceTokenizer(path, directory=path.parent), path, variables)
     if not path.is_dir():
         raise DataError(f"{path}: no such model directory")
-    models = sorted(path.glob("*.model"))
+    if problem := strange_entry(path):
+        raise DataError(f"{path}: {problem}")
+    models = sorted(file for file in path.glob("*.model") if file.is_file())
     if not (path / FILE).is_file():
         _check_remote_code(path, models)
     if any((path / name).is_file() for name in HF_TOKENIZER_FILES):

@@ -198,6 +198,7 @@ def build_run(config: RunConfig, groups: Groups, inputs: Inputs, urls: tuple[str
             make_peers(groups),
             model_path=config.model.path,
             expected_names=expected_names(config, policy),
+            shared=bool(config.rollout.servers),
         ),
         reward=inputs.reward,
         references=inputs.references,
