@@ -61,6 +61,10 @@ class HuggingFaceTokenizer:
     def __len__(self) -> int:
         return max(self._hf.get_vocab().values(), default=-1) + 1
 
+    @functools.cached_property
+    def longest_token(self) -> int:
+        return max(map(len, self._hf.get_vocab()), default=1)  # of bytes, an entry has a character each
+
     @property
     def turn_end(self) -> int | None:
         token = self._template.turn_end if self._template else None

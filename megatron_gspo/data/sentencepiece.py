@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Sequence
@@ -42,6 +43,10 @@ class SentencePieceTokenizer:
         eos = self._sp.eos_id()
         self.vocab_size = read_json(directory).get("vocab_size") or len(self)
         self.eos_id, self.stop_ids = find_stop_ids(directory, eos if eos >= 0 else None)
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        return max((len(self._sp.id_to_piece(i)) for i in range(len(self))), default=1)
 
     def __len__(self) -> int:
         return int(self._sp.get_piece_size())

@@ -32,6 +32,11 @@ class Tokenizer(Protocol):
     own entries, which may be fewer."""
 
     @property
+    def longest_token(self) -> int:
+        """Characters of the longest token: so many times as many tokens hold every text that has no more."""
+        ...
+
+    @property
     def turn_end(self) -> int | None:
         """The special token with which the chat template ends an assistant's turn; None where it writes none."""
         ...
