@@ -14,6 +14,7 @@ from megatron_gspo.data.templates import ChatTemplate
 from megatron_gspo.errors import DataError
 
 FILE = "tokenizer.json"
+TEMPLATE_FILE = "chat_template.jinja"
 PROBES = (
     "Tom has 2 apples.\nHow  many are left, 1,234.5?\n",
     "\tdef f(x):\n\n    return x ** 2  # it's\r\n",
@@ -48,7 +49,11 @@ class HuggingFaceTokenizer:
         else:
             _check_vocabulary(self._hf, directory, settings)
         self._begin = _begin(self._hf, self.encode, settings)
-        self._template = ChatTemplate(self._hf, template_variables or {}) if self._hf.chat_template else None
+        beside = directory / TEMPLATE_FILE
+        template_file = beside if beside.is_file() else directory / "tokenizer_config.json"
+        self._template = None
+        if self._hf.chat_template:
+            self._template = ChatTemplate(self._hf, template_variables or {}, template_file)
         if self._template is None and (directory / "chat_template.json").is_file():
             raise DataError(
                 f"{directory}: chat_template.json is read by nothing: write its text to chat_template.jinja"

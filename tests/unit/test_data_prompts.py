@@ -204,7 +204,9 @@ def test_a_text_of_more_characters_than_the_tokens_hold_is_over_long_without_bei
 ) -> None:
     path = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": prompt})
     tokenizer = Counting()
-    words = r"line 2: the prompt has 321 characters, more than rollout.max_prompt_tokens = 10 of the longest tokens hold"
+    words = (
+        r"line 2: the prompt has 321 characters, more than rollout.max_prompt_tokens = 10 of the longest tokens hold"
+    )
     with pytest.raises(DataError, match=words):
         load_prompts(path, tokenizer=tokenizer, max_prompt_tokens=10, keep_long=keep_long)
     assert (tokenizer.encoded, tokenizer.rendered) == (len("<user:a>"), 1)
