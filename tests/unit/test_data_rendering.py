@@ -51,7 +51,7 @@ FEATURES = {
         "{{ '\u00e9<' | tojson(separators=(',', ':')) }}"
     ),
     "blocks are trimmed": "{% if true %}\n  a\n  {% if true %}\n b{% endif %}\n{% endif %}\n{{ 1 }}\n\n",
-    "unset": "{{ tools is none }}{{ documents is none }}{{ nothing }}{{ nothing is defined }}{{ (tools or []) | length }}",
+    "unset": "{{ tools is none }}{{ documents }}{{ nothing }}{{ nothing is defined }}{{ (tools or []) | length }}",
     "ours": "{{ add_generation_prompt }}{{ bos_token }}{{ strftime_now('%Y') }}{{ flag }}",
     "types": "{{ messages }}{{ messages[0].items() | list }}{{ messages[0].missing }}{{ 7 // 2 }}{{ [1, 2][::-1] }}",
     "namespace": "{% set n = namespace(i=0) %}{% for m in messages %}{% set n.i = n.i + 1 %}{% endfor %}{{ n.i }}",
