@@ -11,6 +11,8 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
+SERVER_KEY = "MEGATRON_GSPO_SERVER_KEY"
+"""Environment variable with the key of servers that somebody else has started (SGLang's ``--api-key``)."""
 MOST_BYTES = 16 * 2**20
 """Of the answer to a question about a server; its settings take some ten thousand."""
 _CHUNK = 2**20
@@ -27,6 +29,12 @@ class Reply:
     status: int
     """Of HTTP. A redirect is one too: it is not followed."""
     body: bytes
+
+
+def refusal(status: int) -> str:
+    """How a request was refused: "HTTP 400", and what to do where a key is missing."""
+    asks = status in (401, 403)
+    return f"HTTP {status}; it asks for another key: set ${SERVER_KEY} to its --api-key" if asks else f"HTTP {status}"
 
 
 def call(

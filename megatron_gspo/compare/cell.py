@@ -62,7 +62,7 @@ class CellProcesses:
 
 def run_cell(cell: Cell, config: RunConfig, key: str | None) -> None:
     """Trains, measures, writes the digest. What is printed goes to the cell's log, which goes when all is well."""
-    from megatron_gspo.rollout.probe import SERVER_KEY
+    from megatron_gspo.calls import SERVER_KEY
     from megatron_gspo.train.rank import die_with_parent
 
     if key is not None:

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.errors import MegatronGspoError
 from megatron_gspo.hf.catalog import read_config
 from megatron_gspo.rollout.launcher import free_ports
-from megatron_gspo.rollout.probe import SERVER_KEY, get
+from megatron_gspo.rollout.probe import get
 from megatron_gspo.train.models import check_engine, first_difference
 from megatron_gspo.versions import untested
 

@@ -20,10 +20,11 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
 from megatron_gspo.parallel.rendezvous import INTERFACES
-from megatron_gspo.rollout.probe import KEY_FILE, SERVER_KEY, get
+from megatron_gspo.rollout.probe import KEY_FILE, get
 from megatron_gspo.storage import writing
 
 Device = Literal["cpu", "cuda"]

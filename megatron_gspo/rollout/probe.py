@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_gspo.calls import call
+from megatron_gspo.calls import SERVER_KEY, call, refusal
 
 KEY_FILE = "key"
 """Beside the logs of servers that a run has started, as long as they run."""
-SERVER_KEY = "MEGATRON_GSPO_SERVER_KEY"
-"""Environment variable with the key of servers that somebody else has started (SGLang's ``--api-key``)."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,6 @@ def find_key(logs: Path) -> str:
 def get(url: str, timeout_s: float, key: str = "") -> bytes:
     """A page of a server. Raises OSError (RefusedError is one), HTTPException or ValueError."""
     reply = call(url, key=key, timeout_s=timeout_s)
-    if reply.status in (401, 403):
-        raise RefusedError(f"HTTP {reply.status}: it asks for a key, which ${SERVER_KEY} gives")
     if reply.status != 200:
-        raise RefusedError(f"HTTP {reply.status}")
+        raise RefusedError(refusal(reply.status))
     return reply.body

@@ -10,12 +10,11 @@ from typing import Any, Self, TypeVar
 
 import aiohttp
 
-from megatron_gspo.calls import MOST_BYTES
+from megatron_gspo.calls import MOST_BYTES, refusal
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import ConfigError, DataError, EngineReplyError, EngineUnavailableError, RolloutError
 from megatron_gspo.rollout.engine import Decode, Progress, Sampling
 from megatron_gspo.rollout.sglang_reply import (
-    check_sure,
     generation_request,
     most_reply_bytes,
     new_request_id,
@@ -104,10 +103,7 @@ class SGLangEngine:
                 progress(rollouts)
             return rollouts
 
-        groups = await _gather(group(prompt) for prompt in prompts)
-        if not sampling.greedy:
-            check_sure([rollout for rollouts in groups for rollout in rollouts])
-        return groups
+        return await _gather(group(prompt) for prompt in prompts)
 
     async def _rollout(self, url: str, prompt: Prompt, sample: int, sampling: Sampling, weight_version: int) -> Rollout:
         """One response; an abort is drawn again with the same seed, and returned when it persists."""
@@ -182,7 +178,7 @@ def check_prompt(prompt: Prompt, vocab_size: int) -> None:
 
 def _decode_answer(status: int, text: str, url: str) -> Any:
     if status != 200:
-        raise RolloutError(f"{url} refused the request (HTTP {status}): {_message(text)}")
+        raise RolloutError(f"{url} refused the request ({refusal(status)}): {_message(text)}")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,6 @@ LOWEST = math.log(float(np.finfo(np.float32).smallest_subnormal)) - 1
 drawn. A greedy one may have any that is finite."""
 LEAST_FINITE = float(np.finfo(np.float32).min)
 """A logprob below this is -inf where it is kept."""
-SURE_TOKENS = 32
-"""Tokens whose logprobs are all exactly 0 before that is called an answer without logprobs."""
 TOKEN_BYTES = 256
 """Of JSON for each token of a response, at most: its id, its logprob with the id once more, and room to spare."""
 FRAME_BYTES = 2**20
@@ -130,20 +127,6 @@ def _token_ids(ids: Any, vocab_size: int) -> list[int]:
     outside = [i for i in ids if not 0 <= i < vocab_size]
     _require(not outside, f"output_ids outside the vocabulary [0, {vocab_size}): {outside[:5]}")
     return ids
-
-
-def check_sure(rollouts: Sequence[Rollout]) -> None:
-    """Raises EngineReplyError when sampled responses of ``SURE_TOKENS`` tokens or more all have logprob 0.
-
-    One may be that sure of a token, and of a short answer; one that is of all that it draws gives no logprobs, or has
-    nothing to learn. For one engine's responses of one step.
-    """
-    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-    if tokens >= SURE_TOKENS and not any(rollout.rollout_logprobs.any() for rollout in rollouts):
-        raise EngineReplyError(
-            f"the logprobs of all {tokens} tokens of {len(rollouts)} responses are exactly 0, probability 1: the "
-            f"server does not compute them, or samples at another temperature than it was asked for"
-        )
 
 
 def _logprobs(entries: Any, ids: list[int], lowest: float) -> list[float]:

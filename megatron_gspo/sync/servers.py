@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from megatron_gspo.calls import OverlongReplyError, call
+from megatron_gspo.calls import OverlongReplyError, call, refusal
 from megatron_gspo.errors import SyncError
 from megatron_gspo.sync.background import start
 
@@ -113,7 +113,7 @@ class Servers:
             raise NoAnswerError(f"{url} did not answer: {type(error).__name__}: {error}") from None
         text = reply.body.decode(errors="replace")
         if reply.status != 200:
-            raise SyncError(f"{url} refused (HTTP {reply.status}): {text[:500]}")
+            raise SyncError(f"{url} refused ({refusal(reply.status)}): {text[:500]}")
         if refused(text):
             raise SyncError(f"{url} refused (HTTP 200, success = false): {text[:500]}")
         return text

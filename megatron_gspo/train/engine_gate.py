@@ -49,6 +49,11 @@ class EngineGate:
         if gap.k3 <= self.limit:  # False for NaN
             self.warned = False
             return None
+        if not gap.uncertain:
+            raise EngineMismatchError(
+                f"outer step {outer_step}: the engine's logprobs of all {gap.tokens:.0f} tokens are exactly 0, "
+                f"probability 1, and the trainer's are not: it does not compute them"
+            )
         said = (
             f"outer step {outer_step}: the engine's logprobs are not the trainer's: kl/engine_k3 is {gap.k3:.2g} nats "
             f"per token over {gap.tokens:.0f} tokens, above {self.limit:g}, and {gap.tail:.0%} of the tokens differ "
@@ -75,6 +80,8 @@ class Gap:
     """Mean of rho - 1 - log rho, rho = pi_old / mu: an estimate of KL(mu || pi_old), nats per token."""
     tail: float
     """Share of tokens with rho above 2 or below 1/2."""
+    uncertain: float = 1.0
+    """Share of tokens to which the engine gave another logprob than exactly 0."""
 
 
 def make_gate(config: RunConfig) -> EngineGate:
@@ -83,13 +90,14 @@ def make_gate(config: RunConfig) -> EngineGate:
 
 
 def measure_gap(shards: Sequence[TokenShard], groups: Groups) -> Gap:
-    """Of an outer step's shards; on every rank. Collective: a sum of four numbers."""
+    """Of an outer step's shards; on every rank. Collective: a sum of five numbers."""
     gap = None
     if groups.is_last_stage:
-        sums = torch.zeros(len(ENGINE_SUMS), dtype=torch.float64, device=device())
+        sums = torch.zeros(len(ENGINE_SUMS) + 1, dtype=torch.float64, device=device())
         for shard in shards:
-            sums += engine_gap_sums(shard)
-        tokens, _, k3, tail = reduce_token_sums(sums, stage=groups.tensor_data).tolist()
-        gap = Gap(tokens, k3 / tokens if tokens else 0.0, tail / tokens if tokens else 0.0)
+            uncertain_T = shard.mask_T & (shard.rollout_logprobs_T != 0)
+            sums += torch.cat([engine_gap_sums(shard), uncertain_T.sum().double().reshape(1)])
+        tokens, _, k3, tail, uncertain = reduce_token_sums(sums, stage=groups.tensor_data).tolist()
+        gap = Gap(tokens, *(sum_ / max(tokens, 1.0) for sum_ in (k3, tail, uncertain)))
     found: Gap = broadcast_object(gap, groups.last_stage_rank, groups.pipeline)
     return found

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.formats import Paths
 from megatron_gspo.data.prompts import PromptSet, load_prompts
@@ -21,7 +22,7 @@ from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.rewards.registry import Reward, resolve_reward
 from megatron_gspo.rollout.engine import Progress, Sampling, local_servers, make_engine
-from megatron_gspo.rollout.probe import SERVER_KEY, ServerState, probe
+from megatron_gspo.rollout.probe import ServerState, probe
 from megatron_gspo.sync.base import NamedTensor, make_weight_sync
 from megatron_gspo.sync.gap import in_dtype
 from megatron_gspo.sync.head import HEAD, with_head

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.cursor import PromptCursor
 from megatron_gspo.errors import ConfigError, RolloutError, RunStopped
@@ -20,7 +21,6 @@ from megatron_gspo.parallel.exchange import agree, broadcast_object, together
 from megatron_gspo.policy.groups import Groups, make_groups, start_distributed
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.rollout.engine import local_servers
-from megatron_gspo.rollout.probe import SERVER_KEY
 from megatron_gspo.train.checkpoints import Checkpoints
 from megatron_gspo.train.context import Inputs, Run, build_run, load_inputs
 from megatron_gspo.train.evaluate import evaluate

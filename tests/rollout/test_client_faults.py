@@ -8,7 +8,6 @@ import gzip
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -340,22 +339,6 @@ def test_every_attempt_has_an_id_of_its_own_and_a_reply_to_another_is_refused() 
 
     with pytest.raises(EngineReplyError, match=f"that of request {stand_in.request_ids[0]}"):
         draw(StandIn(swapped))
-
-
-def without_logprobs(tokens: int) -> dict[str, Any]:
-    answer = reply([9] * tokens, "length")
-    for entry in answer["meta_info"]["output_token_logprobs"]:
-        entry[0] = 0.0
-    return answer
-
-
-def test_many_tokens_that_are_all_certain_come_without_logprobs() -> None:
-    sampling = Sampling(2, 1.0, 16, (STOP,))
-    with pytest.raises(EngineReplyError, match="all 32 tokens of 2 responses are exactly 0"):
-        draw(StandIn(always(without_logprobs(16))), sampling=sampling)
-    few = Sampling(2, 1.0, 15, (STOP,))
-    assert len(draw(StandIn(always(without_logprobs(15))), sampling=few)[0]) == 2
-    assert len(draw(StandIn(always(without_logprobs(16))), sampling=replace(sampling, greedy=True))[0]) == 2
 
 
 def test_the_key_goes_with_every_request() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
 from megatron_gspo.rollout import launcher
@@ -25,7 +26,7 @@ from megatron_gspo.rollout.launcher import (
     server_arguments,
     server_environment,
 )
-from megatron_gspo.rollout.probe import SERVER_KEY, find_key
+from megatron_gspo.rollout.probe import find_key
 
 HEALTHY = """
 import http.server, os, signal, subprocess, sys, time

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_gspo.calls import OverlongReplyError, call
 from megatron_gspo.errors import SyncError
+from megatron_gspo.rollout.probe import probe
 from megatron_gspo.sync.servers import NoAnswerError, Servers
 
 Talk = Callable[[socket.socket, bytes], None]
@@ -134,3 +135,10 @@ def test_control_calls_are_bounded_and_name_the_server() -> None:
         Servers([url], 0.5).infos()
     with server(endless) as (url, _), pytest.raises(SyncError, match=f"{url}/weights_checker: .*16777216 bytes"):
         Servers([url], 60).checksums()
+
+
+def test_a_server_that_asks_for_another_key_says_where_to_give_it() -> None:
+    with server(says(answer(b"{}", "401 Unauthorized"))) as (url, _):
+        with pytest.raises(SyncError, match=r"HTTP 401; it asks for another key: set \$MEGATRON_GSPO_SERVER_KEY"):
+            Servers([url], 5).post("/flush_cache")
+        assert "set $MEGATRON_GSPO_SERVER_KEY" in str(probe([url])[0].error)

@@ -75,6 +75,13 @@ def test_a_later_drift_ends_the_run_where_that_is_asked_for() -> None:
         gate.judge(OTHER, outer_step=1)
 
 
+def test_logprobs_that_are_not_computed_end_it_in_any_step_and_those_of_a_policy_that_is_sure_do_not() -> None:
+    gate = EngineGate(1e-3, stops=False)
+    assert gate.judge(replace(SOUND, uncertain=0.0), outer_step=0) is None
+    with pytest.raises(EngineMismatchError, match="all 100 tokens are exactly 0"):
+        gate.judge(replace(OTHER, uncertain=0.0), outer_step=1)
+
+
 def test_a_gate_without_a_limit_compares_nothing() -> None:
     gate = EngineGate(None, stops=True)
     assert gate.judge(OTHER, outer_step=0) is None
