@@ -33,6 +33,7 @@ class EngineGate:
 
     def check(self, shards: Sequence[Sequence[TokenShard]], groups: Groups, outer_step: int) -> list[str]:
         """Measures an outer step's shards, by mini-batch, which hold old logprobs; returns what to warn of. Collective.
+        ``outer_step`` counts from 0, and is said from 1.
 
         Raises EngineMismatchError on every rank where the run must not go on.
         """
@@ -51,11 +52,11 @@ class EngineGate:
             return None
         if not gap.uncertain:
             raise EngineMismatchError(
-                f"outer step {outer_step}: the engine's logprobs of all {gap.tokens:.0f} tokens are exactly 0, "
+                f"outer step {outer_step + 1}: the engine's logprobs of all {gap.tokens:.0f} tokens are exactly 0, "
                 f"probability 1, and the trainer's are not: it does not compute them"
             )
         said = (
-            f"outer step {outer_step}: the engine's logprobs are not the trainer's: kl/engine_k3 is {gap.k3:.2g} nats "
+            f"outer step {outer_step + 1}: the engine's logprobs are not the trainer's: kl/engine_k3 is {gap.k3:.2g} nats "
             f"per token over {gap.tokens:.0f} tokens, above {self.limit:g}, and {gap.tail:.0%} of the tokens differ "
             f"twofold"
         )

@@ -135,7 +135,7 @@ def test_an_engine_of_another_model_ends_the_run_before_it_learns(
 ) -> None:
     with StandIn(quickstart / "model", lambda reply, request, count: of_another_model(reply)) as server:
         ended = endings(ranks, settings(server, "rollout.max_engine_k3=1"))
-    said = r"^1 EngineMismatchError: outer step 0: .*k3 is 1\d nats per token over \d+ tokens"
+    said = r"^1 EngineMismatchError: outer step 1: .*k3 is 1\d nats per token over \d+ tokens"
     assert re.search(said, ended), ended
     assert metrics(tmp_path) == []
 
@@ -147,7 +147,7 @@ def test_an_engine_that_becomes_another_one_is_warned_of_or_ends_the_run(
     more = ["rollout.max_engine_k3=1", f'rollout.on_engine_drift="{then}"']
     with StandIn(quickstart / "model", from_later_on(of_another_model)) as server:
         ended = endings(ranks, settings(server, *more))
-    assert ended == "finished" if then == "warn" else ended.startswith("1 EngineMismatchError: outer step 1: "), ended
+    assert ended == "finished" if then == "warn" else ended.startswith("1 EngineMismatchError: outer step 2: "), ended
     assert {line["outer_step"] for line in metrics(tmp_path)} == ({0, 1} if then == "warn" else {0})
 
 

@@ -65,13 +65,13 @@ def test_a_later_drift_is_warned_of_once_until_it_is_over() -> None:
     gate = EngineGate(1e-3, stops=False)
     said = [gate.judge(gap, step) for step, gap in enumerate([SOUND, OTHER, OTHER, SOUND, OTHER])]
     assert [bool(warning) for warning in said] == [False, True, False, False, True]
-    assert said[1] is not None and said[1].startswith("warning: outer step 1: the engine's logprobs are not")
+    assert said[1] is not None and said[1].startswith("warning: outer step 2: the engine's logprobs are not")
 
 
 def test_a_later_drift_ends_the_run_where_that_is_asked_for() -> None:
     gate = make_gate(config(rollout={"on_engine_drift": "stop"}))
     assert gate.judge(SOUND, outer_step=0) is None
-    with pytest.raises(EngineMismatchError, match="outer step 1"):
+    with pytest.raises(EngineMismatchError, match="outer step 2"):
         gate.judge(OTHER, outer_step=1)
 
 
