@@ -56,8 +56,8 @@ class EngineGate:
                 f"probability 1, and the trainer's are not: it does not compute them"
             )
         said = (
-            f"outer step {outer_step + 1}: the engine's logprobs are not the trainer's: kl/engine_k3 is {gap.k3:.2g} nats "
-            f"per token over {gap.tokens:.0f} tokens, above {self.limit:g}, and {gap.tail:.0%} of the tokens differ "
+            f"outer step {outer_step + 1}: the engine's logprobs are not the trainer's: kl/engine_k3 is {gap.k3:.2g} "
+            f"nats per token over {gap.tokens:.0f} tokens, above {self.limit:g}, and {gap.tail:.0%} of the tokens differ "
             f"twofold"
         )
         if first or self.stops:
