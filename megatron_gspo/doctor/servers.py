@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.errors import MegatronGspoError
@@ -63,11 +65,12 @@ def ask(url: str) -> Server:
     start = time.monotonic()
     try:
         get(f"{url}/health", TIMEOUT_S)
+        key = os.environ.get(SERVER_KEY, "")
         pages = []
         slowest = 0.0
         for path in ("/model_info", "/server_info"):
             start = time.monotonic()
-            page = json.loads(get(url + path, TIMEOUT_S))
+            page = json.loads(get(url + path, TIMEOUT_S, key))
             slowest = max(slowest, time.monotonic() - start)
             if not isinstance(page, dict):
                 return Server(url, problem=f"{path} is a {type(page).__name__}, not an object: no SGLang server")

@@ -13,7 +13,7 @@ ROOT = Path(megatron_gspo.__file__).parent
 
 LAYERS = [
     {"errors", "_packing", "quiet", "versions"},
-    {"types", "storage", "untrusted"},
+    {"types", "storage", "calls", "untrusted"},
     {"algorithm"},
     {"config"},
     {"parallel"},
