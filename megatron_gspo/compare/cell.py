@@ -23,6 +23,7 @@ from megatron_gspo.compare.plan import Cell
 from megatron_gspo.config import RunConfig, dump
 from megatron_gspo.quiet import ENVIRONMENT
 from megatron_gspo.storage import writing
+from megatron_gspo.supervise import die_with_parent
 
 PRELOAD = [
     "megatron_gspo.train.loop",
@@ -59,8 +60,6 @@ class CellProcesses:
 
 def run_cell(cell: Cell, config: RunConfig) -> None:
     """Trains, measures, writes the digest. What is printed goes to the cell's log, which goes when all is well."""
-    from megatron_gspo.train.rank import die_with_parent
-
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the first one decides
     cell.run_dir.parent.mkdir(parents=True, exist_ok=True)

@@ -60,13 +60,31 @@ def resolve_reward(config: RewardConfig) -> Reward:
     return Reward(name, bound, config.timeout_s, config.concurrency, built_in=name in BUILTIN_REWARDS)
 
 
-def _find(name: str) -> Callable[..., Any]:
+def check_reward(config: RewardConfig) -> None:
+    """What can be said of a reward without running any of the user's code. Raises ConfigError."""
+    if config.function in BUILTIN_REWARDS:
+        resolve_reward(config)
+    check_name(config.function)
+
+
+def check_name(name: str) -> tuple[str, str]:
+    """(module or file, function) that a name stands for, by its form and without running any of the user's code.
+
+    Raises ConfigError where it has another form, or names a file that is not there.
+    """
     where, colon, attribute = BUILTIN_REWARDS.get(name, name).rpartition(":")
     if not (colon and where and attribute):
         raise ConfigError(
             f"reward.function = {name!r} is unknown: use {', '.join(BUILTIN_REWARDS)}, package.module:function or "
             f"path/to/file.py:function"
         )
+    if where.endswith(".py") and not Path(where).is_file():
+        raise ConfigError(f"reward.function = {name!r}: FileNotFoundError: {Path(where).resolve()} does not exist")
+    return where, attribute
+
+
+def _find(name: str) -> Callable[..., Any]:
+    where, attribute = check_name(name)
     try:
         module = _module_of_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
@@ -88,8 +106,6 @@ def _module_of_file(path: Path) -> ModuleType:
     name = f"megatron_gspo_reward:{path}"
     if name in sys.modules:
         return sys.modules[name]
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")

@@ -12,7 +12,7 @@ import megatron_gspo
 ROOT = Path(megatron_gspo.__file__).parent
 
 LAYERS = [
-    {"errors", "_packing", "quiet", "versions"},
+    {"errors", "_packing", "quiet", "supervise", "versions"},
     {"types", "storage"},
     {"algorithm"},
     {"config"},
