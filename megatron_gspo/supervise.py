@@ -12,8 +12,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import fcntl
 import json
+import mmap
 import os
 import resource
 import shutil
@@ -37,12 +37,12 @@ EXIT_FUNCTIONS_S = 10.0
 """That functions registered with ``atexit`` may take."""
 IMPATIENT = 4
 """Interrupts that kill the child. Of one Ctrl-C a rank may get two: the terminal's and its launcher's."""
-HIGH_DESCRIPTOR = 200
-"""From which that memory's descriptor is kept: out of the way of code that closes the first few."""
+WORDS_BYTES = 4 * 2**20
+"""Of the memory in which the child says what it does; pages that are not written take none."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _WATCHED = {getattr(signal, f"SIG{name}") for name in ("CHLD", "TERM", "INT", "HUP", "QUIT", "USR1", "USR2")}
-_words: tuple[int, int, int] | None = None
-"""In a supervised child: its process id, the descriptor of what it says, and that one's inode."""
+_words: tuple[int, mmap.mmap] | None = None
+"""In a supervised child: its process id, and where it says what it does. No descriptor: a reward may close all."""
 _to_remove: set[str] = set()
 _interrupted = False
 
@@ -54,8 +54,7 @@ def supervised(action: Callable[[], int], who: str, *, launched: bool = False) -
     that ended the child, and the child is killed when the launcher is gone. The calling process must have one thread.
     """
     launcher, parent = os.getppid(), os.getpid()
-    words = os.memfd_create("megatron-gspo")
-    fcntl.fcntl(words, fcntl.F_SETFL, os.O_APPEND)
+    words = mmap.mmap(-1, WORDS_BYTES)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what the child leaves behind becomes a child of this process
@@ -159,10 +158,9 @@ def die_with_parent(parent: int | None = None) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _work(action: Callable[[], int], words: int) -> NoReturn:
+def _work(action: Callable[[], int], words: mmap.mmap) -> NoReturn:
     global _words
-    descriptor = _out_of_the_way(words)
-    _words = os.getpid(), descriptor, os.fstat(descriptor).st_ino
+    _words = os.getpid(), words
     status = FAILED
     try:
         status = action()
@@ -176,15 +174,6 @@ def _work(action: Callable[[], int], words: int) -> NoReturn:
         if not is_supervised():  # a child of the child, which has returned here
             os._exit(FAILED)
         end(status)
-
-
-def _out_of_the_way(descriptor: int) -> int:
-    try:
-        high = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, HIGH_DESCRIPTOR)
-    except OSError:  # fewer are allowed
-        return descriptor
-    os.close(descriptor)
-    return high
 
 
 def _wait(child: int, launcher: int | None) -> int:
@@ -234,7 +223,7 @@ def _unsaid(status: int, who: str, launched: bool) -> int:
     if first is not False:
         _print(
             f"error: {who} ended with exit status {os.WEXITSTATUS(status)} before it was done: something in its "
-            f"process called _exit (the reward function, or a C library that it uses), or closed its descriptors"
+            f"process called _exit (the reward function, or a C library that it uses)"
         )
     return FAILED
 
@@ -245,10 +234,10 @@ def name_of(number: int) -> str:
     return f"{name}: is the machine out of memory?" if number == signal.SIGKILL else name
 
 
-def _read(descriptor: int) -> dict[str, Any]:
+def _read(words: mmap.mmap) -> dict[str, Any]:
     """What the child has said: its exit status, if it did, and what is to be removed."""
     said: dict[str, Any] = {"end": None, "remove": []}
-    for line in os.pread(descriptor, os.fstat(descriptor).st_size, 0).splitlines():
+    for line in words[: words.find(b"\0")].splitlines():
         with contextlib.suppress(ValueError, AttributeError):
             record = json.loads(line)
             said["end"] = record.get("end", said["end"])
@@ -265,10 +254,11 @@ def _remove(path: Path) -> None:
 
 
 def _say(record: dict[str, Any]) -> None:
-    if _words is not None and is_supervised():
-        with contextlib.suppress(OSError):  # something has closed it, and perhaps opened something else
-            if os.fstat(_words[1]).st_ino == _words[2]:
-                os.write(_words[1], json.dumps(record).encode() + b"\n")
+    if _words is None or not is_supervised():
+        return
+    line, words = json.dumps(record).encode() + b"\n", _words[1]
+    if words.tell() + len(line) < WORDS_BYTES - (0 if "end" in record else 100):
+        words.write(line)
 
 
 def _ours(thread: threading.Thread) -> bool:

@@ -50,7 +50,7 @@ def test_a_process_that_leaves_with_status_0_and_without_a_word_has_failed(leave
     assert status == 1
     assert said.splitlines() == [
         "error: rank 3 ended with exit status 0 before it was done: something in its process called _exit (the reward "
-        "function, or a C library that it uses), or closed its descriptors"
+        "function, or a C library that it uses)"
     ]
 
 
