@@ -27,10 +27,10 @@ Open = dict[int, str]
 
 
 class Guard:
-    """Entered around the calls of a reward function; several at a time share what the first has noted."""
+    """Entered around the calls of a reward function; where several are, one in the other, the outermost one looks."""
 
     def __init__(self) -> None:
-        self._inside = 0
+        self._entered = False
         self._home = -1
         self._standard: dict[int, int] = {}
         self._kept: Open | None = None
@@ -39,15 +39,16 @@ class Guard:
     @contextlib.contextmanager
     def around(self, name: str) -> Iterator[None]:
         """Raises RewardError, or ends a rank's process with one line, when descriptors of this process were closed."""
-        if not self._inside:
-            self._note()
-        self._inside += 1
+        if self._entered:
+            yield
+            return
+        self._note()
+        self._entered = True
         try:
             yield
-        finally:
-            self._inside -= 1
-            if not self._inside:
-                self._check(name)
+        finally:  # what was entered within may never be left: the loop that it waits in may be gone
+            self._entered = False
+            self._check(name)
 
     def _note(self) -> None:
         now = connections()
