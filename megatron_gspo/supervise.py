@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import json
 import mmap
 import os
@@ -19,6 +20,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -37,6 +39,8 @@ EXIT_FUNCTIONS_S = 10.0
 """That functions registered with ``atexit`` may take."""
 IMPATIENT = 4
 """Interrupts that kill the child. Of one Ctrl-C a rank may get two: the terminal's and its launcher's."""
+PREFIX, SETTLED_S = "mgspo-process-", 60.0
+"""Of directories of temporary files; seconds after which one that nobody locks is abandoned."""
 WORDS_BYTES = 4 * 2**20
 """Of the memory in which the child says what it does; pages that are not written take none."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
@@ -55,6 +59,7 @@ def supervised(action: Callable[[], int], who: str, *, launched: bool = False) -
     """
     launcher, parent = os.getppid(), os.getpid()
     words = mmap.mmap(-1, WORDS_BYTES)
+    place, lock = _own_place()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what the child leaves behind becomes a child of this process
@@ -64,13 +69,15 @@ def supervised(action: Callable[[], int], who: str, *, launched: bool = False) -
     if child == 0:
         die_with_parent(parent)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.close(lock)
+        _live_in(place)
         _work(action, words)
     if launched:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
     status = _wait(child, launcher if launched else None)
     said = _read(words)
     _end_what_is_left()
-    for path in said["remove"]:
+    for path in (*said["remove"], place):
         _remove(Path(path))
     if launched and os.getppid() != launcher and STORE in os.environ:  # which it could not remove itself
         shutil.rmtree(Path(os.environ[STORE]).parent, ignore_errors=True)
@@ -156,6 +163,36 @@ def die_with_parent(parent: int | None = None) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _own_place() -> tuple[str, int]:
+    """A new directory for the child's temporary files, and a descriptor that locks it while this process lives; those
+    of processes that were killed are removed."""
+    for old in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, in use, or gone
+            if time.time() - old.stat().st_mtime > SETTLED_S:  # else perhaps not locked yet
+                os.close(_locked(old))
+                _remove(old)
+    place = tempfile.mkdtemp(prefix=PREFIX)  # 0700
+    return place, _locked(Path(place))
+
+
+def _locked(directory: Path) -> int:
+    """A descriptor that locks a directory. Raises OSError when another process does."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _live_in(place: str) -> None:
+    """Has this process and what it starts make temporary files in ``place``, which goes with it. But what torch
+    compiles, where a user has not said where, stays for the next run."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}")
+    os.environ["TMPDIR"] = tempfile.tempdir = place
 
 
 def _work(action: Callable[[], int], words: mmap.mmap) -> NoReturn:

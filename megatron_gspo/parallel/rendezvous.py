@@ -27,7 +27,7 @@ INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 def private_store() -> Iterator[Path]:
     """An empty directory that only this user can read, with ``STORE`` in the environment naming a file in it."""
     before = os.environ.get(STORE)
-    with tempfile.TemporaryDirectory(prefix="megatron-gspo-ranks-") as directory:  # 0700
+    with tempfile.TemporaryDirectory(prefix="mgspo-ranks-") as directory:  # 0700
         remove_afterwards(directory)
         os.environ[STORE] = f"{directory}/store"
         try:

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -94,6 +94,9 @@ def ranks_here(ranks: int, servers: Sequence[str] = (), **settings: Any) -> Iter
             rdzv_backend="c10d",
             rdzv_endpoint=str(directory / "rendezvous"),
             rdzv_configs={"store_type": "file"},
+            logs_specs=DefaultLogsSpecs(
+                log_dir=str(directory / "logs")
+            ),  # else a directory in /tmp, and it stays there
             max_restarts=0,
             monitor_interval=0.1,
             **settings,
