@@ -77,17 +77,24 @@ def members(group: int) -> list[int]:
 
 
 def shared_memory(group: int) -> set[str]:
-    """Files in /dev/shm that processes of a group have mapped or open: segments and semaphores, which nobody removes
-    when they are killed. (Not what lies in directories there: weights on their way are not the server's.)"""
-    found = set()
+    """Files of /dev/shm that processes of a group have mapped or open: segments and semaphores, which nobody removes
+    when they are killed. (Not what lies in directories there: weights on their way are not the server's.)
+
+    Told by their inodes: a semaphore is made under another name than it gets.
+    """
+    inodes = set()
     for member in members(group):
         with contextlib.suppress(OSError):  # it has ended
             with open(f"/proc/{member}/maps", errors="replace") as maps:
-                found |= {line.rstrip("\n").partition(SHARED)[2] for line in maps if SHARED in line}
+                inodes |= {int(line.split()[4]) for line in maps if SHARED in line}
             for name in os.listdir(f"/proc/{member}/fd"):
                 with contextlib.suppress(OSError):
-                    found.add(os.readlink(f"/proc/{member}/fd/{name}").partition(SHARED)[2])
-    return {SHARED + name for name in found if name and "/" not in name and not name.endswith("(deleted)")}
+                    if os.readlink(f"/proc/{member}/fd/{name}").startswith(SHARED):
+                        inodes.add(os.stat(f"/proc/{member}/fd/{name}").st_ino)
+    try:
+        return {entry.path for entry in os.scandir(SHARED) if entry.inode() in inodes and not entry.is_dir()}
+    except OSError:  # there is none on this machine
+        return set()
 
 
 def remove(left: Iterable[str], directory: str | None) -> None:
