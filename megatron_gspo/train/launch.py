@@ -57,7 +57,9 @@ def launch(
     """
     # Several ranks on few cores fight over them when each starts a thread a core.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank says itself what failed
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own; a rank says itself what failed
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     signal.signal(signal.SIGTERM, _pass_on)
     command = ("-m", "megatron_gspo.cli", "train", str(config_path), *overrides)
     try:
