@@ -21,6 +21,7 @@ from pathlib import Path
 from megatron_gspo.commands import COMMANDS, GROUPS
 from megatron_gspo.commands.parsing import DOCS, Parser
 from megatron_gspo.errors import MegatronGspoError, UserError
+from megatron_gspo.limits import explain
 from megatron_gspo.storage import ROOM, free_space, is_mistake
 from megatron_gspo.supervise import interrupt_quietly, supervised, was_interrupted
 
@@ -77,7 +78,12 @@ def _run(options: argparse.Namespace) -> int:
         return _say(error, FAILED)
     except BrokenPipeError as error:
         return _unheard(error)
-    except OSError as error:  # a name that cannot be read or written; anything else is the machine's
+    except Exception as error:
+        if words := explain(error):
+            return _say(MegatronGspoError(words), FAILED)
+        if not isinstance(error, OSError):
+            raise
+        # A name that cannot be read or written; anything else is the machine's.
         return _say(error, USER_ERROR) if is_mistake(error) else _say(_with_room(error), FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED

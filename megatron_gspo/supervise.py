@@ -29,6 +29,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from megatron_gspo.limits import name_of
+
 STORE = "MEGATRON_GSPO_STORE"
 """Environment variable: the file in which ranks of one machine find each other, in a directory of their own."""
 FAILED, INTERRUPTED = 1, 130
@@ -263,12 +265,6 @@ def _unsaid(status: int, who: str, launched: bool) -> int:
             f"process called _exit (the reward function, or a C library that it uses)"
         )
     return FAILED
-
-
-def name_of(number: int) -> str:
-    """A signal's name, with what it may mean."""
-    name = signal.Signals(number).name
-    return f"{name}: is the machine out of memory?" if number == signal.SIGKILL else name
 
 
 def _read(words: mmap.mmap) -> dict[str, Any]:

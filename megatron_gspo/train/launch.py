@@ -20,19 +20,21 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.files import check_readable
-from megatron_gspo.errors import WeightError
+from megatron_gspo.errors import ConfigError, WeightError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.layout import check_layout, check_recompute, check_replay
+from megatron_gspo.limits import allow_open_files, name_of
 from megatron_gspo.parallel.rendezvous import keep_to_loopback, private_store
 from megatron_gspo.policy.checkpoint_files import is_distributed, latest_in
 from megatron_gspo.rewards.registry import check_reward
-from megatron_gspo.supervise import name_of
 from megatron_gspo.train.models import check_models
 
 
 def check_before_start(config: RunConfig) -> None:
     """What can be said within seconds, without a process group and without a server: raises UserError."""
+    if too_few := allow_open_files():
+        raise ConfigError(too_few)
     _, shape = read_model(config.model.path)
     check_layout(config.parallel, shape)
     check_recompute(config.model, shape)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import ConfigError, MegatronGspoError, RunStopped, UserError
+from megatron_gspo.limits import allow_open_files, explain
 from megatron_gspo.quiet import mute
 from megatron_gspo.supervise import INTERRUPTED, first_to_say, was_interrupted
 from megatron_gspo.versions import untested_here
@@ -46,6 +47,8 @@ def world_of_torchrun() -> int | None:
 def run_rank(config: RunConfig, make_recorder: MakeRecorder) -> int:
     """Trains as one rank; returns the process's exit status."""
     mute()
+    if too_few := allow_open_files():
+        raise ConfigError(too_few)
     if os.environ["RANK"] == "0":
         from megatron_gspo.parallel.rendezvous import exposed_store
 
@@ -72,6 +75,9 @@ def _said(error: BaseException) -> int:
         _show_the_unforeseen(error)
         _say_once(f"error: {_line(error)}")
         return 2 if isinstance(error, UserError) else 1
+    if words := explain(error):
+        _say_once(f"error: rank {os.environ['RANK']}: {words}")
+        return 1
     if ANOTHER_IS_MISSING.search(str(error)):
         time.sleep(FIRST_RANKS_TURN_S)
     told = "".join(traceback.format_exception(error))
@@ -101,6 +107,8 @@ def _say_once(text: str) -> None:
 def _show_the_unforeseen(error: MegatronGspoError) -> None:
     """Prints the traceback of what is none of our errors, and which ``parallel.exchange.agree`` has wrapped in one."""
     cause = error.__cause__
+    if cause and explain(cause):
+        return
     if type(error) is MegatronGspoError and cause and not isinstance(cause, OSError) and _is_first("traceback"):
         print("".join(traceback.format_exception(cause)), end="", file=sys.stderr, flush=True)
 

@@ -51,6 +51,7 @@ def run_of(quickstart: Path, tmp_path: Path, *more: str) -> list[str]:
         "train.checkpoint_every=1",
         'sync.method="disk"',
         "eval.every=0",
+        'data.eval_path=""',
         *more,
     ]
     return [sys.executable, "-m", "megatron_gspo.cli", "train", str(QUICKSTART / "gspo.toml"), *settings]
