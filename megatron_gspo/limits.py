@@ -33,7 +33,8 @@ def explain(error: BaseException) -> str | None:
             limited = _address_space()
             return f"out of memory{detail}{limited or ': the machine, or its container, has no more'}"
         if THREADS.search(text):
-            return f"no thread or process can be started{detail}: {_value('NPROC', 'ulimit -u')} are allowed{_address_space()}"
+            allowed = f"{_value('NPROC', 'ulimit -u')} are allowed{_address_space()}"
+            return f"no thread or process can be started{detail}: {allowed}"
     return None
 
 

@@ -89,6 +89,14 @@ def test_threads_that_outlive_the_work_neither_hold_up_the_end_nor_abort_it() ->
     assert said == "warning: 1 threads of a reward or a library still run (judge): they end with the run\n"
 
 
+def test_a_library_that_aborts_while_the_process_is_taken_down_does_not_undo_what_was_done() -> None:
+    """As a C++ thread does that nobody has joined: "terminate called without an active exception"."""
+    body = "libc = ctypes.CDLL(None)\nlibc.on_exit(libc.abort, None)"
+    assert ended(body)[:2] == (0, "outcome 0\n")
+    taken_down = [sys.executable, "-c", "import ctypes; libc = ctypes.CDLL(None); libc.on_exit(libc.abort, None)"]
+    assert subprocess.run(taken_down).returncode == -signal.SIGABRT, "else this test shows nothing"
+
+
 def test_functions_for_the_exit_run_and_one_that_hangs_is_given_up() -> None:
     body = "supervise.EXIT_FUNCTIONS_S = 0.5\natexit.register(time.sleep, 600)\n"
     status, printed, _ = ended(body + "atexit.register(print, 'bye', flush=True)")
