@@ -128,4 +128,4 @@ def what_is_left(run_dir: Path | None) -> str:
         return ""
     if latest is None:
         return f": {run_dir} has no checkpoint to go on from" if run_dir.exists() else ": nothing was written yet"
-    return f": the same command with train.resume=true goes on from {latest}"
+    return f": the same command with train.resume=true train.overwrite=false goes on from {latest}"

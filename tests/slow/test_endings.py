@@ -111,7 +111,7 @@ ENDINGS: dict[str, tuple[tuple[str, ...], Callable[[subprocess.Popen[str]], None
         interrupt_all,
         130,
         "failed",
-        "error: ended by SIGINT: .* train.resume=true goes on from .*outer_",
+        "error: ended by SIGINT: .* train.resume=true train.overwrite=false goes on from .*outer_",
     ),
     "SIGTERM": (
         (LONG,),

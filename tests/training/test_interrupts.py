@@ -66,7 +66,7 @@ def test_what_goes_on_after_an_interrupt_is_said_only_where_there_is_a_checkpoin
     assert what_is_left(run) == f": {run} has no checkpoint to go on from"
     (run / "checkpoints" / "outer_00004").mkdir()
     (run / "checkpoints" / "latest").write_text("outer_00004\n")
-    said = f": the same command with train.resume=true goes on from {run}/checkpoints/outer_00004"
+    said = f": the same command with train.resume=true train.overwrite=false goes on from {run}/checkpoints/outer_00004"
     assert what_is_left(run) == said
     (run / "checkpoints" / "latest").write_text("nonsense")
     assert what_is_left(run) == ""
