@@ -46,6 +46,10 @@ class EngineReplyError(RolloutError, ValueError):
     """A rollout server's reply broke the contract (counts, ids, logprobs, weight version)."""
 
 
+class EngineMismatchError(RolloutError):
+    """A rollout server's logprobs are not the trainer's: it computes another model, or holds other weights."""
+
+
 class EngineUnavailableError(RolloutError, ConnectionError):
     """A rollout server does not answer, or died."""
 

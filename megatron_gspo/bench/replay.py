@@ -33,6 +33,7 @@ from megatron_gspo.quiet import mute
 from megatron_gspo.rollout.routes import decode_routes
 from megatron_gspo.train.batch import Minibatch, place
 from megatron_gspo.train.context import Run
+from megatron_gspo.train.engine_gate import make_gate
 from megatron_gspo.train.routes import deal_routes, engine_mismatch
 from megatron_gspo.train.step import engine_routes, pi_old_pass, routing_metrics, train_minibatch
 from megatron_gspo.types import RouteShape, Sample
@@ -238,6 +239,7 @@ def a_run(directory: Path, settings: Settings) -> tuple[Run, list[Minibatch]]:
         policy=policy,
         loss=resolve_loss(config.algorithm.name),
         sequence_sum=ShardedSequenceSum(groups.token),
+        gate=make_gate(config),
         **cast(Any, nothing),
     )
     samples = [sample_of(group, 26, None, index) for group in range(16) for index in range(8)]

@@ -24,6 +24,7 @@ from megatron_gspo.hf.checkpoint import SINGLE, buckets
 from megatron_gspo.rollout.launcher import LocalServers
 from megatron_gspo.sync.base import METHODS, WeightSync, make_weight_sync
 from megatron_gspo.sync.peers import Peers
+from megatron_gspo.types import ServerAccess
 
 AIM = 0.7
 """Of the bare broadcast's rate, for "distributed"."""
@@ -60,10 +61,11 @@ def run(settings: Settings) -> dict[str, Any]:
         with servers, BareBroadcast(weights, settings.bucket_mb) as bare:
             syncs = {
                 method: make_weight_sync(
-                    SyncConfig.model_validate({"method": method, "bucket_mb": settings.bucket_mb}),
+                    SyncConfig.model_validate({"method": method, "bucket_mb": settings.bucket_mb, "verify": "off"}),
                     servers.urls,
                     Peers(),
                     model_path=model,
+                    access=ServerAccess(servers.key),
                 )
                 for method in settings.methods
             }
@@ -101,7 +103,7 @@ def _turn(bare: BareBroadcast, syncs: dict[str, WeightSync], weights: dict[str, 
     return measured
 
 
-def _measured(work: Callable[[], None]) -> Sample:
+def _measured(work: Callable[[], object]) -> Sample:
     here = psutil.Process()
     children = here.children(recursive=True)
     memory = PeakMemory(torch.device("cpu")), [PeakMemory(torch.device("cpu"), child.pid) for child in children]

@@ -45,11 +45,11 @@ def run(options: argparse.Namespace) -> int:
 def look(path: Path) -> dict[str, Any]:
     """The summary of a run; while it goes on, with what its servers say now. Raises DataError if it is no run."""
     from megatron_gspo.report.status import summarise
-    from megatron_gspo.rollout.probe import probe
+    from megatron_gspo.rollout.probe import find_key, probe
 
     summary = summarise(path)
     if summary["status"] == "running":
-        states = probe([server["url"] for server in summary["servers"]])
+        states = probe([server["url"] for server in summary["servers"]], key=find_key(path / "servers"))
         summary["servers"] = [
             {"url": state.url, "error": state.error, "weight_version": state.weight_version} for state in states
         ]

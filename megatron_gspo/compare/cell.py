@@ -49,17 +49,24 @@ class CellProcesses:
             self._context.set_forkserver_preload(PRELOAD)
             forkserver.ensure_running()  # it imports while rollout servers start
 
-    def start(self, cell: Cell, urls: tuple[str, ...]) -> BaseProcess:
-        """A process that runs ``cell`` against the servers at ``urls``; its exit status is that of ``train``."""
+    def start(self, cell: Cell, urls: tuple[str, ...], key: str | None = None) -> BaseProcess:
+        """A process that runs ``cell`` against the servers at ``urls``; its exit status is that of ``train``.
+
+        ``key``: the servers'; that of this process's environment when None.
+        """
         rollout = cell.config.rollout.model_copy(update={"servers": urls})
         config = cell.config.model_copy(update={"rollout": rollout})
-        process: BaseProcess = self._context.Process(target=run_cell, args=(cell, config), name=cell.name)
+        process: BaseProcess = self._context.Process(target=run_cell, args=(cell, config, key), name=cell.name)
         process.start()
         return process
 
 
-def run_cell(cell: Cell, config: RunConfig) -> None:
+def run_cell(cell: Cell, config: RunConfig, key: str | None) -> None:
     """Trains, measures, writes the digest. What is printed goes to the cell's log, which goes when all is well."""
+    from megatron_gspo.rollout.probe import SERVER_KEY
+
+    if key is not None:
+        os.environ[SERVER_KEY] = key  # for the ranks
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the first one decides
     cell.run_dir.parent.mkdir(parents=True, exist_ok=True)

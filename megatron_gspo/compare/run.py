@@ -116,7 +116,7 @@ class Worker(threading.Thread):
         try:
             while not self._stopping.asked and (cell := self._queue.take(self._serves)):
                 urls = self._urls or self._serve(cell)
-                outcome = self._run(cell, urls)
+                outcome = self._run(cell, urls, None if self._urls else self._servers.key)
                 if not (outcome.error and self._stopping.asked):  # its end was asked for
                     self._ended(outcome)
         except Exception as error:
@@ -135,9 +135,9 @@ class Worker(threading.Thread):
         elif servers is not None:
             servers.stop()
 
-    def _run(self, cell: Cell, urls: tuple[str, ...]) -> Outcome:
+    def _run(self, cell: Cell, urls: tuple[str, ...], key: str | None) -> Outcome:
         started = time.monotonic()
-        self._process = process = self._processes.start(cell, urls)
+        self._process = process = self._processes.start(cell, urls, key)
         if self._stopping.asked:  # meanwhile
             self.stop(kill=False)
         process.join()

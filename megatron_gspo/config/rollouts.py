@@ -73,6 +73,12 @@ class RolloutConfig(Section):
     on_mixed_version: Literal["drop", "keep", "error"] = "drop"
     """Responses whose tokens come from more than one weight version."""
 
+    max_engine_k3: NonNegativeFloat | None = None
+    """Nats per token of ``kl/engine_k3``, how far the engine's logprobs are from the trainer's at equal weights, above
+    which the first outer step of a start (a resumed one too) fails before anything is learned. When absent, 0.001 for a
+    float32 engine; 0.1 for a bfloat16 or float16 one, and with ``sync.router_noise``. 0 compares nothing."""
+    on_engine_drift: Literal["warn", "stop"] = "warn"
+    """A later outer step above ``max_engine_k3``: a warning, once until it is below again, or the run fails."""
     on_empty_step: Literal["error", "skip"] = "error"
     """An outer step in which every response was dropped: the run fails, or the step is skipped. A skipped step takes no
     optimizer step, and its prompts are not drawn again before the next epoch."""
@@ -110,9 +116,10 @@ class SyncConfig(Section):
     otherwise. nccl needs a GPU of its own for each: with servers that share the trainer's, "gloo"."""
     timeout_s: PositiveFloat = 600.0
     """Seconds that one request or broadcast may take; a server that is silent for longer fails the run."""
-    verify: Literal["off", "first", "every"] = "off"
+    verify: Literal["off", "first", "every"] = "first"
     """Which syncs of a run a checksum confirms: before it the servers' weights are overwritten by random numbers,
-    after it every parameter must have changed and servers must agree. Needs ``/weights_checker``."""
+    after it every parameter must have changed and servers must agree. It costs two passes of hashing over the weights,
+    and the run says how many seconds. Servers without ``/weights_checker`` are warned of, and refused under "every"."""
     router_noise: NonNegativeFloat = 0.0
     """Emulates, on a CPU, an engine that routes otherwise than the trainer: Gaussian noise on the router weights that
     the servers receive, relative to each tensor's root mean square, drawn anew at every weight version from

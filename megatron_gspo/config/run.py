@@ -39,6 +39,19 @@ class RunConfig(Section):
         """Optimizer steps of the run."""
         return self.train.outer_steps * self.minibatches
 
+    @property
+    def engine_k3_limit(self) -> float | None:
+        """``rollout.max_engine_k3`` with its default filled in, nats per token; None where nothing is compared.
+
+        At equal weights an engine in float32 is some 1e-13 off, and a token whose router was at a tie may be more; one
+        in bfloat16, whose routers choose other experts for some tokens, 1e-3 to 1e-2. One that ignores a setting of
+        the model is 0.1 to 5 off.
+        """
+        if self.rollout.max_engine_k3 is not None:
+            return self.rollout.max_engine_k3 or None
+        exact = (self.rollout.engine_dtype or self.model.dtype) in ("float32", "float64") and not self.sync.router_noise
+        return 1e-3 if exact else 0.1
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         prompts, minibatches = self.train.prompts_per_step, self.train.minibatches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.errors import MegatronGspoError
 from megatron_gspo.hf.catalog import read_config
 from megatron_gspo.rollout.launcher import free_ports
-from megatron_gspo.rollout.probe import get
+from megatron_gspo.rollout.probe import SERVER_KEY, get
 from megatron_gspo.train.models import check_engine, first_difference
 from megatron_gspo.versions import untested
 
@@ -63,11 +64,12 @@ def ask(url: str) -> Server:
     start = time.monotonic()
     try:
         get(f"{url}/health", TIMEOUT_S)
+        key = os.environ.get(SERVER_KEY, "")
         pages = []
         slowest = 0.0
         for path in ("/model_info", "/server_info"):
             start = time.monotonic()
-            page = json.loads(get(url + path, TIMEOUT_S))
+            page = json.loads(get(url + path, TIMEOUT_S, key))
             slowest = max(slowest, time.monotonic() - start)
             if not isinstance(page, dict):
                 return Server(url, problem=f"{path} is a {type(page).__name__}, not an object: no SGLang server")

@@ -18,10 +18,16 @@ def reduce_metric_sums(sums: MetricSums, *, stage: dist.ProcessGroup, data: dist
         stage: tensor x context x data ranks of the stage: tokens are cut over all of them.
         data: data-parallel ranks: sequences are spread over these, and whole on each tensor and context rank.
     """
-    token, sequence = sums.token.clone(), sums.sequence.clone()
-    dist.all_reduce(token, group=stage)
+    token, sequence = reduce_token_sums(sums.token, stage=stage), sums.sequence.clone()
     dist.all_reduce(sequence, group=data)
     return MetricSums(token, sequence, _concatenate(sums.log_ratio_S, data))
+
+
+def reduce_token_sums(sums: torch.Tensor, *, stage: dist.ProcessGroup) -> torch.Tensor:
+    """[n] sums over this rank's tokens, over all of the stage's: tensor, context and data ranks each hold a slice."""
+    total = sums.clone()
+    dist.all_reduce(total, group=stage)
+    return total
 
 
 def heaviest_expert(counts: torch.Tensor, *, stage: dist.ProcessGroup, pipeline: dist.ProcessGroup) -> float:

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from megatron_gspo.config import RolloutConfig
-from megatron_gspo.types import Prompt, Rollout, RouteShape
+from megatron_gspo.types import OPEN, Prompt, Rollout, RouteShape, ServerAccess
 
 Progress = Callable[[Sequence[Rollout]], None]
 """Called with each group as it completes, in the order of completion."""
@@ -76,11 +76,14 @@ class EngineEntry:
     """An engine by name; each field is ``module:class``, imported on use."""
 
     engine: str
-    """Called with (urls, rollout_config, vocab_size=..., decode=...)."""
+    """Called with (urls, rollout_config, vocab_size=..., decode=..., access=...)."""
     servers: str
     """A context manager that starts servers on this machine; called as ``sglang``'s ``LocalServers``."""
     without_dense_layers: frozenset[str] = frozenset()
     """Architectures of which it makes every layer a mixture of experts, whatever ``config.json`` says."""
+    own_heads: frozenset[str] = frozenset()
+    """Architectures to which it gives a head of its own, also where ``config.json`` ties it to the embedding: it is
+    sent with the weights."""
 
 
 ENGINES = {
@@ -89,17 +92,35 @@ ENGINES = {
         "megatron_gspo.rollout.launcher:LocalServers",
         # 0.5.23, srt/models/qwen2_moe.py and qwen3_moe.py: at equal weights logprobs were up to 2.6 off.
         without_dense_layers=frozenset({"Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"}),
+        # Their ParallelLMHead is never tied, and a checkpoint of a tied one holds no tensor for it: logprobs of ln V.
+        own_heads=frozenset(
+            {
+                "Qwen2MoeForCausalLM",
+                "Qwen3MoeForCausalLM",
+                "MixtralForCausalLM",
+                "OlmoeForCausalLM",
+                "Glm4MoeForCausalLM",
+            }
+        ),
     ),
 }
 
 
-def make_engine(urls: Sequence[str], config: RolloutConfig, *, vocab_size: int, decode: Decode | None = None) -> Engine:
+def make_engine(
+    urls: Sequence[str],
+    config: RolloutConfig,
+    *,
+    vocab_size: int,
+    decode: Decode | None = None,
+    access: ServerAccess = OPEN,
+) -> Engine:
     """The configured engine over the servers at ``urls``, to be entered with ``async with``.
 
     ``vocab_size`` is the Hugging Face ``config.vocab_size``: prompts and replies must lie within it. ``decode`` fills
-    ``Rollout.text``.
+    ``Rollout.text``. ``access`` opens the servers, and names the weight versions that are believed.
     """
-    engine: Engine = _resolve(ENGINES[config.engine].engine)(urls, config, vocab_size=vocab_size, decode=decode)
+    make = _resolve(ENGINES[config.engine].engine)
+    engine: Engine = make(urls, config, vocab_size=vocab_size, decode=decode, access=access)
     return engine
 
 

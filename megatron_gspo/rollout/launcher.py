@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ import psutil
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
 from megatron_gspo.parallel.rendezvous import INTERFACES
-from megatron_gspo.rollout.probe import get
+from megatron_gspo.rollout.probe import KEY_FILE, SERVER_KEY, get
 from megatron_gspo.rollout.sglang_server import FILES, remove, shared_memory
 from megatron_gspo.storage import writing
 from megatron_gspo.supervise import remove_afterwards
@@ -49,7 +50,9 @@ class LocalServers:
     """Starts ``config.local_servers`` servers, waits until all are healthy, and stops them on exit.
 
     A server also ends by itself, within a second, when this process is gone (even killed). ``urls`` is set on entry;
-    logs go to ``log_dir/sglang-0.log`` and so on. Raises DependencyError without an environment that holds sglang,
+    logs go to ``log_dir/sglang-0.log`` and so on. They answer only requests with ``key``, but for questions after
+    their health: a random one unless it is given ("" asks for none). It lies in ``log_dir/key`` meanwhile, for this
+    user's eyes alone. Raises DependencyError without an environment that holds sglang,
     EngineUnavailableError with what the log says of it when a server dies or is not healthy in time.
     """
 
@@ -63,8 +66,10 @@ class LocalServers:
         dtype: str,
         seed: int = 0,
         routes: bool = False,
+        key: str | None = None,
     ) -> None:
         self.urls: tuple[str, ...] = ()
+        self.key = secrets.token_urlsafe(32) if key is None else key
         self._config = config
         self._model_path = Path(model_path)
         self._log_dir = Path(log_dir)
@@ -78,6 +83,7 @@ class LocalServers:
         python = find_server_python(self._config.server_python)
         with writing(self._log_dir):
             self._log_dir.mkdir(parents=True, exist_ok=True)
+            write_key(self._log_dir / KEY_FILE, self.key)
         ports = free_ports(self._config.local_servers)
         try:
             for index, port in enumerate(ports):
@@ -92,7 +98,9 @@ class LocalServers:
                     routes=self._routes,
                 )
                 log = self._log_dir / f"sglang-{index}.log"
-                self._servers.append(_Server(python, arguments, f"http://127.0.0.1:{port}", log, self._device))
+                self._servers.append(
+                    _Server(python, arguments, f"http://127.0.0.1:{port}", log, self._device, self.key)
+                )
             deadline = time.monotonic() + self._config.server_start_s
             for server in self._servers:
                 server.wait_until_healthy(deadline)
@@ -120,13 +128,16 @@ class LocalServers:
         for server in self._servers:
             server.stop(deadline)
         self._servers.clear()
+        with contextlib.suppress(OSError):
+            (self._log_dir / KEY_FILE).unlink(missing_ok=True)
 
 
 class _Server:
     """One server: a process group of its own (HTTP server, scheduler, detokenizer)."""
 
-    def __init__(self, python: Path, arguments: list[str], url: str, log: Path, device: Device) -> None:
+    def __init__(self, python: Path, arguments: list[str], url: str, log: Path, device: Device, key: str) -> None:
         self.url = url
+        self._key = key
         self._answered = False
         self._log_path = log
         self._shared: set[str] = set()
@@ -144,7 +155,7 @@ class _Server:
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(os.environ, device) | {"TMPDIR": self._files, FILES: self._files},
+                env=server_environment(os.environ, device, key) | {"TMPDIR": self._files, FILES: self._files},
                 start_new_session=True,
             )
         except OSError as error:
@@ -171,7 +182,7 @@ class _Server:
         3 ms frozen. SGLang 0.5.23 asks itself for this at its start, at times before it listens.
         """
         with contextlib.suppress(OSError, HTTPException):  # it only saves time
-            get(f"{self.url}/freeze_gc", timeout_s=5)
+            get(f"{self.url}/freeze_gc", timeout_s=5, key=self._key)
 
     def check(self) -> None:
         status = self._process.poll()
@@ -289,15 +300,24 @@ def cpu_cache_tokens(config: RolloutConfig) -> int:
     return max(16384, 16 * (config.max_prompt_tokens + config.max_response_tokens))
 
 
-def server_environment(environment: Mapping[str, str], device: Device) -> dict[str, str]:
-    """Its environment variables: its parent, one thread on a CPU, and nothing of torchrun's or this Python's."""
+def server_environment(environment: Mapping[str, str], device: Device, key: str = "") -> dict[str, str]:
+    """Its environment variables: its parent, its key (which a command line would show to everybody), one thread on a
+    CPU, and nothing of torchrun's or this Python's."""
     drop = {*TORCHRUN_VARIABLES, "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
     kept = {key: value for key, value in environment.items() if key not in drop and not key.startswith("TORCHELASTIC")}
     kept["MEGATRON_GSPO_PARENT_PID"] = str(os.getpid())
+    kept[SERVER_KEY] = key
     kept = dict.fromkeys(INTERFACES, "lo") | kept  # it serves this machine alone
     if device == "cpu":
         kept["OMP_NUM_THREADS"] = "1"  # before torch is imported: its threads spin, 10 to 30 times slower on few cores
     return kept
+
+
+def write_key(path: Path, key: str) -> None:
+    """Puts the key where ``status`` finds it, in a file that no other user can read."""
+    path.unlink(missing_ok=True)  # of servers that were killed
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(key)
 
 
 def find_server_python(configured: str = "") -> Path:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
-import urllib.error
-import urllib.request
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-MOST_BYTES = 16 * 2**20
-"""Of a reply that is read; a status page has some thousand."""
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the engine's client uses no proxy either
+from megatron_gspo.calls import call
+
+KEY_FILE = "key"
+"""Beside the logs of servers that a run has started, as long as they run."""
+SERVER_KEY = "MEGATRON_GSPO_SERVER_KEY"
+"""Environment variable with the key of servers that somebody else has started (SGLang's ``--api-key``)."""
 
 
 @dataclass(frozen=True)
@@ -29,29 +33,41 @@ class ServerState:
     """What the last weight sync named them; "default" on a server that was started without a version."""
 
 
-def probe(urls: Sequence[str], timeout_s: float = 2.0) -> list[ServerState]:
+class RefusedError(OSError):
+    """An answer that is not 200."""
+
+
+def probe(urls: Sequence[str], timeout_s: float = 2.0, key: str = "") -> list[ServerState]:
     """Asks each server for ``/health`` and ``/model_info``, all at a time, ``timeout_s`` seconds per request."""
     if not urls:
         return []
     with ThreadPoolExecutor(len(urls)) as threads:
-        return list(threads.map(lambda url: _probe(url.rstrip("/"), timeout_s), urls))
+        return list(threads.map(lambda url: _probe(url.rstrip("/"), timeout_s, key), urls))
 
 
-def _probe(url: str, timeout_s: float) -> ServerState:
+def _probe(url: str, timeout_s: float, key: str) -> ServerState:
     try:
         get(f"{url}/health", timeout_s)
-        info: Any = json.loads(get(f"{url}/model_info", timeout_s))
+        info: Any = json.loads(get(f"{url}/model_info", timeout_s, key))
         return ServerState(url, None, str(info["model_path"]), str(info["weight_version"]))
-    except urllib.error.HTTPError as error:
-        return ServerState(url, f"HTTP {error.code}")
-    except OSError as error:  # URLError and timeouts among them
-        reason = getattr(error, "reason", error)
-        return ServerState(url, "no answer in time" if isinstance(reason, TimeoutError) else str(reason))
+    except OSError as error:
+        return ServerState(url, "no answer in time" if isinstance(error, TimeoutError) else str(error))
     except (ValueError, KeyError, TypeError, http.client.HTTPException) as error:
         return ServerState(url, f"not a reply of /model_info ({type(error).__name__}: {error})")
 
 
-def get(url: str, timeout_s: float) -> bytes:
-    """The first ``MOST_BYTES`` of a page. Raises OSError (HTTPError and URLError are), HTTPException or ValueError."""
-    with _DIRECT.open(url, timeout=timeout_s) as response:
-        return bytes(response.read(MOST_BYTES))
+def find_key(logs: Path) -> str:
+    """The key of the servers whose logs lie there, else that of the environment; "" for neither, or another user's."""
+    with contextlib.suppress(OSError):
+        return (logs / KEY_FILE).read_text()
+    return os.environ.get(SERVER_KEY, "")
+
+
+def get(url: str, timeout_s: float, key: str = "") -> bytes:
+    """A page of a server. Raises OSError (RefusedError is one), HTTPException or ValueError."""
+    reply = call(url, key=key, timeout_s=timeout_s)
+    if reply.status in (401, 403):
+        raise RefusedError(f"HTTP {reply.status}: it asks for a key, which ${SERVER_KEY} gives")
+    if reply.status != 200:
+        raise RefusedError(f"HTTP {reply.status}")
+    return reply.body

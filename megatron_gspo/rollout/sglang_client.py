@@ -10,11 +10,19 @@ from typing import Any, Self, TypeVar
 
 import aiohttp
 
+from megatron_gspo.calls import MOST_BYTES
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import ConfigError, DataError, EngineReplyError, EngineUnavailableError, RolloutError
 from megatron_gspo.rollout.engine import Decode, Progress, Sampling
-from megatron_gspo.rollout.sglang_reply import generation_request, parse_generation, shorten
-from megatron_gspo.types import Prompt, Rollout
+from megatron_gspo.rollout.sglang_reply import (
+    check_sure,
+    generation_request,
+    most_reply_bytes,
+    new_request_id,
+    parse_generation,
+    shorten,
+)
+from megatron_gspo.types import OPEN, Prompt, Rollout, ServerAccess
 
 T = TypeVar("T")
 
@@ -30,13 +38,20 @@ class SGLangEngine:
     """
 
     def __init__(
-        self, urls: Sequence[str], config: RolloutConfig, *, vocab_size: int, decode: Decode | None = None
+        self,
+        urls: Sequence[str],
+        config: RolloutConfig,
+        *,
+        vocab_size: int,
+        decode: Decode | None = None,
+        access: ServerAccess = OPEN,
     ) -> None:
         if not urls:
             raise ConfigError("no rollout server: set rollout.servers, or leave it empty to start local ones")
         self._config = config
         self._vocab_size = vocab_size
         self._decode = decode
+        self._access = access
         self._load = {url.rstrip("/"): 0 for url in urls}
         self.version = ""
         self.repeatable = False
@@ -45,6 +60,9 @@ class SGLangEngine:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),  # the semaphore of rollout_groups is the limit
             timeout=aiohttp.ClientTimeout(total=self._config.timeout_s),
+            headers={"Accept-Encoding": "identity"}  # what is small on its way would be counted then
+            | ({"Authorization": f"Bearer {self._access.key}"} if self._access.key else {}),
+            auto_decompress=False,
         )
         try:
             infos = await _gather(self._info(url) for url in self._load)
@@ -86,14 +104,17 @@ class SGLangEngine:
                 progress(rollouts)
             return rollouts
 
-        return await _gather(group(prompt) for prompt in prompts)
+        groups = await _gather(group(prompt) for prompt in prompts)
+        if not sampling.greedy:
+            check_sure([rollout for rollouts in groups for rollout in rollouts])
+        return groups
 
     async def _rollout(self, url: str, prompt: Prompt, sample: int, sampling: Sampling, weight_version: int) -> Rollout:
         """One response; an abort is drawn again with the same seed, and returned when it persists."""
         request = generation_request(prompt, sample, sampling)
         for attempt in range(self._config.retries + 1):
             await _pause(attempt)
-            reply = await self._call("POST", url, "/generate", request)
+            reply = await self._call("POST", url, "/generate", request, most_bytes=most_reply_bytes(prompt, sampling))
             try:
                 rollout = parse_generation(
                     reply,
@@ -102,7 +123,9 @@ class SGLangEngine:
                     sampling,
                     vocab_size=self._vocab_size,
                     weight_version=weight_version,
+                    request_id=request["rid"],
                     decode=self._decode,
+                    access=self._access,
                 )
             except EngineReplyError as error:
                 raise EngineReplyError(f"{url}: {error}") from None
@@ -116,14 +139,22 @@ class SGLangEngine:
             raise EngineReplyError(f"{url}/server_info is no object of settings, so no SGLang server: {shorten(info)}")
         return info
 
-    async def _call(self, method: str, url: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    async def _call(
+        self, method: str, url: str, path: str, body: dict[str, Any] | None = None, most_bytes: int = MOST_BYTES
+    ) -> Any:
         """The decoded JSON of a 200 answer. Connection failures and 5xx answers are tried again, and nothing else:
-        a request that was refused would be refused again, one that timed out may still be running."""
+        a request that was refused would be refused again, one that timed out may still be running.
+
+        ``body`` is sent under an id of its own, which its ``rid`` holds afterwards. A redirect is refused: whoever
+        answers at another address is not the server that was named.
+        """
         for attempt in range(self._config.retries + 1):
             await _pause(attempt)
+            if body is not None:
+                body["rid"] = new_request_id()  # the server may still be at the one that failed
             try:
-                async with self._session.request(method, url + path, json=body) as response:
-                    status, text = response.status, (await response.read()).decode(errors="replace")
+                async with self._session.request(method, url + path, json=body, allow_redirects=False) as response:
+                    status, text = response.status, await _read(response, most_bytes)
             except TimeoutError:
                 raise EngineUnavailableError(
                     f"{url}{path} did not answer within rollout.timeout_s = {self._config.timeout_s:g} s"
@@ -164,6 +195,18 @@ def _message(text: str) -> str:
         return str(json.loads(text)["error"]["message"])
     except (ValueError, RecursionError, KeyError, TypeError):
         return shorten(text)
+
+
+async def _read(response: aiohttp.ClientResponse, most_bytes: int) -> str:
+    """The body. Raises EngineReplyError for one of more than ``most_bytes``, as soon as they have come."""
+    body = bytearray()
+    async for part in response.content.iter_any():
+        body += part
+        if len(body) > most_bytes:
+            raise EngineReplyError(
+                f"{response.url}: the reply goes on after {most_bytes} bytes, the most that what was asked for can take"
+            )
+    return body.decode(errors="replace")
 
 
 async def _pause(attempt: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,16 +12,25 @@ import numpy as np
 from megatron_gspo.errors import EngineReplyError
 from megatron_gspo.rollout.engine import Decode, Sampling, rollout_seed
 from megatron_gspo.rollout.routes import decode_routes
-from megatron_gspo.types import Prompt, Rollout
+from megatron_gspo.types import OPEN, Prompt, Rollout, ServerAccess
 
 LOGPROB_EPSILON = 1e-6
 """A logprob may exceed 0 by this much: rounding of a log-softmax."""
-LOWEST = float(np.finfo(np.float32).min)
+LOWEST = math.log(float(np.finfo(np.float32).smallest_subnormal)) - 1
+"""A token whose logprob is below this (-104) has probability 0 in float32, in which every engine samples: it was not
+drawn. A greedy one may have any that is finite."""
+LEAST_FINITE = float(np.finfo(np.float32).min)
 """A logprob below this is -inf where it is kept."""
+SURE_TOKENS = 32
+"""Tokens whose logprobs are all exactly 0 before that is called an answer without logprobs."""
+TOKEN_BYTES = 256
+"""Of JSON for each token of a response, at most: its id, its logprob with the id once more, and room to spare."""
+FRAME_BYTES = 2**20
+"""Of JSON around the tokens, at most."""
 
 
 def generation_request(prompt: Prompt, sample: int, sampling: Sampling) -> dict[str, Any]:
-    """The body of POST ``/generate`` for one response."""
+    """The body of POST ``/generate`` for one response, but for its ``rid``."""
     parameters: dict[str, Any] = {
         "temperature": 0.0 if sampling.greedy else sampling.temperature,
         "max_new_tokens": sampling.max_tokens,
@@ -30,6 +42,20 @@ def generation_request(prompt: Prompt, sample: int, sampling: Sampling) -> dict[
     return request | ({"return_routed_experts": True} if sampling.routes else {})
 
 
+def new_request_id() -> str:
+    """What a reply must bear as its ``id``: no other request has it, of this run or of anybody's."""
+    return uuid.uuid4().hex
+
+
+def most_reply_bytes(prompt: Prompt, sampling: Sampling) -> int:
+    """The longest sound reply to ``generation_request``: what is longer was not asked for."""
+    size = FRAME_BYTES + TOKEN_BYTES * sampling.max_tokens
+    if sampling.routes:  # int32 in base64
+        tokens = len(prompt.token_ids) + sampling.max_tokens
+        size += tokens * len(sampling.routes.moe_layers) * sampling.routes.top_k * 6
+    return size
+
+
 def parse_generation(
     reply: Any,
     prompt: Prompt,
@@ -38,23 +64,30 @@ def parse_generation(
     *,
     vocab_size: int,
     weight_version: int,
+    request_id: str,
     decode: Decode | None = None,
+    access: ServerAccess = OPEN,
 ) -> Rollout:
     """One validated response from a decoded reply.
 
-    Raises EngineReplyError, with the values, unless the reply holds: token ids in [0, vocab_size), one finite logprob
-    <= 0 for each and for the same id, a known finish reason that fits the tokens (the stop token at the end and
-    nowhere else; exactly ``max_tokens`` when cut), counts that agree, ``weight_version``, and, when they were asked
-    for, routes (``decode_routes``). A response of mixed versions has none: a retraction computes the cache of its first
-    tokens again, routes with it, under weights that their logprobs are not from. Nor has an aborted one.
+    Raises EngineReplyError, with the values, unless the reply holds: ``request_id``; token ids in [0, vocab_size), one
+    logprob <= 0 for each and for the same id, above ``LOWEST`` (finite where sampling is greedy); a known finish reason
+    that fits the tokens (the stop token at the end and nowhere else; exactly ``max_tokens`` when cut); counts that
+    agree; ``weight_version`` by its name in ``access``; and, when they were asked for, routes (``decode_routes``). A
+    response of mixed versions has none: a retraction computes the cache of its first tokens again, routes with it,
+    under weights that their logprobs are not from. Nor has an aborted one.
     """
     try:
         meta = reply["meta_info"]
+        _require(
+            meta["id"] == request_id,
+            f"the reply is that of request {shorten(meta['id'])}, and {request_id} was sent",
+        )
         ids = _token_ids(reply["output_ids"], vocab_size)
-        logprobs = _logprobs(meta["output_token_logprobs"], ids)
+        logprobs = _logprobs(meta["output_token_logprobs"], ids, LEAST_FINITE if sampling.greedy else LOWEST)
         _check_counts(meta, prompt, ids)
         finish_reason = _finish_reason(meta["finish_reason"], ids, sampling)
-        versions = _weight_versions(meta, weight_version)
+        versions = _weight_versions(meta, weight_version, access)
         routes = None
         if sampling.routes and len(versions) == 1 and finish_reason != "abort":
             routes = decode_routes(meta.get("routed_experts"), len(prompt.token_ids) + len(ids), sampling.routes)
@@ -99,7 +132,21 @@ def _token_ids(ids: Any, vocab_size: int) -> list[int]:
     return ids
 
 
-def _logprobs(entries: Any, ids: list[int]) -> list[float]:
+def check_sure(rollouts: Sequence[Rollout]) -> None:
+    """Raises EngineReplyError when sampled responses of ``SURE_TOKENS`` tokens or more all have logprob 0.
+
+    One may be that sure of a token, and of a short answer; one that is of all that it draws gives no logprobs, or has
+    nothing to learn. For one engine's responses of one step.
+    """
+    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    if tokens >= SURE_TOKENS and not any(rollout.rollout_logprobs.any() for rollout in rollouts):
+        raise EngineReplyError(
+            f"the logprobs of all {tokens} tokens of {len(rollouts)} responses are exactly 0, probability 1: the "
+            f"server does not compute them, or samples at another temperature than it was asked for"
+        )
+
+
+def _logprobs(entries: Any, ids: list[int], lowest: float) -> list[float]:
     _require(isinstance(entries, list), f"output_token_logprobs are not a list: {shorten(entries)}")
     _require(len(entries) == len(ids), f"{len(entries)} logprobs for {len(ids)} tokens")
     for position, (token, (logprob, logprob_token, *_)) in enumerate(zip(ids, entries, strict=True)):
@@ -108,8 +155,9 @@ def _logprobs(entries: Any, ids: list[int]) -> list[float]:
             f"token {position} is {token}, but its logprob is that of token {shorten(logprob_token)}",
         )
         _require(
-            type(logprob) in (float, int) and LOWEST <= logprob <= LOGPROB_EPSILON,  # False for NaN
-            f"the logprob of token {position} (id {token}) is {shorten(logprob)}, no logarithm of a probability",
+            type(logprob) in (float, int) and lowest <= logprob <= LOGPROB_EPSILON,  # False for NaN
+            f"the logprob of token {position} (id {token}) is {shorten(logprob)}, none of a token that was drawn: it "
+            f"lies in [{lowest:.4g}, 0]",
         )
     return [float(entry[0]) for entry in entries]
 
@@ -145,15 +193,17 @@ def _finish_reason(reason: Any, ids: list[int], sampling: Sampling) -> str:
     return str(kind)
 
 
-def _weight_versions(meta: dict[str, Any], expected: int) -> tuple[int, ...]:
+def _weight_versions(meta: dict[str, Any], expected: int, access: ServerAccess) -> tuple[int, ...]:
     """Distinct versions in the order of the tokens; one that is not ``expected`` must share the response with it."""
     names = [span["version"] for span in meta.get("weight_versions") or ()] or [meta["weight_version"]]
-    if not all(isinstance(name, str) and name.isdecimal() and name.isascii() and len(name) < 20 for name in names):
+    known = [access.version_of(name) for name in names]
+    versions = tuple(dict.fromkeys(version for version in known if version is not None))
+    if None in known:
         raise EngineReplyError(
-            f"weight version {shorten(names)} is none of a trainer's: no sync has reached the server, or one failed "
-            f"halfway"
+            f"weight version {shorten(names)} is none of this run's ({access.version_name(expected)!r} was expected): "
+            f"no sync has reached the server, one failed halfway, or somebody else has started it again or given it "
+            f"weights"
         )
-    versions = tuple(dict.fromkeys(map(int, names)))
     _require(
         expected in versions,
         f"answered with weights of version {', '.join(map(str, versions))}, expected {expected}: "

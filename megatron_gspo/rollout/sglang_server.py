@@ -33,6 +33,7 @@ CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",  # the sampler is torch.compiled, and compiling it takes longer than running it
 }
 PARENT = "MEGATRON_GSPO_PARENT_PID"
+KEY = "MEGATRON_GSPO_SERVER_KEY"
 FILES = "MEGATRON_GSPO_SERVER_FILES"
 """Environment variable: a server's own directory of temporary files, which goes with it."""
 SHARED = "/dev/shm/"
@@ -44,11 +45,24 @@ def serve(arguments: list[str]) -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    if key := os.environ.pop(KEY, ""):
+        keep_from_log(key)
+        arguments = [*arguments, "--api-key", key]  # of this call, not of the process: those everybody can read
     server_args = prepare_server_args(arguments)
     try:
         run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def keep_from_log(key: str) -> None:
+    """Has the server's log, which shows every setting, show another key than its own."""
+    from sglang.srt.entrypoints import engine
+
+    shown = engine._server_args_for_logging
+    engine._server_args_for_logging = lambda server_args: {
+        name: "..." if value == key else value for name, value in shown(server_args).items()
+    }
 
 
 def die_with(parent: int) -> None:

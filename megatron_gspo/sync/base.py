@@ -14,8 +14,9 @@ from megatron_gspo.config import SyncConfig
 from megatron_gspo.errors import SyncError
 from megatron_gspo.hf.checkpoint import HfReader, buckets
 from megatron_gspo.sync.peers import Peers
-from megatron_gspo.sync.servers import Servers
+from megatron_gspo.sync.servers import NoAnswerError, Servers
 from megatron_gspo.sync.verify import Reset
+from megatron_gspo.types import OPEN, ServerAccess
 
 NamedTensor = tuple[str, torch.Tensor]
 """A Hugging Face name and its whole tensor, on the CPU."""
@@ -33,8 +34,9 @@ METHODS = {
 class WeightSync(Protocol):
     """Called by all trainer ranks."""
 
-    def push(self, tensors: Iterator[NamedTensor], version: int) -> None:
-        """Replaces the servers' weights by ``tensors`` and their version by ``version``.
+    def push(self, tensors: Iterator[NamedTensor], version: int) -> str:
+        """Replaces the servers' weights by ``tensors`` and their version by ``version``; returns what was verified, on
+        rank 0, or "".
 
         ``tensors`` yields on the rank that owns a tensor, once over all ranks, and is exhausted on every rank, since
         producing it may be collective. They may be views of live weights: nothing reads them after the push. No rank
@@ -55,6 +57,7 @@ def make_weight_sync(
     *,
     model_path: str | Path,
     expected_names: Collection[str] | None = None,
+    access: ServerAccess = OPEN,
 ) -> WeightSync:
     """The configured method.
 
@@ -64,7 +67,9 @@ def make_weight_sync(
     is not sent; neither is an error to it.
     """
     module, _, name = METHODS[config.method].partition(":")
-    sync: WeightSync = getattr(importlib.import_module(module), name)(config, urls, peers, model_path, expected_names)
+    sync: WeightSync = getattr(importlib.import_module(module), name)(
+        config, urls, peers, model_path, expected_names, access
+    )
     return sync
 
 
@@ -79,6 +84,7 @@ class BucketSync:
 
     _verified = False
     _reset: Reset | None = None
+    _unverified = ""
 
     def __init__(
         self,
@@ -87,35 +93,51 @@ class BucketSync:
         peers: Peers,
         model_path: str | Path,
         expected_names: Collection[str] | None,
+        access: ServerAccess,
     ) -> None:
         self.config = config
         self.peers = peers
-        self.servers = Servers(urls, config.timeout_s)
+        self.access = access
+        self.servers = Servers(urls, config.timeout_s, access.key)
         self.model_path = Path(model_path)
         self.expected_names = frozenset(HfReader(model_path).names() if expected_names is None else expected_names)
 
-    def push(self, tensors: Iterator[NamedTensor], version: int) -> None:
+    def push(self, tensors: Iterator[NamedTensor], version: int) -> str:
         """See ``WeightSync.push``."""
         verifying = self.config.verify == "every" or (self.config.verify == "first" and not self._verified)
         try:
             place = self.peers.together(lambda: self._start(version, verifying) if self.peers.lead else "")[0]
             sent = self.peers.together(lambda: self._stream(place, tensors))
-            self.peers.together(lambda: self._complete(place, version, sent) if self.peers.lead else None)
+            said = self.peers.together(lambda: self._complete(place, version, sent) if self.peers.lead else "")[0]
         except SyncError:
             if self.peers.lead:
                 self._abandon()
             raise
         self._verified = self._verified or verifying
+        self._unverified = ""
+        return said
 
     def close(self) -> None:
         """See ``WeightSync.close``."""
 
     def _start(self, version: int, verifying: bool) -> str:
         self.servers.flush_when_idle()
-        self.servers.set_version(f"{version}-incomplete")
+        self.servers.set_version(f"{self.access.version_name(version)}-incomplete")
         place = self._begin()
-        self._reset = Reset(self.servers) if verifying else None
+        self._reset = self._begin_verifying() if verifying else None
         return place
+
+    def _begin_verifying(self) -> Reset | None:
+        """None, with the reason in ``_unverified``, for servers that cannot tell, unless "every" asks for it."""
+        try:
+            return Reset(self.servers)
+        except NoAnswerError:
+            raise
+        except SyncError as error:
+            if self.config.verify == "every":
+                raise
+            self._unverified = f"warning: the first sync is not verified: {error}"
+            return None
 
     def _stream(self, place: str, tensors: Iterator[NamedTensor]) -> list[tuple[Names, str]]:
         self._open()
@@ -124,14 +146,14 @@ class BucketSync:
         finally:
             self._flush()
 
-    def _complete(self, place: str, version: int, sent: list[list[tuple[Names, str]]]) -> None:
+    def _complete(self, place: str, version: int, sent: list[list[tuple[Names, str]]]) -> str:
         check_names([name for rank in sent for names, _ in rank for name in names], self.expected_names)
         self._finish(place, sent)
-        if self._reset is not None:
-            self._reset.check()
+        said = self._unverified if self._reset is None else self._reset.check()
         self.servers.flush_when_idle()  # whatever was cached since _start comes from half-written weights
-        self.servers.set_version(str(version))
-        self.servers.check_version(str(version))
+        self.servers.set_version(self.access.version_name(version))
+        self.servers.check_version(self.access.version_name(version))
+        return said
 
     def _begin(self) -> str:
         """On rank 0, with generation idle; the result reaches ``_send`` on every rank."""

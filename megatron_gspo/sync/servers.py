@@ -5,19 +5,17 @@ from __future__ import annotations
 import functools
 import http.client
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from megatron_gspo.calls import OverlongReplyError, call
 from megatron_gspo.errors import SyncError
 from megatron_gspo.sync.background import start
 
 TIMEOUT_S = 600.0
 IDLE_S = 30
 """Seconds that a server may take to finish what it is doing before an update."""
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # servers are reached directly, as by rollouts
 
 
 class NoAnswerError(SyncError):
@@ -25,13 +23,17 @@ class NoAnswerError(SyncError):
 
 
 class Servers:
-    """Calls to every server in parallel. A refusal or a dead server is a SyncError naming the URL."""
+    """Calls to every server in parallel. A refusal or a dead server is a SyncError naming the URL.
 
-    def __init__(self, urls: Sequence[str], timeout_s: float = TIMEOUT_S) -> None:
+    ``timeout_s`` bounds each call from its first to its last byte; ``key`` is sent with it.
+    """
+
+    def __init__(self, urls: Sequence[str], timeout_s: float = TIMEOUT_S, key: str = "") -> None:
         if not urls:
             raise SyncError("weight sync has no server to send to")
         self.urls = tuple(url.rstrip("/") for url in urls)
         self._timeout_s = timeout_s
+        self._key = key
         self._infos: list[dict[str, Any]] | None = None
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> None:
@@ -103,15 +105,27 @@ class Servers:
             return list(pool.map(lambda url, body: self._call(url + path, body), self.urls, bodies))
 
     def _call(self, url: str, body: bytes | None, timeout_s: float | None = None) -> str:
-        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         try:
-            with _DIRECT.open(request, timeout=timeout_s or self._timeout_s) as response:
-                return str(response.read().decode(errors="replace"))
-        except urllib.error.HTTPError as error:
-            message = error.read().decode(errors="replace")[:500]
-            raise SyncError(f"{url} refused (HTTP {error.code}): {message}") from None
+            reply = call(url, body, key=self._key, timeout_s=timeout_s or self._timeout_s)
+        except OverlongReplyError as error:
+            raise SyncError(f"{url}: {error}") from None
         except (OSError, http.client.HTTPException) as error:
             raise NoAnswerError(f"{url} did not answer: {type(error).__name__}: {error}") from None
+        text = reply.body.decode(errors="replace")
+        if reply.status != 200:
+            raise SyncError(f"{url} refused (HTTP {reply.status}): {text[:500]}")
+        if refused(text):
+            raise SyncError(f"{url} refused (HTTP 200, success = false): {text[:500]}")
+        return text
+
+
+def refused(text: str) -> bool:
+    """Whether an answer is an object that says ``"success": false``, as some do with status 200."""
+    try:
+        answer = json.loads(text)
+    except (ValueError, RecursionError):  # "Cache flushed."
+        return False
+    return isinstance(answer, dict) and answer.get("success", True) is not True
 
 
 def _object(url: str, text: str) -> dict[str, Any]:

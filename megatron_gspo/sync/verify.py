@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from megatron_gspo.errors import SyncError
@@ -20,22 +21,36 @@ class Reset:
 
     def __init__(self, servers: Servers) -> None:
         """Overwrites the weights. Raises SyncError when a server cannot."""
+        started = time.monotonic()
         self._servers = servers
         servers.post("/weights_checker", {"action": "reset_tensors"})
         self._before = servers.checksums()
+        for url, before in zip(servers.urls, self._before, strict=True):
+            check_given(url, before)
+        self._seconds = time.monotonic() - started
 
-    def check(self) -> None:
-        """Raises SyncError for parameters that the push did not reach, or that servers hold differently."""
+    def check(self) -> str:
+        """What was checked and what it cost. Raises SyncError for parameters that the push did not reach, or that
+        servers hold differently."""
+        started = time.monotonic()
         after = self._servers.checksums()
         for url, old, new in zip(self._servers.urls, self._before, after, strict=True):
             check_reached(url, old, new)
         check_same(self._servers.urls, after)
+        seconds = self._seconds + time.monotonic() - started
+        count = len({name for ranks in after for rank in ranks for name in rank})
+        return f"the sync reached each of the engine's {count} parameters (sync.verify took {seconds:.1f} s)"
+
+
+def check_given(url: str, checksums: Checksums) -> None:
+    """Raises SyncError for a server that has answered without checksums."""
+    if not all(checksums) or not checksums:
+        raise SyncError(f"{url}/weights_checker gave no checksums, which sync.verify needs")
 
 
 def check_reached(url: str, before: Checksums, after: Checksums) -> None:
     """Raises SyncError unless every parameter's hash has changed."""
-    if not all(after) or not after:
-        raise SyncError(f"{url}/weights_checker gave no checksums, which sync.verify needs")
+    check_given(url, after)
     stale = _names_where(before, after, equal=True)
     if stale:
         raise SyncError(f"{url}: the sync did not reach {len(stale)} of its parameters, first {stale[0]}")

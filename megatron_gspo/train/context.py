@@ -30,9 +30,12 @@ from megatron_gspo.rewards.registry import Reward, resolve_reward
 from megatron_gspo.rollout.engine import Engine, Sampling, make_engine
 from megatron_gspo.sync.base import WeightSync, make_weight_sync
 from megatron_gspo.sync.gap import in_dtype, with_router_noise
+from megatron_gspo.sync.head import HEAD, with_head
 from megatron_gspo.sync.peers import Peers
-from megatron_gspo.train.models import check_models, check_served
+from megatron_gspo.train.engine_gate import EngineGate, make_gate
+from megatron_gspo.train.models import check_models, check_served, engine_holds_head
 from megatron_gspo.train.progress import fingerprint
+from megatron_gspo.types import OPEN, ServerAccess
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Run(Learner):
     """Over this leader's share of the servers."""
     sync: WeightSync
     reward: Reward
+    gate: EngineGate
     references: ReferenceCheck | None = None
     """What is known of reference answers; None when nobody looked."""
     notes: list[str] = field(default_factory=list)
@@ -76,6 +80,8 @@ class Run(Learner):
         Raises SyncError.
         """
         weights, config = self.policy.weights(copies=False), self.config
+        if engine_holds_head(config.rollout.engine, self.policy.shape):
+            weights = with_head(weights)
         if config.sync.router_noise:
             weights = with_router_noise(
                 weights,
@@ -87,7 +93,8 @@ class Run(Learner):
         if config.rollout.engine_dtype:
             kept = self.policy.family.bias_names(self.policy.shape)
             weights = in_dtype(weights, getattr(torch, config.rollout.engine_dtype), kept)
-        self.sync.push(weights, version)
+        if verified := self.sync.push(weights, version):
+            self.notes.append(verified)
 
     def sampling(self, outer_step: int) -> Sampling:
         """How this outer step's responses are drawn."""
@@ -176,7 +183,9 @@ def build_learner(config: RunConfig, groups: Groups) -> Learner:
     )
 
 
-def build_run(config: RunConfig, groups: Groups, inputs: Inputs, urls: tuple[str, ...]) -> Run:
+def build_run(
+    config: RunConfig, groups: Groups, inputs: Inputs, urls: tuple[str, ...], access: ServerAccess = OPEN
+) -> Run:
     """Loads model and weights and connects to the servers. Collective. Raises UserError for what the user can mend."""
     learner = build_learner(config, groups)
     policy = learner.policy
@@ -191,6 +200,7 @@ def build_run(config: RunConfig, groups: Groups, inputs: Inputs, urls: tuple[str
             config.rollout,
             vocab_size=policy.shape.vocab_size,
             decode=response_text(inputs.tokenizer, special_tokens=config.reward.special_tokens),
+            access=access,
         ),
         sync=make_weight_sync(
             config.sync,
@@ -198,32 +208,37 @@ def build_run(config: RunConfig, groups: Groups, inputs: Inputs, urls: tuple[str
             make_peers(groups),
             model_path=config.model.path,
             expected_names=expected_names(config, policy),
+            access=access,
         ),
         reward=inputs.reward,
+        gate=make_gate(config),
         references=inputs.references,
     )
-    connect(run, own_servers(urls, groups))
+    connect(run, own_servers(urls, groups), access)
     return run
 
 
 def expected_names(config: RunConfig, policy: Policy) -> set[str]:
-    """The tensors that a sync must send: those of the checkpoint. A tied head may be stored there, and layers that
-    nothing here computes; neither is sent. Collective."""
+    """The tensors that a sync must send: those of the checkpoint, without layers that nothing here computes. A tied
+    head, stored there or not, is sent to an engine that holds one of its own. Collective."""
     if is_distributed(Path(config.model.path)):
-        return set().union(*gather_objects(policy.names(), policy.groups.world))
-    names = set(HfReader(config.model.path).names())
-    names -= set(carried_names(names, policy.shape))
-    return names - {"lm_head.weight"} if policy.shape.tied_embeddings else names
+        names = set().union(*gather_objects(policy.names(), policy.groups.world))
+    else:
+        names = set(HfReader(config.model.path).names())
+        names -= set(carried_names(names, policy.shape))
+    if policy.shape.tied_embeddings:
+        names -= {HEAD}
+    return names | {HEAD} if engine_holds_head(config.rollout.engine, policy.shape) else names
 
 
-def connect(run: Run, urls: Sequence[str]) -> None:
+def connect(run: Run, urls: Sequence[str], access: ServerAccess) -> None:
     """Each leader says hello to its servers: one that is down, or of another model, is found before anything is
     trained. Collective."""
     error: Exception | None = None
     if run.groups.is_leader:
         try:
             asyncio.run(_enter_and_leave(run.engine))
-            check_served(urls, run.config.model.path)
+            check_served(urls, run.config.model.path, access.key)
         except Exception as caught:
             error = caught
     agree(error, run.groups.world)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +18,20 @@ from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer, response_tex
 from megatron_gspo.errors import ConfigError, EngineUnavailableError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
+from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.rewards.registry import Reward, resolve_reward
 from megatron_gspo.rewards.scoring import guarded
 from megatron_gspo.rollout.engine import Progress, Sampling, local_servers, make_engine
-from megatron_gspo.rollout.probe import ServerState, probe
+from megatron_gspo.rollout.probe import SERVER_KEY, ServerState, probe
+from megatron_gspo.sync.base import NamedTensor, make_weight_sync
+from megatron_gspo.sync.gap import in_dtype
+from megatron_gspo.sync.head import HEAD, with_head
+from megatron_gspo.sync.peers import Peers
 from megatron_gspo.train.grade import Graded, evaluation_sampling, grade
-from megatron_gspo.train.models import check_engine
+from megatron_gspo.train.models import check_engine, engine_holds_head, served, unread
 from megatron_gspo.train.subject import Subject
 from megatron_gspo.train.survey import usable_questions
+from megatron_gspo.types import ServerAccess
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,10 @@ def read_questions(subject: Subject, *, greedy: bool) -> Questions:
     directory = subject.model or Path(config.model.path)
     _, shape = read_model(directory)
     check_engine(config.rollout.engine, directory, shape)
-    if stacked := HfReader(directory).stacked():
+    if config.rollout.servers and (problem := unread(config.rollout.engine, directory, shape)):
         raise ConfigError(
-            f"{directory}: its experts are stacked ({stacked[0]}, ...), and servers do not read them so: megatron-gspo "
-            f"convert, there and back, writes them one by one"
+            f"{directory}: {problem}, so that servers that were started from it compute something else; let one be "
+            f"started here, which is sent the weights: rollout.servers=[]"
         )
     tokenizer = open_tokenizer(config, directory)
     prompts = load_prompts(
@@ -89,10 +96,10 @@ def examine(
     config, model = subject.config, subject.model
     assert model is not None, "a checkpoint is exported first"
     _, shape = read_model(model)
-    with _servers(config, model, logs, phase) as (urls, note):
+    with _servers(config, model, shape, logs, phase) as (urls, key, note):
         phase(f"drawing {len(questions.prompts)} x {questions.sampling.group_size} responses")
         decode = response_text(questions.tokenizer, special_tokens=config.reward.special_tokens)
-        engine = make_engine(urls, config.rollout, vocab_size=shape.vocab_size, decode=decode)
+        engine = make_engine(urls, config.rollout, vocab_size=shape.vocab_size, decode=decode, access=ServerAccess(key))
         with guarded(questions.reward):
             graded = asyncio.run(
                 grade(
@@ -109,15 +116,16 @@ def examine(
 
 @contextlib.contextmanager
 def _servers(
-    config: RunConfig, model: Path, logs: Path, phase: Callable[[str], None]
-) -> Iterator[tuple[tuple[str, ...], str | None]]:
-    """URLs of servers that hold ``model`` as weight version 0, and what could not be made sure of."""
+    config: RunConfig, model: Path, shape: ModelShape, logs: Path, phase: Callable[[str], None]
+) -> Iterator[tuple[tuple[str, ...], str, str | None]]:
+    """URLs of servers that hold ``model`` as weight version 0, their key, and what could not be made sure of."""
     if config.rollout.servers:
-        yield config.rollout.servers, check_served(probe(config.rollout.servers, timeout_s=10.0), model)
+        key = os.environ.get(SERVER_KEY, "")
+        yield config.rollout.servers, key, check_served(probe(config.rollout.servers, timeout_s=10.0, key=key), model)
         return
     phase(f"starting {config.rollout.local_servers} rollout server(s)")
     servers = local_servers(config.rollout)(
-        config.rollout,
+        served(config, model),
         model,
         logs,
         device="cuda" if torch.cuda.is_available() else "cpu",
@@ -125,7 +133,27 @@ def _servers(
         seed=config.train.seed,
     )
     with servers:
-        yield servers.urls, None
+        if unread(config.rollout.engine, model, shape):
+            send(config, model, servers.urls, ServerAccess(servers.key))
+        yield servers.urls, servers.key, None
+
+
+def send(config: RunConfig, model: Path, urls: Sequence[str], access: ServerAccess) -> None:
+    """Puts the weights in ``model`` onto servers, as version 0. Raises SyncError or WeightError."""
+    family, shape = read_model(model)
+    reader = HfReader(model)
+    names = [name for name in reader.names() if not (shape.tied_embeddings and name == HEAD)]
+    tensors: Iterator[NamedTensor] = ((name, reader.read(name)) for name in names)
+    if engine_holds_head(config.rollout.engine, shape):
+        tensors, names = with_head(tensors), [*names, HEAD]
+    if config.rollout.engine_dtype:
+        tensors = in_dtype(tensors, getattr(torch, config.rollout.engine_dtype), family.bias_names(shape))
+    settings = config.sync.model_copy(update={"method": "tensor"})
+    sync = make_weight_sync(settings, urls, Peers(), model_path=model, expected_names=names, access=access)
+    try:
+        sync.push(tensors, 0)
+    finally:
+        sync.close()
 
 
 def check_served(states: list[ServerState], model: Path) -> str | None:

@@ -126,7 +126,7 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
         _names("rollout", "servers local_servers server_python server_start_s concurrency timeout_s retries"),
     ),
     ("how weights travel", _never, _names("sync", "method directory bucket_mb backend timeout_s verify")),
-    ("when a run fails", _never, _names("rollout", "on_empty_step max_empty_steps")),
+    ("when a run fails", _never, _names("rollout", "on_empty_step max_empty_steps max_engine_k3 on_engine_drift")),
     ("when a run fails", _never, _names("reward", "timeout_s concurrency check_references")),
     ("when a run fails", _never, _names("replay", "min_coverage")),
     ("a permission", _never, _names("algorithm", "allow_wide_clip")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_gspo.parallel.exchange import agree, broadcast_object, together
 from megatron_gspo.policy.groups import Groups, make_groups, start_distributed
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.rollout.engine import local_servers
+from megatron_gspo.rollout.probe import SERVER_KEY
 from megatron_gspo.train.checkpoints import Checkpoints
 from megatron_gspo.train.context import Inputs, Run, build_run, load_inputs
 from megatron_gspo.train.evaluate import evaluate
@@ -32,6 +34,7 @@ from megatron_gspo.train.sft import Examples, fine_tune, load_examples
 from megatron_gspo.train.step import empty_text, outer_step
 from megatron_gspo.train.stopping import StopRequest
 from megatron_gspo.train.survey import survey_references
+from megatron_gspo.types import ServerAccess
 from megatron_gspo.versions import untested
 
 
@@ -117,9 +120,9 @@ def supervise(session: Session, inputs: Examples) -> Policy:
 def reinforce(session: Session, inputs: Inputs) -> Policy:
     """Builds what a run needs, brings it to the checkpoint if there is one, and trains; returns the policy."""
     config, recorder = session.config, session.recorder
-    with rollout_servers(config, session.groups, recorder) as (urls, check_servers):
-        run = build_run(config, session.groups, inputs, urls)
-        recorder.engine({"version": run.engine.version, "seeded": run.seeded, "urls": list(urls)})
+    with rollout_servers(config, session.groups, recorder) as serving:
+        run = build_run(config, session.groups, inputs, serving.urls, serving.access)
+        recorder.engine({"version": run.engine.version, "seeded": run.seeded, "urls": list(serving.urls)})
         if untested_engine := untested("sglang", run.engine.version):
             recorder.note(f"warning: {untested_engine}")
         progress = Progress(run.cursor)
@@ -127,7 +130,7 @@ def reinforce(session: Session, inputs: Inputs) -> Policy:
         try:
             for _ in outer_steps(run, progress, recorder):
                 session.end_step(progress, checkpoints)
-                check_servers()
+                serving.check()
         finally:
             run.sync.close()
     return run.policy
@@ -141,6 +144,7 @@ def outer_steps(run: Run, progress: Progress, recorder: Recorder) -> Iterator[No
     config = run.config
     evaluating = bool(config.eval.every and run.eval_prompts)
     run.push(progress.outer_steps)  # the servers' own reading is not trusted
+    say(run, recorder)
     if evaluating and config.eval.start and progress.outer_steps == 0:
         recorder.phase("evaluating the cold start")
         seed_generators(config.train.seed, 0)
@@ -149,8 +153,7 @@ def outer_steps(run: Run, progress: Progress, recorder: Recorder) -> Iterator[No
         recorder.phase(f"outer step {number + 1} of {config.train.outer_steps}")
         seed_generators(config.train.seed, number)
         reports, records = outer_step(run, number, first_step=progress.optimizer_steps)
-        while run.notes:
-            recorder.note(run.notes.pop(0))
+        say(run, recorder)
         recorder.steps(reports[:-1])
         recorder.rollouts(number, records)
         last = number + 1 == config.train.outer_steps
@@ -163,6 +166,12 @@ def outer_steps(run: Run, progress: Progress, recorder: Recorder) -> Iterator[No
         yield
 
 
+def say(run: Run, recorder: Recorder) -> None:
+    """Passes on what has been noted."""
+    while run.notes:
+        recorder.note(run.notes.pop(0))
+
+
 def report_empty_step(config: RunConfig, progress: Progress, what: str, recorder: Recorder) -> None:
     """Says that a step was skipped; raises RolloutError when ``rollout.max_empty_steps`` in a row were."""
     most = config.rollout.max_empty_steps
@@ -173,17 +182,25 @@ def report_empty_step(config: RunConfig, progress: Progress, what: str, recorder
         )
 
 
-@contextlib.contextmanager
-def rollout_servers(
-    config: RunConfig, groups: Groups, recorder: Recorder
-) -> Iterator[tuple[tuple[str, ...], Callable[[], None]]]:
-    """The servers' URLs, on every rank: those of the configuration, or local ones that the first rank starts.
+@dataclass(frozen=True)
+class Serving:
+    """The rollout servers of a run, on every rank."""
 
-    With them a collective call that raises EngineUnavailableError when a local one has died or lost its port.
+    urls: tuple[str, ...]
+    access: ServerAccess
+    check: Callable[[], None]
+    """Collective: raises EngineUnavailableError when a local server has died or lost its port."""
+
+
+@contextlib.contextmanager
+def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> Iterator[Serving]:
+    """The servers of the configuration, or local ones that the first rank starts. Collective.
+
     Raises ConfigError when local servers would have to serve ranks on other machines.
     """
+    run = broadcast_object(secrets.token_hex(4), 0, groups.world)
     if config.rollout.servers:
-        yield config.rollout.servers, nothing
+        yield Serving(config.rollout.servers, ServerAccess(os.environ.get(SERVER_KEY, ""), run), nothing)
         return
     world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     if local != world:
@@ -192,7 +209,8 @@ def rollout_servers(
             f"start servers and name them in rollout.servers"
         )
     with contextlib.ExitStack() as stack:
-        urls, error = None, None
+        urls: tuple[str, ...] = ()
+        key, error = "", None
         check: Callable[[], None] = nothing
         if dist.get_rank() == 0:
             recorder.phase(f"starting {config.rollout.local_servers} rollout server(s)")
@@ -206,11 +224,12 @@ def rollout_servers(
                 routes=config.replay.uses_engine_routes,
             )
             try:
-                urls, check = stack.enter_context(servers).urls, servers.check
+                urls, key, check = stack.enter_context(servers).urls, servers.key, servers.check
             except Exception as caught:
                 error = caught
         agree(error, groups.world)
-        yield broadcast_object(urls, 0, groups.world), lambda: together(check, groups.world)
+        urls, key = broadcast_object((urls, key), 0, groups.world)
+        yield Serving(urls, ServerAccess(key, run), lambda: together(check, groups.world))
 
 
 def nothing() -> None:

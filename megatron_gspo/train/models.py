@@ -60,22 +60,39 @@ def check_engine(engine: str, path: str | Path, shape: ModelShape) -> None:
         )
 
 
-def served(config: RunConfig) -> RolloutConfig:
-    """``rollout`` for servers on ``model.path``; those of a Megatron checkpoint or of stacked experts, which SGLang
-    cannot read, start with whatever is in memory, and the first push fills all of it."""
-    path = Path(config.model.path)
-    if not (is_distributed(path) or (holds_weights(path) and HfReader(path).stacked())):
+def engine_holds_head(engine: str, shape: ModelShape) -> bool:
+    """Whether the engine has a head of its own where the model ties it to the embedding: a sync must send it."""
+    return shape.tied_embeddings and shape.architecture in ENGINES[engine].own_heads
+
+
+def unread(engine: str, path: str | Path, shape: ModelShape) -> str:
+    """What of the weights at ``path`` the engine does not read by itself, "" for nothing; a sync sends it."""
+    path = Path(path)
+    if is_distributed(path):
+        return "it is a Megatron checkpoint"
+    if holds_weights(path) and (stacked := HfReader(path).stacked()):
+        return f"its experts are stacked ({stacked[0]}, ...)"
+    if engine_holds_head(engine, shape):
+        return f"its head is tied to the embedding, and {engine} gives a {shape.architecture} one of its own"
+    return ""
+
+
+def served(config: RunConfig, path: str | Path = "") -> RolloutConfig:
+    """``rollout`` for servers on ``path``, ``model.path`` unless given. Where the engine does not read all of it, they
+    start with whatever is in memory, and the first push fills everything."""
+    path = path or config.model.path
+    if not unread(config.rollout.engine, path, read_model(path)[1]):
         return config.rollout
     return config.rollout.model_copy(update={"server_args": ("--load-format", "dummy", *config.rollout.server_args)})
 
 
-def check_served(urls: Sequence[str], model: str) -> None:
+def check_served(urls: Sequence[str], model: str, key: str = "") -> None:
     """Raises ConfigError for a server that was started from another model than ``model``.
 
     Weight sync would not notice one of more layers. Asked are servers whose directory can be read from here.
     """
     own = read_config(model)
-    for state in probe(urls, timeout_s=10.0):
+    for state in probe(urls, timeout_s=10.0, key=key):
         if state.model_path is None:
             continue  # that it does not answer is said when it is asked for responses
         served = Path(state.model_path)

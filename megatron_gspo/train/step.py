@@ -93,6 +93,7 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
             summary |= engine_mismatch(engine, routes, minibatches, run.groups)
         summary |= measure_noise(run, minibatches[0], shards[0], number)
     reports, trained = [], []
+    run.notes.extend(run.gate.check(shards, run.groups, number))
     with clock("train"):
         for index, minibatch in enumerate(minibatches):
             outputs, metrics, live = train_minibatch(run, minibatch, shards[index], routes[index], first_step + index)

@@ -10,6 +10,8 @@ from megatron_gspo.rollout.engine import Sampling
 from megatron_gspo.types import FinishReason, Prompt, Rollout
 
 STOP = 3
+REQUEST = "4b1e"
+"""The id of the request that ``reply`` answers."""
 SAMPLING = Sampling(group_size=2, temperature=1.0, max_tokens=4, stop_token_ids=(STOP,))
 
 
@@ -27,6 +29,7 @@ def reply(ids: list[int], finish: str = "stop", version: str = "7", prompt_token
     return {
         "output_ids": ids,
         "meta_info": {
+            "id": REQUEST,
             "finish_reason": reason,
             "prompt_tokens": prompt_tokens,
             "completion_tokens": len(ids),

@@ -48,7 +48,7 @@ def session_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     require_sglang()
     config = RolloutConfig(max_prompt_tokens=64, max_response_tokens=64)
     with LocalServers(
-        config, tiny_model, tmp_path_factory.mktemp("logs"), device="cpu", dtype="float32", routes=True
+        config, tiny_model, tmp_path_factory.mktemp("logs"), device="cpu", dtype="float32", routes=True, key=""
     ) as servers:
         yield servers.urls[0]
 

@@ -66,9 +66,31 @@ FURTHER: dict[str, dict[str, Any]] = {
 """Model type -> what is particular to it: shared experts, expert biases, a leading dense layer, biases of attention."""
 
 
-def save_further_model(model_type: str, directory: Path, seed: int) -> Path:
-    """A tiny random model of ``FURTHER``."""
-    config = AutoConfig.for_model(**FRAME, **FURTHER[model_type], model_type=model_type)
+SERVED: dict[str, dict[str, Any]] = FURTHER | {
+    "qwen3": {},
+    "qwen3_moe": {"num_experts": 8, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 8},
+    "olmoe": {"num_experts": 8, "num_key_value_heads": 4, "pad_token_id": 2},
+    "deepseek_v3": {
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+    },
+}
+"""Every family's."""
+
+
+def save_further_model(model_type: str, directory: Path, seed: int, **asked: Any) -> Path:
+    """A tiny random model of ``SERVED``, with what else its ``config.json`` asks for."""
+    config = AutoConfig.for_model(**FRAME | SERVED[model_type] | asked, model_type=model_type)
     return _save_random(AutoModelForCausalLM.from_config(config), directory, seed)
 
 

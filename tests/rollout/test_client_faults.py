@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gzip
+import json
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +19,8 @@ from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import ConfigError, DataError, EngineReplyError, EngineUnavailableError, RolloutError
 from megatron_gspo.rollout import sglang_client
 from megatron_gspo.rollout.engine import Sampling, make_engine
-from megatron_gspo.types import Prompt, Rollout
-from tests.rollout.cases import SAMPLING, STOP, prompt, reply
+from megatron_gspo.types import OPEN, Prompt, Rollout, ServerAccess
+from tests.rollout.cases import REQUEST, SAMPLING, STOP, prompt, reply
 
 Answer = Callable[[web.Request, dict[str, Any], int], Awaitable[web.StreamResponse]]
 """(request, its body, how often this very body came before) -> answer."""
@@ -34,6 +38,7 @@ class StandIn:
     def __init__(self, answer: Answer, deterministic: bool = True, info: bytes = b"") -> None:
         self._info = info
         self.bodies: list[dict[str, Any]] = []
+        self.request_ids: list[str] = []
         self._seen: Counter[str] = Counter()
         self._answer = answer
         self._deterministic = deterministic
@@ -41,13 +46,15 @@ class StandIn:
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        rid = body.pop("rid")
+        self.request_ids.append(rid)
         self.bodies.append(body)
         key = repr(body)
         self._seen[key] += 1
         self.running += 1
         self.most_running = max(self.running, self.most_running)
         try:
-            return await self._answer(request, body, self._seen[key] - 1)
+            return bearing(await self._answer(request, body, self._seen[key] - 1), rid)
         finally:
             self.running -= 1
 
@@ -63,11 +70,19 @@ class StandIn:
         return TestServer(app)
 
 
+def bearing(response: web.StreamResponse, rid: str) -> web.StreamResponse:
+    """The answer with the id of its request, if it is a reply that bears the one of ``reply``."""
+    if isinstance(response, web.Response) and isinstance(response.body, bytes):
+        response.body = response.body.replace(json.dumps(REQUEST).encode(), json.dumps(rid).encode())
+    return response
+
+
 def draw(
     *stand_ins: StandIn,
     prompts: tuple[Prompt, ...] = (prompt(),),
     sampling: Sampling = SAMPLING,
     progress: Any = None,
+    access: ServerAccess = OPEN,
     **settings: Any,
 ) -> list[list[Rollout]]:
     async def main() -> list[list[Rollout]]:
@@ -76,7 +91,7 @@ def draw(
             await server.start_server()
         try:
             urls = [str(server.make_url("/")) for server in servers]
-            async with make_engine(urls, RolloutConfig(**settings), vocab_size=64) as engine:
+            async with make_engine(urls, RolloutConfig(**settings), vocab_size=64, access=access) as engine:
                 return await engine.rollout_groups(prompts, sampling, weight_version=7, progress=progress)
         finally:
             for server in servers:
@@ -266,3 +281,96 @@ def test_no_server_and_a_server_that_is_not_there_are_errors_on_entry() -> None:
 
     with pytest.raises(EngineUnavailableError, match=r"http://127\.0\.0\.1:9/server_info failed 2 times"):
         asyncio.run(enter())
+
+
+async def endless(request: web.Request, body: dict[str, Any], seen: int) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    with contextlib.suppress(ConnectionError):
+        while True:
+            await response.write(b" " * 65536)
+    return response
+
+
+async def trickle(request: web.Request, body: dict[str, Any], seen: int) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    with contextlib.suppress(ConnectionError):
+        while True:
+            await response.write(b" ")
+            await asyncio.sleep(0.05)
+    return response
+
+
+def test_a_reply_may_take_as_many_bytes_as_were_asked_for_and_no_more() -> None:
+    with pytest.raises(EngineReplyError, match=r"goes on after 1049600 bytes"):
+        draw(StandIn(endless))
+
+
+def test_a_reply_that_packs_its_bytes_is_not_unpacked() -> None:
+    async def packed(request: web.Request, body: dict[str, Any], seen: int) -> web.StreamResponse:
+        return web.Response(body=gzip.compress(b" " * 10**8), headers={"Content-Encoding": "gzip"})
+
+    with pytest.raises(EngineReplyError, match="broken JSON"):
+        draw(StandIn(packed))
+
+
+def test_a_reply_that_trickles_is_given_up_when_the_time_is_over() -> None:
+    with pytest.raises(EngineUnavailableError, match=r"within rollout\.timeout_s = 0\.5 s"):
+        draw(StandIn(trickle), timeout_s=0.5)
+
+
+def test_a_redirect_is_not_followed() -> None:
+    async def elsewhere(request: web.Request, body: dict[str, Any], seen: int) -> web.StreamResponse:
+        return web.Response(status=307, headers={"Location": "/server_info"})
+
+    with pytest.raises(RolloutError, match=r"refused the request \(HTTP 307\)"):
+        draw(StandIn(elsewhere))
+
+
+def test_every_attempt_has_an_id_of_its_own_and_a_reply_to_another_is_refused() -> None:
+    stand_in = StandIn(at_first(FAILURES["503"], times=1))
+    draw(stand_in)
+    assert len(stand_in.request_ids) == 3 == len(set(stand_in.request_ids))  # two, and the one that failed
+
+    async def swapped(request: web.Request, body: dict[str, Any], seen: int) -> web.StreamResponse:
+        answer = reply([9, 8, STOP])
+        answer["meta_info"]["id"] = stand_in.request_ids[0]  # of somebody else's request
+        return web.json_response(answer)
+
+    with pytest.raises(EngineReplyError, match=f"that of request {stand_in.request_ids[0]}"):
+        draw(StandIn(swapped))
+
+
+def without_logprobs(tokens: int) -> dict[str, Any]:
+    answer = reply([9] * tokens, "length")
+    for entry in answer["meta_info"]["output_token_logprobs"]:
+        entry[0] = 0.0
+    return answer
+
+
+def test_many_tokens_that_are_all_certain_come_without_logprobs() -> None:
+    sampling = Sampling(2, 1.0, 16, (STOP,))
+    with pytest.raises(EngineReplyError, match="all 32 tokens of 2 responses are exactly 0"):
+        draw(StandIn(always(without_logprobs(16))), sampling=sampling)
+    few = Sampling(2, 1.0, 15, (STOP,))
+    assert len(draw(StandIn(always(without_logprobs(15))), sampling=few)[0]) == 2
+    assert len(draw(StandIn(always(without_logprobs(16))), sampling=replace(sampling, greedy=True))[0]) == 2
+
+
+def test_the_key_goes_with_every_request() -> None:
+    seen: set[str | None] = set()
+
+    async def keyed(request: web.Request, body: dict[str, Any], count: int) -> web.StreamResponse:
+        seen.add(request.headers.get("Authorization"))
+        return web.json_response(reply([9, 8, STOP], version="7-4f1c09ab"))
+
+    (group,) = draw(StandIn(keyed), access=ServerAccess("k", "4f1c09ab"))
+    assert seen == {"Bearer k"}
+    assert {rollout.weight_versions for rollout in group} == {(7,)}
+
+
+@pytest.mark.parametrize("version", ["7", "7-4f1c09ac", "7-4f1c09ab-incomplete", "07-4f1c09ab", "-4f1c09ab"])
+def test_weights_that_this_run_has_not_sent_are_refused_whatever_their_number(version: str) -> None:
+    with pytest.raises(EngineReplyError, match=r"none of this run's \('7-4f1c09ab' was expected\)"):
+        draw(StandIn(always(reply([9, 8, STOP], version=version))), access=ServerAccess("", "4f1c09ab"))

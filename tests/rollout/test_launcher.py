@@ -25,6 +25,7 @@ from megatron_gspo.rollout.launcher import (
     server_arguments,
     server_environment,
 )
+from megatron_gspo.rollout.probe import SERVER_KEY, find_key
 
 HEALTHY = """
 import http.server, os, signal, subprocess, sys, time
@@ -51,6 +52,20 @@ def fake_python(directory: Path, script: str) -> str:
 def servers(directory: Path, script: str, count: int = 1, start_s: float = 20.0) -> LocalServers:
     config = RolloutConfig(server_python=fake_python(directory, script), local_servers=count, server_start_s=start_s)
     return LocalServers(config, "model", directory / "logs", device="cpu", dtype="float32")
+
+
+def test_the_key_is_for_this_users_eyes_and_goes_with_the_servers(tmp_path: Path) -> None:
+    with servers(tmp_path, HEALTHY) as local:
+        key = tmp_path / "logs" / "key"
+        assert key.read_text() == local.key and len(local.key) > 40
+        assert key.stat().st_mode & 0o777 == 0o600
+        told = [psutil.Process(pid) for server in local._servers for pid in processes_of(server._process.pid)]
+        assert all(local.key not in " ".join(process.cmdline()) for process in told)
+        assert all(process.environ()[SERVER_KEY] == local.key for process in told)
+        assert find_key(tmp_path / "logs") == local.key
+    assert not key.exists()
+    with servers(tmp_path, HEALTHY) as other:
+        assert other.key != local.key
 
 
 def processes_of(group: int) -> list[int]:
@@ -232,10 +247,11 @@ def test_a_gpu_server_is_seeded_only_on_request_and_the_users_arguments_come_las
 
 def test_a_server_inherits_nothing_of_torchrun_or_of_this_pythons_path() -> None:
     environment = {"RANK": "1", "TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": "here", "PATH": "p", "OMP_NUM_THREADS": "8"}
-    assert server_environment(environment, "cpu") == {
+    assert server_environment(environment, "cpu", "k") == {
         "PATH": "p",
         "OMP_NUM_THREADS": "1",
         "MEGATRON_GSPO_PARENT_PID": str(os.getpid()),
+        "MEGATRON_GSPO_SERVER_KEY": "k",
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
     }

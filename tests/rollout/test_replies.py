@@ -12,11 +12,13 @@ from megatron_gspo.rollout.engine import Sampling, rollout_seed
 from megatron_gspo.rollout.sglang_reply import generation_request, parse_generation
 from megatron_gspo.rollout.sglang_server import murmur_hash32
 from megatron_gspo.types import Rollout
-from tests.rollout.cases import SAMPLING, STOP, prompt, reply
+from tests.rollout.cases import REQUEST, SAMPLING, STOP, prompt, reply
 
 
 def parse(answer: Any, sampling: Sampling = SAMPLING, version: int = 7) -> Rollout:
-    return parse_generation(answer, prompt(), 1, sampling, vocab_size=64, weight_version=version, decode=str)
+    return parse_generation(
+        answer, prompt(), 1, sampling, vocab_size=64, weight_version=version, request_id=REQUEST, decode=str
+    )
 
 
 def test_a_stopped_response_keeps_its_stop_token_and_logprobs() -> None:
@@ -87,6 +89,7 @@ MALFORMED = {
         "completion_tokens is True",
     ),
     "a logprob is positive": (changed(f"{LOGPROBS}/1/0", 0.01), "token 1 .* is 0.01"),
+    "a logprob of a token that is never drawn": (changed(f"{LOGPROBS}/1/0", -105.0), "token 1 .* is -105.0, none"),
     "a logprob has no id": (changed(f"{LOGPROBS}/1", [-1.0]), "not a reply"),
     "completion count": (changed("meta_info/completion_tokens", 4), "completion_tokens is 4, but 3"),
     "prompt count": (changed("meta_info/prompt_tokens", 2), "prompt_tokens is 2, but 3"),
@@ -101,6 +104,9 @@ MALFORMED = {
     "cut too early": (reply([9, 8], "length"), "cut at 2 tokens, before max_tokens = 4"),
     "stale weights": (reply([9, 8, STOP], version="6"), "version 6, expected 7: the server missed a weight sync"),
     "half-written weights": (reply([9, 8, STOP], version="7-incomplete"), "'7-incomplete'.* failed halfway"),
+    "weights of another run": (reply([9, 8, STOP], version="7-4f1c09ab"), "'7-4f1c09ab'.* somebody else"),
+    "a reply to another request": (changed("meta_info/id", "4b1f"), "that of request 4b1f, and 4b1e was sent"),
+    "a reply to no request": (changed("meta_info/id"), "not a reply"),
     "weights of no trainer": (reply([9, 8, STOP], version="default"), "'default'"),
 }
 

@@ -13,7 +13,7 @@ from megatron_gspo.errors import EngineReplyError
 from megatron_gspo.rollout.routes import ROWS_AT_A_TIME, decode_routes
 from megatron_gspo.rollout.sglang_reply import generation_request, parse_generation
 from megatron_gspo.types import Rollout, RouteShape
-from tests.rollout.cases import SAMPLING, STOP, prompt, reply
+from tests.rollout.cases import REQUEST, SAMPLING, STOP, prompt, reply
 
 SHAPE = RouteShape(moe_layers=(False, True, True), top_k=2, num_experts=8)
 ASKING = replace(SAMPLING, routes=SHAPE)
@@ -40,7 +40,7 @@ def answer(routes: Any = None, **changes: Any) -> dict[str, Any]:
 
 
 def parse(answer: dict[str, Any]) -> Rollout:
-    return parse_generation(answer, prompt(), 1, ASKING, vocab_size=64, weight_version=7)
+    return parse_generation(answer, prompt(), 1, ASKING, vocab_size=64, weight_version=7, request_id=REQUEST)
 
 
 def test_a_request_asks_for_routes_only_when_they_are_wanted() -> None:

@@ -319,7 +319,7 @@ PARENT = """
 import sys, time
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.rollout.launcher import LocalServers
-with LocalServers(RolloutConfig(), sys.argv[1], sys.argv[2], device="cpu", dtype="float32") as servers:
+with LocalServers(RolloutConfig(), sys.argv[1], sys.argv[2], device="cpu", dtype="float32", key="") as servers:
     print(servers.urls[0], servers._servers[0]._process.pid, flush=True)
     time.sleep(600)
 """

@@ -40,7 +40,9 @@ def server(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     require_sglang()
     config = load(QUICKSTART / "gspo.toml").rollout
     logs = tmp_path_factory.mktemp("logs")
-    with LocalServers(config, quickstart / "model", logs, device="cpu", dtype="float32", routes=True) as servers:
+    with LocalServers(
+        config, quickstart / "model", logs, device="cpu", dtype="float32", routes=True, key=""
+    ) as servers:
         yield servers.urls[0]
 
 

@@ -89,6 +89,7 @@ def sound(body: dict[str, Any], version: str) -> dict[str, Any]:
     return {
         "output_ids": ids,
         "meta_info": {
+            "id": body["rid"],
             "finish_reason": {"type": "stop", "matched": ids[-1]} if ended else {"type": "length", "length": len(ids)},
             "prompt_tokens": len(body["input_ids"]),
             "completion_tokens": len(ids),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_gspo.calls import call
 from megatron_gspo.parallel.rendezvous import STORE, exposed_store, is_loopback, keep_to_loopback, private_store
 from tests.rollout.conftest import require_sglang
 from tests.training.conftest import QUICKSTART
@@ -30,6 +32,20 @@ def listeners(process: psutil.Process) -> set[tuple[str, str]]:
     return found
 
 
+ORDERS = (
+    *("/generate", "/weights_checker", "/update_weight_version", "/release_memory_occupation", "/pause_generation"),
+    *("/flush_cache", "/abort_request", "/update_weights_from_disk", "/begin_weight_update", "/server_info"),
+)
+
+
+def bystander(log: Path) -> dict[str, int]:
+    """HTTP status of each order that somebody without the key gives to the run's server, once it is up."""
+    started = re.search(r"Uvicorn running on (http://[\d.:]+)", log.read_text() if log.exists() else "")
+    if not started:
+        return {}
+    return {path: call(started[1] + path, b"{}", key="guess", timeout_s=30).status for path in ORDERS}
+
+
 @pytest.mark.rollout
 def test_a_run_with_its_own_ranks_and_server_listens_on_loopback_alone(overrides: list[str], tmp_path: Path) -> None:
     require_sglang()
@@ -40,13 +56,18 @@ def test_a_run_with_its_own_ranks_and_server_listens_on_loopback_alone(overrides
     with (tmp_path / "out").open("w") as out:
         run = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         process = psutil.Process(run.pid)
+        refusals: dict[str, int] = {}
         while run.poll() is None:
             found |= listeners(process)
+            refusals = refusals or bystander(tmp_path / "run" / "servers" / "sglang-0.log")
             time.sleep(0.2)
     assert run.returncode == 0, (tmp_path / "out").read_text()
     assert any("sglang" in name for name, _ in found), "no server was seen"
     assert len([name for name, _ in found if "megatron_gspo.cli" in name]) >= 1, "gloo's own sockets were not seen"
     assert {name for name, address in found if not is_loopback(address)} == set()
+    assert refusals == dict.fromkeys(ORDERS, 401)
+    assert "api_key='...'" in (log := (tmp_path / "run" / "servers" / "sglang-0.log").read_text()) or "..." in log
+    assert not (tmp_path / "run" / "servers" / "key").exists()
 
 
 def test_ranks_meet_in_a_directory_that_only_the_user_reads() -> None:

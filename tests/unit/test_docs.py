@@ -50,6 +50,13 @@ def test_every_relative_link_leads_to_a_file(page: Path):
     assert not missing
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tests_that_a_page_names_are_there(page: Path):
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text(encoding="utf-8")):
+        assert (ROOT / path).is_file(), path
+        assert f"def {name}" in (ROOT / path).read_text(encoding="utf-8"), name
+
+
 @pytest.mark.slow_suite  # four minutes of a processor
 @pytest.mark.timeout(1800)
 def test_the_documentation_builds_without_warnings(tmp_path: Path):
