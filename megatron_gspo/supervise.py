@@ -41,8 +41,10 @@ EXIT_FUNCTIONS_S = 10.0
 """That functions registered with ``atexit`` may take."""
 IMPATIENT = 4
 """Interrupts that kill the child. Of one Ctrl-C a rank may get two: the terminal's and its launcher's."""
-PREFIX, SETTLED_S = "mgspo-process-", 60.0
-"""Of directories of temporary files; seconds after which one that nobody locks is abandoned."""
+PREFIXES = OF_PROCESS, OF_RANKS = "mgspo-process-", "mgspo-ranks-"
+"""Of directories that a living process locks: for temporary files, and where ranks meet."""
+SETTLED_S = 60.0
+"""Age from which one that nobody locks is abandoned."""
 WORDS_BYTES = 4 * 2**20
 """Of the memory in which the child says what it does; pages that are not written take none."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
@@ -170,16 +172,16 @@ def die_with_parent(parent: int | None = None) -> None:
 def _own_place() -> tuple[str, int]:
     """A new directory for the child's temporary files, and a descriptor that locks it while this process lives; those
     of processes that were killed are removed."""
-    for old in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for old in [old for prefix in PREFIXES for old in Path(tempfile.gettempdir()).glob(f"{prefix}*")]:
         with contextlib.suppress(OSError):  # another user's, in use, or gone
             if time.time() - old.stat().st_mtime > SETTLED_S:  # else perhaps not locked yet
-                os.close(_locked(old))
+                os.close(locked(old))
                 _remove(old)
-    place = tempfile.mkdtemp(prefix=PREFIX)  # 0700
-    return place, _locked(Path(place))
+    place = tempfile.mkdtemp(prefix=OF_PROCESS)  # 0700
+    return place, locked(Path(place))
 
 
-def _locked(directory: Path) -> int:
+def locked(directory: str | Path) -> int:
     """A descriptor that locks a directory. Raises OSError when another process does."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:

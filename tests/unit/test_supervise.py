@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gspo import supervise
+
 WATCHED = """
 import atexit, ctypes, os, signal, subprocess, sys, threading, time
 from megatron_gspo import supervise
@@ -118,6 +120,25 @@ def test_what_a_killed_process_leaves_is_removed_and_ended(tmp_path: Path) -> No
     _, printed, _ = ended(body)
     assert not Path(f"/proc/{printed.split()[0]}").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_directories_of_processes_that_were_all_killed_are_removed_by_the_next_one(tmp_path: Path) -> None:
+    """Those that a living process locks stay, and so do new ones, which may not be locked yet, and others'."""
+    names = ["mgspo-process-dead", "mgspo-ranks-dead", "mgspo-process-living", "mgspo-process-new", "another"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        age = 0 if name.endswith("new") else 100
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    lock = supervise.locked(tmp_path / "mgspo-process-living")
+    done = subprocess.run(
+        program("print(os.environ['TMPDIR'])"),
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        text=True,
+        stdout=subprocess.PIPE,
+    )
+    os.close(lock)
+    assert done.stdout.startswith(f"{tmp_path}/mgspo-process-"), "its own, which is gone"
+    assert {path.name for path in tmp_path.iterdir()} == set(names[2:])
 
 
 def test_more_than_a_pipe_holds_can_be_said(tmp_path: Path) -> None:
