@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # until ``main`` can say so without a traceback
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until ``main`` can end without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -37,7 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     own = arguments is None
     if own:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         interrupt_quietly()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):

@@ -118,7 +118,7 @@ def interrupt_quietly() -> None:
 
     It may strike anywhere, in the import of a library too: what that makes of it is not printed.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a shell's background job
         signal.signal(signal.SIGINT, _interrupt)
 
 

@@ -144,3 +144,24 @@ def test_ctrl_c_ends_watching_quietly(tmp_path: Path) -> None:
         child.send_signal(signal.SIGINT)
         assert child.wait(timeout=30) == 130
         assert child.stdout.read() == child.stderr.read() == ""
+
+
+def test_a_run_that_cannot_be_written_is_read_and_its_page_goes_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody else's, or on a disk that is mounted for reading: here the system refuses every file in it."""
+    run = going_run(tmp_path / "run")
+    write_text = Path.write_text
+
+    def refuse(path: Path, *content: Any, **settings: Any) -> int:
+        if tmp_path / "run" in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return write_text(path, *content, **settings)
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert main(["status", str(run.path)]) == 0
+    assert main(["report", str(run.path)]) == 2
+    said = capsys.readouterr().err
+    assert f"error: {run.path}/report.html (--out names another place) cannot be written: " in said
+    assert main(["report", str(run.path), "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").stat().st_size > 1000
