@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from megatron_gspo.errors import SyncError, WriteError
 from megatron_gspo.storage import writing
+from megatron_gspo.supervise import remove_afterwards
 from megatron_gspo.sync.base import BucketSync, NamedTensor, Names, own_storage
 
 PREFIX = "megatron-gspo-"
@@ -45,6 +46,7 @@ class DiskSync(BucketSync):
         remove_abandoned(Path(self.config.directory))
         with self._refusals():
             self._directory = tempfile.TemporaryDirectory(prefix=PREFIX, dir=self.config.directory)
+            remove_afterwards(self._directory.name)
             self._lock = os.open(self._directory.name, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             os.chmod(self._directory.name, 0o755)  # servers may run as another user
