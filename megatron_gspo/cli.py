@@ -5,6 +5,12 @@ Exit status: 0 done, 1 a run failed, 2 the user's mistake (one line says which),
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until ``main`` can end without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import os
 import sys
@@ -16,24 +22,51 @@ from pathlib import Path
 from megatron_gspo.commands import COMMANDS, GROUPS
 from megatron_gspo.commands.parsing import DOCS, Parser
 from megatron_gspo.errors import MegatronGspoError, UserError
+from megatron_gspo.limits import explain
 from megatron_gspo.storage import ROOM, free_space, is_mistake
+from megatron_gspo.supervise import interrupt_quietly, supervised, was_interrupted
 
 FAILED, USER_ERROR, INTERRUPTED, UNREAD = 1, 2, 130, 141
 """The last two as a shell counts them: 128 and the number of the signal, SIGINT and SIGPIPE."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status. Raises SystemExit for help, a version and words that are wrong."""
+    """Runs one command and returns its exit status. Raises SystemExit for help, a version and words that are wrong.
+
+    Without ``arguments`` it is this process's command line, and commands that run other people's code do so in a child
+    (``supervise``).
+    """
+    own = arguments is None
+    if own:
+        interrupt_quietly()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # not every terminal has a sign for "≥"
     try:
-        status = _run(_parse(arguments))
+        options = _parse(arguments)
+        who = _watched(options) if own else None
+        if who is not None:
+            return supervised(lambda: _run_and_flush(options), who, launched="TORCHELASTIC_RUN_ID" in os.environ)
+        return _run_and_flush(options)
     except SystemExit:
         if unsaid := _unsaid():
             raise SystemExit(unsaid) from None
         raise
+    except BaseException:
+        if was_interrupted():
+            return INTERRUPTED
+        raise
+
+
+def _run_and_flush(options: argparse.Namespace) -> int:
+    status = _run(options)
     return _unsaid() or status
+
+
+def _watched(options: argparse.Namespace) -> str | None:
+    """What a command that runs other people's code calls itself when it ends without a word; None for others."""
+    who = getattr(options, "watched", None)
+    return who(options) if who else None
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -45,7 +78,12 @@ def _run(options: argparse.Namespace) -> int:
         return _say(error, FAILED)
     except BrokenPipeError as error:
         return _unheard(error)
-    except OSError as error:  # a name that cannot be read or written; anything else is the machine's
+    except Exception as error:
+        if words := explain(error):
+            return _say(MegatronGspoError(words), FAILED)
+        if not isinstance(error, OSError):
+            raise
+        # A name that cannot be read or written; anything else is the machine's.
         return _say(error, USER_ERROR) if is_mistake(error) else _say(_with_room(error), FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -5,10 +5,14 @@ What is not listed is shown. Versions are those of megatron-core in which a line
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TextIO
 
 WARNINGS = (
     # Megatron looks for apex and Transformer Engine at import; ``doctor`` says what is installed.
@@ -67,3 +71,33 @@ def mute() -> None:
         warnings.filterwarnings("ignore", message, module=module)
     for logger, start in LOGS:
         logging.getLogger(logger).addFilter(_Drop(start))
+
+
+@contextlib.contextmanager
+def apart_from_stdout() -> Iterator[TextIO]:
+    """Standard output, for the caller alone: whatever else is printed meanwhile, by a reward function, a C library or
+    a program that they start, goes to standard error."""
+    ours, kept = sys.stdout, -1
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # somebody has closed one of them
+        ours.flush()
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    is_first = kept >= 0 and _writes_to(ours, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            if is_first:
+                with open(kept, "w", encoding=ours.encoding, errors=ours.errors, closefd=False) as printed:
+                    yield printed
+            else:  # it is no terminal, pipe or file: a test reads it
+                yield ours
+    finally:
+        if kept >= 0:
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
+def _writes_to(stream: TextIO, descriptor: int) -> bool:
+    try:
+        return stream.fileno() == descriptor
+    except (OSError, ValueError, AttributeError):
+        return False

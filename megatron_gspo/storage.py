@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_gspo.errors import ConfigError, MegatronGspoError, WriteError
+from megatron_gspo.supervise import remove_afterwards
 
 ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Errors that more room mends."""
@@ -64,6 +65,18 @@ def claiming(name: str, path: Path) -> Iterator[None]:
         if error.errno in MISTAKES:
             raise ConfigError(f"{name} cannot be written: {error}") from None
         raise WriteError(f"{name} {explain(error, path, 'start it again')}") from error
+
+
+def replace_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Replaces a file by ``text`` in one move: no reader sees half of it, and no half of it is left."""
+    temporary = path.with_name(path.name + ".tmp")
+    remove_afterwards(temporary)
+    try:
+        temporary.write_text(text, encoding="utf-8", errors=errors)
+        temporary.replace(path)
+    except BaseException:  # a full disk needs the room, and an interrupt leaves nothing
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def explain(error: Exception, path: Path, then: str) -> str:

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, metavar="J", help="cells at a time (default: as many as the cores hold)")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    parser.set_defaults(watched=lambda options: "the comparison")
     parser.add_argument("--redraw", type=Path, metavar="DIR", help="only draw DIR's page again, from its JSON files")
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from megatron_gspo.quiet import apart_from_stdout
 
 if TYPE_CHECKING:
     from megatron_gspo.doctor.check import Check
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", type=int, metavar="N", help="world size under torchrun (default: what it needs here)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(watched=lambda options: "doctor")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -70,7 +72,7 @@ def quiet() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        with warnings.catch_warnings(), apart_from_stdout():
             warnings.simplefilter("ignore")
             yield
     finally:

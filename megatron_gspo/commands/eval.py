@@ -37,9 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="NAME", help="a run's checkpoint, or latest")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: evals/... in RUN, or here)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(watched=lambda options: "the evaluation")
 
 
 def run(options: argparse.Namespace) -> int:
+    from megatron_gspo.quiet import apart_from_stdout
+
+    with apart_from_stdout() as printed:
+        text = evaluate(options)
+        print(text, file=printed, flush=True)
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> str:
+    """Evaluates, and returns what is to be printed."""
     import json
     import time
     from datetime import UTC, datetime
@@ -67,8 +78,7 @@ def run(options: argparse.Namespace) -> int:
         took = {"started": started.isoformat(timespec="seconds"), "seconds": round(time.monotonic() - clock, 3)}
         result = describe(subject, questions, answers, identity) | took
         out.finish([(group.rollouts, group.rewards_K) for group in answers.graded], result)
-    print(json.dumps(result, indent=2) if options.json else f"{format_result(result)}\nwritten to {out.path}")
-    return 0
+    return json.dumps(result, indent=2) if options.json else f"{format_result(result)}\nwritten to {out.path}"
 
 
 def find_subject(options: argparse.Namespace) -> Subject:

@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from megatron_gspo.report.html import write_report
+    from megatron_gspo.storage import claiming
 
-    print(write_report(options.runs, options.out or options.runs[0] / "report.html"))
+    out = options.out or options.runs[0] / "report.html"
+    with claiming(f"{out} (--out names another place)", out):
+        print(write_report(options.runs, out))
     return 0

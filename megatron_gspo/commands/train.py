@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 SUMMARY = "train a policy (or fine-tune it: algorithm.name=sft)"
@@ -15,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
     )
+    parser.set_defaults(watched=lambda options: f"rank {os.environ['RANK']}" if "RANK" in os.environ else None)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -34,4 +37,17 @@ def run(options: argparse.Namespace) -> int:
 
     check_before_start(config)
     ranks = config.parallel.world_size()
-    return launch(options.config, options.overrides, ranks=ranks, servers=config.rollout.servers)
+    run_dir = Path(config.train.run_dir)
+    status = launch(options.config, options.overrides, ranks=ranks, servers=config.rollout.servers, run_dir=run_dir)
+    return status or check_finished(run_dir)
+
+
+def check_finished(run_dir: Path) -> int:
+    """0 where the run's manifest says that it is finished, whatever its processes' exit statuses say; else 1."""
+    from megatron_gspo.report.rundir import RunDirectory
+
+    said = RunDirectory(run_dir).manifest().get("status")
+    if said == "finished":
+        return 0
+    print(f"error: every rank ended with status 0, but {run_dir}/manifest.json says {said!r}", file=sys.stderr)
+    return 1

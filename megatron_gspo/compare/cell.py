@@ -23,6 +23,7 @@ from megatron_gspo.compare.plan import Cell
 from megatron_gspo.config import RunConfig, dump
 from megatron_gspo.quiet import ENVIRONMENT
 from megatron_gspo.storage import writing
+from megatron_gspo.supervise import die_with_parent
 
 PRELOAD = [
     "megatron_gspo.train.loop",
@@ -63,7 +64,6 @@ class CellProcesses:
 def run_cell(cell: Cell, config: RunConfig, key: str | None) -> None:
     """Trains, measures, writes the digest. What is printed goes to the cell's log, which goes when all is well."""
     from megatron_gspo.calls import SERVER_KEY
-    from megatron_gspo.train.rank import die_with_parent
 
     if key is not None:
         os.environ[SERVER_KEY] = key  # for the ranks

@@ -149,6 +149,8 @@ class Worker(threading.Thread):
         log = cell.log_file.read_text(errors="replace") if cell.log_file.is_file() else ""
         words = last_words(log) if log.strip() else f"its log is empty ({free_space(cell.log_file)})"
         why = f"ended by signal {-status}" if status < 0 and not self._stopping.asked else words
+        if status == 0:  # and not finished
+            why = "its process ended before it was done: the reward function, or a C library, called _exit"
         return Outcome(cell, seconds, f"{why.removeprefix('error: ')} (exit status {status}; {cell.log_file})")
 
     def _serve(self, cell: Cell) -> tuple[str, ...]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from megatron_gspo.data.prompts import CompletionSet, PromptSet
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.tokenizer import show_prompt
 from megatron_gspo.rewards.references import MADE_UP, ReferenceCheck, Survey, as_response
 from megatron_gspo.rewards.registry import resolve_reward
-from megatron_gspo.rewards.scoring import score_groups
+from megatron_gspo.rewards.scoring import score_now
 
 FEWEST_EVAL = 512
 """Held-out prompts below which an accuracy's standard error exceeds 2.2% (sqrt(0.25 / 512))."""
@@ -71,7 +69,7 @@ def check_reward(facts: Facts) -> list[Check]:
     prompt = prompts.prompts[0]
     texts = (prompt.answer or MADE_UP, MADE_UP)
     rollouts = [as_response(prompt, text, tokenizer.encode, tokenizer.eos_id, i) for i, text in enumerate(texts)]
-    (scored,) = asyncio.run(score_groups(reward, [rollouts]))
+    (scored,) = score_now(reward, [rollouts])
     right, wrong = scored.rewards_G.tolist()
     text = f"{reward.name} on prompt {prompt.id!r}: {right:g} for its reference answer, {wrong:g} for {MADE_UP!r}"
     if scored.token_rewards_G is not None and config.algorithm.name == "gspo":

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gspo import errors
+from megatron_gspo.limits import explain
 
 Item = TypeVar("Item")
 
@@ -90,7 +91,7 @@ def agree(error: Exception | None, group: dist.ProcessGroup) -> None:
     report = None
     if error is not None:
         ours = type(error).__module__ == errors.__name__  # a class of the user's need not pickle
-        text = str(error) if ours else f"{type(error).__name__}: {error}"
+        text = str(error) if ours else explain(error) or f"{type(error).__name__}: {error}"
         report = (type(error).__name__ if ours else errors.MegatronGspoError.__name__, text)
     reports = [(rank, found) for rank, found in enumerate(gather_objects(report, group)) if found is not None]
     if reports:

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not marked so
 
-STORE = "MEGATRON_GSPO_STORE"
-"""Environment variable: the file in which ranks of one machine find each other."""
+from megatron_gspo.supervise import OF_RANKS, STORE, locked, remove_afterwards
+
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -27,11 +27,14 @@ INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 def private_store() -> Iterator[Path]:
     """An empty directory that only this user can read, with ``STORE`` in the environment naming a file in it."""
     before = os.environ.get(STORE)
-    with tempfile.TemporaryDirectory(prefix="megatron-gspo-ranks-") as directory:  # 0700
+    with tempfile.TemporaryDirectory(prefix=OF_RANKS) as directory:  # 0700
+        remove_afterwards(directory)
+        lock = locked(directory)
         os.environ[STORE] = f"{directory}/store"
         try:
             yield Path(directory)
         finally:
+            os.close(lock)
             os.environ.pop(STORE)
             if before is not None:
                 os.environ[STORE] = before

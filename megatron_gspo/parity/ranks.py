@@ -77,7 +77,7 @@ class LocalRanks:
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 3600.0) -> list[Any]:
         """Results in rank order. Raises RankError with the traceback of the first rank that fails."""
-        with tempfile.TemporaryDirectory(prefix="megatron-gspo-ranks-") as directory, _environment(self.device):
+        with tempfile.TemporaryDirectory(prefix="mgspo-parity-") as directory, _environment(self.device):
             ranks = [self._start(rank, world, f"{directory}/store", function, args) for rank in range(world)]
             try:
                 return _collect([connection for _, connection in ranks], timeout_s)

@@ -23,7 +23,7 @@ import numpy as np
 
 from megatron_gspo.algorithm.evaluation import CONFIDENCE, INTERVAL_METHOD, Estimate, estimates
 from megatron_gspo.errors import ConfigError, MegatronGspoError
-from megatron_gspo.storage import claiming, writing
+from megatron_gspo.storage import claiming, replace_text, writing
 
 if TYPE_CHECKING:
     from megatron_gspo.types import Rollout
@@ -59,9 +59,7 @@ class EvaluationDirectory:
                 for rollouts, rewards_K in groups:
                     for rollout, reward in zip(rollouts, rewards_K, strict=True):
                         file.write(_line(_sample(rollout) | {"reward": float(reward)}))
-            temporary = self.path / f"{RESULT}.tmp"
-            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            temporary.replace(self.path / RESULT)
+            replace_text(self.path / RESULT, json.dumps(result, indent=2) + "\n")
             (self.path / UNSCORED).unlink()
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ from megatron_gspo.report.payload import labels, payload, settings, to_json
 from megatron_gspo.report.rundir import RunDirectory
 from megatron_gspo.report.status import summarise
 from megatron_gspo.report.text import algorithm_text, layout_text
+from megatron_gspo.storage import replace_text
 
 SCRIPTS = ("common.js", "page.js", "charts.js", "reader.js")
 
@@ -120,14 +121,7 @@ def write_page(text: str, out: Path) -> Path:
     """Replaces ``out`` by the page in one move."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    try:
-        # A lone surrogate, of a directory's name or a torn manifest, is in no encoding.
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        temporary.replace(out)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a full disk needs the room
-        raise
+    replace_text(out, text, errors="replace")  # a lone surrogate, of a directory's name or a torn manifest
     return out
 
 

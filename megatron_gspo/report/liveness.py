@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Literal
 
-from megatron_gspo.report.manifest import machine, process_start
+from megatron_gspo.report.manifest import machine, process_start, process_ticks
 from megatron_gspo.report.rundir import RunDirectory
 
 State = Literal["running", "finished", "failed", "stopped", "killed", "silent"]
@@ -38,12 +38,14 @@ def state(run: RunDirectory, seconds_per_step: float | None, now: float | None =
 
 
 def silence(run: RunDirectory, now: float | None = None) -> float:
-    """Seconds since the run last wrote a line of metrics or its manifest."""
+    """Seconds since the run last wrote a line of metrics or its manifest; 0 where the clock has been set back."""
     times = [path.stat().st_mtime for path in (run.metrics_file, run.manifest_file) if path.exists()]
-    return (time.time() if now is None else now) - max(times, default=0.0)
+    return max(0.0, (time.time() if now is None else now) - max(times, default=0.0))
 
 
 def _lives(process: dict[str, float]) -> bool:
     """Whether the process that wrote the manifest is still there, and not another one of its number."""
-    started = process_start(int(process["pid"]))
+    if process.get("ticks") is not None:
+        return process_ticks(int(process["pid"])) == process["ticks"]
+    started = process_start(int(process["pid"]))  # a manifest of an earlier version
     return started is not None and abs(started - process["started"]) < 1.0

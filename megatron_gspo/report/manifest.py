@@ -39,7 +39,7 @@ def describe(config: RunConfig, world_size: int, engine: Mapping[str, Any] | Non
         "seeds": {"train": config.train.seed},
         "engine": {"name": config.rollout.engine, **engine},
         "versions": versions(engine.get("version")),
-        "process": {"pid": os.getpid(), "started": process_start(os.getpid()), "machine": machine()},
+        "process": process_record(os.getpid()),
         "git": git_state(PACKAGE_DIRECTORY),
     }
 
@@ -71,11 +71,25 @@ def machine() -> str:
     return hashlib.sha256(platform.node().encode()).hexdigest()[:12]
 
 
+def process_record(pid: int) -> dict[str, Any]:
+    """What tells a process of this machine from all others."""
+    return {"pid": pid, "started": process_start(pid), "ticks": process_ticks(pid), "machine": machine()}
+
+
 def process_start(pid: int) -> float | None:
-    """When a process of this machine started, in seconds since 1970; None when there is none."""
+    """When a process of this machine started, in seconds since 1970; None when there is none. It moves when somebody
+    sets the clock."""
     try:
         return psutil.Process(pid).create_time()
     except psutil.Error:
+        return None
+
+
+def process_ticks(pid: int) -> int | None:
+    """When a process of this machine started, in the kernel's ticks since it booted; None when there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
         return None
 
 

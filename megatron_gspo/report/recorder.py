@@ -109,6 +109,7 @@ class RunRecorder:
     ) -> None:
         ended = "finished" if error is None else "stopped" if isinstance(error, RunStopped) else "failed"
         what = " ".join(str(error).split()) if ended == "failed" else ""
+        what = "interrupted" if isinstance(error, KeyboardInterrupt) else what
         page = f"`megatron-gspo report {self._directory.path}` draws it"
         for end, writes in (
             (self._sink.close, self._writing()),

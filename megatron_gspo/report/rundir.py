@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from megatron_gspo.config import RunConfig, dump, load
 from megatron_gspo.errors import ConfigError, DataError
 from megatron_gspo.report.metrics import INITIAL, PLACE, Record, clean, finite, strict
-from megatron_gspo.storage import claiming
+from megatron_gspo.storage import claiming, replace_text
 
 if TYPE_CHECKING:  # types imports torch, and reading a run needs none
     from megatron_gspo.types import RolloutRecord, StepReport
@@ -134,11 +134,11 @@ class RunDirectory:
         with claiming(f"train.run_dir = {self.path}", self.path):
             kept = [line for line in read_lines(self.metrics_file) if _is_step(line)]
             text = "".join(json.dumps(strict(line)) + "\n" for line in kept if line["outer_step"] < outer_steps)
-            _replace_text(self.metrics_file, text)
+            replace_text(self.metrics_file, text)
             for number, path in self.rollout_files().items():
                 if number >= outer_steps:
                     path.unlink()
-            _replace_text(self.config_file, dump(config))
+            replace_text(self.config_file, dump(config))
 
     def metrics_writer(self) -> MetricsWriter:
         """Opens ``metrics.jsonl`` for appending, after cutting off a torn last line."""
@@ -146,7 +146,7 @@ class RunDirectory:
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Replaces ``manifest.json`` in one move, so that no reader sees half of it."""
-        _replace_text(self.manifest_file, json.dumps(manifest, indent=2) + "\n")
+        replace_text(self.manifest_file, json.dumps(manifest, indent=2) + "\n")
 
     def finish(self, status: str = "finished", error: str = "") -> None:
         """Adds how and when the run ended ("finished", "failed" or "stopped") to the manifest and its last start.
@@ -273,17 +273,6 @@ def _measured(line: Record) -> Record:
 
 def _is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in ("config.toml", "manifest.json", "metrics.jsonl"))
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Replaces a file in one move."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a full disk needs the room
-        raise
 
 
 def _overwrite(path: Path, text: str) -> None:

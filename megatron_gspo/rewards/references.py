@@ -17,7 +17,7 @@ import torch
 
 from megatron_gspo.errors import DataError, RewardError
 from megatron_gspo.rewards.registry import BUILTIN_REWARDS, Reward
-from megatron_gspo.rewards.scoring import _is_async, score_groups
+from megatron_gspo.rewards.scoring import _is_async, guarded, score_groups
 from megatron_gspo.types import Prompt, Rollout
 
 PLAIN_LIMIT = 10_000
@@ -144,7 +144,7 @@ class ReferenceCheck:
         left, begin = list(prompts.items()), time.monotonic()
         errors: list[RewardError] = []
         done = 0
-        with undisturbed_generators():
+        with undisturbed_generators(), guarded(self._reward):
             while done < len(left):
                 batch = left[done : done + (BATCH if done else FIRST_BATCH)]
                 results = asyncio.run(self._grade([prompt for _, prompt in batch]))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ from typing import Any
 
 from megatron_gspo.config import RewardConfig
 from megatron_gspo.errors import ConfigError
+from megatron_gspo.rewards.guard import GUARD, end_a_forked_child
 from megatron_gspo.rewards.interface import RewardFunction
+from megatron_gspo.supervise import was_interrupted
 
 BUILTIN_REWARDS: dict[str, str] = {
     "exact": "megatron_gspo.rewards.exact:exact",
@@ -46,7 +50,8 @@ def resolve_reward(config: RewardConfig) -> Reward:
     Raises ConfigError when it cannot be found or imported, is not callable, or does not take the options.
     """
     name = config.function
-    function = _find(name)
+    with contextlib.nullcontext() if name in BUILTIN_REWARDS else GUARD.around(name):
+        function = _find(name)
     try:
         inspect.signature(function).bind(None, None, **config.options)
     except TypeError as error:
@@ -60,18 +65,41 @@ def resolve_reward(config: RewardConfig) -> Reward:
     return Reward(name, bound, config.timeout_s, config.concurrency, built_in=name in BUILTIN_REWARDS)
 
 
-def _find(name: str) -> Callable[..., Any]:
+def check_reward(config: RewardConfig) -> None:
+    """What can be said of a reward without running any of the user's code. Raises ConfigError."""
+    if config.function in BUILTIN_REWARDS:
+        resolve_reward(config)
+    check_name(config.function)
+
+
+def check_name(name: str) -> tuple[str, str]:
+    """(module or file, function) that a name stands for, by its form and without running any of the user's code.
+
+    Raises ConfigError where it has another form, or names a file that is not there.
+    """
     where, colon, attribute = BUILTIN_REWARDS.get(name, name).rpartition(":")
     if not (colon and where and attribute):
         raise ConfigError(
             f"reward.function = {name!r} is unknown: use {', '.join(BUILTIN_REWARDS)}, package.module:function or "
             f"path/to/file.py:function"
         )
+    if where.endswith(".py") and not Path(where).is_file():
+        raise ConfigError(f"reward.function = {name!r}: FileNotFoundError: {Path(where).resolve()} does not exist")
+    return where, attribute
+
+
+def _find(name: str) -> Callable[..., Any]:
+    where, attribute = check_name(name)
+    owner = os.getpid()
     try:
         module = _module_of_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
+    except BaseException as error:  # importing runs the user's code, which may raise anything
+        if was_interrupted():
+            raise
         hint = "" if where.endswith(".py") else " (a file works too: path/to/file.py:function)"
         raise ConfigError(f"reward.function = {name!r}: {type(error).__name__}: {error}{hint}") from error
+    finally:
+        end_a_forked_child(owner, name)
     function = module
     for part in attribute.split("."):
         if not hasattr(function, part):
@@ -88,8 +116,6 @@ def _module_of_file(path: Path) -> ModuleType:
     name = f"megatron_gspo_reward:{path}"
     if name in sys.modules:
         return sys.modules[name]
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")

@@ -10,6 +10,7 @@ import secrets
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping
 from http.client import HTTPException
@@ -25,7 +26,9 @@ from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
 from megatron_gspo.parallel.rendezvous import INTERFACES
 from megatron_gspo.rollout.probe import KEY_FILE, get
+from megatron_gspo.rollout.sglang_server import FILES, remove, shared_memory
 from megatron_gspo.storage import writing
+from megatron_gspo.supervise import remove_afterwards
 
 Device = Literal["cpu", "cuda"]
 
@@ -35,6 +38,8 @@ GRACE_S = {"cpu": 1.0, "cuda": 30.0}
 """Seconds between asking servers to stop and killing them. SGLang takes 10 to stop by itself, which a CPU server has no
 reason to; a scheduler that is killed while it holds device memory may leave it held."""
 POLL_S = 0.25
+LONGEST_TMPDIR = 50
+"""Bytes of a directory in which a server's own is made."""
 CAUSE = re.compile(r"(\w*(Error|Exception)|error)\b:")
 """In the line of a log that says why a program ended."""
 GPU_SHARE = 0.4
@@ -136,8 +141,10 @@ class _Server:
         self._key = key
         self._answered = False
         self._log_path = log
+        self._shared: set[str] = set()
         with writing(log):
             self._log: IO[bytes] = log.open("wb")
+        self._files = private_files()
         try:
             self._process = subprocess.Popen(
                 [
@@ -149,10 +156,12 @@ class _Server:
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(os.environ, device, key),
+                env=server_environment(os.environ, device, key) | {"TMPDIR": self._files, FILES: self._files},
                 start_new_session=True,
             )
         except OSError as error:
+            self._log.close()
+            remove((), self._files)
             raise ConfigError(f"{python} cannot be run: {error}; see rollout.server_python") from None
 
     def wait_until_healthy(self, deadline: float) -> None:
@@ -164,6 +173,7 @@ class _Server:
                 )
             time.sleep(POLL_S)
         self.check()  # whoever bound the port first is healthy too
+        self._shared = shared_memory(self._process.pid)
         self._freeze()
 
     def _freeze(self) -> None:
@@ -196,6 +206,7 @@ class _Server:
         return False
 
     def terminate(self) -> None:
+        self._shared |= shared_memory(self._process.pid)
         self._process.terminate()
 
     def stop(self, deadline: float) -> None:
@@ -209,6 +220,7 @@ class _Server:
             time.sleep(POLL_S)
         self._process.wait()
         self._log.close()
+        remove(self._shared, self._files)
 
     def _healthy(self) -> bool:
         try:
@@ -220,6 +232,16 @@ class _Server:
 
     def _log_tail(self) -> str:
         return f"its log {self._log_path}: {last_words(self._log_path.read_text(errors='replace'))}"
+
+
+def private_files() -> str:
+    """A new directory for one server's temporary files. Its path is short: that of a UNIX socket has 107 bytes."""
+    place = tempfile.gettempdir()
+    if len(os.fsencode(place)) > LONGEST_TMPDIR and os.access("/tmp", os.W_OK):
+        place = "/tmp"
+    directory = tempfile.mkdtemp(prefix="mgspo-server-", dir=place)  # 0700
+    remove_afterwards(directory)
+    return directory
 
 
 def server_arguments(

@@ -10,8 +10,10 @@ are spawned processes that import this file again, so the stand-ins are installe
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -21,7 +23,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     import torch
 
@@ -32,6 +34,9 @@ CPU_ENVIRONMENT = {
 }
 PARENT = "MEGATRON_GSPO_PARENT_PID"
 KEY = "MEGATRON_GSPO_SERVER_KEY"
+FILES = "MEGATRON_GSPO_SERVER_FILES"
+"""Environment variable: a server's own directory of temporary files, which goes with it."""
+SHARED = "/dev/shm/"
 
 
 def serve(arguments: list[str]) -> None:
@@ -61,10 +66,58 @@ def keep_from_log(key: str) -> None:
 
 
 def die_with(parent: int) -> None:
-    """Kills this server's process group within a second of ``parent`` going away, however it went."""
+    """Kills this server's process group within a second of ``parent`` going away, however it went, and removes what
+    only an orderly end would."""
     while os.getppid() == parent:
         time.sleep(0.5)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+    group = os.getpgrp()
+    left = shared_memory(group)
+    for member in members(group):
+        if member != os.getpid():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member, signal.SIGKILL)
+    remove(left, os.environ.get(FILES))
+    os.killpg(group, signal.SIGKILL)
+
+
+def members(group: int) -> list[int]:
+    """Processes of a process group; zombies among them."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(int(name)) == group:
+                found.append(int(name))
+    return found
+
+
+def shared_memory(group: int) -> set[str]:
+    """Files of /dev/shm that processes of a group have mapped or open: segments and semaphores, which nobody removes
+    when they are killed. (Not what lies in directories there: weights on their way are not the server's.)
+
+    Told by their inodes: a semaphore is made under another name than it gets.
+    """
+    inodes = set()
+    for member in members(group):
+        with contextlib.suppress(OSError):  # it has ended
+            with open(f"/proc/{member}/maps", errors="replace") as maps:
+                inodes |= {int(line.split()[4]) for line in maps if SHARED in line}
+            for name in os.listdir(f"/proc/{member}/fd"):
+                with contextlib.suppress(OSError):
+                    if os.readlink(f"/proc/{member}/fd/{name}").startswith(SHARED):
+                        inodes.add(os.stat(f"/proc/{member}/fd/{name}").st_ino)
+    try:
+        return {entry.path for entry in os.scandir(SHARED) if entry.inode() in inodes and not entry.is_dir()}
+    except OSError:  # there is none on this machine
+        return set()
+
+
+def remove(left: Iterable[str], directory: str | None) -> None:
+    """Removes shared memory, and the directory of temporary files."""
+    for path in left:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    if directory:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def listen_on_loopback() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_gspo.errors import SyncError, WriteError
 from megatron_gspo.hf.stream import write_tensors
 from megatron_gspo.storage import writing
+from megatron_gspo.supervise import remove_afterwards
 from megatron_gspo.sync.base import BucketSync, NamedTensor, Names
 from megatron_gspo.untrusted import read_bytes
 
@@ -50,6 +51,7 @@ class DiskSync(BucketSync):
         with self._refusals():
             check_sticky(Path(self.config.directory))
             self._directory = tempfile.TemporaryDirectory(prefix=PREFIX, dir=self.config.directory)
+            remove_afterwards(self._directory.name)
             self._lock = os.open(self._directory.name, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             place = Path(self._directory.name) / "weights"

@@ -31,7 +31,7 @@ class Checkpoints:
 
     def __init__(self, config: RunConfig, policy: Policy, identity: Mapping[str, Any]) -> None:
         self._train, self._policy, self._identity = config.train, policy, dict(identity)
-        self._root = Path(config.train.run_dir) / "checkpoints"
+        self._root = Path(config.train.run_dir).absolute() / "checkpoints"  # a thread writes it, and a reward may chdir
         self._pending: PendingSave | None = None
         self._saved_at = 0
         self._exports = Exports(config, policy)

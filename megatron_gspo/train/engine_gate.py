@@ -57,8 +57,8 @@ class EngineGate:
             )
         said = (
             f"outer step {outer_step + 1}: the engine's logprobs are not the trainer's: kl/engine_k3 is {gap.k3:.2g} "
-            f"nats per token over {gap.tokens:.0f} tokens, above {self.limit:g}, and {gap.tail:.0%} of the tokens differ "
-            f"twofold"
+            f"nats per token over {gap.tokens:.0f} tokens, above {self.limit:g}, and {gap.tail:.0%} of the tokens "
+            f"differ twofold"
         )
         if first or self.stops:
             raise EngineMismatchError(f"{said}{ADVICE}")

@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_gspo.algorithm.evaluation import estimates
 from megatron_gspo.parallel.exchange import agree, gather_objects
+from megatron_gspo.rewards.scoring import guarded
 from megatron_gspo.train.context import Run
 from megatron_gspo.train.grade import evaluation_sampling, grade
 
@@ -39,7 +40,8 @@ def _rewards(run: Run, weight_version: int, *, greedy: bool) -> np.ndarray:
         prompts = [run.eval_prompts.prompts[position] for position in share]
         sampling = evaluation_sampling(run.config, run.tokenizer.stop_ids, seeded=run.seeded, greedy=greedy)
         try:
-            graded = asyncio.run(grade(run.engine, run.reward, prompts, sampling, weight_version=weight_version))
+            with guarded(run.reward):
+                graded = asyncio.run(grade(run.engine, run.reward, prompts, sampling, weight_version=weight_version))
             mine = [(position, group.rewards_K) for position, group in zip(share, graded, strict=True)]
         except Exception as caught:
             error = caught

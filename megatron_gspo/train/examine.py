@@ -21,6 +21,7 @@ from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.rewards.registry import Reward, resolve_reward
+from megatron_gspo.rewards.scoring import guarded
 from megatron_gspo.rollout.engine import Progress, Sampling, local_servers, make_engine
 from megatron_gspo.rollout.probe import ServerState, probe
 from megatron_gspo.sync.base import NamedTensor, make_weight_sync
@@ -100,16 +101,17 @@ def examine(
         phase(f"drawing {len(questions.prompts)} x {questions.sampling.group_size} responses")
         decode = response_text(questions.tokenizer, special_tokens=config.reward.special_tokens)
         engine = make_engine(urls, config.rollout, vocab_size=shape.vocab_size, decode=decode, access=ServerAccess(key))
-        graded = asyncio.run(
-            grade(
-                engine,
-                questions.reward,
-                questions.prompts.prompts,
-                questions.sampling,
-                weight_version=0,
-                progress=progress,
+        with guarded(questions.reward):
+            graded = asyncio.run(
+                grade(
+                    engine,
+                    questions.reward,
+                    questions.prompts.prompts,
+                    questions.sampling,
+                    weight_version=0,
+                    progress=progress,
+                )
             )
-        )
     return Examination(graded, engine.version, config.rollout.servers, note)
 
 

@@ -14,23 +14,27 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.files import check_readable
+from megatron_gspo.errors import ConfigError, WeightError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.layout import check_layout, check_recompute, check_replay
+from megatron_gspo.limits import allow_open_files, name_of
 from megatron_gspo.parallel.rendezvous import keep_to_loopback, private_store
-from megatron_gspo.policy.checkpoint_files import is_distributed
-from megatron_gspo.rewards.registry import resolve_reward
+from megatron_gspo.policy.checkpoint_files import is_distributed, latest_in
+from megatron_gspo.rewards.registry import check_reward
 from megatron_gspo.train.models import check_models
 
 
 def check_before_start(config: RunConfig) -> None:
     """What can be said within seconds, without a process group and without a server: raises UserError."""
+    if too_few := allow_open_files():
+        raise ConfigError(too_few)
     _, shape = read_model(config.model.path)
     check_layout(config.parallel, shape)
     check_recompute(config.model, shape)
@@ -40,12 +44,14 @@ def check_before_start(config: RunConfig) -> None:
         HfReader(config.model.path)
     check_readable(config.data.path)
     if config.algorithm.name != "sft":
-        resolve_reward(config.reward)
+        check_reward(config.reward)
         if config.data.eval_path:
             check_readable(config.data.eval_path)
 
 
-def launch(config_path: Path, overrides: Sequence[str], *, ranks: int, servers: Sequence[str] = ()) -> int:
+def launch(
+    config_path: Path, overrides: Sequence[str], *, ranks: int, servers: Sequence[str] = (), run_dir: Path | None = None
+) -> int:
     """Runs ``train`` on ``ranks`` processes, which talk to ``servers`` (URLs).
 
     SIGTERM goes on to the ranks, which finish their outer step, save and stop. Returns 0, the exit status (1, 2, or 75
@@ -53,7 +59,9 @@ def launch(config_path: Path, overrides: Sequence[str], *, ranks: int, servers: 
     """
     # Several ranks on few cores fight over them when each starts a thread a core.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank says itself what failed
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own; a rank says itself what failed
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     signal.signal(signal.SIGTERM, _pass_on)
     command = ("-m", "megatron_gspo.cli", "train", str(config_path), *overrides)
     try:
@@ -64,13 +72,11 @@ def launch(config_path: Path, overrides: Sequence[str], *, ranks: int, servers: 
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # it could not say so itself
             if failure.exitcode == -signal.SIGTERM:  # before it could take it as a request
-                return _ended_by(signal.SIGTERM)
-            name = signal.Signals(-failure.exitcode).name
-            memory = ": is the machine out of memory?" if name == "SIGKILL" else ""
-            print(f"error: rank {rank} was ended by {name}{memory}", file=sys.stderr)
+                return _ended_by(signal.SIGTERM, run_dir)
+            print(f"error: rank {rank} was ended by {name_of(-failure.exitcode)}", file=sys.stderr)
         return failure.exitcode if failure.exitcode in (1, 2, os.EX_TEMPFAIL) else 1
     except SignalException as error:  # Ctrl-C, or a scheduler's end of the job; the ranks have been ended with it
-        return _ended_by(error.sigval)
+        return _ended_by(error.sigval, run_dir)
     return 0
 
 
@@ -92,6 +98,9 @@ def ranks_here(ranks: int, servers: Sequence[str] = (), **settings: Any) -> Iter
             rdzv_backend="c10d",
             rdzv_endpoint=str(directory / "rendezvous"),
             rdzv_configs={"store_type": "file"},
+            logs_specs=DefaultLogsSpecs(
+                log_dir=str(directory / "logs")
+            ),  # else a directory in /tmp, and it stays there
             max_restarts=0,
             monitor_interval=0.1,
             **settings,
@@ -104,6 +113,19 @@ def _pass_on(number: int, frame: FrameType | None) -> None:
             rank.send_signal(number)
 
 
-def _ended_by(number: signal.Signals) -> int:
-    print(f"error: ended by {number.name}", file=sys.stderr)
+def _ended_by(number: signal.Signals, run_dir: Path | None) -> int:
+    print(f"error: ended by {number.name}{what_is_left(run_dir)}", file=sys.stderr)
     return 128 + number
+
+
+def what_is_left(run_dir: Path | None) -> str:
+    """What to say of a run that was ended: where ``train.resume = true`` would go on."""
+    if run_dir is None:
+        return ""
+    try:
+        latest = latest_in(run_dir / "checkpoints")
+    except WeightError:
+        return ""
+    if latest is None:
+        return f": {run_dir} has no checkpoint to go on from" if run_dir.exists() else ": nothing was written yet"
+    return f": the same command with train.resume=true train.overwrite=false goes on from {latest}"

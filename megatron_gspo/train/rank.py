@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
-import signal
+import re
 import sys
 import time
 import traceback
@@ -13,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import ConfigError, MegatronGspoError, RunStopped, UserError
+from megatron_gspo.limits import allow_open_files, explain
 from megatron_gspo.quiet import mute
+from megatron_gspo.supervise import INTERRUPTED, first_to_say, was_interrupted
 from megatron_gspo.versions import untested_here
 
 if TYPE_CHECKING:
@@ -23,9 +23,8 @@ STOPPED = os.EX_TEMPFAIL
 """Exit status (75) of a run that SIGTERM stopped after saving: queue it again with train.resume = true."""
 FIRST_RANKS_TURN_S = 1.0
 """Seconds by which the first rank goes before the others in saying what failed."""
-PR_SET_PDEATHSIG = 1
-"""From linux/prctl.h."""
-
+ANOTHER_IS_MISSING = re.compile("Connection (closed by|reset by) peer|Broken pipe|gloo/transport", re.IGNORECASE)
+"""In the text of a failed collective: another rank has ended, and what that one says is the reason."""
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -47,9 +46,9 @@ def world_of_torchrun() -> int | None:
 
 def run_rank(config: RunConfig, make_recorder: MakeRecorder) -> int:
     """Trains as one rank; returns the process's exit status."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by hand, its parent may be a shell that is left
-        die_with_parent()
     mute()
+    if too_few := allow_open_files():
+        raise ConfigError(too_few)
     if os.environ["RANK"] == "0":
         from megatron_gspo.parallel.rendezvous import exposed_store
 
@@ -59,25 +58,41 @@ def run_rank(config: RunConfig, make_recorder: MakeRecorder) -> int:
 
     try:
         train(config, make_recorder)
-    except RunStopped as stopped:
-        _say_once(str(stopped))
-        return STOPPED
-    except MegatronGspoError as error:
-        _show_the_unforeseen(error)
-        _say_once(f"error: {_line(error)}")
-        return 2 if isinstance(error, UserError) else 1
-    except Exception as error:
-        where = f"rank {os.environ['RANK']}"
-        _say_once(f"{traceback.format_exc()}error: {where}: {type(error).__name__}: {_line(error)}")
-        return 1
+        leave_world()
+    except BaseException as error:
+        return _said(error)
     return 0
 
 
-def die_with_parent() -> None:
-    """Asks Linux to kill this process when the one that started it is killed: else it would go on, and servers and
-    GPUs with it."""
-    with contextlib.suppress(OSError, AttributeError):  # not Linux
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def _said(error: BaseException) -> int:
+    """The exit status of a run that has raised, which is said, once for all ranks."""
+    if was_interrupted() or isinstance(error, KeyboardInterrupt):  # the launcher says so
+        return INTERRUPTED
+    if isinstance(error, RunStopped):
+        _say_once(str(error))
+        return STOPPED
+    if isinstance(error, MegatronGspoError):
+        _show_the_unforeseen(error)
+        _say_once(f"error: {_line(error)}")
+        return 2 if isinstance(error, UserError) else 1
+    if words := explain(error):
+        _say_once(f"error: rank {os.environ['RANK']}: {words}")
+        return 1
+    if ANOTHER_IS_MISSING.search(str(error)):
+        time.sleep(FIRST_RANKS_TURN_S)
+    told = "".join(traceback.format_exception(error))
+    _say_once(f"{told}error: rank {os.environ['RANK']}: {type(error).__name__}: {_line(error)}")
+    return 1
+
+
+def leave_world() -> None:
+    """Ends the process groups of a run that is done, with their threads: those of gloo let go of tensors, for which
+    they ask for the interpreter's lock, and abort the process when there is no interpreter left."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()  # none is still waiting for another's last words
+        dist.destroy_process_group()
 
 
 def _say_once(text: str) -> None:
@@ -92,12 +107,16 @@ def _say_once(text: str) -> None:
 def _show_the_unforeseen(error: MegatronGspoError) -> None:
     """Prints the traceback of what is none of our errors, and which ``parallel.exchange.agree`` has wrapped in one."""
     cause = error.__cause__
+    if cause and explain(cause):
+        return
     if type(error) is MegatronGspoError and cause and not isinstance(cause, OSError) and _is_first("traceback"):
         print("".join(traceback.format_exception(cause)), end="", file=sys.stderr, flush=True)
 
 
 def _is_first(key: str) -> bool:
     """Whether no other rank has asked before."""
+    if (first := first_to_say(key)) is not None:
+        return first
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -108,5 +127,5 @@ def _is_first(key: str) -> bool:
         return True
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())

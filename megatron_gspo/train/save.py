@@ -146,7 +146,7 @@ class Exports:
 
     def __init__(self, config: RunConfig, policy: Policy) -> None:
         self._config, self._policy = config, policy
-        self._root = Path(config.train.run_dir) / EXPORTS
+        self._root = Path(config.train.run_dir).absolute() / EXPORTS  # a thread writes it, and a reward may chdir
         self._pending: BackgroundSave | None = None
         together(lambda: clear_leftovers(self._root) if dist.get_rank() == 0 else None, policy.groups.world)
 

@@ -24,7 +24,7 @@ from megatron_gspo.errors import NonFiniteError, RolloutError
 from megatron_gspo.parallel.exchange import agree, broadcast_object, gather_objects
 from megatron_gspo.parallel.metrics import heaviest_expert, reduce_metric_sums
 from megatron_gspo.policy.groups import device
-from megatron_gspo.rewards.scoring import GroupRewards, score_groups
+from megatron_gspo.rewards.scoring import GroupRewards, score_now
 from megatron_gspo.rollout.engine import Sampling
 from megatron_gspo.rollout.policy import Dropped, apply_policies, zero_truncated
 from megatron_gspo.train.batch import Minibatch, check_tokens, place
@@ -192,7 +192,7 @@ def score(run: Run, survivors: dict[int, list[Rollout]], dropped: Dropped) -> Co
     collected = Collected(dropped=dropped)
     error: Exception | None = None
     try:
-        rewards = asyncio.run(score_groups(run.reward, list(survivors.values()))) if survivors else []
+        rewards = score_now(run.reward, list(survivors.values())) if survivors else []
         for (position, rollouts), scored in zip(survivors.items(), rewards, strict=True):
             _add_group(run, collected, position, rollouts, scored)
             collected.stopped += scored.stopped

@@ -12,7 +12,8 @@ import megatron_gspo
 ROOT = Path(megatron_gspo.__file__).parent
 
 LAYERS = [
-    {"errors", "_packing", "quiet", "versions"},
+    {"errors", "limits", "_packing", "quiet", "versions"},
+    {"supervise"},
     {"types", "storage", "calls", "untrusted"},
     {"algorithm"},
     {"config"},

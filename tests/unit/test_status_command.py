@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from report_runs import make_config, make_report, make_run
 
@@ -19,6 +20,7 @@ from megatron_gspo.cli import main
 from megatron_gspo.report.liveness import SILENT_S, silence, state
 from megatron_gspo.report.manifest import describe
 from megatron_gspo.report.rundir import RunDirectory
+from megatron_gspo.report.status import format_status, summarise
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +55,23 @@ def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
 
 
 def test_a_process_that_got_the_number_of_a_dead_one_is_not_taken_for_it(tmp_path: Path) -> None:
-    assert state(going_run(tmp_path / "run", started=time.time() - 86_400), 1.0) == "killed"
+    assert state(going_run(tmp_path / "run", started=time.time() - 86_400, ticks=None), 1.0) == "killed"
+    assert state(going_run(tmp_path / "later", ticks=1), 1.0) == "killed"
+
+
+@pytest.mark.parametrize("jump_s", [-86_400.0, 86_400.0])
+def test_a_clock_that_is_set_changes_nothing_of_what_is_said_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump_s: float
+) -> None:
+    """The kernel's time of a process's start moves with the clock, and so does the age of a file."""
+    run = going_run(tmp_path / "run")
+    create, clock = psutil.Process.create_time, time.time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: create(process) + jump_s)
+    monkeypatch.setattr(time, "time", lambda: clock() + jump_s)
+    assert state(run, 1.0) == "running"
+    summary = summarise(run)
+    assert summary["status"] == "running" and summary["silent_s"] >= 0 and summary["eta_s"] > 0
+    assert "running" in format_status(summary) and "-8" not in format_status(summary)
 
 
 def test_on_another_machine_silence_far_beyond_an_outer_step_is_said(tmp_path: Path) -> None:
@@ -74,7 +92,7 @@ def test_a_run_that_said_how_it_ended_is_believed(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = going_run(tmp_path / "run", started=0.0)
+    run = going_run(tmp_path / "run", started=0.0, ticks=1)
     assert main(["status", str(run.path)]) == 0
     assert f"{run.path} (killed)" in capsys.readouterr().out
 
@@ -126,3 +144,24 @@ def test_ctrl_c_ends_watching_quietly(tmp_path: Path) -> None:
         child.send_signal(signal.SIGINT)
         assert child.wait(timeout=30) == 130
         assert child.stdout.read() == child.stderr.read() == ""
+
+
+def test_a_run_that_cannot_be_written_is_read_and_its_page_goes_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody else's, or on a disk that is mounted for reading: here the system refuses every file in it."""
+    run = going_run(tmp_path / "run")
+    write_text = Path.write_text
+
+    def refuse(path: Path, *content: Any, **settings: Any) -> int:
+        if tmp_path / "run" in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return write_text(path, *content, **settings)
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert main(["status", str(run.path)]) == 0
+    assert main(["report", str(run.path)]) == 2
+    said = capsys.readouterr().err
+    assert f"error: {run.path}/report.html (--out names another place) cannot be written: " in said
+    assert main(["report", str(run.path), "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").stat().st_size > 1000
