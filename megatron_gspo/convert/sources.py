@@ -12,6 +12,7 @@ from megatron_gspo.errors import ConfigError, MegatronGspoError, WeightError
 from megatron_gspo.hf.carried import carried_names, find_carried
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
+from megatron_gspo.hf.directory import check_companions
 from megatron_gspo.hf.elsewhere import other_names, some
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.names import INDEX
@@ -36,6 +37,7 @@ class Model:
         self.family: Family
         self.shape: ModelShape
         self.family, self.shape = read_model(home, dequantised=True)
+        check_companions(home)
         try:
             self.places: Places = find_places(self.family, self.shape, groups)
         except MegatronGspoError:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,7 +53,10 @@ def _directory() -> Path:
     for place in places:
         with contextlib.suppress(OSError):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if place.stat().st_uid == os.getuid() and os.access(place, os.W_OK):
+            at_home = place is places[0]
+            found = place.stat() if at_home else place.lstat()  # in /tmp another user may have made it, or a link
+            own = found.st_uid == os.getuid() and (at_home or not found.st_mode & 0o022)
+            if stat.S_ISDIR(found.st_mode) and own and os.access(place, os.W_OK):
                 return place
     raise DataError(f"neither {places[0]} nor {places[1]} can be written: set XDG_CACHE_HOME to a place that can")
 

@@ -21,6 +21,7 @@ from megatron_gspo.data.parquet_rows import ParquetRows
 from megatron_gspo.data.rows import Row, Rows
 from megatron_gspo.data.text_rows import csv_rows, json_array, json_lines
 from megatron_gspo.errors import DataError
+from megatron_gspo.untrusted import check_regular
 
 PARQUET, JSON_LINES, TABLES = (".parquet", ".pq"), (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -55,6 +56,7 @@ def open_rows(path: str | Path) -> Rows:
     path = Path(path)
     if path.is_file():
         return _open_file(path)
+    _check_waits_for_nobody(path)
     shards = list(find_shards(path))
     return _open_file(shards[0]) if len(shards) == 1 and not path.is_dir() else Shards(shards)
 
@@ -62,6 +64,7 @@ def open_rows(path: str | Path) -> Rows:
 def check_readable(path: str | Path) -> None:
     """Finds the files without reading them. Raises DataError."""
     if not Path(path).is_file():
+        _check_waits_for_nobody(Path(path))
         find_shards(Path(path))
 
 
@@ -70,12 +73,14 @@ def find_shards(path: Path) -> Sequence[Path]:
     one of "-of-00008" is missing."""
     is_pattern = any(character in path.name for character in "*?[") and path.parent.is_dir()
     if path.is_dir():
-        found = [file for file in path.iterdir() if file.is_file() and _is_data(file)]
+        found = [file for file in path.iterdir() if _is_data(file) and not file.is_dir()]
     elif is_pattern:
-        found = [file for file in path.parent.glob(path.name) if file.is_file()]
+        found = [file for file in path.parent.glob(path.name) if not file.is_dir()]
     else:
         raise DataError(f"{path}: no such data file")
     shards = sorted(found)
+    for shard in shards:
+        _check_waits_for_nobody(shard)
     if not shards:
         folders = [file.name for file in path.iterdir() if file.is_dir()][:3] if path.is_dir() else []
         inside = f"; it holds the directories {', '.join(sorted(folders))}: name one of them" if folders else ""
@@ -89,6 +94,18 @@ def find_shards(path: Path) -> Sequence[Path]:
             )
     _check_complete(path, shards)
     return shards
+
+
+def _check_waits_for_nobody(path: Path) -> None:
+    """Raises DataError for a pipe or a device, which can be read only once, and a link to nowhere."""
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path} is a link to {path.readlink()}, where there is no file")
+    if not path.exists() or path.is_dir():
+        return
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error}: rows are read more than once, so write them to a file") from None
 
 
 def _is_data(file: Path) -> bool:

@@ -14,6 +14,7 @@ from megatron_gspo.data.templates import ChatTemplate
 from megatron_gspo.errors import DataError
 
 FILE = "tokenizer.json"
+TEMPLATE_FILE = "chat_template.jinja"
 PROBES = (
     "Tom has 2 apples.\nHow  many are left, 1,234.5?\n",
     "\tdef f(x):\n\n    return x ** 2  # it's\r\n",
@@ -22,6 +23,11 @@ PROBES = (
     "\u0645\u0631\u062d\u0628\u0627 \u0939\u093f\u0928\u094d\u0926\u0940 e\u0301 \u00bd \U0001f642",
 )
 """Texts whose tokens and decoded form must be those of ``tokenizer.json``: white space, digits, scripts."""
+JSON_FILES = (
+    *(FILE, "tokenizer_config.json", "config.json", "generation_config.json", "vocab.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+)
+"""What transformers and this package read of a directory: each must mean one thing to both."""
 SPECIALS = 512
 """Special tokens of a tokenizer that are tried; some have thousands that nothing uses."""
 
@@ -34,6 +40,8 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, directory: Path, template_variables: Mapping[str, Any] | None = None) -> None:
+        for name in JSON_FILES:
+            read_json(directory, name)
         self._hf = _load(directory)
         settings = read_json(directory, "tokenizer_config.json")
         if (directory / FILE).is_file():
@@ -41,7 +49,11 @@ class HuggingFaceTokenizer:
         else:
             _check_vocabulary(self._hf, directory, settings)
         self._begin = _begin(self._hf, self.encode, settings)
-        self._template = ChatTemplate(self._hf, template_variables or {}) if self._hf.chat_template else None
+        beside = directory / TEMPLATE_FILE
+        template_file = beside if beside.is_file() else directory / "tokenizer_config.json"
+        self._template = None
+        if self._hf.chat_template:
+            self._template = ChatTemplate(self._hf, template_variables or {}, template_file)
         if self._template is None and (directory / "chat_template.json").is_file():
             raise DataError(
                 f"{directory}: chat_template.json is read by nothing: write its text to chat_template.jinja"
@@ -53,6 +65,10 @@ class HuggingFaceTokenizer:
 
     def __len__(self) -> int:
         return max(self._hf.get_vocab().values(), default=-1) + 1
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        return max(map(len, self._hf.get_vocab()), default=1)  # of bytes, an entry has a character each
 
     @property
     def turn_end(self) -> int | None:

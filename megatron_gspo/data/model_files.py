@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from megatron_gspo import untrusted
 from megatron_gspo.errors import DataError
 
 
 def read_json(directory: Path, name: str = "config.json") -> dict[str, Any]:
     """The object that the file holds; empty when there is no such file. Raises DataError."""
     path = directory / name
-    if not path.is_file():
-        return {}
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        tree = untrusted.read_json(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: {error}") from None
     if not isinstance(tree, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(tree).__name__}")

@@ -14,6 +14,7 @@ from megatron_gspo.data.files import open_rows
 from megatron_gspo.data.fingerprint import Fingerprint
 from megatron_gspo.data.formats import Example, Paths, PromptFormat, completion_of, read_example, recognise
 from megatron_gspo.data.lazy import Cache, LazyItems
+from megatron_gspo.data.messages import ChatMessage
 from megatron_gspo.data.rows import Row, Rows
 from megatron_gspo.data.tokenizer import Tokenizer, training_end
 from megatron_gspo.errors import DataError
@@ -24,6 +25,8 @@ CHECKED_ROWS = 30_000
 FIRST_ROWS = 1_000
 """Rows of a longer file that are, from its beginning and among those that look broken; others when they are drawn."""
 SAMPLED_ROWS = 64
+SHORT_TOKEN = 16
+"""Characters that a token is taken to hold at least: some tokenizers drop or join characters before they cut a text."""
 RECOGNISED_BY = 100
 """Rows that "auto" looks at for one whose format it knows."""
 
@@ -127,6 +130,7 @@ def load_prompts(
     fields: Paths = OWN_FIELDS,
     chat_template: bool = True,
     max_prompt_tokens: int | None = None,
+    keep_long: bool = False,
     skip_bad: bool = False,
     limit: int | None = None,
     whole: bool = False,
@@ -141,8 +145,11 @@ def load_prompts(
     ``limit`` usable ones are found. Raises DataError with file and row; with ``skip_bad`` a bad row (malformed, over
     ``max_prompt_tokens``, an id seen before) is left out and counted, but a file without one usable row is an error
     all the same. Of more rows, ``FIRST_ROWS`` are looked at, and ``limit`` counts bad ones too.
+
+    A text of more characters than ``max_prompt_tokens`` of the longest tokens have is over-long without being
+    tokenized, which would take half a minute and gigabytes for one of 5 MB. With ``keep_long`` others are kept.
     """
-    reader = _Reader(tokenizer, format, fields, chat_template, max_prompt_tokens)
+    reader = _Reader(tokenizer, format, fields, chat_template, keep_long, max_prompt_tokens)
     return PromptSet(*_load(Path(path), reader, _Reader.prompt, lambda prompt: prompt, skip_bad, limit, whole))
 
 
@@ -155,6 +162,7 @@ def load_completions(
     chat_template: bool = True,
     max_prompt_tokens: int | None = None,
     max_response_tokens: int | None = None,
+    keep_long: bool = False,
     skip_bad: bool = False,
     limit: int | None = None,
 ) -> CompletionSet:
@@ -165,7 +173,9 @@ def load_completions(
     that one counted, is a bad row like an over-long prompt.
     """
     end_id = training_end(tokenizer, chat_template)
-    reader = _Reader(tokenizer, format, fields, chat_template, max_prompt_tokens, max_response_tokens, end_id)
+    reader = _Reader(
+        tokenizer, format, fields, chat_template, keep_long, max_prompt_tokens, max_response_tokens, end_id
+    )
     return CompletionSet(
         *_load(Path(path), reader, _Reader.completion, lambda example: example.prompt, skip_bad, limit, False)
     )
@@ -290,6 +300,7 @@ class _Reader:
     format: PromptFormat
     fields: Paths
     chat_template: bool
+    keep_long: bool
     max_prompt_tokens: int | None
     max_response_tokens: int | None = None
     end_id: int | None = None
@@ -302,9 +313,11 @@ class _Reader:
         example = self._example(row)
         text = completion_of(self.format, self.fields, example)
         assert self.end_id is not None
+        limit = Limit("completion", self.max_response_tokens, "rollout.max_response_tokens", self.keep_long)
+        limit.check_characters(len(text), self.tokenizer.longest_token)
         said = self.tokenizer.encode(text)
         ids = tuple(said if said and said[-1] in self.tokenizer.stop_ids else [*said, self.end_id])
-        _check_length("completion", len(ids), self.max_response_tokens, "rollout.max_response_tokens")
+        limit.check_tokens(len(ids))
         return Completion(self._prompt(row, example), ids)
 
     def _example(self, row: Row) -> Example:
@@ -318,19 +331,50 @@ class _Reader:
                 "the row has tools, which would not reach the chat template: give those that all rows share as "
                 "data.chat_template_kwargs.tools, and leave the field out or name it otherwise"
             )
+        limit = Limit("prompt", self.max_prompt_tokens, "rollout.max_prompt_tokens", self.keep_long)
+        limit.check_characters(_asked(example.prompt), self.tokenizer.longest_token)
         text = self.tokenizer.render(example.prompt, self.chat_template)
         if example.newline and text == self.tokenizer.render(example.prompt, False):
             text += "\n"
+        limit.check_characters(len(text), self.tokenizer.longest_token)
         ids = tuple(self.tokenizer.encode(text))
         if not ids:
             raise DataError("the prompt has no tokens")
-        _check_length("prompt", len(ids), self.max_prompt_tokens, "rollout.max_prompt_tokens")
+        limit.check_tokens(len(ids))
         identity = example.id or row.default_id
         if self.place_in_id and example.id:
             identity = f"{example.id}@{row.default_id}"
         return Prompt(identity, text, ids, example.answer, metadata=example.metadata)
 
 
-def _check_length(what: str, length: int, limit: int | None, setting: str) -> None:
-    if limit is not None and length > limit:
-        raise DataError(f"the {what} has {length} tokens, {setting} is {limit}: raise it, or set data.skip_bad = true")
+def _asked(prompt: str | tuple[ChatMessage, ...]) -> int:
+    """Characters that must be in the rendered text; of an assistant's turn a template may leave out the thinking."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(len(message["content"] or "") for message in prompt if message["role"] != "assistant")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How long a text may be. Raises DataError without the place."""
+
+    what: str
+    tokens: int | None
+    setting: str
+    keep_long: bool
+
+    def check_characters(self, characters: int, longest_token: int) -> None:
+        """Before the text is tokenized: one that cannot have so few tokens."""
+        most = (self.tokens or 0) * max(longest_token, SHORT_TOKEN)
+        if self.tokens is not None and characters > most:
+            raise DataError(
+                f"the {self.what} has {characters} characters, more than {self.setting} = {self.tokens} of the longest "
+                f"tokens hold ({most}): raise it, or set data.skip_bad = true"
+            )
+
+    def check_tokens(self, tokens: int) -> None:
+        if self.tokens is not None and tokens > self.tokens and not self.keep_long:
+            raise DataError(
+                f"the {self.what} has {tokens} tokens, {self.setting} is {self.tokens}: raise it, or set "
+                f"data.skip_bad = true"
+            )

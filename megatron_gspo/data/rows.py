@@ -58,7 +58,9 @@ class Rows(Protocol):
 def json_row(number: int, text: bytes, unit: str = "line") -> Row:
     """One JSON object. What is wrong with it becomes ``Row.problem``."""
     try:
-        fields = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_no_constant)
+        fields = json.loads(
+            text.decode("utf-8-sig"), object_pairs_hook=_object, parse_int=integer, parse_constant=_no_constant
+        )
         if b"\\u" in text:  # an escape may stand for half a character, which no file of the run could hold
             json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -67,8 +69,10 @@ def json_row(number: int, text: bytes, unit: str = "line") -> Row:
         return Row(unit, number, {}, f"not UTF-8 at byte {error.start + 1}")
     except json.JSONDecodeError as error:
         return Row(unit, number, {}, f"not JSON at character {error.pos + 1}: {error.msg}")
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets without end
+    except ValueError as error:  # an integer of thousands of digits
         return Row(unit, number, {}, f"not JSON that can be read: {error}")
+    except RecursionError:
+        return Row(unit, number, {}, "not JSON that can be read: it is nested too deeply")
     if not isinstance(fields, dict):
         return Row(unit, number, {}, f"expected one JSON object a {unit}, got {type(fields).__name__}")
     return Row(unit, number, fields)
@@ -80,6 +84,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise ValueError(f"the field {twice!r} stands twice")
     return fields
+
+
+def integer(digits: str) -> int:
+    """A JSON integer of as many digits as Python reads. Raises ValueError."""
+    try:
+        return int(digits)
+    except ValueError:
+        raise ValueError(f"an integer of {len(digits.lstrip('-'))} digits: write it as a text") from None
 
 
 def _no_constant(word: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Sequence
@@ -10,13 +11,14 @@ from pathlib import Path
 from megatron_gspo.data.messages import ChatMessage
 from megatron_gspo.data.model_files import find_stop_ids, one_line, read_json
 from megatron_gspo.errors import DataError, DependencyError
+from megatron_gspo.untrusted import open_regular
 
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s*")
 
 
 def is_tiktoken(model: Path) -> bool:
     """Whether the file is a tiktoken vocabulary: a line is a token's bytes in base64, and its rank."""
-    with model.open("rb") as lines:
+    with open_regular(model) as lines:
         return _TIKTOKEN_LINE.fullmatch(lines.readline(4096)) is not None
 
 
@@ -41,6 +43,10 @@ class SentencePieceTokenizer:
         eos = self._sp.eos_id()
         self.vocab_size = read_json(directory).get("vocab_size") or len(self)
         self.eos_id, self.stop_ids = find_stop_ids(directory, eos if eos >= 0 else None)
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        return max((len(self._sp.id_to_piece(i)) for i in range(len(self))), default=1)
 
     def __len__(self) -> int:
         return int(self._sp.get_piece_size())

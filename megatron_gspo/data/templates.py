@@ -5,20 +5,20 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 from megatron_gspo.data.messages import ChatMessage
 from megatron_gspo.data.model_files import one_line, short
+from megatron_gspo.data.rendering import StoppedError, bind, names_read, render
 from megatron_gspo.errors import DataError
 
+T = TypeVar("T")
 OURS = frozenset({"messages", "add_generation_prompt"})
 """Variables of a template that rendering sets itself."""
 GLOBALS = frozenset({"raise_exception", "strftime_now", "range", "dict", "namespace", "lipsum", "cycler", "joiner"})
 """Names that transformers and Jinja give to every template."""
-_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
-
-
 _ELSEWHERE = re.compile(
     r"\s*(?:<s>|<bos>|<\|endoftext\|>|<\uff5cbegin\u2581of\u2581sentence\uff5c>|\[gMASK\]<sop>)?\s*"
     r"(<\|im_start\|>|<\|begin_of_text\|>|<\|start_header_id\|>|<start_of_turn>|<\uff5cUser\uff5c>"
@@ -32,15 +32,21 @@ class ChatTemplate:
     """The template of a transformers tokenizer, with ``data.chat_template_kwargs`` bound to it.
 
     A template is a program of its own, which may leave out or change what it is given. So each message is looked for
-    in the text, and text that would be read as the template's own tokens is refused.
+    in the text, and text that would be read as the template's own tokens is refused. It runs in a process that can be
+    stopped (``rendering``); one that had to be is refused for good, with the file that holds it.
     """
 
-    def __init__(self, hf: Any, variables: Mapping[str, Any]) -> None:
-        self._hf, self._variables = hf, dict(variables)
+    def __init__(self, hf: Any, variables: Mapping[str, Any], file: Path) -> None:
+        """``file``: what errors name."""
+        self._hf, self._variables, self._file = hf, dict(variables), file
         try:
             self._source = str(hf.get_chat_template(tools=variables.get("tools")))
         except ValueError as error:  # several, and none by the name of "default"
             raise DataError(f"the chat template cannot be chosen: {one_line(error)}") from error
+        special = {name: _texts(token) for name, token in hf.special_tokens_map.items()}
+        unset = {"tools": None, "documents": None}
+        self._bound = bind(self._source, unset | special | self._variables)
+        self._stopped: StoppedError | None = None
         self._dropped: dict[tuple[Any, ...], frozenset[int]] = {}
         if variables:
             self._check_variables()
@@ -73,14 +79,21 @@ class ChatTemplate:
             return None
 
     def _write(self, messages: Sequence[ChatMessage], *, generation_prompt: bool) -> str:
-        try:
-            return str(
-                self._hf.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=generation_prompt, **self._variables
-                )
-            )
-        except Exception as error:  # a template is a program: jinja2's errors, or what it raises itself
-            raise DataError(f"the chat template refuses the messages: {one_line(error)}") from error
+        return self._run(
+            "the chat template refuses the messages: ",
+            lambda: render(self._bound, messages, generation_prompt=generation_prompt),
+        )
+
+    def _run(self, refusal: str, ask: Callable[[], T]) -> T:
+        """Raises DataError: what the template itself says, behind ``refusal``; or why it was stopped, now or before."""
+        if self._stopped is None:
+            try:
+                return ask()
+            except StoppedError as error:
+                self._stopped = StoppedError(f"{self._file}: the chat template {error}: it is not used; mend it there")
+            except DataError as error:
+                raise DataError(f"{refusal}{one_line(error)} ({self._file})") from None
+        raise self._stopped
 
     def _write_all(self, messages: Sequence[ChatMessage]) -> str:
         """As ``_write``. A turn that only calls tools has no content: null, as most templates ask for it, or an empty
@@ -97,15 +110,7 @@ class ChatTemplate:
 
     def _check_variables(self) -> None:
         """Raises DataError for a variable that the template never reads: setting it would do nothing."""
-        import jinja2
-        from jinja2 import meta
-
-        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
-        try:
-            read = meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", self._source)))
-        except jinja2.TemplateError as error:
-            raise DataError(f"the chat template is none: {one_line(error)}") from error
-        read -= OURS
+        read = self._run("the chat template is none: ", lambda: names_read(self._bound)) - OURS
         unread = sorted(self._variables.keys() - read)
         if unread:
             known = sorted(read - GLOBALS - set(self._hf.special_tokens_map))
@@ -144,12 +149,18 @@ class ChatTemplate:
     def _first_of(self, tokens: frozenset[str], text: str) -> str | None:
         return next((token for token in self._special.findall(text) if token in tokens), None)
 
+    @functools.cached_property
+    def _around(self) -> tuple[str, str]:
+        """What the template writes before and behind a user's only turn, without white space at the ends."""
+        (turn,) = _turns("user")
+        before, _, behind = self._write([turn], generation_prompt=True).partition(turn["content"])
+        return before.strip(), behind.strip()
+
     def _check_unrendered(self, text: str) -> None:
         """Raises DataError for a text that was rendered already: it would become a turn within a user's turn."""
         mark = self._first_of(self._marks, text)
         if mark is None:
-            (turn,) = _turns("user")
-            before, _, behind = map(str.strip, self._write([turn], generation_prompt=True).partition(turn["content"]))
+            before, behind = self._around
             if before and behind and text.strip().startswith(before) and text.strip().endswith(behind):
                 mark = before
         if mark is not None:
@@ -206,6 +217,11 @@ class ChatTemplate:
             except DataError:  # it asks for more than words; what the messages really say is looked for all the same
                 self._dropped[shape] = frozenset()
         return self._dropped[shape]
+
+
+def _texts(token: Any) -> Any:
+    """A special token as text; several as a list of them."""
+    return [str(part) for part in token] if isinstance(token, list | tuple) else str(token)
 
 
 def _turns(*roles: str) -> list[dict[str, str]]:

@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from megatron_gspo.data.messages import holds_messages
-from megatron_gspo.data.rows import Row, json_row
+from megatron_gspo.data.rows import Row, integer, json_row
 from megatron_gspo.errors import DataError
 
 BLOCK = 2**23
 """Bytes read at a time."""
+LONGEST_ROW = 2**26
+"""Bytes of a row: a file without line ends is not read into memory."""
 LONGEST_ELEMENT = 2**26
 """Characters of a JSON array's element; past them it is taken for one that never ends."""
 LONGEST_CELL = 2**26
@@ -57,11 +59,14 @@ class TextRows:
 
     def read(self, index: int) -> Row:
         start, end = int(self._index.starts[index]), int(self._index.ends[index])
+        numbers = self._index.numbers
+        number = index + 1 if numbers is None else int(numbers[index])
+        if end - start > LONGEST_ROW:
+            return Row("line", number, {}, f"has {end - start} bytes, a row has at most {LONGEST_ROW}")
         text = os.pread(self._file.fileno(), end - start, start)
         if len(text) < end - start or _state(self._file.fileno()) != self._state:
             raise DataError(f"{self._source} was changed while it was being read: start again")
-        numbers = self._index.numbers
-        return self._parse(index + 1 if numbers is None else int(numbers[index]), text)
+        return self._parse(number, text)
 
     def read_all(self) -> Iterator[Row]:
         return map(self.read, range(len(self)))
@@ -141,7 +146,7 @@ def _without_blanks(file: io.BufferedReader, starts: np.ndarray, ends: np.ndarra
     keep = np.ones(len(starts), bool)
     for line in odd.tolist():
         file.seek(int(starts[line]))
-        keep[line] = bool(file.read(int(ends[line] - starts[line])).strip())
+        keep[line] = bool(file.read(min(int(ends[line] - starts[line]), LONGEST_ROW)).strip())
     suspects = (np.cumsum(keep) - 1)[odd[keep[odd]]]
     numbers = None if keep.all() else np.flatnonzero(keep) + 1
     return Index(starts[keep], ends[keep], numbers, suspects)
@@ -162,7 +167,8 @@ def _index_array(file: io.BufferedReader, shown: Path) -> Index:
         if window.peek():
             raise ValueError("text follows the array's end")
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{shown}: after row {len(starts)}: not JSON that can be read: {error}") from None
+        problem = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise DataError(f"{shown}: after row {len(starts)}: not JSON that can be read: {problem}") from None
     return Index(np.frombuffer(starts, np.int64), np.frombuffer(ends, np.int64))
 
 
@@ -172,7 +178,7 @@ class _Window:
     def __init__(self, file: io.BufferedReader) -> None:
         self._bytes = 3 if file.peek(3)[:3] == b"\xef\xbb\xbf" else 0  # before ``self._at``, in the file
         self._text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        self._decode = json.JSONDecoder().raw_decode
+        self._decode = json.JSONDecoder(parse_int=integer).raw_decode
         self._window, self._at = "", 0
 
     def peek(self) -> str:

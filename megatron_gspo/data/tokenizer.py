@@ -12,6 +12,7 @@ from megatron_gspo.data.messages import ChatMessage
 from megatron_gspo.data.model_files import read_json, short
 from megatron_gspo.data.sentencepiece import SentencePieceTokenizer, is_tiktoken
 from megatron_gspo.errors import DataError
+from megatron_gspo.untrusted import strange_entry
 
 LONGEST_CHARACTER = 4
 """Tokens that one character may take: bytes of UTF-8."""
@@ -29,6 +30,11 @@ class Tokenizer(Protocol):
     vocab_size: int
     """Rows of the model's softmax (``config.vocab_size``): every id lies below it. ``len()`` counts the tokenizer's
     own entries, which may be fewer."""
+
+    @property
+    def longest_token(self) -> int:
+        """Characters of the longest token: so many times as many tokens hold every text that has no more."""
+        ...
 
     @property
     def turn_end(self) -> int | None:
@@ -154,7 +160,9 @@ def _load(path: Path, variables: Mapping[str, Any] | None) -> Tokenizer:
         return _plain(SentencePieceTokenizer(path, directory=path.parent), path, variables)
     if not path.is_dir():
         raise DataError(f"{path}: no such model directory")
-    models = sorted(path.glob("*.model"))
+    if problem := strange_entry(path):
+        raise DataError(f"{path}: {problem}")
+    models = sorted(file for file in path.glob("*.model") if file.is_file())
     if not (path / FILE).is_file():
         _check_remote_code(path, models)
     if any((path / name).is_file() for name in HF_TOKENIZER_FILES):

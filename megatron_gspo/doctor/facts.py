@@ -138,10 +138,14 @@ class Facts:
         return self.read_prompts(self.config.data.path, self.config.data.limit)
 
     def read_prompts(self, path: str, limit: int | None) -> PromptSet | CompletionSet:
-        read = load_completions if self.supervised else load_prompts
-        data = self.config.data
+        data, rollout = self.config.data, self.config.rollout
+        read: Callable[..., PromptSet | CompletionSet] = load_prompts
+        if self.supervised:
+            read = functools.partial(load_completions, max_response_tokens=rollout.max_response_tokens)
         return read(
             path,
+            max_prompt_tokens=rollout.max_prompt_tokens,
+            keep_long=True,
             tokenizer=self.tokenizer,
             format=data.format,
             fields=Paths.named_by(data),

@@ -12,6 +12,7 @@ from megatron_gspo.doctor.tokenizer import check_turn_end
 from megatron_gspo.errors import WeightError
 from megatron_gspo.hf.carried import carried_names
 from megatron_gspo.hf.catalog import read_config
+from megatron_gspo.hf.directory import check_companions
 from megatron_gspo.hf.elsewhere import other_names, some
 from megatron_gspo.hf.layout import check_recompute, check_replay
 from megatron_gspo.policy.checkpoint_files import is_distributed, read_header
@@ -66,6 +67,7 @@ def check_layout(facts: Facts) -> list[Check]:
 def check_model(facts: Facts) -> Check:
     """config.json: a family that is known, and how it reads."""
     shape = facts.shape
+    check_companions(Path(facts.config.model.path))
     experts = f", {shape.num_experts} experts top-{shape.top_k} in {sum(shape.moe_layers)} of them" * bool(
         shape.num_experts
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from megatron_gspo.hf import deepseek_v3, glm4_moe, mixtral, olmoe, qwen2_moe, q
 from megatron_gspo.hf.elsewhere import what_is_there
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.quantisation import without_quantization
+from megatron_gspo.untrusted import read_json, strange_entry
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.architecture: module.FAMILY
@@ -34,15 +34,15 @@ FLAGS = (
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """``config.json`` of a Hugging Face directory. Raises ConfigError when it is missing or not JSON."""
+    """``config.json`` of a Hugging Face directory. Raises ConfigError when it is missing or not JSON that is read."""
     path = Path(directory) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"{path}: not found: {directory} is no Hugging Face directory: {what_is_there(Path(directory))}"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: holds a {type(config).__name__}, not an object of settings")
@@ -55,6 +55,8 @@ def read_model(directory: str | Path, *, dequantised: bool = False) -> tuple[Fam
     Raises ConfigError for an unknown architecture, or what it cannot do.
     """
     config = read_config(directory)
+    if problem := strange_entry(Path(directory)):
+        raise ConfigError(f"{directory}: {problem}")
     config = without_quantization(config) if dequantised else config
     names = config.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else "(none)"

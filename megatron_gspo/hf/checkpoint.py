@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from megatron_gspo.errors import WeightError
 from megatron_gspo.hf import fp8
@@ -19,7 +17,8 @@ from megatron_gspo.hf.names import INDEX as INDEX
 from megatron_gspo.hf.names import MODEL, index_name, shard_name, shards_in, single_name
 from megatron_gspo.hf.names import SINGLE as SINGLE
 from megatron_gspo.hf.stacked import Part, find_parts
-from megatron_gspo.hf.stream import NAMES
+from megatron_gspo.hf.stream import NAMES, check_header, write_tensors
+from megatron_gspo.untrusted import check_regular, read_json
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Of weights that are read."""
@@ -37,6 +36,7 @@ class HfReader:
         """``stem``: what its files are called. Raises WeightError when there are none, or not all."""
         self.directory, self._stem = Path(directory), stem
         self._open: dict[Path, safe_open] = {}
+        self._checked: set[Path] = set()
         files = self._locate(self.directory / index_name(stem), self.directory / single_name(stem))
         self._parts = find_parts(files, lambda name: self._shape_in(files[name], name), self.directory)
         stacked = {part.stored for part in self._parts.values()}
@@ -125,14 +125,15 @@ class HfReader:
 
     def _file(self, path: Path) -> safe_open:
         if path not in self._open:
-            self._open[path] = _opened(path)
+            self._open[path] = _opened(path, checked=path in self._checked)
+            self._checked.add(path)
         return self._open[path]
 
     def _locate(self, index: Path, single: Path) -> dict[str, Path]:
         if index.exists():
             try:
-                table = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                table = dict(read_json(index)["weight_map"])
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise WeightError(f"{index}: not an index of tensors: {type(error).__name__}: {error}") from None
             files = {name: file_beside(index, file) for name, file in table.items()}
             if single.exists() and {*files.values()} != {single}:
@@ -170,11 +171,17 @@ def whole_set(directory: Path, stem: str = MODEL) -> list[Path]:
     return [files[number] for number in sorted(files)]
 
 
-def _opened(path: Path) -> safe_open:
-    """A file of tensors. Raises OSError for a directory or a pipe (which would wait for a writer)."""
-    if path.exists() and not path.is_file():
-        raise OSError("it is not a regular file")
-    return safe_open(path, framework="pt", device="cpu")
+def _opened(path: Path, *, checked: bool = False) -> safe_open:
+    """A file of tensors, whose header is read once more unless it was ``checked``.
+
+    Raises OSError for a directory or a pipe (which would wait for a writer), ValueError for a header that names a
+    tensor twice: the library takes the last one.
+    """
+    check_regular(path)
+    file = safe_open(path, framework="pt", device="cpu")
+    if not checked:
+        check_header(path)
+    return file
 
 
 def _names_in(path: Path) -> list[str]:
@@ -219,6 +226,6 @@ def write_shards(
     weight_map: dict[str, str] = {}
     for number, bucket in enumerate(buckets(tensors, max_bytes)):
         file = f"model-{owner:05d}-{number:05d}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in bucket}, directory / file, {"format": "pt"})
+        write_tensors(directory / file, bucket)
         weight_map |= dict.fromkeys((name for name, _ in bucket), file)
     return weight_map

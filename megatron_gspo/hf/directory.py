@@ -7,6 +7,7 @@ templates, generation settings, code that ``auto_map`` names, licence and model 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from megatron_gspo.hf.fp8 import READ
 from megatron_gspo.hf.names import MODEL, index_name, shard_name, single_name
 from megatron_gspo.hf.quantisation import settings_of, without_quantization
 from megatron_gspo.hf.remote_code import keep_what_is_there
+from megatron_gspo.untrusted import leads_out, read_json
 
 WEIGHTS = frozenset((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".distcp"))
 """Suffixes of files that hold weights: they are read or left, never copied."""
@@ -52,16 +54,36 @@ def copy_companions(source: Path, directory: Path, *, dtype: str | None = None) 
     code: set[Path] = set()
     for path in companions(source):
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / path, directory / path)
+        _copy(source, path, directory)
         if SETTINGS.fullmatch(path.name):
             lines, files = keep_what_is_there(source, directory / path)
             said += lines
             code |= files
     for path in sorted(code):
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / path, directory / path)
+        _copy(source, path, directory)
     _describe_weights(directory, dtype)
     return said
+
+
+def check_companions(source: Path) -> None:
+    """Raises WeightError for a companion that is a link to a file from outside of ``source``: a copy of it would go
+    wherever the trained weights go, and a model from elsewhere may name any file of yours."""
+    for path in companions(source):
+        _check_inside(source, path)
+
+
+def _check_inside(source: Path, path: Path) -> None:
+    if leads_out(source, source / path):
+        raise WeightError(
+            f"{source / path} is a link to {os.path.realpath(source / path)}, outside of the directory, and would be "
+            f"copied to where the trained weights go: put a copy in its place, or remove it"
+        )
+
+
+def _copy(source: Path, path: Path, directory: Path) -> None:
+    _check_inside(source, path)
+    shutil.copyfile(source / path, directory / path)
 
 
 def _describe_weights(directory: Path, dtype: str | None) -> None:
@@ -82,7 +104,7 @@ def name_stop_tokens(directory: Path, stop_ids: Sequence[int]) -> None:
     """Adds ids to those at which ``generation_config.json`` ends a response, so that whoever serves the directory stops
     where training did."""
     path = directory / "generation_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     named = settings.get("eos_token_id")
     own = named if isinstance(named, list) else [] if named is None else [named]
     write_json(path, settings | {"eos_token_id": list(dict.fromkeys([*own, *stop_ids]))})

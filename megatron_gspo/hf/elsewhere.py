@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megatron_gspo.hf.names import holds_weights
 from megatron_gspo.hf.quantisation import ORIGINAL
+from megatron_gspo.untrusted import read_json
 
 SAVE_AGAIN = "load it in transformers (AutoModelForCausalLM) and save_pretrained() it"
 MERGE = "an adapter, not a model: merge it into its base{base} with peft (merge_and_unload()) and save the result"
@@ -80,7 +80,7 @@ def some(names: Sequence[str]) -> str:
 def _base(directory: Path) -> str:
     """The model that an adapter was trained on, where it says so."""
     try:
-        base = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        base = read_json(directory / "adapter_config.json")["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
     return f" ({base!s:.120})"

@@ -13,9 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_gspo.untrusted import read_bytes, read_json
+
 KEY = "auto_map"
 REFERENCE = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)")
 ELSEWHERE = "--"
+LONGEST_MODULE = 2**24
+"""Bytes of a file that is parsed."""
 
 
 def keep_what_is_there(source: Path, written: Path) -> tuple[list[str], set[Path]]:
@@ -24,8 +28,8 @@ def keep_what_is_there(source: Path, written: Path) -> tuple[list[str], set[Path
     Returns a line for each of them, and the files that the others need, as paths within ``source``.
     """
     try:
-        config = json.loads(written.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = read_json(written)
+    except (OSError, ValueError):
         return [], set()  # whoever reads it says so
     if not isinstance(config, dict) or not isinstance(config.get(KEY), dict):
         return [], set()
@@ -80,8 +84,8 @@ def relative_imports(source: Path, path: Path) -> Iterator[Path]:
     A file that Python cannot parse imports nothing.
     """
     try:
-        tree = ast.parse((source / path).read_bytes())
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        tree = ast.parse(read_bytes(source / path, LONGEST_MODULE))
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or not node.level:

@@ -6,7 +6,6 @@ third matrix: what transformers' model has in memory, and writes with ``save_ori
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from megatron_gspo.hf import mixtral
 from megatron_gspo.hf.parts import SWIGLU
+from megatron_gspo.untrusted import read_json
 
 STACKED = re.compile(r"(?P<layer>.+)\.mlp\.experts\.gate_up_proj")
 STACKS = ("gate_up_proj", "down_proj")
@@ -74,7 +74,7 @@ def _is_stacked(gate_up: Shape, down: Shape) -> bool:
 
 def _is_mixtral(directory: Path) -> bool:
     try:
-        names = json.loads((directory / "config.json").read_text(encoding="utf-8"))["architectures"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        names = read_json(directory / "config.json")["architectures"]
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     return isinstance(names, list) and names[:1] == [mixtral.FAMILY.architecture]

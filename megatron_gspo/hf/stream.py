@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 from megatron_gspo.errors import WeightError
+from megatron_gspo.untrusted import open_regular, parse_json
 
 NAMES = {
     torch.float64: "F64",
@@ -21,6 +23,8 @@ NAMES = {
 """Of dtypes in a safetensors header (https://huggingface.co/docs/safetensors: Format)."""
 ALIGNMENT = 8
 """Bytes; the header is filled up with spaces, so that tensors lie where their dtype wants them."""
+LONGEST_HEADER = 100_000_000
+"""Bytes, of the safetensors library."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,10 @@ class TensorInfo:
 class StreamWriter:
     """One safetensors file; ``write`` takes the tensors that were announced, in that order."""
 
-    def __init__(self, path: Path, tensors: Sequence[TensorInfo]) -> None:
+    def __init__(self, path: Path, tensors: Sequence[TensorInfo], *, mode: int = 0o666) -> None:
+        """``mode``: permissions of a file that is made, less the umask."""
         self._path, self._coming = path, list(reversed(tensors))
-        self._file = path.open("wb")
+        self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode), "wb")
         self._file.write(_header(tensors))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -55,6 +60,32 @@ class StreamWriter:
         self._file.close()
         if self._coming:
             raise WeightError(f"{self._path}: {self._coming[-1].name} was announced and never came")
+
+
+def write_tensors(path: Path, tensors: Sequence[tuple[str, torch.Tensor]], *, mode: int = 0o666) -> None:
+    """Writes tensors, on the CPU, as one safetensors file; the widest dtypes first, as the safetensors library does.
+
+    That library's own writer makes files that nobody else can read, whatever the umask.
+    """
+    ordered = sorted(tensors, key=lambda named: (-named[1].dtype.itemsize, named[0]))
+    writer = StreamWriter(path, [TensorInfo(name, t.dtype, tuple(t.shape)) for name, t in ordered], mode=mode)
+    for name, tensor in ordered:
+        writer.write(name, tensor)
+    writer.close()
+
+
+def check_header(path: Path) -> None:
+    """Raises ValueError for a header that is JSON of two meanings, above all one that names a tensor twice.
+
+    What else may be wrong with a header the safetensors library says.
+    """
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if length <= LONGEST_HEADER else b""
+    try:
+        parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"its header: {error}") from None
 
 
 def _header(tensors: Sequence[TensorInfo]) -> bytes:

@@ -270,13 +270,20 @@ def _verified_header(policy: Policy, directory: Path) -> dict[str, Any]:
 def header_of_model(directory: Path, shape: ModelShape) -> dict[str, Any]:
     """``checkpoint.json`` of a checkpoint of such a model. Raises WeightError."""
     header = read_header(directory)
-    for name, mine in plain(shape).items():
-        if header["model"].get(name) != mine:
+    for name, mine in _flat(plain(shape)).items():
+        theirs = _flat(header["model"]).get(name)
+        if theirs != mine:
             raise WeightError(
-                f"{directory}: a checkpoint of another model: "
-                f"{name} is {header['model'].get(name)} there and {mine} here"
+                f"{directory}: a checkpoint of another model: {name} is {theirs!s:.80} there and {mine!s:.80} here: "
+                f"bring back the config.json that it was made with"
             )
     return header
+
+
+def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's fields, and those of Megatron's settings among them."""
+    further = model.get("megatron")
+    return {**model, **further, "megatron": sorted(further)} if isinstance(further, dict) else dict(model)
 
 
 def plain(shape: ModelShape) -> dict[str, Any]:

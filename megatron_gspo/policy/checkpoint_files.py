@@ -25,9 +25,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_gspo.errors import WeightError
+from megatron_gspo.untrusted import read_bytes, read_json, strange_entry
 
 HEADER = "checkpoint.json"
 LATEST = "latest"
+LONGEST_NAME = 1024
+"""Bytes of ``latest``."""
 METADATA = ".metadata"
 UNFINISHED, REPLACED, REMOVED = ".unfinished", ".replaced", ".removed"
 NAME = re.compile(r"outer_\d{5,}")
@@ -86,7 +89,7 @@ def checkpoints_in(root: Path) -> dict[int, Path]:
 def latest_in(root: Path) -> Path | None:
     """What ``latest`` names, there or not; without that file the newest checkpoint; None when there is none."""
     try:
-        name = (root / LATEST).read_text(encoding="utf-8").strip()
+        name = read_bytes(root / LATEST, LONGEST_NAME).decode().strip()
     except (FileNotFoundError, NotADirectoryError):
         return next(reversed(checkpoints_in(root).values()), None)
     except (OSError, UnicodeDecodeError) as error:
@@ -178,12 +181,14 @@ def read_header(directory: Path) -> dict[str, Any]:
     """``checkpoint.json``. Raises WeightError when it is missing, torn or altered."""
     if not directory.is_dir():
         raise WeightError(f"{directory}: no such checkpoint{_others(directory)}")
+    if problem := strange_entry(directory):
+        raise WeightError(f"{directory}: {problem}")
     try:
-        header = json.loads((directory / HEADER).read_text(encoding="utf-8"))
+        header = read_json(directory / HEADER)
         written = header.pop("sha256")
         [FileEntry(**entry) for entry in header["files"]]
         header["step"], header["model"], header["extra"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(directory, HEADER, f"{type(error).__name__}: {error}") from None
     if written != _digest(header):
         raise _damaged(directory, HEADER, "it was altered: its sha256 is not that of its content")

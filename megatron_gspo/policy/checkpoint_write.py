@@ -57,7 +57,7 @@ class PendingSave:
         try:
             self._on_first_rank(lambda: self._begin(common))
         except Exception:
-            self._discard()
+            self.discard()
             raise
         strategy = _Planner(*BACKEND, thread_count=FILES)
         strategy.async_save(shards, self._unfinished)
@@ -82,7 +82,7 @@ class PendingSave:
             parts = gather_objects(written, self._world)
             self._on_first_rank(lambda: self._publish(parts))
         except Exception:
-            self._discard()
+            self.discard()
             raise
 
     def _begin(self, common: Any) -> None:
@@ -93,7 +93,8 @@ class PendingSave:
         with self._refusals():
             return self._writing.result()
 
-    def _discard(self) -> None:
+    def discard(self) -> None:
+        """Removes what there is of it, written or not. Not collective."""
         if dist.get_rank() == 0:  # a full disk needs the room
             shutil.rmtree(self._unfinished, ignore_errors=True)
 

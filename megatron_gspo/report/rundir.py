@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,10 @@ class RunDirectory:
         manifest = {**self.manifest(), **end}
         if manifest.get("starts"):
             manifest["starts"] = [*manifest["starts"][:-1], {**manifest["starts"][-1], **end}]
-        self.write_manifest(manifest)
+        try:
+            self.write_manifest(manifest)
+        except OSError:  # a full disk, which is often why the run ended: it must not say that it goes on
+            _overwrite(self.manifest_file, json.dumps(manifest, indent=2) + "\n")
 
     def write_rollouts(self, outer_step: int, records: Sequence[RolloutRecord]) -> Path:
         """Writes the responses of one outer step, replacing those of an earlier try at it."""
@@ -269,6 +273,15 @@ def _measured(line: Record) -> Record:
 
 def _is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in ("config.toml", "manifest.json", "metrics.jsonl"))
+
+
+def _overwrite(path: Path, text: str) -> None:
+    """Writes a file in its own place, where no second one can be made. Raises OSError before it changes anything."""
+    content = text.encode()
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, len(content))
+        file.write(content)
+        file.truncate()
 
 
 def is_replaceable(path: Path) -> bool:

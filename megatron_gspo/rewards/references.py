@@ -29,6 +29,8 @@ BUDGET_S = 60.0
 FIRST_BATCH, BATCH = 8, 64
 FAILING_S = 0.5
 """Seconds after which it stops when nothing but failures came: a reward that hangs hangs on the rest too."""
+LONGEST_ENCODED = 2**16
+"""Characters of a reference that are encoded, as a response's tokens."""
 MADE_UP = "0"
 """A response that is wrong, unless it is the answer; for prompts without one."""
 Encode = Callable[[str], list[int]]
@@ -182,9 +184,10 @@ class ReferenceCheck:
 
 
 def as_response(prompt: Prompt, text: str, encode: Encode, eos_id: int, sample: int = 0) -> Rollout:
-    """A finished response as an engine would return it; one that cannot be encoded is the stop token alone."""
+    """A finished response as an engine would return it; one that cannot be encoded is the stop token alone. Of a very
+    long text (tests of a program, as a reference) the beginning is encoded: to encode megabytes takes a minute."""
     try:
-        ids = encode(text) if text else []
+        ids = encode(text[:LONGEST_ENCODED]) if text else []
     except DataError:  # a tokenizer of few characters
         ids = []
     ids = [*ids, eos_id]

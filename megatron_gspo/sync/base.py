@@ -58,6 +58,7 @@ def make_weight_sync(
     model_path: str | Path,
     expected_names: Collection[str] | None = None,
     access: ServerAccess = OPEN,
+    shared: bool = False,
 ) -> WeightSync:
     """The configured method.
 
@@ -65,11 +66,14 @@ def make_weight_sync(
     weights of "disk"). One push must cover ``expected_names`` exactly; when absent, the names in ``model_path``'s
     safetensors files. A server ignores a tensor whose name it does not know, and keeps the old weights of one that it
     is not sent; neither is an error to it.
+
+    ``shared``: the servers may run as another user, who must be able to read the files of "disk".
     """
     module, _, name = METHODS[config.method].partition(":")
-    sync: WeightSync = getattr(importlib.import_module(module), name)(
+    sync: BucketSync = getattr(importlib.import_module(module), name)(
         config, urls, peers, model_path, expected_names, access
     )
+    sync.shared = shared
     return sync
 
 
@@ -82,6 +86,8 @@ class BucketSync:
     one that is no version, so that rollouts from half-written weights are refused.
     """
 
+    shared = False
+    """As in ``make_weight_sync``."""
     _verified = False
     _reset: Reset | None = None
     _unverified = ""

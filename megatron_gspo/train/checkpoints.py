@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch.distributed as dist
 
@@ -25,6 +25,8 @@ class Checkpoints:
 
     A checkpoint counts once ``latest`` names it; only then are older ones removed. With ``checkpoint_async`` that is
     when every rank has written: at the end of a later outer step, before the next save at the latest.
+
+    Left with an exception, it removes what is on its way to disk: a full one needs the room.
     """
 
     def __init__(self, config: RunConfig, policy: Policy, identity: Mapping[str, Any]) -> None:
@@ -34,6 +36,15 @@ class Checkpoints:
         self._saved_at = 0
         self._exports = Exports(config, policy)
         self._on_first_rank(lambda: clear_leftovers(self._root))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._exports.discard()
+            if self._pending is not None:
+                self._pending.discard()
 
     def restore(self, resumption: Resumption, progress: Progress) -> None:
         """Policy and progress as they were. Raises WeightError or DataError when they cannot be."""

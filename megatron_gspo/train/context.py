@@ -209,6 +209,7 @@ def build_run(
             model_path=config.model.path,
             expected_names=expected_names(config, policy),
             access=access,
+            shared=bool(config.rollout.servers),
         ),
         reward=inputs.reward,
         gate=make_gate(config),

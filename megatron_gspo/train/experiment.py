@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from megatron_gspo.algorithm.catalog import LOSSES
 from megatron_gspo.config import RunConfig
+from megatron_gspo.data.model_files import read_json
 from megatron_gspo.rewards.registry import BUILTIN_REWARDS
 
 Flat = Mapping[str, Any]
@@ -169,11 +171,13 @@ hash: checkpoints keep it."""
 
 
 def contents(config: RunConfig) -> dict[str, str]:
-    """Setting -> a hash of what it names: the tokenizer's files, the reference's weights, the reward's source.
+    """Setting -> a hash of what it names: the tokenizer's files, the reference's weights, the reward's source; and of
+    what it adds to, the stop tokens of ``config.json``.
 
     A reward's own imports are not followed, and those of the package come with its version.
     """
-    found = {"model.path": files_digest(Path(config.model.path) / name for name in TOKENIZER)}
+    model = Path(config.model.path)
+    found = {"model.path": files_digest(model / name for name in TOKENIZER), "rollout.stop_tokens": _stop_tokens(model)}
     if config.algorithm.name != "sft":
         if (source := _source(config.reward.function)) is not None:
             found["reward.function"] = files_digest([source])
@@ -203,6 +207,12 @@ def files_digest(paths: Iterable[Path]) -> str:
                     file.seek(start)
                     digest.update(file.read(length))
     return digest.hexdigest()[:16]
+
+
+def _stop_tokens(model: Path) -> str:
+    """A hash of the end-of-sequence tokens in ``config.json``, which is none of the tokenizer's files."""
+    named = json.dumps(read_json(model).get("eos_token_id"))
+    return hashlib.sha256(named.encode()).hexdigest()[:16]
 
 
 def _spread(size: int) -> list[tuple[int, int]]:

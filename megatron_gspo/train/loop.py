@@ -110,10 +110,10 @@ def supervise(session: Session, inputs: Examples) -> Policy:
     config, groups = session.config, session.groups
     policy = Policy(config, groups)
     progress = Progress(PromptCursor(len(inputs.completions), config.train.seed, config.data.shuffle))
-    checkpoints = session.restore(policy, progress)
-    for report in fine_tune(config, groups, policy, inputs, progress, session.recorder.note):
-        session.recorder.steps([report])
-        session.end_step(progress, checkpoints)
+    with session.restore(policy, progress) as checkpoints:
+        for report in fine_tune(config, groups, policy, inputs, progress, session.recorder.note):
+            session.recorder.steps([report])
+            session.end_step(progress, checkpoints)
     return policy
 
 
@@ -126,11 +126,11 @@ def reinforce(session: Session, inputs: Inputs) -> Policy:
         if untested_engine := untested("sglang", run.engine.version):
             recorder.note(f"warning: {untested_engine}")
         progress = Progress(run.cursor)
-        checkpoints = session.restore(run.policy, progress)
         try:
-            for _ in outer_steps(run, progress, recorder):
-                session.end_step(progress, checkpoints)
-                serving.check()
+            with session.restore(run.policy, progress) as checkpoints:
+                for _ in outer_steps(run, progress, recorder):
+                    session.end_step(progress, checkpoints)
+                    serving.check()
         finally:
             run.sync.close()
     return run.policy

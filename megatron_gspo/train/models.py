@@ -10,6 +10,7 @@ from megatron_gspo.config import RolloutConfig, RunConfig
 from megatron_gspo.errors import ConfigError, UserError
 from megatron_gspo.hf.catalog import read_config, read_model
 from megatron_gspo.hf.checkpoint import HfReader
+from megatron_gspo.hf.directory import check_companions
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.hf.layout import check_layout, check_positions
 from megatron_gspo.hf.names import holds_weights
@@ -25,6 +26,7 @@ def check_models(config: RunConfig) -> None:
     """Raises ConfigError, naming the setting, for a policy of too few positions or of layers that the engine does not
     have, noise on the routers of a model that has none, and a reference that cannot be one."""
     family, shape = read_model(config.model.path)
+    check_companions(Path(config.model.path))
     check_positions(config.rollout, shape)
     if config.algorithm.name != "sft":
         check_engine(config.rollout.engine, config.model.path, shape)

@@ -26,6 +26,7 @@ BESIDE_CONFIG = ("outer_step", "optimizer_step", "cursor", "config", "prompts", 
 """What every run's checkpoint has in its ``extra``. Later versions have added "contents"."""
 CONTENTS = {
     "model.path": "the tokenizer, its template or its stop tokens",
+    "rollout.stop_tokens": "the end-of-sequence token of model.path's config.json",
     "algorithm.reference": "the reference policy",
     "reward.function": "the source of the reward",
 }

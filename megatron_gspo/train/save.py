@@ -124,6 +124,10 @@ class BackgroundSave:
         """Whether every rank has written its share, or failed to."""
         return all(gather_objects(self._writing.done(), self._world))
 
+    def discard(self) -> None:
+        """Gives it up, written or not: what is still being written fails. Not collective."""
+        self._save.discard()
+
     def finish(self) -> None:
         """Waits for all ranks and gives the directory its name. Raises WriteError on every rank when one failed."""
         try:
@@ -154,6 +158,11 @@ class Exports:
             self._publish(wait=True)
             self._pending = BackgroundSave(self._policy, self._config, self._root / name_of(outer_steps))
         self._publish(wait=last)
+
+    def discard(self) -> None:
+        """Gives up what is on its way to disk. Not collective."""
+        if self._pending is not None:
+            self._pending.discard()
 
     def _publish(self, *, wait: bool) -> None:
         if self._pending is None or not (wait or self._pending.written()):

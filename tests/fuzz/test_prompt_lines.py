@@ -44,7 +44,7 @@ SOUND = b"\n".join(map(as_json, ROWS)) + b"\n"
 class CharacterTokenizer:
     """One token a character; the template writes each turn as <role:content>, and wants its content to be text."""
 
-    eos_id, stop_ids, vocab_size, turn_end = 0, (0,), 0x110000, None
+    eos_id, stop_ids, vocab_size, turn_end, longest_token = 0, (0,), 0x110000, None, 1
 
     def __len__(self) -> int:
         return self.vocab_size

@@ -14,7 +14,7 @@ ROOT = Path(megatron_gspo.__file__).parent
 LAYERS = [
     {"errors", "limits", "_packing", "quiet", "versions"},
     {"supervise"},
-    {"types", "storage", "calls"},
+    {"types", "storage", "calls", "untrusted"},
     {"algorithm"},
     {"config"},
     {"parallel"},

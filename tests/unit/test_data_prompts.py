@@ -21,7 +21,7 @@ EOS = 256
 class ByteTokenizer:
     """One token a UTF-8 byte; the template writes each turn as <role:content>."""
 
-    eos_id, stop_ids, vocab_size, turn_end = EOS, (EOS,), 257, None
+    eos_id, stop_ids, vocab_size, turn_end, longest_token = EOS, (EOS,), 257, None, 1
 
     def __len__(self) -> int:
         return 257
@@ -173,3 +173,82 @@ def test_the_end_token_counts_towards_a_completions_length(tmp_path: Path) -> No
     assert load_completions(path, tokenizer=TOKENIZER, max_response_tokens=3, skip_bad=True).skipped == 1
     with pytest.raises(DataError, match="line 1: the field 'completion' is missing"):
         load_completions(write(tmp_path / "p.jsonl", {"prompt": "x"}), tokenizer=TOKENIZER)
+
+
+# ------------------------------------------------------------------------------------------------- very long texts
+
+
+class Counting(ByteTokenizer):
+    """Notes the longest text that it was given to encode or to render."""
+
+    longest_token = 32
+
+    def __init__(self) -> None:
+        self.encoded = self.rendered = 0
+
+    def encode(self, text: str) -> list[int]:
+        self.encoded = max(self.encoded, len(text))
+        return super().encode(text)
+
+    def render(self, prompt: str | Sequence[ChatMessage], use_chat_template: bool) -> str:
+        self.rendered = max(self.rendered, len(str(prompt)))
+        return super().render(prompt, use_chat_template)
+
+
+@pytest.mark.parametrize("keep_long", [False, True])
+@pytest.mark.parametrize(
+    "prompt", ["x" * 321, [{"role": "system", "content": "x" * 300}, {"role": "user", "content": "y" * 21}]]
+)
+def test_a_text_of_more_characters_than_the_tokens_hold_is_over_long_without_being_rendered_or_tokenized(
+    tmp_path: Path, prompt: Any, keep_long: bool
+) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": prompt})
+    tokenizer = Counting()
+    words = (
+        r"line 2: the prompt has 321 characters, more than rollout.max_prompt_tokens = 10 of the longest tokens hold"
+    )
+    with pytest.raises(DataError, match=words):
+        load_prompts(path, tokenizer=tokenizer, max_prompt_tokens=10, keep_long=keep_long)
+    assert (tokenizer.encoded, tokenizer.rendered) == (len("<user:a>"), 1)
+    kept = load_prompts(path, tokenizer=tokenizer, max_prompt_tokens=10, skip_bad=True, keep_long=True)
+    assert len(kept) == 1 and "321 characters" in kept.problems[0]
+
+
+def test_a_template_that_makes_a_text_longer_than_the_tokens_hold_is_found_before_it_is_tokenized(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "x" * 320})
+    tokenizer = Counting()
+    with pytest.raises(DataError, match="the prompt has 327 characters, more than"):
+        load_prompts(path, tokenizer=tokenizer, max_prompt_tokens=10)
+    assert tokenizer.encoded == 0
+
+
+def test_a_text_at_the_bound_is_tokenized_and_counted_in_tokens(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "x" * 320})
+    with pytest.raises(DataError, match=r"the prompt has 320 tokens, rollout\.max_prompt_tokens is 10"):
+        load_prompts(path, tokenizer=Counting(), max_prompt_tokens=10, chat_template=False)
+    (kept,) = load_prompts(
+        path, tokenizer=Counting(), max_prompt_tokens=10, chat_template=False, keep_long=True
+    ).prompts
+    assert len(kept.token_ids) == 320
+
+
+def test_a_completion_of_more_characters_than_the_tokens_hold_is_over_long_without_being_tokenized(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "1+1=", "completion": "2" * 321})
+    tokenizer = Counting()
+    words = r"the completion has 321 characters, more than rollout.max_response_tokens = 10 of the longest tokens hold"
+    with pytest.raises(DataError, match=words):
+        load_completions(path, tokenizer=tokenizer, max_prompt_tokens=10, max_response_tokens=10)
+    assert tokenizer.encoded < 20
+
+
+def test_a_row_of_more_bytes_than_rows_have_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_gspo.data.text_rows.LONGEST_ROW", 100)
+    path = write(tmp_path / "p.jsonl", {"prompt": "short"}, {"prompt": "x" * 200}, "#" * 300)
+    found = load_prompts(path, tokenizer=TOKENIZER, skip_bad=True)
+    assert len(found) == 1
+    assert found.problems[0] == "line 2: has 214 bytes, a row has at most 100"
+    assert found.problems[1] == "line 3: has 300 bytes, a row has at most 100"

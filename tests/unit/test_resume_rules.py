@@ -14,7 +14,7 @@ from megatron_gspo.errors import ConfigError, DataError, WeightError
 from megatron_gspo.policy import checkpoint_files as files
 from megatron_gspo.train.experiment import RULES, TABLE, contents, defaults, files_digest, flat
 from megatron_gspo.train.progress import Progress, fingerprint
-from megatron_gspo.train.resume import _find
+from megatron_gspo.train.resume import CONTENTS, _find
 
 PROMPTS = {"data.path": "a" * 16, "data.eval_path": "b" * 16}
 VERSIONS = {"torch": "2.13.0"}
@@ -189,9 +189,9 @@ def test_a_name_in_resume_changes_that_is_no_setting_is_refused(run: Path) -> No
         resume(run, train={"resume_changes": ["optimizer.lrate"]})
 
 
-@pytest.mark.parametrize("name", ["model.path", "algorithm.reference", "reward.function"])
+@pytest.mark.parametrize("name", ["model.path", "rollout.stop_tokens", "algorithm.reference", "reward.function"])
 def test_what_a_setting_names_is_compared_by_its_content(run: Path, name: str) -> None:
-    there = {"contents": dict.fromkeys(["model.path", "algorithm.reference", "reward.function"], "a" * 16)}
+    there = {"contents": dict.fromkeys(CONTENTS, "a" * 16)}
     publish(run, {"outer_step": 4, "optimizer_step": 16, "cursor": {}, **identity(make_config(run)), **there})
     assert resume(run, there).changes == {}
     now = {"contents": there["contents"] | {name: "c" * 16}}
@@ -234,11 +234,19 @@ def test_contents_are_those_of_tokenizer_reward_and_reference(tmp_path: Path) ->
         )
 
     first, kl = hashes(), hashes(kl_loss_coef=0.1)
-    assert set(first) == {"model.path", "reward.function"} and set(kl) == {*first, "algorithm.reference"}
+    assert set(first) == {"model.path", "rollout.stop_tokens", "reward.function"} and set(kl) == {
+        *first,
+        "algorithm.reference",
+    }
     for path, changed in ((model / "tokenizer.json", "model.path"), (reward, "reward.function")):
         path.write_text(path.read_text() + " ")
         assert {name for name, value in hashes().items() if value != first[name]} == {changed}
         first = hashes()
+    for text, changed in (('{"rope": 1}', set()), ('{"eos_token_id": [0, 3]}', {"rollout.stop_tokens"})):
+        (model / "config.json").write_text(text)
+        assert {name for name, value in hashes().items() if value != first[name]} == changed
+    first = hashes()
+    kl = hashes(kl_loss_coef=0.1)
     (model / "model.safetensors").write_text("x")
     assert hashes() == first and hashes(kl_loss_coef=0.1)["algorithm.reference"] != kl["algorithm.reference"]
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,23 @@ def test_a_page_that_cannot_be_written_leaves_the_one_before(
     with pytest.raises(OSError, match="File too large"):
         write_page("new" * 1000, page)
     assert page.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a.html"]
+
+
+def test_a_run_that_a_full_disk_ended_says_so_in_its_manifest(tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a file system, and not everywhere")
+    try:
+        run = RunDirectory(tmp_path)
+        run.write_manifest({"status": "running", "starts": [{"started": "now"}]})
+        with pytest.raises(OSError, match="No space left"):
+            (tmp_path / "everything").write_bytes(bytes(100_000))
+        run.finish("failed", "the disk is full")
+        assert run.manifest()["status"] == run.manifest()["starts"][0]["status"] == "failed"
+        run.finish("finished")
+        assert run.manifest()["status"] == "finished"
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_a_run_directory_that_a_full_disk_refuses_is_no_mistake(
