@@ -121,7 +121,7 @@ def skip_step(run: Run, number: int, first_step: int, summary: Mapping[str, floa
 
 def empty_text(number: int, metrics: Mapping[str, float]) -> str:
     """What happened in an outer step that has nothing to train on."""
-    return f"outer step {number}: no group has two responses left; dropped: {_kinds(metrics)}"
+    return f"outer step {number + 1}: no group has two responses left; dropped: {_kinds(metrics)}"
 
 
 def draw_prompts(run: Run, number: int) -> tuple[list[Prompt], dict[str, float]]:
