@@ -178,8 +178,8 @@ SECTIONS = (
                 "Loss",
                 "loss",
                 (Curve("loss", "loss"),),
-                "Of a policy a surrogate: its gradient means something, its level does not. Of fine-tuning the mean negative "
-                "log-likelihood of a token: it falls.",
+                "Of a policy a surrogate: its gradient means something, its level does not. Of fine-tuning the mean "
+                "negative log-likelihood of a token: it falls.",
             ),
         ),
     ),

@@ -122,7 +122,9 @@ def _loss(summary: dict[str, Any]) -> Tile:
     first, value = summary["loss_first"], summary["loss"]
     if value is None:
         return Tile("loss", "-", "")
-    return Tile("loss", f"{value:.4f}", f"{_change(value - first, '.4f')} from {first:.4f}; mean of {recent_text(summary)}")
+    return Tile(
+        "loss", f"{value:.4f}", f"{_change(value - first, '.4f')} from {first:.4f}; mean of {recent_text(summary)}"
+    )
 
 
 def _gradient(outer: Sequence[Record]) -> Tile:
@@ -138,7 +140,8 @@ def _per_step(summary: dict[str, Any]) -> str:
     whole, rollout = summary["seconds_per_outer_step"], summary["time_split"]["rollout"]
     if not whole:
         return ""
-    return f"{whole:.3g} s {'a' if summary['algorithm'] == 'sft' else 'an'} {step_noun(summary)}" + (f", {rollout / whole:.0%} rollout" if rollout else "")
+    per_step = f"{whole:.3g} s {'a' if summary['algorithm'] == 'sft' else 'an'} {step_noun(summary)}"
+    return per_step + (f", {rollout / whole:.0%} rollout" if rollout else "")
 
 
 def _steps(summary: dict[str, Any]) -> str:

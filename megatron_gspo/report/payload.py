@@ -79,9 +79,11 @@ def is_flat(chart: Chart, series: Sequence[dict[str, Any]]) -> bool:
     """Whether all that the chart would draw is 0 at every step of every run: the page names it and folds it away."""
     if chart.kind == "time":
         return False
-    level = {curve.metric: 1.0 if chart.kind == "ratio" and curve.metric.startswith("ratio/") else 0.0 for curve in chart.curves}
-    values = {name: [value for of_run in series if name in of_run for value in of_run[name]["y"]] for name in level}
-    return all(value == level[name] for name, found in values.items() for value in found)
+    for name in (curve.metric for curve in chart.curves):
+        level = 1.0 if chart.kind == "ratio" and name.startswith("ratio/") else 0.0  # what is drawn is s_i - 1
+        if any(value != level for of_run in series if name in of_run for value in of_run[name]["y"]):
+            return False
+    return True
 
 
 def run_payload(run: RunDirectory, label: str, of: int = 1) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from megatron_gspo.train.grade import Graded, evaluation_sampling, grade
 from megatron_gspo.train.models import check_engine
 from megatron_gspo.train.subject import Subject
 from megatron_gspo.train.survey import usable_questions
+from megatron_gspo.train.waiting import starting_servers
 
 
 @dataclass(frozen=True)
@@ -113,16 +114,18 @@ def _servers(
     if config.rollout.servers:
         yield config.rollout.servers, check_served(probe(config.rollout.servers, timeout_s=10.0), model)
         return
-    phase(f"starting {config.rollout.local_servers} rollout server(s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     servers = local_servers(config.rollout)(
         config.rollout,
         model,
         logs,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
         dtype=config.rollout.engine_dtype or config.model.dtype,
         seed=config.train.seed,
     )
-    with servers:
+    with contextlib.ExitStack() as stack:
+        with starting_servers(config.rollout, device, phase):
+            stack.enter_context(servers)
         yield servers.urls, None
 
 

@@ -102,7 +102,7 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
     with clock("sync"):
         run.push(number + 1)
     reports[-1].metrics |= clock.metrics(sum(minibatch.tokens for minibatch in minibatches))
-    return reports, read_samples(run, minibatches, shards, trained, collected.groups)
+    return reports, read_samples(run, minibatches, shards, trained, collected.groups, collected.samples)
 
 
 def skip_step(run: Run, number: int, first_step: int, summary: Mapping[str, float], clock: Clock) -> StepReport:

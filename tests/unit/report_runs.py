@@ -98,6 +98,8 @@ def make_rollout(sample: int, seed: int = 0, response: str = "4 3 7 0 1 5 9 2 2 
         rollout_logprobs=[value + draw.gauss(0, 1e-6) for value in old],
         old_logprobs=old,
         new_logprobs=[value + draw.gauss(0, 4e-3) for value in old],
+        group=0,
+        answer="4 3 7 0 1 5 9 2 2 8 4 9",
     )
 
 
