@@ -81,6 +81,8 @@ class EngineEntry:
     """A context manager that starts servers on this machine; called as ``sglang``'s ``LocalServers``."""
     without_dense_layers: frozenset[str] = frozenset()
     """Architectures of which it makes every layer a mixture of experts, whatever ``config.json`` says."""
+    kept_positions: int = 0
+    """Of a model's positions, those that a prompt and its response together never get."""
 
 
 ENGINES = {
@@ -89,6 +91,9 @@ ENGINES = {
         "megatron_gspo.rollout.launcher:LocalServers",
         # 0.5.23, srt/models/qwen2_moe.py and qwen3_moe.py: at equal weights logprobs were up to 2.6 off.
         without_dense_layers=frozenset({"Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"}),
+        # 0.5.23: a request has context length - 1 (srt/managers/tp_worker.py), and max_new_tokens is cut to what is
+        # left of that behind the prompt, less 1 (scheduler.py).
+        kept_positions=2,
     ),
 }
 

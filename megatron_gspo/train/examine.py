@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_gspo.config import RunConfig
-from megatron_gspo.data.formats import Paths
-from megatron_gspo.data.prompts import PromptSet, load_prompts
+from megatron_gspo.data.prompts import PromptSet
 from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer, response_text
 from megatron_gspo.errors import ConfigError, EngineUnavailableError
 from megatron_gspo.hf.catalog import read_model
@@ -21,6 +20,7 @@ from megatron_gspo.rewards.registry import Reward, resolve_reward
 from megatron_gspo.rollout.engine import Progress, Sampling, local_servers, make_engine
 from megatron_gspo.rollout.probe import ServerState, probe
 from megatron_gspo.train.grade import Graded, evaluation_sampling, grade
+from megatron_gspo.train.limits import check_room, read_prompts
 from megatron_gspo.train.models import check_engine
 from megatron_gspo.train.subject import Subject
 from megatron_gspo.train.survey import usable_questions
@@ -61,17 +61,8 @@ def read_questions(subject: Subject, *, greedy: bool) -> Questions:
             f"convert, there and back, writes them one by one"
         )
     tokenizer = open_tokenizer(config, directory)
-    prompts = load_prompts(
-        config.data.eval_path,
-        tokenizer=tokenizer,
-        format=config.data.format,
-        fields=Paths.named_by(config.data),
-        chat_template=config.data.chat_template,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        skip_bad=config.data.skip_bad,
-        limit=config.eval.prompts,
-        whole=True,
-    )
+    prompts = read_prompts(config, tokenizer)
+    check_room(config, directory, prompts)
     seeded = config.rollout.is_seeded(on_gpu=torch.cuda.is_available())
     sampling = evaluation_sampling(config, tokenizer.stop_ids, seeded=seeded, greedy=greedy)
     reward = resolve_reward(config.reward)
