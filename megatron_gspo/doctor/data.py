@@ -134,6 +134,8 @@ def _field_fix(config: RunConfig, problem: str, file: str) -> str:
     for setting in ("prompt_field", "answer_field", "completion_field") if named else ():
         if named and getattr(config.data, setting) == named[1]:
             return f"data.{setting}"
+    if named and named[1] == "completion":
+        return f"data.completion_field, or {file}"
     return f"data.prompt_field, or {file}" if "data.prompt_field names" in problem else file
 
 

@@ -209,7 +209,7 @@ def _clip_text(summary: dict[str, Any]) -> str:
 
 
 def _speed_text(summary: dict[str, Any]) -> str:
-    parts = [f"{part} {value:.1f}" for part, value in summary["time_split"].items() if value is not None]
+    parts = [f"{part} {value:.1f}" for part, value in summary["time_split"].items() if value]
     split = f" = {' + '.join(parts)}" if parts else ""
     rate, per_step = _text(summary["tokens_per_s"], ".0f"), _text(summary["seconds_per_outer_step"], ".1f")
     article = "a" if summary["algorithm"] == "sft" else "an"

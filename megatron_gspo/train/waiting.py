@@ -16,7 +16,7 @@ NAMES = {"sglang": "SGLang"}
 def starting_servers(config: RolloutConfig, device: str, say: Callable[[str], None]) -> Iterator[None]:
     """Says that local servers are started, and how long it took; nothing more when it raises."""
     number, name = config.local_servers, NAMES.get(config.engine, config.engine)
-    usual = "up to a minute on a CPU" if device == "cpu" else "a minute, and longer for a large model"
+    usual = "about a minute on a CPU" if device == "cpu" else "a minute, and longer for a large model"
     say(f"starting {number} {name} server{'' if number == 1 else 's'} ({usual}) ...")
     begin = time.monotonic()
     yield
