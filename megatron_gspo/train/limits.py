@@ -71,10 +71,8 @@ def _positions(config: RunConfig, model: Path) -> int:
 
 def _limit(config: RunConfig, model: Path) -> str:
     kept = ENGINES[config.rollout.engine].kept_positions
-    return (
-        f"{model} max_position_embeddings = {_positions(config, model) + kept}, of which {config.rollout.engine} "
-        f"keeps {kept}"
-    )
+    positions = _positions(config, model) + kept
+    return f"max_position_embeddings = {positions}, of which {config.rollout.engine} keeps {kept}"
 
 
 def _no_room(config: RunConfig, model: Path, longest: int) -> str:
