@@ -56,11 +56,11 @@ def rollouts(run: RunDirectory, share: int = 1) -> dict[str, Any]:
 def groups(lines: Iterable[Record]) -> list[dict[str, Any]]:
     """The lines of one file by prompt, in the order in which prompts appear: what they are asked, and the responses.
 
-    An earlier version wrote no ``group``: there the prompt's id tells groups apart.
+    An earlier version wrote no ``group``: there the prompt tells groups apart.
     """
     found: dict[str, dict[str, Any]] = {}
     for line in lines:
-        key = json.dumps([line.get("group"), line.get("prompt_id")], default=str)
+        key = json.dumps([line.get(name) for name in ("group", "prompt_id", "prompt")], default=str)
         if key not in found:
             found[key] = {name: _text(line.get(name)) for name in OF_THE_GROUP} | {"samples": []}
         found[key]["samples"].append(sample(line))
