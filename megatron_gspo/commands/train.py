@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 SUMMARY = "train a policy (or fine-tune it: algorithm.name=sft)"
@@ -30,8 +31,11 @@ def run(options: argparse.Namespace) -> int:
         from megatron_gspo.report.recorder import RunRecorder
 
         return run_rank(config, RunRecorder)
+    from megatron_gspo.report.text import count
     from megatron_gspo.train.launch import check_before_start, launch
 
     check_before_start(config)
     ranks = config.parallel.world_size()
+    if sys.stderr.isatty():  # the first rank's header takes some ten seconds
+        print(f"starting {count(ranks, 'rank')} ...", file=sys.stderr, flush=True)
     return launch(options.config, options.overrides, ranks=ranks, servers=config.rollout.servers)

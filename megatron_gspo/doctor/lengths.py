@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from megatron_gspo.data.prompts import CompletionSet, PromptSet
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
+from megatron_gspo.errors import DataError
 
 REFERENCES = 256
 """Reference answers that are measured in tokens."""
@@ -80,8 +82,11 @@ def _references(facts: Facts, prompts: PromptSet) -> list[Check]:
     """Responses too short for what they are to say, as far as reference answers show it."""
     limit, tokenizer = facts.config.rollout.max_response_tokens, facts.tokenizer
     setting = f"rollout.max_response_tokens = {limit}"
-    answers = {prompts.prompts[index].answer for index in prompts.sample(REFERENCES, 0)[:REFERENCES]} - {""}
-    lengths = [len(tokenizer.encode(answer)) + 1 for answer in sorted(answers)]
+    answers = set()
+    for index in prompts.sample(REFERENCES, 0)[:REFERENCES]:
+        with contextlib.suppress(DataError):  # a bad row of a long file, found when it is drawn
+            answers.add(prompts.prompts[index].answer)
+    lengths = [len(tokenizer.encode(answer)) + 1 for answer in sorted(answers - {""})]
     over = sum(length > limit for length in lengths)
     if over > len(lengths) / 2:
         return [

@@ -438,10 +438,11 @@ def test_a_malformed_line_is_named_by_file_and_line(case: Case) -> None:
 def test_too_few_prompts_and_too_long_ones_say_the_setting_and_the_value(case: Case) -> None:
     check = case.check("prompts", "data.limit=20")
     assert check.status == "error" and "20 prompts, 32 a step" in check.detail and "<= 20" in check.fix
-    check = case.check("prompts", "rollout.max_prompt_tokens=12")
-    assert check.status == "error" and check.fix == "rollout.max_prompt_tokens = 13, or data.skip_bad = true"
-    assert case.check("prompts", "rollout.max_prompt_tokens=12", "data.skip_bad=true").status == "warning"
     assert "600 prompts" in case.checks(only="prompts")[0].detail
+    with_row(case, 7, prompt="12345678901234567890=")
+    check = case.check("prompts")
+    assert check.status == "error" and check.fix == "rollout.max_prompt_tokens = 21, or data.skip_bad = true"
+    assert case.check("prompts", "data.skip_bad=true").status == "warning"
 
 
 @pytest.mark.parametrize("name", ["data.path", "data.eval_path"])
