@@ -9,6 +9,7 @@ from megatron_gspo.data.prompts import CompletionSet, PromptSet
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.errors import DataError
+from megatron_gspo.rollout.engine import ENGINES
 
 REFERENCES = 256
 """Reference answers that are measured in tokens."""
@@ -20,7 +21,7 @@ def fit_into(facts: Facts, limit: int) -> str:
     A prompt limit above the longest prompt costs room and gives nothing: it goes first.
     """
     rollout = facts.config.rollout
-    longest = None if facts.problem("prompts") else max(facts.prompts.looked.prompt_tokens)
+    longest = longest_prompt(facts)
     if longest is None:
         if rollout.max_prompt_tokens >= limit:
             return f"rollout.max_prompt_tokens: alone it leaves nothing of {limit} for a response"
@@ -40,6 +41,19 @@ def fit_into(facts: Facts, limit: int) -> str:
     if prompt + rollout.max_response_tokens <= limit:
         return shorter
     return f"{shorter} and rollout.max_response_tokens = {limit - prompt}"
+
+
+def longest_prompt(facts: Facts) -> int | None:
+    """Tokens of the longest prompt that training would take; None where no prompt can be read."""
+    if facts.problem("prompts"):
+        return None
+    tokens, limit = facts.prompts.looked.prompt_tokens, facts.config.rollout.max_prompt_tokens
+    return max((count for count in tokens if count <= limit), default=max(tokens))
+
+
+def kept_positions(facts: Facts) -> int:
+    """Of the model's positions, those that the engine gives to no request; fine-tuning has no engine."""
+    return 0 if facts.supervised else ENGINES[facts.config.rollout.engine].kept_positions
 
 
 def check_lengths(facts: Facts, prompts: PromptSet | CompletionSet) -> list[Check]:

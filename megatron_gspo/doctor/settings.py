@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_gspo.config import RunConfig
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
-from megatron_gspo.doctor.lengths import fit_into
+from megatron_gspo.doctor.lengths import fit_into, kept_positions, longest_prompt
 from megatron_gspo.errors import MegatronGspoError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.report.rundir import RunDirectory
@@ -81,11 +81,20 @@ def inert(facts: Facts) -> Iterator[Check]:
 def positions(facts: Facts) -> Iterator[Check]:
     rollout, limit = facts.config.rollout, _positions(facts)
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
-    if limit is not None and longest > limit:
+    if limit is None:
+        return
+    served = limit - kept_positions(facts)
+    if longest > limit:
         yield error(
             f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + max_response_tokens "
             f"{rollout.max_response_tokens} = {longest}, above max_position_embeddings = {limit} in config.json",
-            fit_into(facts, limit),
+            fit_into(facts, served),
+        )
+    elif (prompt := longest_prompt(facts)) is not None and prompt + rollout.max_response_tokens > served:
+        yield warning(
+            f"the longest prompt has {prompt} tokens, rollout.max_response_tokens = {rollout.max_response_tokens}: of "
+            f"max_position_embeddings = {limit}, {rollout.engine} keeps {limit - served}, and would cut this response",
+            fit_into(facts, served),
         )
 
 

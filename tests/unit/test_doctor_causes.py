@@ -50,21 +50,34 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     ("prompt", "response", "fix"),
     [
         (100, 16, "rollout.max_prompt_tokens = 13 (the longest prompt)"),
-        (1024, 51, "rollout.max_prompt_tokens = 13 (the longest prompt)"),
-        (13, 60, "rollout.max_response_tokens = 51"),
-        (1024, 1024, "rollout.max_prompt_tokens = 13 (the longest prompt) and rollout.max_response_tokens = 51"),
+        (1024, 49, "rollout.max_prompt_tokens = 13 (the longest prompt)"),
+        (13, 60, "rollout.max_response_tokens = 49"),
+        (1024, 1024, "rollout.max_prompt_tokens = 13 (the longest prompt) and rollout.max_response_tokens = 49"),
     ],
 )
 def test_of_two_limits_that_exceed_the_positions_the_one_at_fault_is_named(
     case: Case, prompt: int, response: int, fix: str
 ) -> None:
-    """The model has 64 positions, and every prompt 13 tokens: a prompt limit above that gives nothing."""
+    """The model has 64 positions, of which SGLang keeps two, and every prompt 13 tokens: a prompt limit above that
+    gives nothing."""
     limits = [f"rollout.max_prompt_tokens={prompt}", f"rollout.max_response_tokens={response}"]
     check = case.check("settings", *limits)
     assert (check.status, check.fix) == ("error", fix)
     assert case.check("settings", *(word.replace(" = ", "=").split(" (")[0] for word in fix.split(" and ")), *(
         limit for limit in limits if limit.partition("=")[0] not in fix
     )).status == "ok", "what it says to set does"  # fmt: skip
+
+
+@pytest.mark.parametrize(("response", "status"), [(49, "ok"), (50, "warning"), (51, "warning"), (52, "error")])
+def test_the_last_positions_are_the_engines(case: Case, response: int, status: str) -> None:
+    check = case.check("settings", f"rollout.max_response_tokens={response}")
+    assert check.status == status
+    if status != "ok":
+        assert check.fix == "rollout.max_response_tokens = 49"
+    supervised = case.check(
+        "settings", f"rollout.max_response_tokens={response}", 'algorithm.name="sft"', 'data.eval_path=""'
+    )
+    assert (supervised.status == "error") == (status == "error"), "fine-tuning has no engine"
 
 
 def test_prompts_that_leave_no_room_at_all_are_the_cause_themselves(case: Case) -> None:
