@@ -207,6 +207,7 @@ def rollout_servers(
                 seed=config.train.seed,
                 routes=config.replay.uses_engine_routes,
             )
+            recorder.phase("waiting for the servers")
             try:
                 with starting_servers(config.rollout, device, recorder.note):
                     urls, check = stack.enter_context(servers).urls, servers.check

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,42 +211,6 @@ def test_a_group_stands_together_with_its_prompt_and_reference_answer(page: Page
     places = "[...document.querySelectorAll('.sample')].map((box) => box.getBoundingClientRect())"
     boxes = page.value(f"{places}.map(({{ x, y }}) => [x, y])")
     assert len({y for _, y in boxes[:3]}) == 1 and len({x for x, _ in boxes[:3]}) == 3, "side by side"
-
-
-def test_groups_can_be_filtered_and_sorted(browser: Browser, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", outer_steps=1)
-    rewards = {"a": (1.0, 1.0), "b": (0.0, 1.0), "c": (0.0, 0.0)}
-    records = [
-        replace(make_rollout(3 * group + i), prompt_id=name, group=group, sample=i, reward=reward, clipped=name == "b")
-        for group, (name, of_group) in enumerate(rewards.items())
-        for i, reward in enumerate(of_group)
-    ]
-    records[4] = replace(records[4], finish_reason="length")
-    run.write_rollouts(0, records)
-    with browser.open(report(run)) as page:
-        assert page.value("[...byId('reader-filter').options].map((option) => option.text)") == [
-            "all groups (3)",
-            "rewards differ (1)",
-            "rewards all equal (2)",
-            "no reward above 0 (1)",
-            "with a clipped response (1)",
-            "with a truncated response (1)",
-        ]
-        names = lambda: page.texts(".prompt-id")  # noqa: E731
-        for chosen, expected in (("differ", ["b"]), ("equal", ["a", "c"]), ("wrong", ["c"]), ("clipped", ["b"])):
-            page.choose("#reader-filter", chosen)
-            assert names() == expected
-        page.choose("#reader-filter", "truncated")
-        assert names() == ["c"] and page.texts(".sample .mark") == ["truncated"]
-        assert page.text("#reader-note").startswith("1 of 3 saved groups of outer step 1, ")
-        page.choose("#reader-filter", "all")
-        page.choose("#reader-sort", "reward")
-        assert names() == ["c", "b", "a"], "by mean reward"
-        assert page.texts(".sample .reward")[2:4] == ["reward 0.000", "reward 1.000"]
-        page.choose("#reader-sort", "ratio")
-        far = {name: max(abs(r.ratio - 1) for r in records if r.prompt_id == name) for name in rewards}
-        assert names() == sorted(rewards, key=lambda name: -far[name])
-        assert page.errors == []
 
 
 def test_charts_that_are_0_all_along_fold_into_a_line_that_names_them(browser: Browser, page_file: Path) -> None:

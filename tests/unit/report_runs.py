@@ -119,3 +119,18 @@ def make_run(path: Path, outer_steps: int = 12, seed: int = 0, **sections: dict[
     (run.checkpoints / f"outer_{outer_steps:05d}" / "checkpoint.json").touch()
     run.finish()
     return run
+
+
+def make_fine_tuning(path: Path, steps: int = 40) -> RunDirectory:
+    """A finished one, whose loss falls by 0.05 a step from 3."""
+    config = make_config(path, algorithm={"name": "sft"}, train={"outer_steps": steps})
+    run = RunDirectory.create(config)
+    run.write_manifest(describe(config, world_size=2))
+    writer = run.metrics_writer()
+    for step in range(steps):
+        zeros = dict.fromkeys(("time/rollout", "time/reward", "time/logprobs", "time/sync"), 0.0)
+        metrics = {"loss": 3.0 - 0.05 * step, "grad_norm": 0.5, "lr": 1e-3, "time/train": 0.25, "tokens_per_s": 900.0}
+        writer.write(StepReport(step, step, 0, metrics | zeros))
+    writer.close()
+    run.finish()
+    return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,24 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import make_config, make_report, make_run
+from report_runs import make_config, make_fine_tuning, make_report, make_run
 
-from megatron_gspo.commands import COMMANDS
 from megatron_gspo.errors import DataError, DependencyError
 from megatron_gspo.report.console import COLUMNS, ConsoleSink, fitting
-from megatron_gspo.report.ending import ending
 from megatron_gspo.report.headline import tiles
-from megatron_gspo.report.manifest import describe
 from megatron_gspo.report.metrics import Record
 from megatron_gspo.report.payload import resumed_at
-from megatron_gspo.report.recorder import RunRecorder
 from megatron_gspo.report.rundir import RunDirectory, initial_evaluation
 from megatron_gspo.report.sink import Fanout
 from megatron_gspo.report.status import format_line, format_status, last_checkpoint, summarise, warnings
 from megatron_gspo.report.tensorboard import TensorBoardSink
 from megatron_gspo.report.text import duration
 from megatron_gspo.report.wandb import WandbSink
-from megatron_gspo.train.waiting import starting_servers
 from megatron_gspo.types import StepReport
 
 
@@ -97,21 +91,8 @@ def test_steps_are_counted_from_1_in_every_sentence(tmp_path: Path) -> None:
     assert shown["eval accuracy"].endswith("best 0.990 at step 5")
 
 
-def fine_tuned(path: Path, steps: int = 40) -> RunDirectory:
-    run = RunDirectory.create(make_config(path, algorithm={"name": "sft"}, train={"outer_steps": steps}))
-    run.write_manifest(describe(run.config(), world_size=2))
-    writer = run.metrics_writer()
-    for step in range(steps):
-        zeros = dict.fromkeys(("time/rollout", "time/reward", "time/logprobs", "time/sync"), 0.0)
-        metrics = {"loss": 3.0 - 0.05 * step, "grad_norm": 0.5, "lr": 1e-3, "time/train": 0.25, "tokens_per_s": 900.0}
-        writer.write(StepReport(step, step, 0, metrics | zeros))
-    writer.close()
-    run.finish()
-    return run
-
-
 def test_the_status_of_a_fine_tuning_run_is_its_loss(tmp_path: Path) -> None:
-    run = fine_tuned(tmp_path / "run")
+    run = make_fine_tuning(tmp_path / "run")
     summary = summarise(run)
     assert (summary["loss_first"], summary["loss"]) == (3.0, pytest.approx(3.0 - 0.05 * 34.5))
     assert format_status(summary).splitlines() == [
@@ -127,90 +108,6 @@ def test_the_status_of_a_fine_tuning_run_is_its_loss(tmp_path: Path) -> None:
     shown = {tile.name: (tile.value, tile.note) for tile in tiles(run, summary) if tile.value != "-"}
     assert shown["loss"] == ("1.2750", "−1.7250 from 3.0000; mean of the last 10 steps")
     assert shown["run time"][1] == "40 of 40 steps" and shown["tokens/s"] == ("900", "0.25 s a step")
-
-
-# ------------------------------------------------------------------------------------------- the end of a run
-
-
-def test_the_end_of_a_run_says_what_came_of_it_where_it_lies_and_what_to_do_next(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a run", outer_steps=10)
-    run.report_file.touch()
-    (run.path / "hf").mkdir()
-    (run.path / "hf" / "config.json").touch()
-    last, greedy = run.metrics()[-1]["eval/accuracy"], run.metrics()[-1]["eval/greedy_accuracy"]
-    accuracy = f"0.600 before, {last:.3f} after, greedy 0.650 before, {greedy:.3f} after"
-    assert ending(run) == [
-        "",
-        f"finished       held-out accuracy {accuracy}",
-        f"report         {run.report_file.as_uri()} (open it in a browser)",
-        f"model          {run.path}/hf",
-        f"next           megatron-gspo eval '{run.path}' --samples 8",
-        f"               megatron-gspo status '{run.path}'",
-    ]
-    assert "a%20run" in ending(run)[2], "a link is one word"
-    for line in ending(run)[-2:]:
-        _, command, *arguments = shlex.split(line[15:])
-        assert command in COMMANDS and arguments[0] == str(run.path)
-
-
-def test_the_end_of_a_run_without_evaluations_or_page_says_what_there_is(tmp_path: Path) -> None:
-    config = make_config(tmp_path / "run", data={"eval_path": ""}, eval={"every": 0})
-    run = RunDirectory.create(config)
-    writer = run.metrics_writer()
-    for reward in (0.25, 0.5):
-        writer.write(StepReport(int(4 * reward) - 1, int(4 * reward) - 1, 0, {"reward/mean": reward}))
-    writer.close()
-    assert ending(run) == [
-        "",
-        "finished       reward 0.250 -> 0.500; nothing was held out (data.eval_path)",
-        f"next           megatron-gspo eval {run.path} --prompts HELD_OUT_FILE --samples 8",
-        f"               megatron-gspo status {run.path}",
-    ]
-    assert ending(fine_tuned(tmp_path / "sft"))[1] == "finished       loss 3.0000 -> 1.2750"
-
-
-def test_a_run_that_finishes_ends_with_these_lines_and_one_that_fails_does_not(tmp_path: Path, capsys) -> None:
-    with RunRecorder(make_config(tmp_path / "run", train={"tensorboard": False}), 2) as recorder:
-        recorder.initial({"eval/accuracy": 0.5})
-        recorder.steps([make_report(4, minibatch) for minibatch in range(4)])
-    said = capsys.readouterr().err
-    assert "\nfinished       held-out accuracy 0.500 before, 0.7" in said
-    assert f"\nreport         {(tmp_path / 'run' / 'report.html').as_uri()} (open" in said
-    assert (tmp_path / "run" / "report.html").is_file(), "the page is there when it is named"
-    with pytest.raises(DataError), RunRecorder(make_config(tmp_path / "other"), 2):
-        raise DataError("no")
-    assert "finished" not in capsys.readouterr().err
-
-
-def test_the_time_before_the_first_step_is_no_part_of_the_eta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server takes 50 seconds to start, weights 10 to load, and each of twelve outer steps 2."""
-    now = [1000.0]
-    monkeypatch.setattr("megatron_gspo.report.console.time.monotonic", lambda: now[0])
-    stream = io.StringIO()
-    sink = ConsoleSink(make_config(tmp_path / "run"), world_size=2, stream=stream)
-    now[0] += 60.0
-    for outer_step in range(2):
-        sink.phase(f"outer step {outer_step + 1} of 12")
-        now[0] += 2.0
-        for minibatch in range(4):
-            sink.write(make_report(outer_step, minibatch))
-        now[0] += 1.0  # a checkpoint: it comes again
-    first, second = (line.split()[-1] for line in stream.getvalue().splitlines() if "/12 " in line)
-    assert (first, second) == ("22s", "25s")  # 11 of 2 s; 10 of (2 + 3) / 2 s
-
-
-def test_starting_servers_is_said_before_it_takes_its_time_and_how_long_it_took_after(monkeypatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("megatron_gspo.train.waiting.time.monotonic", lambda: now[0])
-    said: list[str] = []
-    config = make_config(Path("run"), rollout={"local_servers": 2}).rollout
-    with starting_servers(config, "cpu", said.append):
-        assert said == ["starting 2 SGLang servers (about a minute on a CPU) ..."]
-        now[0] += 34.2
-    assert said[1:] == ["ready after 34 s"]
-    with pytest.raises(RuntimeError), starting_servers(config, "cuda", said.append):
-        raise RuntimeError
-    assert said[2:] == ["starting 2 SGLang servers (a minute, and longer for a large model) ..."]
 
 
 def test_a_run_without_a_line_has_a_status(tmp_path: Path) -> None:
