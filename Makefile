@@ -42,7 +42,6 @@ quickstart: install ## install, then train a tiny mixture of experts with GSPO a
 	    rm -f .cache/quickstart/.cold-start-*; touch $(COLD_START); \
 	fi
 	@.venv/bin/megatron-gspo train examples/quickstart/gspo.toml train.overwrite=true
-	@echo; echo "The report: $(CURDIR)/runs/quickstart/report.html"
 
 .PHONY: test
 test: install browser ## install, then run all tests

@@ -345,6 +345,10 @@ class RolloutRecord:
     """[R] log pi_old."""
     new_logprobs: Sequence[float] | None = None
     """[R] log pi_theta when its mini-batch was trained on."""
+    group: int | None = None
+    """Its prompt's position among those of the outer step, which may have drawn one prompt twice."""
+    answer: str | None = None
+    """The reference answer."""
 
     PER_TOKEN: ClassVar = ("rollout_logprobs", "old_logprobs", "new_logprobs")
 

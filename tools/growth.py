@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import re
 import subprocess
 import sys
 import time
@@ -24,9 +24,10 @@ import psutil
 ROOT = Path(__file__).parents[1]
 WARM_UP = 100
 """Outer steps before growth counts."""
-MOST_GROWTH = {"memory_mib": 8.0, "descriptors": 0, "threads": 0, "shm_files": 0}
+MOST_GROWTH = {"memory_mib": 10.0, "descriptors": 0, "threads": 0, "shared": 0}
 """By which the median of the last fifth of the steps may exceed that of the fifth after the warm-up. Memory that an
 allocator keeps moves by some MiB; a leak of 100 kB a step is 30 MiB."""
+MAPPED = re.compile(r"(/dev/shm/.*)$", re.MULTILINE)
 Sample = dict[str, float]
 
 
@@ -43,6 +44,7 @@ def settings(directory: Path, steps: int) -> list[str]:
         "train.checkpoint_every=50",
         "rollout.group_size=4",
         'sync.method="disk"',
+        f'sync.directory="{directory}/sync"',
         "eval.every=0",
         f'reward.function="{ROOT}/tests/training/rewards.py:share_of_even_tokens"',
     ]
@@ -70,10 +72,10 @@ def sample(root: psutil.Process) -> dict[str, Sample]:
                     "memory_mib": process.memory_full_info().uss / 2**20,
                     "descriptors": process.num_fds(),
                     "threads": process.num_threads(),
+                    "shared": len(set(MAPPED.findall(Path(f"/proc/{process.pid}/maps").read_text()))),
                 }
-        except psutil.Error:  # it has ended
+        except (psutil.Error, OSError):  # it has ended
             continue
-    found["machine"] = {"shm_files": len(os.listdir("/dev/shm"))}
     return found
 
 
@@ -82,10 +84,11 @@ def watch(directory: Path, steps: int) -> dict[str, list[tuple[int, Sample]]]:
     prepare = [sys.executable, str(ROOT / "examples/quickstart/prepare.py"), str(directory)]
     subprocess.run([*prepare, "--sft-examples", "64", "--train-prompts", "256", "--eval-prompts", "16"], check=True)
     command = [sys.executable, "-m", "megatron_gspo.cli", "train", str(ROOT / "examples/quickstart/gspo.toml")]
+    (directory / "sync").mkdir(exist_ok=True)
     metrics, series = directory / "run" / "metrics.jsonl", defaultdict[str, list[tuple[int, Sample]]](list)
     with (directory / "log").open("w") as log:
         run = subprocess.Popen([*command, *settings(directory, steps)], stdout=log, stderr=subprocess.STDOUT)
-        root, seen = psutil.Process(run.pid), -1
+        root, seen, left = psutil.Process(run.pid), -1, 0
         while run.poll() is None:
             time.sleep(0.5)
             done = metrics.read_bytes().count(b"\n") // 2 if metrics.exists() else 0
@@ -93,8 +96,11 @@ def watch(directory: Path, steps: int) -> dict[str, list[tuple[int, Sample]]]:
                 seen = done
                 for name, held in sample(root).items():
                     series[name].append((done, held))
+                left = max(left, sum(1 for _ in (directory / "sync").iterdir()))
     if run.returncode:
         raise RuntimeError(f"the run ended with {run.returncode}: {directory / 'log'}")
+    if left > 1:
+        raise RuntimeError(f"weights of {left} versions lay in {directory}/sync at a time")
     return series
 
 
@@ -127,12 +133,12 @@ WIDTH, HEIGHT, LEFT = 720, 150, 52
 
 def figure(series: Mapping[str, Sequence[tuple[int, Sample]]], steps: int) -> str:
     """An SVG: a panel for each quantity, a line for each process."""
-    roles = sorted(name for name in series if name != "machine")
+    roles = sorted(series)
     panels = [
         panel("memory of its own, MiB", "memory_mib", series, roles, steps, 0),
         panel("file descriptors", "descriptors", series, roles, steps, 1),
         panel("threads", "threads", series, roles, steps, 2),
-        panel("files in /dev/shm", "shm_files", series, ["machine"], steps, 3),
+        panel("segments of shared memory", "shared", series, roles, steps, 3),
     ]
     legend = "".join(
         f'<text x="{LEFT + 130 * i}" y="{4 * HEIGHT + 24}" fill="{COLOURS[i % len(COLOURS)]}">{name}</text>'
@@ -184,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     series = watch(options.directory.resolve(), options.steps)
     grown: dict[str, Any] = growth(series, options.steps)
     print(json.dumps({"seconds": round(time.monotonic() - started), "growth": grown}, indent=1))
+    (options.directory / "series.json").write_text(json.dumps(series))
     if options.figure:
         options.figure.write_text(figure(series, options.steps), encoding="utf-8")
     problems = too_much(grown)

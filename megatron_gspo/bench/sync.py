@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import multiprocessing as mp
@@ -24,6 +25,7 @@ from megatron_gspo.hf.checkpoint import SINGLE, buckets
 from megatron_gspo.rollout.launcher import LocalServers
 from megatron_gspo.sync.base import METHODS, WeightSync, make_weight_sync
 from megatron_gspo.sync.peers import Peers
+from megatron_gspo.train.waiting import starting_servers
 from megatron_gspo.types import ServerAccess
 
 AIM = 0.7
@@ -46,19 +48,23 @@ class Settings:
     methods: tuple[str, ...] = tuple(METHODS)
 
 
-def run(settings: Settings) -> dict[str, Any]:
+def run(settings: Settings, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Pushes the model in turns: the bare broadcast, then each method, one turn more than ``repetitions`` to warm up.
 
     Returns {"machine", "settings", "bytes", "rows": [{"method", "seconds", "bytes_per_s", "ratio", "cpu_seconds",
     "cpu_ratio", "trainer_bytes", "server_bytes"}], "aim"}. ``ratio``: the broadcast's seconds by the method's in the
     same turn; ``cpu_*``: processor time of all processes at both ends. ``*_bytes``: peak of resident memory above what
     was held before, of this process and of its children (the server's; for the broadcast, its receiver) together.
+    ``say`` hears that the server is started.
     """
     with tempfile.TemporaryDirectory(prefix="bench-sync-") as directory:
         model = Path(directory) / "model"
         weights = make_model(model, settings)
         servers = LocalServers(RolloutConfig(), model, Path(directory) / "logs", device="cpu", dtype="float32")
-        with servers, BareBroadcast(weights, settings.bucket_mb) as bare:
+        with contextlib.ExitStack() as stack:
+            with starting_servers(RolloutConfig(), "cpu", say):
+                stack.enter_context(servers)
+            bare = stack.enter_context(BareBroadcast(weights, settings.bucket_mb))
             syncs = {
                 method: make_weight_sync(
                     SyncConfig.model_validate({"method": method, "bucket_mb": settings.bucket_mb, "verify": "off"}),

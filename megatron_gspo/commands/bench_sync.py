@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from megatron_gspo.commands.bench import positive
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     names = ("layers", "hidden", "experts", "expert_width", "vocab", "bucket_mb", "methods", "repetitions")
     chosen = {name: value for name in names if (value := getattr(options, name)) is not None}
-    result = sync.run(sync.Settings(**chosen))
+    result = sync.run(sync.Settings(**chosen), lambda text: print(text, file=sys.stderr, flush=True))
     print(json.dumps(result, indent=2) if options.json else _table(result))
     return 0
 

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     jobs = choose_jobs(options.jobs, plan, device)
     stop = Stop()
     with open_directory(plan), Progress(plan, jobs) as progress, stopping_on_signals(stop, progress.say):
-        run_plan(plan, jobs, device, progress.ended, stop)
+        run_plan(plan, jobs, device, progress.ended, stop, progress.say)
         return _finish(plan, progress.failed, stopped=stop.asked, as_json=options.json)
 
 

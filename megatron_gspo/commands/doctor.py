@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="world size under torchrun (default: what it needs here)"
     )
+    parser.add_argument(
+        "--ranks-per-node", type=int, metavar="N", help="ranks of each machine, which this one stands for"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(watched=lambda options: "doctor")
 
@@ -46,14 +49,15 @@ def run(options: argparse.Namespace) -> int:
 
     from megatron_gspo.errors import ConfigError
 
-    if options.ranks is not None and options.ranks < 1:
-        raise ConfigError(f"--ranks = {options.ranks}: the number of ranks is at least 1")
+    for option, value in (("--ranks", options.ranks), ("--ranks-per-node", options.ranks_per_node)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} = {value}: the number of ranks is at least 1")
     from megatron_gspo.doctor.catalog import CHECKS
     from megatron_gspo.doctor.check import as_json, examine, first_error
     from megatron_gspo.doctor.facts import Facts
 
     with quiet():
-        facts = Facts(options.config, options.overrides, options.ranks)
+        facts = Facts(options.config, options.overrides, options.ranks, options.ranks_per_node)
         unread = facts.problem("config") is not None
         checks = examine(facts, CHECKS if options.json or not unread else CHECKS[:1])
     if options.json:

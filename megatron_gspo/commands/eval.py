@@ -16,7 +16,8 @@ EXAMPLE = "megatron-gspo eval runs/quickstart --checkpoint latest --samples 8"
 MORE = (
     "What is evaluated: the model that a configuration starts from; a run, its hf/ when it has finished and else its\n"
     "latest checkpoint; or a Hugging Face directory. Prompts, reward and sampling are those of the configuration (of\n"
-    "the run) unless options or settings say otherwise. Servers are started for it unless rollout.servers names some."
+    "the run) unless options or settings say otherwise; a bare model gets limits that fit it and the prompts.\n"
+    "Servers are started for it unless rollout.servers names some."
 )
 
 
@@ -57,14 +58,18 @@ def evaluate(options: argparse.Namespace) -> str:
 
     from megatron_gspo.report.evaluation import EvaluationDirectory, fingerprint, format_result
     from megatron_gspo.train.examine import examine, read_questions
+    from megatron_gspo.train.limits import fitting
     from megatron_gspo.train.subject import exported
 
     subject = find_subject(options)
     check_subject(subject)
+    subject = fitting(subject)
     questions = read_questions(subject, greedy=options.greedy)
     started, clock = datetime.now(UTC), time.monotonic()
     out = EvaluationDirectory(options.out or default_out(subject, f"{started:%Y%m%dT%H%M%S}"))
     with out, Progress(len(questions.prompts)) as progress:
+        if subject.open_limits:
+            progress.note(describe_limits(subject))
         progress.phase(f"reading {subject.describe()}")
         with exported(subject, out.path) as subject:
             assert subject.model is not None
@@ -134,6 +139,15 @@ def settings(options: argparse.Namespace) -> list[str]:
     }
     given = [f"{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
     return [*(["reward.options={}"] if options.reward else []), *given, *options.overrides]
+
+
+def describe_limits(subject: Subject) -> str:
+    """What was chosen where nothing was named."""
+    rollout = subject.config.rollout
+    return (
+        f"prompts have at most {rollout.max_prompt_tokens} tokens, responses are given {rollout.max_response_tokens} "
+        f"(--max-tokens)"
+    )
 
 
 def default_out(subject: Subject, stamp: str) -> Path:
@@ -210,6 +224,10 @@ class Progress:
         self._bars.update(self._task, description=text)
         if not self._console.is_terminal:
             print(text, file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def advance(self) -> None:
         self._bars.advance(self._task)

@@ -21,6 +21,7 @@ from megatron_gspo.rollout.engine import local_servers
 from megatron_gspo.rollout.launcher import last_words
 from megatron_gspo.storage import free_space
 from megatron_gspo.train.models import served
+from megatron_gspo.train.waiting import starting_servers
 
 Ended = Callable[["Outcome"], None]
 
@@ -101,12 +102,13 @@ class Worker(threading.Thread):
         device: str,
         urls: tuple[str, ...] = (),
         number: int = 0,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         super().__init__(name=f"worker {number}", daemon=True)
         self.failure: Exception | None = None
         """Why this worker could not go on: no cell's fault."""
         self._plan, self._queue, self._processes, self._stopping, self._ended = plan, queue, processes, stop, ended
-        self._device, self._urls = device, urls
+        self._device, self._urls, self._say = device, urls, say
         self._logs = plan.out / "servers" / f"worker-{number}"
         self._servers: Any = None
         self._serves: ServerKey | None = None
@@ -170,7 +172,8 @@ class Worker(threading.Thread):
             dtype=key.dtype,
             routes=key.routes,
         )
-        self._servers.__enter__()
+        with starting_servers(config.rollout, self._device, self._say):
+            self._servers.__enter__()
         self._serves = key
         return tuple(self._servers.urls)
 
@@ -193,8 +196,10 @@ def _shape(directory: str) -> ModelShape:
     return read_model(directory)[1]
 
 
-def run_plan(plan: Plan, jobs: int, device: str, ended: Ended, stop: Stop) -> None:
-    """Runs every cell that is not finished, ``jobs`` at a time; ``ended`` hears of each.
+def run_plan(
+    plan: Plan, jobs: int, device: str, ended: Ended, stop: Stop, say: Callable[[str], None] = lambda text: None
+) -> None:
+    """Runs every cell that is not finished, ``jobs`` at a time; ``ended`` hears of each, ``say`` of servers that start.
 
     Raises what kept a worker from going on, such as a server that does not start.
     """
@@ -204,7 +209,7 @@ def run_plan(plan: Plan, jobs: int, device: str, ended: Ended, stop: Stop) -> No
     processes, servers = CellProcesses(device), plan.base.rollout.servers
     for number in range(min(jobs, len(queue))):
         urls = servers[number::jobs]
-        worker = Worker(plan, queue, processes, stop, ended, device=device, urls=urls, number=number)
+        worker = Worker(plan, queue, processes, stop, ended, device=device, urls=urls, number=number, say=say)
         stop.workers.append(worker)
     for worker in stop.workers:
         worker.start()

@@ -55,7 +55,8 @@ class RolloutConfig(Section):
     max_prompt_tokens: Positive = 1024
     """Longer prompts are an error, or are skipped and counted when ``data.skip_bad`` is set."""
     max_response_tokens: Positive = 1024
-    """Longer responses are cut: ``finish_reason`` "length"."""
+    """Longer responses are cut: ``finish_reason`` "length". Behind the prompt they must fit into the model's positions,
+    of which SGLang keeps two."""
     stop_tokens: Annotated[tuple[StopToken, ...], AsList] = ()
     """Tokens that end a response besides the model's own (those of ``generation_config.json``, ``config.json`` and the
     tokenizer), as texts or ids: ``["<|im_end|>"]`` for a base model whose chat template ends a turn with it. Each must

@@ -56,9 +56,12 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         prompts, minibatches = self.train.prompts_per_step, self.train.minibatches
         if self.algorithm.name != "sft" and prompts % minibatches:
+            below, above = prompts // minibatches * minibatches, -(-prompts // minibatches) * minibatches
+            fewer = max(count for count in range(1, minibatches) if prompts % count == 0)
             raise ValueError(
                 f"train.prompts_per_step = {prompts} is not a multiple of train.minibatches = {minibatches}: "
-                f"a mini-batch is made of whole groups ({prompts} / {minibatches} = {prompts / minibatches:g})"
+                f"a mini-batch is made of whole groups ({prompts} / {minibatches} = {prompts / minibatches:g}); "
+                f"{f'{below} or {above}' if below else above} prompts would do, or train.minibatches = {fewer}"
             )
         if self.optimizer.min_lr > self.optimizer.lr:
             raise ValueError(
@@ -66,7 +69,10 @@ class RunConfig(Section):
             )
         warmup, total = self.optimizer.warmup_steps, self.total_steps
         if warmup >= total:
-            raise ValueError(f"optimizer.warmup_steps = {warmup} leaves nothing of the run's {total} optimizer steps")
+            made_of = "train.outer_steps" + (" x train.minibatches" if self.algorithm.name != "sft" else "")
+            raise ValueError(
+                f"optimizer.warmup_steps = {warmup} leaves nothing of the run's {total} optimizer steps ({made_of})"
+            )
         if self.algorithm.reference and not self.algorithm.uses_reference:
             raise ValueError("algorithm.reference is set, but algorithm.kl_loss_coef = 0 does not use it")
         if self.algorithm.name == "sft" and (self.replay.mode != "off" or self.replay.engine_routes_every):

@@ -14,6 +14,12 @@ from megatron_gspo.config.reference import did_you_mean
 from megatron_gspo.config.run import RunConfig
 from megatron_gspo.errors import ConfigError
 
+REASONS = {
+    "rollout.group_size": " (a response is held against the others of its group: one alone has advantage 0)",
+    "rollout.temperature": " (at 0 all responses of a group are the same: eval.greedy, and eval --greedy, evaluate so)",
+}
+"""Setting -> why a value below its range cannot be, where the range does not say it."""
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a TOML file, applies ``section.key=value`` overrides and validates the whole.
@@ -99,5 +105,6 @@ def _first_problem(error: ValidationError) -> str:
     else:
         message = first["msg"].replace("tuple", "list")  # TOML's word
         text = f"{where} = {first['input']!r:.200}: {message[0].lower()}{message[1:]}"
+        text += REASONS.get(where, "") if first["type"].startswith("greater_than") else ""
     more = len(problems) - 1
     return text + (f" (and {more} more)" if more else "")

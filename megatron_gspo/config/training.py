@@ -172,7 +172,8 @@ class TrainConfig(Section):
     noise_floor_every: Annotated[int, Field(ge=0)] = 10
     """Outer steps between measurements of the numerical noise in log s_i; 0 never."""
     save_rollouts: Annotated[int, Field(ge=0)] = 8
-    """Responses of an outer step kept in ``rollouts/`` for reading; 0 keeps none."""
+    """Responses of an outer step kept in ``rollouts/`` for reading, and as many more as complete their groups; 0 keeps
+    none."""
     save_hf: bool = True
     """Writes a Hugging Face directory at the end, beside the checkpoint."""
     save_hf_every: Annotated[int, Field(ge=0)] = 0

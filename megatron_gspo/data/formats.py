@@ -148,6 +148,7 @@ def read_example(name: str, paths: Paths, fields: Fields) -> Example:
     Raises DataError, without the place; it says which format the row was taken for.
     """
     entry, names = FORMATS[name], ", ".join(fields)
+    found = entry.prompt in fields
     try:
         chosen = {what: _named(fields, path) for what, path in vars(paths).items() if path and what != "completion"}
         if "prompt" in chosen:
@@ -156,7 +157,6 @@ def read_example(name: str, paths: Paths, fields: Fields) -> Example:
         if "answer" in chosen and entry.completion != "answer":
             fields.pop("answer", None)
         raw = find(fields, paths.completion) if paths.completion else None
-        found = entry.prompt in fields
         example = entry.read(fields)
     except DataError as error:
         lacks = "" if paths.prompt or found else f"; the row has {names:.200}: data.prompt_field names the prompt's"

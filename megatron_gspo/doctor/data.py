@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from megatron_gspo.data.prompts import CompletionSet, PromptSet
+import re
+
+from megatron_gspo.config import RunConfig
+from megatron_gspo.data.prompts import PromptSet
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
+from megatron_gspo.doctor.lengths import check_lengths
 from megatron_gspo.doctor.tokenizer import show_prompt
+from megatron_gspo.errors import DataError
 from megatron_gspo.rewards.references import MADE_UP, ReferenceCheck, Survey, as_response
 from megatron_gspo.rewards.registry import resolve_reward
 from megatron_gspo.rewards.scoring import score_now
@@ -17,7 +22,11 @@ FEWEST_EVAL = 512
 def check_prompts(facts: Facts) -> list[Check]:
     """The prompts well-formed, as far as they are looked at before training, enough of them, and none too long; the
     first of them as the model reads it."""
-    config, prompts = facts.config, facts.prompts
+    config = facts.config
+    try:
+        prompts = facts.prompts
+    except DataError as caught:
+        return [error(str(caught), _field_fix(config, str(caught), "data.path"))]
     looked, rows = prompts.looked, len(prompts)
     text = f"{config.data.path}: {rows} prompts, {config.train.prompts_per_step} a step, read as {looked.format!r}"
     if not looked.whole:
@@ -25,7 +34,7 @@ def check_prompts(facts: Facts) -> list[Check]:
     if prompts.skipped:
         text += f"; {prompts.skipped} of {looked.rows} rows skipped ({prompts.problems[0]})"
     first = prompts.prompts[0] if isinstance(prompts, PromptSet) else prompts.completions[0].prompt
-    return [_enough(facts, text, rows), *_lengths(facts, prompts), show_prompt(facts.tokenizer, first)]
+    return [_enough(facts, text, rows), *check_lengths(facts, prompts), show_prompt(facts.tokenizer, first)]
 
 
 def check_eval_prompts(facts: Facts) -> Check:
@@ -37,17 +46,24 @@ def check_eval_prompts(facts: Facts) -> Check:
         return ok("data.eval_path is empty: no evaluation")
     if not every:
         return warning(f"{path} is never read: eval.every = 0", "eval.every, or an empty data.eval_path")
-    prompts = facts.read_prompts(path, wanted)
+    try:
+        prompts = facts.read_prompts(path, wanted)
+    except DataError as caught:
+        return error(str(caught), _field_fix(config, str(caught), "data.eval_path"))
     rows, used = prompts.looked.total, len(prompts)
     text = f"{path}: {rows} prompts, {used} used (eval.prompts = {wanted}), every {every} outer steps"
-    longest = max(prompts.looked.prompt_tokens)
-    if longest > config.rollout.max_prompt_tokens and not config.data.skip_bad:
+    tokens, limit = prompts.looked.prompt_tokens, config.rollout.max_prompt_tokens
+    longest, over = max(tokens), sum(count > limit for count in tokens)
+    if over == len(tokens):  # to skip them would leave nothing
+        return error(f"{text}; all have more than {limit} tokens", f"rollout.max_prompt_tokens = {longest}")
+    if over and not config.data.skip_bad:
         return error(f"{text}; one has {longest} tokens", f"rollout.max_prompt_tokens = {longest}, or data.skip_bad")
     if used < FEWEST_EVAL:
         percent = 100 * 1.96 * (0.25 / used) ** 0.5
-        return warning(
-            f"{text}: an accuracy of 50% is known to +-{percent:.2g}%", f"eval.prompts and a file of {FEWEST_EVAL}"
-        )
+        fix = f"eval.prompts = {FEWEST_EVAL}" if rows >= FEWEST_EVAL else f"a data.eval_path of {FEWEST_EVAL} prompts"
+        if wanted < FEWEST_EVAL and rows < FEWEST_EVAL:
+            fix = f"eval.prompts = {FEWEST_EVAL}, and {fix}"
+        return warning(f"{text}: an accuracy of 50% is known to +-{percent:.2g}%", fix)
     return ok(text)
 
 
@@ -89,6 +105,12 @@ def _references(facts: Facts, prompts: PromptSet, survey: Survey) -> list[Check]
         return [ok(text)]
     worst = min(survey.fatal or survey.problems)
     text = f"{prompts.place(worst)}: {survey.problems[worst]}; {text}"
+    if len(survey.problems) == survey.graded and survey.graded in (survey.distinct, max(survey.graded, 4)):
+        return [error(f"{text}: not one is usable", _other_references(facts))]  # no row is at fault
+    left, step = survey.looked_at - survey.bad_prompts, facts.config.train.prompts_per_step
+    if facts.config.data.skip_bad and prompts.looked.whole and left < step:
+        text = f"{text}: the {left} that are left are fewer than train.prompts_per_step = {step}"
+        return [error(text, "the rows, or a smaller train.prompts_per_step")]
     if facts.config.data.skip_bad:
         return [warning(f"{text}: skipped when drawn", "the rows")]
     if survey.fatal:
@@ -100,27 +122,34 @@ def _enough(facts: Facts, text: str, rows: int) -> Check:
     config = facts.config
     step = config.train.prompts_per_step
     if rows < step:
-        return error(
-            f"{text}: one would be drawn twice in a step", f"train.prompts_per_step <= {rows}, or more prompts"
-        )
+        return error(f"{text}: one would be drawn twice in a step", _more_prompts(facts, rows, step))
     epochs = config.train.outer_steps * step / rows
     return ok(f"{text}, {epochs:.2g} epochs in {config.train.outer_steps} outer steps")
 
 
-def _lengths(facts: Facts, prompts: PromptSet | CompletionSet) -> list[Check]:
-    rollout = facts.config.rollout
-    lengths = {"prompt": (prompts.looked.prompt_tokens, rollout.max_prompt_tokens)}
-    if isinstance(prompts, CompletionSet):
-        lengths["response"] = (prompts.looked.response_tokens, rollout.max_response_tokens)
-    checks = []
-    for what, (tokens, limit) in lengths.items():
-        longest, over = max(tokens), sum(count > limit for count in tokens)
-        setting = f"rollout.max_{what}_tokens"
-        text = f"the longest {what} of the first {len(tokens)} has {longest} tokens, {setting} = {limit}"
-        if not over:
-            checks.append(ok(text))
-        elif facts.config.data.skip_bad:
-            checks.append(warning(f"{text}: {over} are skipped", f"{setting} = {longest}"))
-        else:
-            checks.append(error(f"{text}: {over} are too long", f"{setting} = {longest}, or data.skip_bad = true"))
-    return checks
+def _field_fix(config: RunConfig, problem: str, file: str) -> str:
+    """The setting that names a field which is not there, where one does; else the file."""
+    named = re.search(r"the field '(.+?)' is missing", problem)
+    for setting in ("prompt_field", "answer_field", "completion_field") if named else ():
+        if named and getattr(config.data, setting) == named[1]:
+            return f"data.{setting}"
+    if named and named[1] == "completion":
+        return f"data.completion_field, or {file}"
+    return f"data.prompt_field, or {file}" if "data.prompt_field names" in problem else file
+
+
+def _more_prompts(facts: Facts, rows: int, step: int) -> str:
+    """What keeps a step from having prompts enough."""
+    config, looked = facts.config, facts.prompts.looked
+    fewer = f"train.prompts_per_step <= {rows}"
+    if config.data.limit is not None and looked.total >= step > config.data.limit:
+        return f"data.limit = {step} or more (the file has {looked.total} rows), or {fewer}"
+    if facts.prompts.skipped and looked.total >= step:
+        return f"the {facts.prompts.skipped} rows that data.skip_bad leaves out, or {fewer}"
+    return f"{fewer}, or more prompts in data.path"
+
+
+def _other_references(facts: Facts) -> str:
+    config = facts.config
+    fields = "data.answer_field" if config.data.answer_field else "data.answer_field (another field holds the answers)"
+    return f"{fields}, or reward.function (now {config.reward.function!r})"

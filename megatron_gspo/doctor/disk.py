@@ -26,7 +26,8 @@ def check_run_directory(facts: Facts) -> Check:
     if not os.access(place, os.W_OK | os.X_OK):
         return error(f"train.run_dir = {path}: {place} cannot be written by this user", "train.run_dir: another place")
     if not os.path.lexists(path):
-        return ok(f"{path} will be made")
+        shared = f"; each of {facts.nodes} nodes writes checkpoints into it: it must be one directory for all of them"
+        return ok(f"{path} will be made{shared if facts.nodes > 1 else ''}")
     if config.train.resume and (latest := latest_in(path / "checkpoints")):
         return ok(f"{path} exists, and train.resume = true goes on from {latest.name}")
     if not (config.train.overwrite or config.train.resume):
@@ -58,7 +59,8 @@ def check_disk(facts: Facts) -> list[Check]:
         f"{f' + hf/ {gib(model)}' if config.train.save_hf else ''}"
         f"{f' + exports/ {exports} x {gib(model)}' if exports else ''} = {gib(needed)}"
     )
-    checks = [_room(text, needed, Path(config.train.run_dir), "train.run_dir: a larger disk")]
+    fix = _of_the_disk(config, checkpoint * (kept + 1), model * exports)
+    checks = [_room(text, needed, Path(config.train.run_dir), fix)]
     if config.sync.method == "disk" and not facts.supervised:
         directory = Path(config.sync.directory)
         if not directory.is_dir() or not os.access(directory, os.W_OK | os.X_OK):
@@ -68,6 +70,17 @@ def check_disk(facts: Facts) -> list[Check]:
                 _room(f"a disk sync {gib(model)}", model, directory, 'sync.directory, or sync.method = "tensor"')
             )
     return checks
+
+
+def _of_the_disk(config: RunConfig, checkpoints: int, exports: int) -> str:
+    """What makes the larger part smaller, and the other way out."""
+    if exports > checkpoints:
+        return "a larger train.save_hf_every, or train.run_dir on a larger disk"
+    if config.train.keep_every:
+        return "a larger train.keep_every (0 keeps none for good), or train.run_dir on a larger disk"
+    if config.train.keep_last > 1 and config.train.checkpoint_every:
+        return "a smaller train.keep_last, or train.run_dir on a larger disk"
+    return "train.run_dir: a larger disk"
 
 
 def checkpoints_kept(config: RunConfig) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.machine import gib
+from megatron_gspo.doctor.nodes import check_ranks
 from megatron_gspo.errors import UserError
 from megatron_gspo.report.text import count
 from megatron_gspo.rollout.launcher import find_server_python
@@ -80,22 +81,22 @@ def _version_in(python: Path) -> tuple[str | None, str]:
     return done.stdout.strip(), ""
 
 
-def check_devices(facts: Facts) -> Check:
-    """Accelerators, or cores, against the ranks of this machine."""
-    machine, ranks = facts.machine, facts.ranks
-    if not machine.gpus:
-        return _check_cores(facts)
+def check_devices(facts: Facts) -> list[Check]:
+    """Accelerators, or cores, against the ranks of this machine; and whether its likes are full."""
+    here = _check_gpus(facts) if facts.machine.gpus else _check_cores(facts)
+    return [here, *filter(None, [check_ranks(facts)])]
+
+
+def _check_gpus(facts: Facts) -> Check:
+    machine, ranks, nodes = facts.machine, facts.ranks_per_node, facts.nodes
     gpus = len(machine.gpus)
     sizes = ", ".join(f"{gib(free)} of {gib(total)} free" for free, total in machine.gpus)
     text = f"{count(ranks, 'rank')}, {count(gpus, 'GPU')} ({sizes})"
-    if ranks > gpus and facts.asked_ranks is None:
-        return error(
-            f"{text}: nccl needs a GPU a rank",
-            "a smaller layout in [parallel]; or several machines under torchrun, and here --ranks for their world size",
-        )
-    if ranks > gpus and ranks % gpus:
-        return warning(f"{text}: {ranks} ranks do not fill machines like this one", "--ranks: a multiple of its GPUs")
-    return ok(text + (f": {ranks // gpus} machines like this one" if ranks > gpus else ""))
+    if ranks > gpus:
+        elsewhere = "several machines under torchrun, and here --ranks for their world size"
+        fix = f"--ranks-per-node {gpus}" if facts.asked_per_node else f"a smaller layout in [parallel]; or {elsewhere}"
+        return error(f"{text}: nccl needs a GPU a rank", fix)
+    return ok(text + (f" on each of {nodes} machines like this one" if nodes > 1 else ""))
 
 
 def _check_cores(facts: Facts) -> Check:
@@ -103,7 +104,9 @@ def _check_cores(facts: Facts) -> Check:
     machine = facts.machine
     setting = os.environ.get("OMP_NUM_THREADS")
     text = f"no GPU; {count(machine.cores, 'core')}, {gib(machine.free_memory)} free"
-    text += f"; {count(facts.ranks, 'rank')}, {count(facts.local_servers, 'server')}"
+    ranks, nodes = facts.ranks_per_node, facts.nodes
+    text += f"; {count(ranks, 'rank')}, {count(facts.local_servers, 'server')}"
+    text += f" on each of {nodes} machines like this one" if nodes > 1 else ""
     try:
         threads = int(setting or 1)
     except ValueError:
@@ -111,10 +114,12 @@ def _check_cores(facts: Facts) -> Check:
     text += f", {count(threads, 'thread')} a rank" + (
         "" if setting else " (train sets OMP_NUM_THREADS=1 when it is unset)"
     )
-    if threads * facts.ranks > machine.cores and threads > 1:
-        return warning(f"{text}: {threads * facts.ranks} threads spin on {machine.cores} cores", "OMP_NUM_THREADS=1")
-    if facts.ranks > 2 * machine.cores:
-        return warning(f"{text}: slow, though not wrong", "a smaller layout in [parallel]")
+    if threads * ranks > machine.cores and threads > 1:
+        return warning(f"{text}: {threads * ranks} threads spin on {machine.cores} cores", "OMP_NUM_THREADS=1")
+    if ranks > 2 * machine.cores:
+        there = f"ask doctor on one of the {nodes} nodes, if they are not like this machine; or fewer --ranks-per-node"
+        fix = there if nodes > 1 else "a smaller layout in [parallel]"
+        return warning(f"{text}: slow, though not wrong", fix)
     return ok(text)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -54,10 +55,14 @@ class Facts:
     }
     """Facts that other checks are made of, as "not checked: it needs ..." names them."""
 
-    def __init__(self, path: Path, overrides: Sequence[str] = (), ranks: int | None = None) -> None:
+    def __init__(
+        self, path: Path, overrides: Sequence[str] = (), ranks: int | None = None, ranks_per_node: int | None = None
+    ) -> None:
         self._path, self._overrides = path, overrides
         self.asked_ranks = ranks
         """World size as asked for by ``--ranks``; None: what the configuration needs when it starts by itself."""
+        self.asked_per_node = ranks_per_node
+        """Ranks of each machine as asked for by ``--ranks-per-node``; this machine stands for each of them."""
         self._outcomes: dict[str, tuple[Any, Exception | None]] = {}
 
     def problem(self, name: str) -> Exception | None:
@@ -110,6 +115,17 @@ class Facts:
     @fact
     def ranks(self) -> int:
         return self.asked_ranks or self.config.parallel.world_size()
+
+    @fact
+    def ranks_per_node(self) -> int:
+        """As asked for; else a rank a GPU where ``--ranks`` are more than this machine's, and all ranks here."""
+        gpus = len(self.machine.gpus)
+        spread = gpus if gpus and self.asked_ranks and self.asked_ranks > gpus else self.ranks
+        return min(self.ranks, self.asked_per_node or spread)
+
+    @property
+    def nodes(self) -> int:
+        return ceil(self.ranks / self.ranks_per_node)
 
     @fact
     def layout(self) -> int:

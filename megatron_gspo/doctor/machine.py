@@ -50,8 +50,9 @@ def _left_in_control_group(root: Path = CGROUP) -> int:
 
 
 def gib(size: float) -> str:
-    """Bytes as a short text: "1.53 GiB", "480 MiB"."""
+    """Bytes as a short text: "1.53 GiB", "480 MiB", "16,700 GiB"."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
         if size >= factor:
-            return f"{size / factor:.3g} {unit}"
+            value = size / factor
+            return f"{value:,.0f} {unit}" if value >= 999.5 else f"{value:.3g} {unit}"
     return f"{size / 2**10:.3g} KiB"

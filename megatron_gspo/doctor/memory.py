@@ -28,15 +28,16 @@ def check_memory(facts: Facts) -> Check:
         return _on_gpus(facts, needed, rank_text)
     copies = needed.weights + needed.optimizer if facts.config.train.checkpoint_async else 0
     rank = int(RANK_PROCESS + HEAP * needed.total) + copies
-    servers = facts.local_servers
+    servers, ranks = facts.local_servers, facts.ranks_per_node
     server = _server_bytes(facts) if servers else 0
-    total, free = facts.ranks * rank + servers * server, facts.machine.free_memory
+    total, free = ranks * rank + servers * server, facts.machine.free_memory
     text = f"{rank_text}; resident x {HEAP:g} + {gib(RANK_PROCESS)} of process"
     text += f" + {gib(copies)} of copies (train.checkpoint_async)" * bool(copies) + f" = {gib(rank)}"
-    text += f"; {count(facts.ranks, 'rank')} x {gib(rank)}"
+    text += f"; {'on each node ' if facts.nodes > 1 else ''}{count(ranks, 'rank')} x {gib(rank)}"
     if servers:
         text += f" + {count(servers, 'server')} x {gib(server)}"
-    return _against(f"{text} = {gib(total)} of {gib(free)} free", total, free, _largest(needed))
+    fix = _most(needed, ranks * rank, servers * server)
+    return _against(f"{text} = {gib(total)} of {gib(free)} free", total, free, fix)
 
 
 def spell(needed: Estimate) -> str:
@@ -47,7 +48,7 @@ def spell(needed: Estimate) -> str:
 
 def _on_gpus(facts: Facts, needed: Estimate, rank_text: str) -> Check:
     """The fullest rank against the fullest of the devices that ranks of this machine use."""
-    devices = facts.machine.gpus[: facts.ranks]
+    devices = facts.machine.gpus[: facts.ranks_per_node]
     servers = facts.local_servers
     free = min(free - (int(GPU_SHARE * total) if index < servers else 0) for index, (free, total) in enumerate(devices))
     shared = f", {GPU_SHARE:.0%} of it a local server's" if servers else ""
@@ -70,6 +71,15 @@ def _server_bytes(facts: Facts) -> int:
     weights = sum(tensor.local_size(1, 1) for tensor in facts.tensors) * item
     cache = cpu_cache_tokens(config.rollout) * shape.num_layers * 2 * shape.num_query_groups * shape.head_dim * item
     return SERVER_PROCESS + weights + cache
+
+
+def _most(needed: Estimate, ranks: int, servers: int) -> str:
+    """What makes the larger part smaller: the servers', the ranks' processes, or what each rank holds."""
+    if servers > ranks:
+        return "local servers are most of it: fewer rollout.local_servers, or named ones in rollout.servers"
+    if HEAP * needed.total < RANK_PROCESS:
+        return "ranks' processes are most of it: fewer ranks, by parallel.tensor, pipeline, context or data"
+    return _largest(needed)
 
 
 def _largest(needed: Estimate) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.estimate import microbatches, tokens_of_minibatch
 from megatron_gspo.doctor.facts import Facts
+from megatron_gspo.doctor.nodes import check_nodes
 from megatron_gspo.doctor.tokenizer import check_turn_end
-from megatron_gspo.errors import WeightError
+from megatron_gspo.errors import LayoutError, WeightError
 from megatron_gspo.hf.carried import carried_names
 from megatron_gspo.hf.catalog import read_config
 from megatron_gspo.hf.directory import check_companions
 from megatron_gspo.hf.elsewhere import other_names, some
+from megatron_gspo.hf.layout import check_layout as check_layout_of
 from megatron_gspo.hf.layout import check_recompute, check_replay
 from megatron_gspo.policy.checkpoint_files import is_distributed, read_header
 from megatron_gspo.report.text import count
@@ -26,7 +29,10 @@ def check_configuration(facts: Facts) -> Check:
 
 def check_layout(facts: Facts) -> list[Check]:
     """Whether it multiplies out and divides the model, and what each data-parallel rank gets of a mini-batch."""
-    parallel, data = facts.config.parallel, facts.layout
+    try:
+        parallel, data = facts.config.parallel, facts.layout
+    except LayoutError as caught:
+        return [error(str(caught), layout_fix(facts, str(caught)))]
     check_recompute(facts.config.model, facts.shape)
     check_replay(facts.config.replay, facts.shape)
     text = (
@@ -44,7 +50,7 @@ def check_layout(facts: Facts) -> list[Check]:
         checks.append(
             warning(
                 f"{sequences} sequences per mini-batch for {data} data-parallel ranks: some train on nothing",
-                "fewer parallel.data, or more train.prompts_per_step or rollout.group_size",
+                f"{_fewer_data_ranks(facts)}, fewer train.minibatches, or more train.prompts_per_step",
             )
         )
     if packs < parallel.pipeline > 1:
@@ -58,10 +64,41 @@ def check_layout(facts: Facts) -> list[Check]:
         checks.append(
             warning(
                 f"{facts.config.train.prompts_per_step} prompts per step, {data} leaders to fetch them: some are idle",
-                "train.prompts_per_step",
+                f"{_fewer_data_ranks(facts)}, or more train.prompts_per_step",
             )
         )
-    return checks
+    return [*checks, *check_nodes(facts)]
+
+
+def layout_fix(facts: Facts, problem: str) -> str:
+    """What to change for a layout that does not hold: the option or the setting that is at fault, with values that
+    would do where there are any."""
+    parallel = facts.config.parallel
+    if facts.asked_ranks and "the world has" in problem:
+        model = parallel.tensor * parallel.pipeline * parallel.context
+        if parallel.data:
+            return f"--ranks {model * parallel.data}, or parallel.data"
+        return f"--ranks: a multiple of {model} (tensor x pipeline x context), or one of these"
+    named = re.search(r"parallel\.(\w+) (\d+) =", problem)
+    if named is None:
+        setting = re.search(r"\b(?:expert|stage_layers|virtual_pipeline|pipeline)\b", problem)
+        return f"parallel.{setting[0]}" if setting else "[parallel]"
+    name, asked = named[1], int(named[2])
+    would_do = [size for size in range(1, 2 * asked + 1) if _holds(facts, name, size)]
+    nearest = sorted(sorted(would_do, key=lambda size: abs(size - asked))[:3])
+    return f"parallel.{name}" + (f" = {' or '.join(map(str, nearest))}" if nearest else "")
+
+
+def _holds(facts: Facts, name: str, size: int) -> bool:
+    try:
+        check_layout_of(facts.config.parallel.model_copy(update={name: size}), facts.shape)
+    except LayoutError:
+        return False
+    return True
+
+
+def _fewer_data_ranks(facts: Facts) -> str:
+    return "fewer --ranks" if facts.asked_ranks and facts.config.parallel.data is None else "fewer parallel.data"
 
 
 def check_model(facts: Facts) -> Check:

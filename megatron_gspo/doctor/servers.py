@@ -13,6 +13,7 @@ from typing import Any
 from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
+from megatron_gspo.doctor.lengths import fit_into, kept_positions
 from megatron_gspo.errors import MegatronGspoError
 from megatron_gspo.hf.catalog import read_config
 from megatron_gspo.rollout.launcher import free_ports
@@ -154,7 +155,7 @@ def _setting_problems(facts: Facts, server: Server) -> list[Check]:
         problems.append(
             error(
                 f"{server.url} has a context of {limit} tokens, prompt + response may have {length}",
-                "rollout.max_response_tokens, or --context-length",
+                f"{fit_into(facts, limit - kept_positions(facts))}; or the server's --context-length",
             )
         )
     return problems

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_gspo.config import RunConfig
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
+from megatron_gspo.doctor.lengths import fit_into, kept_positions, longest_prompt
 from megatron_gspo.errors import MegatronGspoError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.report.rundir import RunDirectory
@@ -80,11 +81,20 @@ def inert(facts: Facts) -> Iterator[Check]:
 def positions(facts: Facts) -> Iterator[Check]:
     rollout, limit = facts.config.rollout, _positions(facts)
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
-    if limit is not None and longest > limit:
+    if limit is None:
+        return
+    served = limit - kept_positions(facts)
+    if longest > limit:
         yield error(
             f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + max_response_tokens "
             f"{rollout.max_response_tokens} = {longest}, above max_position_embeddings = {limit} in config.json",
-            f"rollout.max_response_tokens = {max(1, limit - rollout.max_prompt_tokens)}",
+            fit_into(facts, served),
+        )
+    elif (prompt := longest_prompt(facts)) is not None and prompt + rollout.max_response_tokens > served:
+        yield warning(
+            f"the longest prompt has {prompt} tokens, rollout.max_response_tokens = {rollout.max_response_tokens}: of "
+            f"max_position_embeddings = {limit}, {rollout.engine} keeps {limit - served}, and would cut this response",
+            fit_into(facts, served),
         )
 
 
@@ -163,11 +173,11 @@ def extras(facts: Facts) -> Iterator[Check]:
 
 
 def several_machines(facts: Facts) -> Iterator[Check]:
-    config, gpus = facts.config, len(facts.machine.gpus)
-    spread = bool(gpus) and facts.ranks > gpus
+    config, spread = facts.config, facts.nodes > 1
     if spread and not facts.supervised and not config.rollout.servers:
         yield error(
-            f"{facts.ranks} ranks on machines of {gpus} GPUs would not reach servers that one of them starts",
+            f"{facts.ranks} ranks on {facts.nodes} nodes of {facts.ranks_per_node} would not reach servers that one of "
+            f"them starts",
             "start servers and name them in rollout.servers",
         )
     if config.sync.method == "disk" and config.sync.directory.startswith("/dev/shm"):

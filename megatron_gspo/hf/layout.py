@@ -52,10 +52,15 @@ def check_positions(rollout: RolloutConfig, model: ModelShape) -> None:
     """Raises ConfigError when a prompt and its response may be longer than the model was made for."""
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     if longest > model.max_positions:
+        too_much = [
+            f"rollout.{name}"
+            for name in ("max_prompt_tokens", "max_response_tokens")
+            if getattr(rollout, name) >= model.max_positions
+        ]
         raise ConfigError(
             f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + max_response_tokens "
             f"{rollout.max_response_tokens} = {longest}, above max_position_embeddings = {model.max_positions} in "
-            f"config.json: lower one of them"
+            f"config.json: lower {' and '.join(too_much) or 'one of them'}"
         )
 
 

@@ -57,7 +57,7 @@ SECTIONS = (
                     Curve("eval/greedy_accuracy", "accuracy, greedy", markers=True),
                     Curve("eval/pass_at_k", "pass@k, held-out", markers=True),
                 ),
-                "Evaluations belong to the weights after the step they stand at; the one at −1 is before any training.",
+                "Evaluations belong to the weights after the step they stand at; the one at 0 is before any training.",
             ),
             Chart(
                 "Response length",
@@ -178,7 +178,8 @@ SECTIONS = (
                 "Loss",
                 "loss",
                 (Curve("loss", "loss"),),
-                "A surrogate: its gradient means something, its level does not.",
+                "Of a policy a surrogate: its gradient means something, its level does not. Of fine-tuning the mean "
+                "negative log-likelihood of a token: it falls.",
             ),
         ),
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -103,7 +103,12 @@ class ConsoleSink:
         self._console.print(Text(header(config, world_size), style="bold"))
 
     def phase(self, text: str) -> None:
-        """What happens now, beside a spinner; nothing when the output is not a terminal."""
+        """What happens now, beside a spinner; nothing when the output is not a terminal.
+
+        What came before the first step (servers, weights) is no part of a step's time, and of the ETA.
+        """
+        if not self._spent:
+            self._clock = time.monotonic()
         if not self._console.is_terminal:
             return
         if self._status is None:
@@ -115,6 +120,11 @@ class ConsoleSink:
     def note(self, text: str) -> None:
         """A line of its own."""
         self._console.print(Text(text, style="dim"))
+
+    def ending(self, lines: Sequence[str]) -> None:
+        """What is left to say at the end."""
+        for line in lines:
+            self._console.print(Text(line))
 
     def write(self, report: StepReport) -> None:
         place = {"step": report.step, "outer_step": report.outer_step, "minibatch": report.minibatch}

@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from statistics import fmean, median
 from typing import Any
 
-from megatron_gspo.report.metrics import INITIAL, Record, by_outer_step
+from megatron_gspo.report.metrics import INITIAL, Record, by_outer_step, counted, recent_window
 from megatron_gspo.report.payload import later_starts
 from megatron_gspo.report.rundir import RunDirectory
-from megatron_gspo.report.status import WINDOW
+from megatron_gspo.report.status import recent_text, step_noun
 from megatron_gspo.report.text import duration
 
 
@@ -33,10 +33,11 @@ class Tile:
 def state(run: RunDirectory, summary: dict[str, Any], now: datetime) -> State:
     """Where the run stands at ``now``; ``summary`` as ``status.summarise`` gives it."""
     manifest, resumed = run.manifest(), later_starts(run)
-    done, total = summary["outer_steps"], summary["outer_steps_total"]
-    progress = f"{done}{f' of {total}' if total else ''} outer steps ({summary['optimizer_steps']} optimizer steps)"
+    progress = _steps(summary)
+    if summary["algorithm"] != "sft":
+        progress += f" ({summary['optimizer_steps']} optimizer steps)"
     if resumed:
-        progress += f", resumed at {', '.join(map(str, resumed))}"
+        progress += f", resumed after {step_noun(summary)} {', '.join(map(str, resumed))}"
     written, ended = _last_written(run), _time(manifest.get("ended"))
     age = (now - written).total_seconds() if written else 0.0
     last = f"last line written {_clock(written)}, {duration(max(0.0, age))} before this page" if written else ""
@@ -59,12 +60,13 @@ def tiles(run: RunDirectory, summary: dict[str, Any]) -> list[Tile]:
     lines = run.metrics()
     outer = by_outer_step(line for line in lines if line["outer_step"] != INITIAL)
     return [
+        *([_loss(summary)] if summary["algorithm"] == "sft" else []),
         _evaluation(lines, "eval/accuracy", "eval accuracy"),
         _evaluation(lines, "eval/greedy_accuracy", "greedy accuracy"),
         _recent(outer, "reward/mean", "reward", ".3f"),
         _against(outer, "clip/frac_tokens", "clipped tokens", ".1%", "clip/frac_sequences", "of sequences"),
         _recent(outer, "entropy", "entropy, nats/token", ".3f"),
-        _gap(outer),
+        _gap(outer, summary),
         _gradient(outer),
         _against(outer, "length/mean", "response tokens", ",.1f", "length/truncated", "truncated"),
         Tile("tokens/s", _text(summary["tokens_per_s"], ",.0f"), _per_step(summary)),
@@ -82,31 +84,47 @@ def _evaluation(lines: Sequence[Record], metric: str, name: str) -> Tile:
     best, at = max(found, key=lambda point: point[0])
     note = f"{_change(last - first)} from {first:.3f}"
     if best > last:
-        note += f"; best {best:.3f} {'before training' if at == INITIAL else f'at step {at}'}"
+        note += f"; best {best:.3f} {'before training' if at == INITIAL else f'at step {counted(at)}'}"
     return Tile(name, f"{last:.3f}", note)
 
 
 def _recent(outer: Sequence[Record], metric: str, name: str, spec: str) -> Tile:
-    """The mean of the last ``WINDOW`` outer steps, against that of the first."""
-    values = _values(outer, metric)
-    if not values:
+    """The mean of the recent outer steps, as ``status`` has it, against that of the first ones."""
+    width = recent_window(len(outer))
+    begin, end = _values(outer[:width], metric), _values(outer[-width:], metric)
+    if not end:
         return Tile(name, "-", "")
-    width = min(WINDOW, max(1, len(values) // 2))
-    first, last = fmean(values[:width]), fmean(values[-width:])
-    note = f"{_change(last - first, spec)} from {first:{spec}}; means of {width}" if len(values) > 1 else "one step"
-    return Tile(name, f"{last:{spec}}", note)
+    value = fmean(end)
+    if len(outer) == 1 or not begin:
+        return Tile(name, f"{value:{spec}}", "one step" if len(outer) == 1 else f"mean of {width}")
+    first = fmean(begin)
+    return Tile(name, f"{value:{spec}}", f"{_change(value - first, spec)} from {first:{spec}}; means of {width}")
 
 
 def _against(outer: Sequence[Record], metric: str, name: str, spec: str, other: str, other_name: str) -> Tile:
-    values, others = _values(outer, metric)[-WINDOW:], _values(outer, other)[-WINDOW:]
+    width = recent_window(len(outer))
+    values, others = _values(outer[-width:], metric), _values(outer[-width:], other)
     note = f"{fmean(others):.1%} {other_name}" if others else ""
     return Tile(name, f"{fmean(values):{spec}}" if values else "-", note)
 
 
-def _gap(outer: Sequence[Record]) -> Tile:
-    values, tails = _values(outer, "kl/engine_k3"), _values(outer, "kl/engine_tail")
-    note = f"tail {fmean(tails[-WINDOW:]):.2g}; k3 healthy below 1e-3" if tails else "healthy below 1e-3"
-    return Tile("engine gap k3", f"{median(values[-WINDOW:]):.2g}", note) if values else Tile("engine gap k3", "-", "")
+def _gap(outer: Sequence[Record], summary: dict[str, Any]) -> Tile:
+    """k3 as ``status`` has it."""
+    value, tails = summary["engine_k3_median"], _values(outer[-summary["recent_outer_steps"] :], "kl/engine_tail")
+    if value is None:
+        return Tile("engine gap k3", "-", "")
+    tail = f"; tail {fmean(tails):.2g}" if tails else ""
+    return Tile("engine gap k3", f"{value:.2g}", f"median of {recent_text(summary)}, healthy below 1e-3{tail}")
+
+
+def _loss(summary: dict[str, Any]) -> Tile:
+    """Of fine-tuning."""
+    first, value = summary["loss_first"], summary["loss"]
+    if value is None:
+        return Tile("loss", "-", "")
+    return Tile(
+        "loss", f"{value:.4f}", f"{_change(value - first, '.4f')} from {first:.4f}; mean of {recent_text(summary)}"
+    )
 
 
 def _gradient(outer: Sequence[Record]) -> Tile:
@@ -114,20 +132,21 @@ def _gradient(outer: Sequence[Record]) -> Tile:
     if not found:
         return Tile("gradient norm", "-", "")
     largest, at = max(found)
-    value = median(value for value, _ in found[-WINDOW:])
-    return Tile("gradient norm", f"{value:.3g}", f"largest {largest:.3g} at step {at}")
+    value = median(value for value, _ in found[-recent_window(len(outer)) :])
+    return Tile("gradient norm", f"{value:.3g}", f"largest {largest:.3g} at step {counted(at)}")
 
 
 def _per_step(summary: dict[str, Any]) -> str:
     whole, rollout = summary["seconds_per_outer_step"], summary["time_split"]["rollout"]
     if not whole:
         return ""
-    return f"{whole:.3g} s an outer step" + (f", {rollout / whole:.0%} rollout" if rollout else "")
+    per_step = f"{whole:.3g} s {'a' if summary['algorithm'] == 'sft' else 'an'} {step_noun(summary)}"
+    return per_step + (f", {rollout / whole:.0%} rollout" if rollout else "")
 
 
 def _steps(summary: dict[str, Any]) -> str:
     total = summary["outer_steps_total"]
-    return f"{summary['outer_steps']}{f' of {total}' if total else ''} outer steps"
+    return f"{summary['outer_steps']}{f' of {total}' if total else ''} {step_noun(summary)}s"
 
 
 def _text_of_duration(run: RunDirectory) -> str:

@@ -19,6 +19,8 @@ PLACE = ("step", "outer_step", "minibatch")
 
 INITIAL = -1
 """``step`` and ``outer_step`` of the evaluation before any training."""
+WINDOW = 10
+"""Outer steps that "recent" means, at most: ``recent_window``."""
 
 
 @dataclass(frozen=True)
@@ -307,6 +309,17 @@ def combine(lines: Sequence[Record]) -> Record:
         last = name in PLACE or METRICS.get(row_of(name), Metric("")).combine == "last"
         combined[name] = values[-1] if last else sum(values) / len(values)
     return combined
+
+
+def counted(step: int) -> int:
+    """The number of a step as people read it, on the terminal and on a page: the first is 1, and 0 is ``INITIAL``."""
+    return step + 1
+
+
+def recent_window(outer_steps: int) -> int:
+    """How many of a run's outer steps are its recent ones: never more than half of them, so that the first ones, which
+    they are held against, are others."""
+    return min(WINDOW, max(1, outer_steps // 2))
 
 
 def steps_taken(line: Record) -> int:

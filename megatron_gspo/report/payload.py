@@ -1,4 +1,7 @@
-"""What the report's page is drawn from: runs as plain JSON values, without markup."""
+"""What the report's page is drawn from: runs as plain JSON values, without markup.
+
+Files count steps from 0, the page as the terminal from 1 (``metrics.counted``): 0 is before any training.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,17 @@ from typing import Any
 
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.report.charts import SECTIONS, Chart, for_layers
-from megatron_gspo.report.metrics import INITIAL, METRICS, TIME_PARTS, Record, by_outer_step, finite, row_of, seconds
+from megatron_gspo.report.metrics import (
+    INITIAL,
+    METRICS,
+    TIME_PARTS,
+    Record,
+    by_outer_step,
+    counted,
+    finite,
+    row_of,
+    seconds,
+)
 from megatron_gspo.report.rundir import RunDirectory, read_lines
 from megatron_gspo.report.samples import number, rollouts
 
@@ -31,7 +44,7 @@ def payload(runs: Sequence[RunDirectory]) -> dict[str, Any]:
         {
             "question": section.question,
             "charts": [
-                asdict(chart)
+                asdict(chart) | {"flat": is_flat(chart, [run["steps"]["series"] for run in described])}
                 for chart in (for_layers(chart, recorded) for chart in section.charts)
                 if drawn(chart, recorded)
             ],
@@ -62,6 +75,17 @@ def drawn(chart: Chart, recorded: set[str]) -> bool:
     return any(curve.metric in recorded for curve in chart.curves)
 
 
+def is_flat(chart: Chart, series: Sequence[dict[str, Any]]) -> bool:
+    """Whether all that the chart would draw is 0 at every step of every run: the page names it and folds it away."""
+    if chart.kind == "time":
+        return False
+    for name in (curve.metric for curve in chart.curves):
+        level = 1.0 if chart.kind == "ratio" and name.startswith("ratio/") else 0.0  # what is drawn is s_i - 1
+        if any(value != level for of_run in series if name in of_run for value in of_run[name]["y"]):
+            return False
+    return True
+
+
 def run_payload(run: RunDirectory, label: str, of: int = 1) -> dict[str, Any]:
     """One run of ``of``: its curves by optimizer step and by outer step, its time split, its rollouts."""
     lines = run.metrics()
@@ -70,8 +94,12 @@ def run_payload(run: RunDirectory, label: str, of: int = 1) -> dict[str, Any]:
         "label": label,
         "clip": clip_range(run),
         "resumed": resumed_at(run, lines),
-        "steps": {"step": [line["step"] for line in lines], "series": curves(lines)},
-        "outer": {"outer_step": [line["outer_step"] for line in outer], "hours": hours(outer), "series": curves(outer)},
+        "steps": {"step": [counted(line["step"]) for line in lines], "series": curves(lines)},
+        "outer": {
+            "outer_step": [counted(line["outer_step"]) for line in outer],
+            "hours": hours(outer),
+            "series": curves(outer),
+        },
         "bars": time_bars([line for line in outer if line["outer_step"] != INITIAL]),
         "rollouts": rollouts(run, share=of),
     }
@@ -113,7 +141,7 @@ def time_bars(outer: Sequence[Record]) -> dict[str, Any]:
     every = max(1, math.ceil(len(outer) / BARS))
     stretches = [outer[i : i + every] for i in range(0, len(outer), every)]
     parts = {f"time/{part}": [_mean(stretch, f"time/{part}") for stretch in stretches] for part in TIME_PARTS}
-    return {"every": every, "outer_step": [stretch[0]["outer_step"] for stretch in stretches], "parts": parts}
+    return {"every": every, "outer_step": [counted(stretch[0]["outer_step"]) for stretch in stretches], "parts": parts}
 
 
 def hours(outer: Sequence[Record]) -> list[float] | None:
@@ -126,7 +154,8 @@ def hours(outer: Sequence[Record]) -> list[float] | None:
 
 
 def resumed_at(run: RunDirectory, lines: Sequence[Record]) -> list[dict[str, int]]:
-    """Where the run was taken up again: at the later ``starts`` of its manifest, and where its file steps back."""
+    """After which steps the run was taken up again, counted from 1: the later ``starts`` of its manifest, and where its
+    file steps back."""
     outer_steps, last = set(later_starts(run)), (INITIAL, INITIAL)
     for line in read_lines(run.metrics_file):
         step, outer_step = line.get("step"), line.get("outer_step")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import RunStopped
 from megatron_gspo.report.console import ConsoleSink
+from megatron_gspo.report.ending import ending
 from megatron_gspo.report.html import write_report
 from megatron_gspo.report.manifest import describe, with_start
 from megatron_gspo.report.metrics import INITIAL
@@ -119,6 +120,8 @@ class RunRecorder:
         ):
             with writes if error is None else contextlib.suppress(Exception):  # what failed first is said
                 end()
+        if error is None:
+            self._console.ending(ending(self._directory))
 
     def _draw(self) -> None:
         if self._page:

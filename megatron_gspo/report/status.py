@@ -10,12 +10,20 @@ from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import WeightError
 from megatron_gspo.policy.checkpoint_files import latest_in
 from megatron_gspo.report.liveness import silence, state
-from megatron_gspo.report.metrics import INITIAL, TIME_PARTS, Record, by_outer_step, seconds, steps_taken
+from megatron_gspo.report.metrics import (
+    INITIAL,
+    TIME_PARTS,
+    WINDOW,
+    Record,
+    by_outer_step,
+    counted,
+    recent_window,
+    seconds,
+    steps_taken,
+)
 from megatron_gspo.report.rundir import RunDirectory
 from megatron_gspo.report.text import duration
 
-WINDOW = 10
-"""Outer steps that "recent" means."""
 K3_HEALTHY = 1e-3
 """Engine gap below which trainer and engine count as the same policy (docs/metrics.md)."""
 TAIL_HEALTHY = 1e-4
@@ -23,18 +31,23 @@ TAIL_HEALTHY = 1e-4
 
 
 def summarise(run: RunDirectory | Path | str) -> dict[str, Any]:
-    """Where a run stands, as JSON values; None where nothing was recorded. Raises DataError if it is no run."""
+    """Where a run stands, as JSON values; None where nothing was recorded. Raises DataError if it is no run.
+
+    ``recent_outer_steps``: how many of the last outer steps the means and medians are over.
+    """
     run = run if isinstance(run, RunDirectory) else RunDirectory.open(run)
     config, manifest, lines = run.config(), run.manifest(), run.metrics()
     trained = [line for line in lines if line["outer_step"] != INITIAL]
     outer = by_outer_step(trained)
-    recent = outer[-WINDOW:]
+    recent = outer[-recent_window(len(outer)) :]
     evaluations = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
+    losses = _values(outer, "loss")
     done, total = (outer[-1]["outer_step"] + 1 if outer else 0), (config.train.outer_steps if config else None)
     per_step = median(map(seconds, recent)) if recent else None
     engine = manifest.get("engine") or {}
     return {
         "run": str(run.path),
+        "algorithm": config.algorithm.name if config else None,
         "status": state(run, per_step),
         "silent_s": round(silence(run), 1),
         "error": manifest.get("error"),
@@ -43,12 +56,17 @@ def summarise(run: RunDirectory | Path | str) -> dict[str, Any]:
         "outer_steps": done,
         "outer_steps_total": total,
         "eta_s": (total - done) * per_step if total and per_step else None,
+        "recent_outer_steps": len(recent),
+        "loss_first": losses[0] if losses else None,
+        "loss": _mean(recent, "loss"),
+        "grad_norm": _median(recent, "grad_norm"),
+        "lr": recent[-1].get("lr") if recent else None,
         "reward": _mean(recent, "reward/mean"),
         "eval_first": evaluations[0] if evaluations else None,
         "eval_last": evaluations[-1] if evaluations else None,
         "clip_frac_tokens": _mean(recent, "clip/frac_tokens"),
         "clip_frac_sequences": _mean(recent, "clip/frac_sequences"),
-        "engine_k3_median": _median(trained, "kl/engine_k3"),
+        "engine_k3_median": _median(recent, "kl/engine_k3"),
         "tokens_per_s": _median(recent, "tokens_per_s"),
         "seconds_per_outer_step": per_step,
         "time_split": {part: _mean(recent, f"time/{part}") for part in TIME_PARTS},
@@ -66,7 +84,7 @@ def warnings(lines: list[Record], config: RunConfig | None) -> list[str]:
     found = []
     first = [line["step"] for line in lines if line["minibatch"] == 0 and line.get("clip/frac_tokens", 0.0) > 0]
     if first:
-        found.append(f"tokens were clipped in minibatch 0 (step {first[-1]}), whose ratios must be exactly 1")
+        found.append(f"tokens were clipped in minibatch 0 (step {counted(first[-1])}), whose ratios must be exactly 1")
     if unclipped := _steps_without_clipping(outer, config):
         found.append(f"nothing was clipped for {unclipped} outer steps: the clip range is too wide, or nothing moves")
     k3 = _median(recent, "kl/engine_k3")
@@ -99,18 +117,11 @@ def last_checkpoint(run: RunDirectory) -> str | None:
 
 
 def format_status(summary: dict[str, Any]) -> str:
-    """A summary as text for the terminal."""
-    done, total = summary["outer_steps"], summary["outer_steps_total"]
-    step = f"{done}/{total}" if total else str(done)
-    eta = f", about {duration(summary['eta_s'])} left" if summary["eta_s"] and summary["status"] == "running" else ""
+    """A summary as text for the terminal: of fine-tuning its loss, of reinforcement learning rewards and ratios."""
     rows = [
         ("run", f"{summary['run']} ({_state_text(summary)})"),
         *([("error", summary["error"])] if summary["error"] else []),
-        ("outer step", f"{step} ({summary['optimizer_steps']} optimizer steps){eta}"),
-        ("reward", f"{_text(summary['reward'], '.3f')} (last {WINDOW} outer steps)"),
-        ("eval accuracy", f"{_text(summary['eval_first'], '.3f')} -> {_text(summary['eval_last'], '.3f')}"),
-        ("clip fraction", _clip_text(summary)),
-        ("engine gap k3", f"{_text(summary['engine_k3_median'], '.2g')} (median)"),
+        *(_fine_tuning_rows(summary) if summary["algorithm"] == "sft" else _policy_rows(summary)),
         ("speed", _speed_text(summary)),
         *_server_rows(summary),
         ("checkpoint", summary["last_checkpoint"] or "none yet"),
@@ -119,12 +130,55 @@ def format_status(summary: dict[str, Any]) -> str:
     return "\n".join(lines + [f"{'warning':<14} {text}" for text in summary["warnings"]])
 
 
+def _policy_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    over = recent_text(summary)
+    return [
+        ("outer step", f"{_place(summary)} ({summary['optimizer_steps']} optimizer steps){_time_left(summary)}"),
+        ("reward", f"{_text(summary['reward'], '.3f')} (mean of {over})"),
+        ("eval accuracy", f"{_text(summary['eval_first'], '.3f')} -> {_text(summary['eval_last'], '.3f')}"),
+        ("clip fraction", _clip_text(summary)),
+        ("engine gap k3", f"{_text(summary['engine_k3_median'], '.2g')} (median of {over})"),
+    ]
+
+
+def _fine_tuning_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    over = recent_text(summary)
+    return [
+        ("step", f"{_place(summary)}{_time_left(summary)}"),
+        ("loss", f"{_text(summary['loss_first'], '.4f')} -> {_text(summary['loss'], '.4f')} (mean of {over})"),
+        ("|grad|", f"{_text(summary['grad_norm'], '.3g')} (median of {over})"),
+        ("learning rate", _text(summary["lr"], ".2g")),
+    ]
+
+
+def recent_text(summary: dict[str, Any]) -> str:
+    """ "the last 6 outer steps": what the means and medians of a summary are over."""
+    steps, noun = summary["recent_outer_steps"], step_noun(summary)
+    return f"the last {noun}" if steps == 1 else f"the last {steps} {noun}s"
+
+
+def step_noun(summary: dict[str, Any]) -> str:
+    """What a run's steps are called: fine-tuning has no outer ones."""
+    return "step" if summary["algorithm"] == "sft" else "outer step"
+
+
+def _place(summary: dict[str, Any]) -> str:
+    done, total = summary["outer_steps"], summary["outer_steps_total"]
+    return f"{done}/{total}" if total else str(done)
+
+
+def _time_left(summary: dict[str, Any]) -> str:
+    return f", about {duration(summary['eta_s'])} left" if summary["eta_s"] and summary["status"] == "running" else ""
+
+
 def format_line(summary: dict[str, Any]) -> str:
     """A summary as one line, for a log."""
-    total = summary["outer_steps_total"]
+    if summary["algorithm"] == "sft":
+        learning = f"loss {_text(summary['loss'], '.4f')}"
+    else:
+        learning = f"reward {_text(summary['reward'], '.3f')}, eval {_text(summary['eval_last'], '.3f')}"
     return (
-        f"{summary['status'] or 'no manifest'}: outer step {summary['outer_steps']}{f'/{total}' if total else ''}, "
-        f"reward {_text(summary['reward'], '.3f')}, eval {_text(summary['eval_last'], '.3f')}, "
+        f"{summary['status'] or 'no manifest'}: {step_noun(summary)} {_place(summary)}, {learning}, "
         f"{_text(summary['tokens_per_s'], '.0f')} tokens/s, checkpoint {summary['last_checkpoint'] or 'none yet'}"
         + "".join(f"; warning: {text}" for text in summary["warnings"])
     )
@@ -155,10 +209,11 @@ def _clip_text(summary: dict[str, Any]) -> str:
 
 
 def _speed_text(summary: dict[str, Any]) -> str:
-    parts = [f"{part} {value:.1f}" for part, value in summary["time_split"].items() if value is not None]
+    parts = [f"{part} {value:.1f}" for part, value in summary["time_split"].items() if value]
     split = f" = {' + '.join(parts)}" if parts else ""
     rate, per_step = _text(summary["tokens_per_s"], ".0f"), _text(summary["seconds_per_outer_step"], ".1f")
-    return f"{rate} tokens/s, {per_step} s an outer step{split}"
+    article = "a" if summary["algorithm"] == "sft" else "an"
+    return f"{rate} tokens/s, {per_step} s {article} {step_noun(summary)}{split if len(parts) > 1 else ''}"
 
 
 def _steps_without_clipping(outer: list[Record], config: RunConfig | None) -> int:

@@ -84,6 +84,8 @@ class EngineEntry:
     own_heads: frozenset[str] = frozenset()
     """Architectures to which it gives a head of its own, also where ``config.json`` ties it to the embedding: it is
     sent with the weights."""
+    kept_positions: int = 0
+    """Of a model's positions, those that a prompt and its response together never get."""
 
 
 ENGINES = {
@@ -102,6 +104,9 @@ ENGINES = {
                 "Glm4MoeForCausalLM",
             }
         ),
+        # 0.5.23: a request has context length - 1 (srt/managers/tp_worker.py), and max_new_tokens is cut to what is
+        # left of that behind the prompt, less 1 (scheduler.py).
+        kept_positions=2,
     ),
 }
 

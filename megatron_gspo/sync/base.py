@@ -57,8 +57,8 @@ def make_weight_sync(
     *,
     model_path: str | Path,
     expected_names: Collection[str] | None = None,
-    shared: bool = False,
     access: ServerAccess = OPEN,
+    shared: bool = False,
 ) -> WeightSync:
     """The configured method.
 
@@ -99,7 +99,7 @@ class BucketSync:
         peers: Peers,
         model_path: str | Path,
         expected_names: Collection[str] | None,
-        access: ServerAccess,
+        access: ServerAccess = OPEN,
     ) -> None:
         self.config = config
         self.peers = peers

@@ -13,8 +13,7 @@ import torch
 
 from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.config import RunConfig
-from megatron_gspo.data.formats import Paths
-from megatron_gspo.data.prompts import PromptSet, load_prompts
+from megatron_gspo.data.prompts import PromptSet
 from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer, response_text
 from megatron_gspo.errors import ConfigError, EngineUnavailableError
 from megatron_gspo.hf.catalog import read_model
@@ -29,9 +28,11 @@ from megatron_gspo.sync.gap import in_dtype
 from megatron_gspo.sync.head import HEAD, with_head
 from megatron_gspo.sync.peers import Peers
 from megatron_gspo.train.grade import Graded, evaluation_sampling, grade
+from megatron_gspo.train.limits import check_room, read_prompts
 from megatron_gspo.train.models import check_engine, engine_holds_head, served, unread
 from megatron_gspo.train.subject import Subject
 from megatron_gspo.train.survey import usable_questions
+from megatron_gspo.train.waiting import starting_servers
 from megatron_gspo.types import ServerAccess
 
 
@@ -69,17 +70,8 @@ def read_questions(subject: Subject, *, greedy: bool) -> Questions:
             f"started here, which is sent the weights: rollout.servers=[]"
         )
     tokenizer = open_tokenizer(config, directory)
-    prompts = load_prompts(
-        config.data.eval_path,
-        tokenizer=tokenizer,
-        format=config.data.format,
-        fields=Paths.named_by(config.data),
-        chat_template=config.data.chat_template,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        skip_bad=config.data.skip_bad,
-        limit=config.eval.prompts,
-        whole=True,
-    )
+    prompts = read_prompts(config, tokenizer)
+    check_room(config, directory, prompts)
     seeded = config.rollout.is_seeded(on_gpu=torch.cuda.is_available())
     sampling = evaluation_sampling(config, tokenizer.stop_ids, seeded=seeded, greedy=greedy)
     reward = resolve_reward(config.reward)
@@ -124,16 +116,18 @@ def _servers(
         key = os.environ.get(SERVER_KEY, "")
         yield config.rollout.servers, key, check_served(probe(config.rollout.servers, timeout_s=10.0, key=key), model)
         return
-    phase(f"starting {config.rollout.local_servers} rollout server(s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     servers = local_servers(config.rollout)(
         served(config, model),
         model,
         logs,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
         dtype=config.rollout.engine_dtype or config.model.dtype,
         seed=config.train.seed,
     )
-    with servers:
+    with contextlib.ExitStack() as stack:
+        with starting_servers(config.rollout, device, phase):
+            stack.enter_context(servers)
         if unread(config.rollout.engine, model, shape):
             send(config, model, servers.urls, ServerAccess(servers.key))
         yield servers.urls, servers.key, None

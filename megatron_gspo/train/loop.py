@@ -34,6 +34,7 @@ from megatron_gspo.train.sft import Examples, fine_tune, load_examples
 from megatron_gspo.train.step import empty_text, outer_step
 from megatron_gspo.train.stopping import StopRequest
 from megatron_gspo.train.survey import survey_references
+from megatron_gspo.train.waiting import starting_servers
 from megatron_gspo.types import ServerAccess
 from megatron_gspo.versions import untested
 
@@ -111,6 +112,7 @@ def supervise(session: Session, inputs: Examples) -> Policy:
     policy = Policy(config, groups)
     progress = Progress(PromptCursor(len(inputs.completions), config.train.seed, config.data.shuffle))
     with session.restore(policy, progress) as checkpoints:
+        session.recorder.phase("fine-tuning")
         for report in fine_tune(config, groups, policy, inputs, progress, session.recorder.note):
             session.recorder.steps([report])
             session.end_step(progress, checkpoints)
@@ -213,18 +215,20 @@ def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> It
         key, error = "", None
         check: Callable[[], None] = nothing
         if dist.get_rank() == 0:
-            recorder.phase(f"starting {config.rollout.local_servers} rollout server(s)")
+            device = "cuda" if torch.cuda.is_available() else "cpu"
             servers = local_servers(config.rollout)(
                 served(config),
                 config.model.path,
                 Path(config.train.run_dir) / "servers",
-                device="cuda" if torch.cuda.is_available() else "cpu",
+                device=device,
                 dtype=config.rollout.engine_dtype or config.model.dtype,
                 seed=config.train.seed,
                 routes=config.replay.uses_engine_routes,
             )
+            recorder.phase("waiting for the servers")
             try:
-                urls, key, check = stack.enter_context(servers).urls, servers.key, servers.check
+                with starting_servers(config.rollout, device, recorder.note):
+                    urls, key, check = stack.enter_context(servers).urls, servers.key, servers.check
             except Exception as caught:
                 error = caught
         agree(error, groups.world)

@@ -1,14 +1,16 @@
-"""Responses kept for reading: what the trainer made of a few of them, token by token."""
+"""Responses kept for reading, a few whole groups: what the trainer made of them, token by token."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_gspo.algorithm.packing import unshard_tokens
 from megatron_gspo.data.tokenizer import token_texts
-from megatron_gspo.parallel.exchange import broadcast_object, gather_pieces
+from megatron_gspo.parallel.exchange import broadcast_object, exchange, gather_pieces
+from megatron_gspo.policy.groups import device
 from megatron_gspo.train.batch import Key, Minibatch
 from megatron_gspo.train.context import Run
 from megatron_gspo.types import RolloutGroup, RolloutRecord, Sample, TokenShard, Trained
@@ -28,36 +30,45 @@ def read_samples(
     shards: Sequence[Sequence[TokenShard]],
     outputs: Sequence[Sequence[Trained]],
     groups: Mapping[int, RolloutGroup],
+    samples: Sequence[Sample],
 ) -> list[RolloutRecord]:
-    """Up to ``train.save_rollouts`` responses, on the first rank; empty elsewhere. Collective over its replica.
+    """Whole groups of ``train.save_rollouts`` responses or a few more, on the first rank; empty elsewhere. Collective.
 
-    They are among those that the first leader both fetched and trains on, spread evenly.
+    They are among those that the first leader fetched, spread evenly; their responses may be trained on anywhere.
+
+    Args:
+        groups: what this leader fetched, by position among the outer step's prompts; empty on other ranks.
+        samples: the responses of ``groups``, with their advantages.
     """
-    if run.groups.data_rank != 0 or not run.config.train.save_rollouts:
+    if not run.config.train.save_rollouts:
         return []
-    fetched = broadcast_object(set(groups), run.groups.leader_rank, run.groups.replica)
-    chosen = _choose(minibatches, fetched, run.config.train.save_rollouts)
+    wanted = math.ceil(run.config.train.save_rollouts / run.config.rollout.group_size)
+    chosen = broadcast_object(spread(sorted(groups), wanted), 0, run.groups.world)
     measured: dict[Key, _Measured] | None = None
     if run.groups.is_last_stage:
-        measured = _measure(run, minibatches, shards, outputs, set(chosen))
+        measured = _of_all_replicas(run, _measure(run, minibatches, shards, outputs, chosen))
+    if run.groups.data_rank != 0:
+        return []
     measured = broadcast_object(measured, run.groups.last_stage_leader_rank, run.groups.replica)
     if not run.groups.is_leader:
         return []
-    return [_record(run, groups[key[0]], chosen[key], measured[key]) for key in sorted(chosen)]
+    kept = sorted((s for s in samples if s.group in chosen), key=lambda s: (s.group, s.sample))
+    return [_record(run, groups[s.group], s, measured[s.group, s.sample]) for s in kept]
 
 
-def _choose(minibatches: Sequence[Minibatch], fetched: set[int], count: int) -> dict[Key, Sample]:
-    all_of_them = {
-        (sample.group, sample.sample): sample
-        for minibatch in minibatches
-        for samples in minibatch.samples
-        for sample in samples
-        if sample.group in fetched
-    }
-    keys = sorted(all_of_them)
-    stride = max(1, len(keys) / count)
-    picked = [keys[int(index * stride)] for index in range(min(count, len(keys)))]
-    return {key: all_of_them[key] for key in picked}
+def spread(positions: Sequence[int], count: int) -> list[int]:
+    """``count`` of them, or all, evenly spread from the first on."""
+    stride = max(1, len(positions) / count)
+    return [positions[int(index * stride)] for index in range(min(count, len(positions)))]
+
+
+def _of_all_replicas(run: Run, mine: dict[Key, _Measured]) -> dict[Key, _Measured]:
+    """On the last stage of the first replica, at its first rank: what every replica measured. Collective there."""
+    if run.groups.token.rank() != 0:
+        return {}
+    outgoing: list[list[tuple[Key, _Measured]]] = [[] for _ in range(run.groups.data_size)]
+    outgoing[0] = list(mine.items())
+    return dict(exchange(outgoing, run.groups.data, device()))
 
 
 def _measure(
@@ -65,14 +76,15 @@ def _measure(
     minibatches: Sequence[Minibatch],
     shards: Sequence[Sequence[TokenShard]],
     outputs: Sequence[Sequence[Trained]],
-    chosen: set[Key],
+    chosen: Collection[int],
 ) -> dict[Key, _Measured]:
-    """On the last stage: puts the micro-batches that hold a chosen response together from the ranks' tokens."""
+    """On the last stage: puts the micro-batches that hold a response of a chosen group together from the ranks'
+    tokens."""
     measured: dict[Key, _Measured] = {}
     batches = [batch for minibatch in minibatches for batch in minibatch.batches]
     of_each = zip(batches, itertools.chain(*shards), itertools.chain(*outputs), strict=True)
     for batch, shard, (new_T, _, output) in of_each:
-        if not chosen.intersection(shard.samples):
+        if not any(group in chosen for group, _ in shard.samples):
             continue
         assert shard.old_logprobs_T is not None
         mask, sequence, old, new, clipped = (
@@ -86,7 +98,7 @@ def _measure(
             )
         )
         for index, key in enumerate(shard.samples):
-            if key in chosen:
+            if key[0] in chosen:
                 own = mask & (sequence == index)
                 measured[key] = _Measured(
                     ratio=float(output.log_ratio_S[index].double().exp()),  # an infinity, where math.exp would raise
@@ -113,4 +125,6 @@ def _record(run: Run, group: RolloutGroup, sample: Sample, measured: _Measured) 
         rollout_logprobs=sample.rollout_logprobs.tolist(),
         old_logprobs=measured.old_logprobs,
         new_logprobs=measured.new_logprobs,
+        group=sample.group,
+        answer=group.prompt.answer or None,
     )

@@ -103,7 +103,7 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
     with clock("sync"):
         run.push(number + 1)
     reports[-1].metrics |= clock.metrics(sum(minibatch.tokens for minibatch in minibatches))
-    return reports, read_samples(run, minibatches, shards, trained, collected.groups)
+    return reports, read_samples(run, minibatches, shards, trained, collected.groups, collected.samples)
 
 
 def skip_step(run: Run, number: int, first_step: int, summary: Mapping[str, float], clock: Clock) -> StepReport:
@@ -122,7 +122,7 @@ def skip_step(run: Run, number: int, first_step: int, summary: Mapping[str, floa
 
 def empty_text(number: int, metrics: Mapping[str, float]) -> str:
     """What happened in an outer step that has nothing to train on."""
-    return f"outer step {number}: no group has two responses left; dropped: {_kinds(metrics)}"
+    return f"outer step {number + 1}: no group has two responses left; dropped: {_kinds(metrics)}"
 
 
 def draw_prompts(run: Run, number: int) -> tuple[list[Prompt], dict[str, float]]:

@@ -18,6 +18,8 @@ from megatron_gspo.train.export import export_checkpoint
 NOTHING_IS_TRAINED = ('train.run_dir="(evaluation)"', "train.microbatch_tokens=2147483647")
 """Settings of training that would refuse longer responses, or prompts in the run's own directory."""
 WHOLE_FILE = 2**31 - 1
+LIMITS = ("max_prompt_tokens", "max_response_tokens")
+"""Of ``rollout``. A configuration, and a run, have them; a model by itself does not."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Subject:
     checkpoint: Path | None = None
     step: int | None = None
     """Optimizer steps that the checkpoint has taken."""
+    open_limits: frozenset[str] = frozenset()
+    """Settings of ``LIMITS`` that nobody has named: ``limits.fitting`` finds values for them."""
 
     def describe(self) -> str:
         """The directory that holds the weights."""
@@ -68,7 +72,9 @@ def of_model(path: Path, overrides: Sequence[str]) -> Subject:
         "train": {},
         "eval": {"prompts": WHOLE_FILE},
     }
-    return Subject("model", path, parse(tree, str(path), [*NOTHING_IS_TRAINED, *overrides]), path)
+    config = parse(tree, str(path), [*NOTHING_IS_TRAINED, *overrides])
+    open_limits = frozenset(name for name in LIMITS if f"rollout.{name}" not in named)
+    return Subject("model", path, config, path, open_limits=open_limits)
 
 
 def find_checkpoint(directory: Path, name: str) -> Path:

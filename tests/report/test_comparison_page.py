@@ -99,7 +99,7 @@ def test_curves_are_means_over_seeds(page: Page, comparison: Comparison) -> None
     assert list(found) == list(ARMS)
     for arm, (x, y) in found.items():
         columns = zip(*(cell.series("grad_norm") for cell in comparison.of(arm).values()), strict=True)
-        assert x == list(range(12))
+        assert x == list(range(1, 13))
         assert y == [pytest.approx(sum(column) / SEEDS, rel=1e-3) for column in columns]
 
 

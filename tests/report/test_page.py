@@ -52,7 +52,7 @@ def two(browser: Browser, run: RunDirectory, tmp_path_factory: pytest.TempPathFa
 
 
 def traces(page: Page, title: str) -> list[dict[str, Any]]:
-    """What Plotly holds of the chart with this title: name, x, y of each trace that has points."""
+    """What Plotly holds of the chart with this title: name, x, y of each trace that has points. Steps count from 1."""
     index = page.value(f"CHARTS.findIndex((chart) => chart.title === {json.dumps(title)})")
     return page.value(
         f"byId('chart-{index}').data.filter((t) => t.x[0] !== null).map(({{ name, x, y }}) => ({{ name, x, y }}))"
@@ -60,7 +60,7 @@ def traces(page: Page, title: str) -> list[dict[str, Any]]:
 
 
 def points(records: list[dict[str, Any]], metric: str, place: str = "outer_step") -> dict[str, list[float]]:
-    found = [(record[place], record[metric]) for record in records if metric in record]
+    found = [(record[place] + 1, record[metric]) for record in records if metric in record]
     return {"x": [x for x, _ in found], "y": [pytest.approx(y, rel=1e-8) for _, y in found]}
 
 
@@ -94,7 +94,7 @@ def test_the_points_of_a_chart_are_the_records(page: Page, run: RunDirectory) ->
     reward, accuracy, greedy = traces(page, "Reward and accuracy")
     assert reward == {"name": "reward, training prompts", **points(outer, "reward/mean")}
     assert accuracy == {"name": "accuracy, held-out", **points(outer, "eval/accuracy")}
-    assert greedy["x"] == [-1, 4, 9]
+    assert greedy["x"] == [0, 5, 10]
     (gradient,) = traces(page, "Gradient norm")
     assert gradient == {"name": "gradient norm", **points(outer, "grad_norm")}
 
@@ -110,7 +110,7 @@ def test_the_axis_can_be_optimizer_steps_or_hours(page: Page, run: RunDirectory)
     ]
     assert gradient["x"][-1] == pytest.approx(sum(times) / 3600, rel=1e-5)
     page.choose("#axis", "outer_step")
-    assert traces(page, "Gradient norm")[0]["x"] == list(range(12))
+    assert traces(page, "Gradient norm")[0]["x"] == list(range(1, 13))
 
 
 def test_smoothing_is_a_mean_of_the_past_over_the_raw_points(page: Page, run: RunDirectory) -> None:
@@ -140,7 +140,7 @@ def test_pointing_at_a_curve_shows_its_value(page: Page, run: RunDirectory) -> N
         "(() => { const plot = byId('chart-0'); plot.scrollIntoView({ block: 'center' });"
         " const box = plot.getBoundingClientRect(), { xaxis, yaxis } = plot._fullLayout;"
         f" const y = yaxis.d2p({record['reward/mean']});"
-        " return [box.x + xaxis._offset + xaxis.d2p(5), box.y + yaxis._offset + y]; })()"
+        " return [box.x + xaxis._offset + xaxis.d2p(6), box.y + yaxis._offset + y]; })()"
     )
     page.point(x, y)
     page.wait("byId('chart-0').querySelector('.hoverlayer text') !== null")
@@ -153,7 +153,7 @@ def test_time_bars_are_the_seconds_of_each_part(page: Page, run: RunDirectory) -
     bars = {trace["name"]: trace for trace in traces(page, "Time of an outer step")}
     records = by_outer_step(run.metrics())[1:]
     for part in ("rollout", "reward", "logprobs", "train", "sync"):
-        assert bars[part]["x"] == list(range(12))
+        assert bars[part]["x"] == list(range(1, 13))
         assert bars[part]["y"] == pytest.approx([record[f"time/{part}"] for record in records], rel=1e-5)
 
 
@@ -174,7 +174,7 @@ def test_a_token_is_shaded_by_its_log_ratio(page: Page, run: RunDirectory) -> No
     scale = sizes[int(len(sizes) * 0.95)]
     assert float(page.text("#legend-high").removesuffix(" nats")) == pytest.approx(scale, rel=0.05)
     spans = page.value(
-        "[...document.querySelectorAll('#samples .sample:nth-child(2) .response span')]"
+        "[...document.querySelectorAll('#samples .sample:nth-of-type(2) .response span')]"
         ".map((span) => [span.textContent, span.title, span.style.backgroundColor])"
     )
     assert [text for text, _, _ in spans] == samples[1].tokens
@@ -197,21 +197,34 @@ def test_the_shade_can_be_the_gap_between_trainer_and_engine(page: Page) -> None
     page.choose("#reader-shade", "new − old")
 
 
-def test_responses_can_be_filtered_and_sorted(page: Page) -> None:
-    page.choose("#reader-step", "2")
-    assert page.value("byId('reader-filter').innerText").split("\n")[:3] == [
-        "all responses (4)",
-        "clipped (2)",
-        "not clipped (2)",
-    ]
-    page.choose("#reader-filter", "clipped")
-    assert page.texts(".sample .meta span:first-child") == ["p2 / 0", "p2 / 3"]
-    assert page.texts(".sample .mark") == ["clipped", "clipped"]
-    page.choose("#reader-filter", "all")
-    page.choose("#reader-sort", "ratio")
-    distance = {f"p2 / {i}": -abs(make_rollout(i, seed=2).ratio - 1) for i in range(4)}
-    assert page.texts(".sample .meta span:first-child") == sorted(distance, key=distance.__getitem__)
-    page.choose("#reader-sort", "saved")
+def test_a_group_stands_together_with_its_prompt_and_reference_answer(page: Page, run: RunDirectory) -> None:
+    page.choose("#reader-step", "3")
+    assert page.text("#reader-note") == "1 of 1 saved groups of outer step 4, rollouts/outer_00003.jsonl."
+    assert page.texts(".group > .meta span") == ["p3", "4 of 8 responses", "mean reward 0.500"]
+    group = [make_rollout(i, seed=3) for i in range(4)]
+    assert page.text(".group .prompt").split("\n")[0] == "digits: 4 9 4 3 1 4 4 3 0 6 8 5"
+    assert page.text(".group .reference") == group[0].answer
+    assert page.texts(".sample .number") == ["#0", "#1", "#2", "#3"]
+    assert page.texts(".sample .reward") == ["reward 0.000", "reward 1.000"] * 2
+    assert page.texts(".sample .advantage") == ["advantage −1.00", "advantage +1.00"] * 2
+    assert page.texts(".sample .ratio") == [f"s_i {one.ratio:.6f}" for one in group]
+    places = "[...document.querySelectorAll('.sample')].map((box) => box.getBoundingClientRect())"
+    boxes = page.value(f"{places}.map(({{ x, y }}) => [x, y])")
+    assert len({y for _, y in boxes[:3]}) == 1 and len({x for x, _ in boxes[:3]}) == 3, "side by side"
+
+
+def test_charts_that_are_0_all_along_fold_into_a_line_that_names_them(browser: Browser, page_file: Path) -> None:
+    with browser.open(page_file) as page:
+        lines = ["0 at every step: Dropped responses", "0 at every step: Engine gap, tail"]
+        assert page.texts(".flat > summary") == lines
+        shown = page.value("[...document.querySelectorAll('.chart')].filter((c) => c.checkVisibility()).length")
+        assert shown == page.value("CHARTS.length") - 2
+        index = page.value("CHARTS.findIndex((chart) => chart.title === 'Engine gap, tail')")
+        assert page.value(f"byId('chart-{index}').data === undefined"), "nothing is drawn where nobody looks"
+        page.value("void ([...document.querySelectorAll('.flat')].at(-1).open = true)")
+        page.wait(f"byId('chart-{index}').data && byId('chart-{index}').querySelector('svg').clientWidth > 300")
+        assert traces(page, "Engine gap, tail")[0]["y"] == [0] * 12
+        assert page.errors == []
 
 
 def test_switching_a_run_off_hides_it(two: Page) -> None:
@@ -247,7 +260,7 @@ def test_hostile_text_is_text(browser: Browser, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run<i>", outer_steps=2, model={"path": HOSTILE})
     run.write_manifest(run.manifest() | {"engine": {"name": HOSTILE + "\ud800"}})
     tokens = [HOSTILE, INVISIBLE, LETTERS, "\n"]
-    shown = RolloutRecord(HOSTILE, 0, HOSTILE + INVISIBLE, "", tokens, 1.0, 0.5, HOSTILE, 1.0, False)
+    shown = RolloutRecord(HOSTILE, 0, HOSTILE + INVISIBLE, "", tokens, 1.0, 0.5, HOSTILE, 1.0, False, answer=HOSTILE)
     run.write_rollouts(1, [shown])
     with run.rollout_files()[1].open("a") as file:
         file.write('{"prompt": "half \\ud83d", "tokens": ["\\ud800", 7, null], "reward": "NaN", "new_logprobs": "x"}\n')
@@ -256,14 +269,15 @@ def test_hostile_text_is_text(browser: Browser, tmp_path: Path) -> None:
         assert page.value("document.body.dataset.broken") is None
         assert page.value("document.querySelectorAll('img, b, body script ~ script[src]').length") == 0
         spans = page.value(
-            "[...document.querySelectorAll('.sample:first-child .response span')].map((s) => s.textContent)"
+            "[...document.querySelectorAll('.group:first-child .response span')].map((s) => s.textContent)"
         )
         assert spans[0] == HOSTILE
         assert spans[1] == ("a⟨U+202E⟩b⟨U+200F⟩c⟨U+2028⟩d⟨U+2066⟩e⟨U+0000⟩f⟨U+001B⟩g⟨U+FEFF⟩h⟨U+000D⟩")
         assert spans[2:] == [LETTERS, "↵\n"]
-        assert page.value("document.querySelector('.sample .prompt').textContent").startswith(HOSTILE)
-        assert page.texts(".sample:nth-child(3) .response") == ["no tokens"]
-        assert "reward -" in page.text(".sample:nth-child(2) .meta")
+        assert page.value("document.querySelector('.group .prompt').textContent").startswith(HOSTILE)
+        assert page.value("document.querySelector('.group .reference').textContent") == HOSTILE
+        assert page.texts(".group:nth-child(3) .response") == ["no tokens"]
+        assert "reward -" in page.text(".group:nth-child(2) .sample .meta")
         assert overflow(page) == 0
         assert_quiet(page, run.report_file)
 
@@ -300,7 +314,7 @@ def test_a_run_that_goes_on_one_that_crashed_and_one_that_was_resumed_say_so(bro
     with browser.open(report(run)) as page:
         assert page.text(".state") == "silent"
         assert ", 2h00m before this page; 5 of 12 outer steps" in page.text(".sentence")
-        assert "resumed at 2" in page.text(".sentence")
+        assert "resumed after outer step 2" in page.text(".sentence")
         shapes = "byId('chart-0').layout.shapes.map((shape) => [shape.x0, shape.label.text])"
         assert page.value(shapes) == [[2, "resumed"], [4, "resumed"]]
         page.choose("#axis", "step")
@@ -330,7 +344,7 @@ def test_one_step_is_seen(browser: Browser, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", outer_steps=1)
     with browser.open(report(run)) as page:
         reward = traces(page, "Reward and accuracy")[0]
-        assert (reward["x"], len(reward["y"])) == ([0], 1)
+        assert (reward["x"], len(reward["y"])) == ([1], 1)
         drawn = page.value("document.querySelectorAll('#chart-0 .points path').length")
         assert drawn >= 3, "single points have markers"
         assert not math.isnan(reward["y"][0])
@@ -347,6 +361,6 @@ def test_a_thinned_curve_says_so_and_is_not_smoothed(browser: Browser, tmp_path:
         assert "Long curves" not in page.text("#axis-note")
         page.choose("#axis", "step")
         (curve,) = traces(page, "Gradient norm")
-        assert (max(curve["y"]), curve["x"][curve["y"].index(77.0)]) == (77.0, 1234)
+        assert (max(curve["y"]), curve["x"][curve["y"].index(77.0)]) == (77.0, 1235)
         assert len(curve["x"]) < 2000
         assert "Long curves keep the smallest and the largest value" in page.text("#axis-note")

@@ -111,6 +111,18 @@ def test_eval_of_a_hugging_face_directory_is_training_s_evaluation_of_its_start(
     assert figures(greedy) == of_training(start, greedy=True)
 
 
+def test_a_bare_model_is_evaluated_to_the_end_of_its_positions_without_a_limit_being_named(
+    fresh_server: str, quickstart: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    """64 positions, prompts of 13 tokens, and a random model that goes on: a response longer by one would be cut by the
+    server, which is an error."""
+    reward = f"{Path(__file__).with_name('rewards.py')}:first_token_is_even"
+    arguments = [f"{quickstart}/model", "--prompts", f"{quickstart}/eval.jsonl", "--reward", reward, "--samples", "8"]
+    result = evaluated(capsys, *arguments, f'rollout.servers=["{fresh_server}"]', "--out", f"{tmp_path}/out")
+    assert (result["settings"]["max_prompt_tokens"], result["settings"]["max_response_tokens"]) == (13, 49)
+    assert result["result"]["truncated"] > 0 and result["result"]["tokens"]["max"] == 49
+
+
 def test_servers_that_hold_other_weights_are_refused_and_the_remedy_is_said(
     ranks: RankPool, run_config: RunConfig, fresh_server: str, quickstart: Path, tmp_path: Path, capsys: Captured
 ) -> None:

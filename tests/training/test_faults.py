@@ -201,7 +201,7 @@ def test_when_all_responses_of_a_step_fail_the_run_ends_and_counts_them_by_kind(
         ended = endings(ranks, settings(server, 'rollout.on_truncated="drop"'))
     counts = f"32 responses, 32 {fail.__name__}, 4 groups"
     hint = '(rollout.on_empty_step = "skip" would go on with the next prompts)'
-    assert ended == f"1 RolloutError: outer step 1: no group has two responses left; dropped: {counts} {hint}"
+    assert ended == f"1 RolloutError: outer step 2: no group has two responses left; dropped: {counts} {hint}"
 
 
 def failing_in(*versions: str) -> Callable[..., Any]:
@@ -246,7 +246,7 @@ def test_an_empty_step_is_skipped_where_that_is_asked_for_and_a_resumed_run_is_t
         most = [*more, "train.overwrite=true", "rollout.max_empty_steps=2"]
         ended = endings(ranks, settings(server, *most))
     assert ended == (
-        "1 RolloutError: outer step 2: no group has two responses left; dropped: 32 responses, 32 aborted, 4 groups, "
+        "1 RolloutError: outer step 3: no group has two responses left; dropped: 32 responses, 32 aborted, 4 groups, "
         "as in the 2 outer steps up to here (rollout.max_empty_steps = 2)"
     )
     assert len(metrics(tmp_path)) == 4

@@ -98,6 +98,8 @@ def make_rollout(sample: int, seed: int = 0, response: str = "4 3 7 0 1 5 9 2 2 
         rollout_logprobs=[value + draw.gauss(0, 1e-6) for value in old],
         old_logprobs=old,
         new_logprobs=[value + draw.gauss(0, 4e-3) for value in old],
+        group=0,
+        answer="4 3 7 0 1 5 9 2 2 8 4 9",
     )
 
 
@@ -115,5 +117,20 @@ def make_run(path: Path, outer_steps: int = 12, seed: int = 0, **sections: dict[
     writer.close()
     (run.checkpoints / f"outer_{outer_steps:05d}").mkdir()
     (run.checkpoints / f"outer_{outer_steps:05d}" / "checkpoint.json").touch()
+    run.finish()
+    return run
+
+
+def make_fine_tuning(path: Path, steps: int = 40) -> RunDirectory:
+    """A finished one, whose loss falls by 0.05 a step from 3."""
+    config = make_config(path, algorithm={"name": "sft"}, train={"outer_steps": steps})
+    run = RunDirectory.create(config)
+    run.write_manifest(describe(config, world_size=2))
+    writer = run.metrics_writer()
+    for step in range(steps):
+        zeros = dict.fromkeys(("time/rollout", "time/reward", "time/logprobs", "time/sync"), 0.0)
+        metrics = {"loss": 3.0 - 0.05 * step, "grad_norm": 0.5, "lr": 1e-3, "time/train": 0.25, "tokens_per_s": 900.0}
+        writer.write(StepReport(step, step, 0, metrics | zeros))
+    writer.close()
     run.finish()
     return run

@@ -312,7 +312,8 @@ def test_a_server_serves_cells_of_one_architecture_until_it_dies(
     )
     starts = {"cold_starts": ("m0", "m1"), "dense_twins": ("d0",)}
     plan = make_plan(request_of(**starts, overrides=("rollout.engine_dtype=bfloat16", "replay.engine_routes_every=2")))
-    worker = Worker(plan, Queue(plan), None, Stop(), print, device="cpu")  # type: ignore[arg-type]
+    said: list[str] = []
+    worker = Worker(plan, Queue(plan), None, Stop(), print, device="cpu", say=said.append)  # type: ignore[arg-type]
     cells = {cell.name: cell for cell in plan.cells}
     for name in ("grpo-off, seed 0", "gspo-r2, seed 1", "grpo-dense, seed 0", "gspo-dense, seed 1"):
         assert worker._serve(cells[name]) == ("http://a",)
@@ -322,6 +323,7 @@ def test_a_server_serves_cells_of_one_architecture_until_it_dies(
     worker._serve(cells["gspo-dense, seed 1"])
     assert Servers.started[2:] == ["d0 bfloat16"]
     assert worker._servers.running and not first.running
+    assert said == ["starting 1 SGLang server (about a minute on a CPU) ...", "ready after 0 s"] * 3
 
 
 def test_jobs_are_as_many_as_cores_hold_ranks_and_never_more_than_servers(

@@ -235,8 +235,8 @@ def test_collapses_are_counted_by_arm_with_their_steps(tmp_path: Path):
     comparison = read(
         write(tmp_path / "out", plan, [*cells, *(make_digest("gspo-off", s, "runs/a", 0.8) for s in range(2))])
     )
-    assert analyse(comparison).arms["grpo-off"]["collapsed"] == {0: 7}
-    collapsed = "grpo-off in 1 of 2 cells (outer step 7); no other arm."
+    assert analyse(comparison).arms["grpo-off"]["collapsed"] == {0: 8}
+    collapsed = "grpo-off in 1 of 2 cells (outer step 8); no other arm."
     assert f"Collapsed (five-step mean reward under half of its peak): {collapsed}" in said(comparison)
 
 

@@ -17,10 +17,12 @@ from megatron_gspo.report.evaluation import EvaluationDirectory, fingerprint, st
 from megatron_gspo.report.rundir import RunDirectory
 from megatron_gspo.rewards.registry import Reward
 from megatron_gspo.rollout.probe import ServerState
-from megatron_gspo.train.examine import check_served
+from megatron_gspo.train.examine import check_served, read_questions
 from megatron_gspo.train.grade import evaluation_sampling, grade
-from megatron_gspo.train.subject import of_model, of_run
+from megatron_gspo.train.limits import fitting
+from megatron_gspo.train.subject import Subject, of_model, of_run
 from megatron_gspo.types import FinishReason, Prompt, Rollout
+from tests.unit.doctor_cases import prepare
 
 Captured = pytest.CaptureFixture[str]
 
@@ -209,3 +211,68 @@ def test_a_model_is_known_by_every_byte_of_its_weights(tmp_path: Path) -> None:
     assert fingerprint(model) == before
     (model / "model.safetensors").write_bytes(bytes(500) + b"\1" + bytes(499))
     assert fingerprint(model)["sha256"] != before["sha256"]
+
+
+# --------------------------------------------------------------------------------------------- limits that fit
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 64 positions, and prompts of 13 tokens, the last one of 20."""
+    directory = tmp_path_factory.mktemp("tiny")
+    prepare().write_model(directory / "model", seed=0)
+    rows = [{"prompt": f"{number:012d}=", "answer": "1"} for number in range(8)] + [{"prompt": "1" * 20, "answer": "1"}]
+    (directory / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def subject_of(tiny: Path, *more: str) -> Subject:
+    asked = [f'data.eval_path="{tiny}/held-out.jsonl"', 'reward.function="exact"', *more]
+    return fitting(of_model(tiny / "model", asked))
+
+
+def lengths(subject: Subject) -> tuple[int, int]:
+    """The limits, as the servers and the questions have them."""
+    questions = read_questions(subject, greedy=False)
+    rollout = subject.config.rollout
+    assert questions.sampling.max_tokens == rollout.max_response_tokens
+    return rollout.max_prompt_tokens, rollout.max_response_tokens
+
+
+def test_a_bare_model_gets_limits_that_fit_it_and_its_prompts(tiny: Path) -> None:
+    """The defaults, 1,024 and 1,024, are no more than numbers; SGLang keeps two of a model's positions."""
+    assert lengths(subject_of(tiny)) == (20, 64 - 20 - 2)
+    assert lengths(subject_of(tiny, "eval.prompts=8")) == (13, 64 - 13 - 2)
+    assert lengths(subject_of(tiny, "rollout.max_response_tokens=7")) == (20, 7)
+    assert lengths(subject_of(tiny, "rollout.max_prompt_tokens=30")) == (30, 64 - 20 - 2)
+    config = json.loads((tiny / "model" / "config.json").read_text())
+    for positions, room in ((100_000, 1024), (1000, 1000 - 20 - 2)):
+        (tiny / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
+        assert lengths(subject_of(tiny)) == (20, room), "no more than the default"
+    (tiny / "model" / "config.json").write_text(json.dumps(config))
+
+
+def test_limits_that_do_not_fit_are_refused_with_what_would(tiny: Path, capsys: Captured) -> None:
+    arguments = [tiny / "model", "--prompts", tiny / "held-out.jsonl", "--reward", "exact"]
+    line = refusal(capsys, *arguments, "--max-tokens", "43")
+    assert "rollout.max_response_tokens = 43 (--max-tokens): the longest prompt of " in line
+    assert line.endswith("has 20 tokens, and max_position_embeddings = 64, of which sglang keeps 2: at most 42")
+    (tiny / "long.jsonl").write_text(json.dumps({"prompt": "1" * 70, "answer": "1"}) + "\n")
+    line = refusal(capsys, tiny / "model", "--prompts", tiny / "long.jsonl", "--reward", "exact")
+    assert "its longest prompt has 70 tokens" in line and "nothing is left for a response" in line
+    assert line.endswith("rollout.max_prompt_tokens=31 with data.skip_bad=true would leave longer prompts out")
+
+
+def test_the_way_out_that_a_refusal_names_is_one(tiny: Path) -> None:
+    rows = [{"prompt": "1" * length, "answer": "1"} for length in (70, 12, 31)]
+    (tiny / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = [f'data.eval_path="{tiny}/mixed.jsonl"', "rollout.max_prompt_tokens=31", "data.skip_bad=true"]
+    subject = subject_of(tiny, *more)
+    assert len(read_questions(subject, greedy=False).prompts) == 2
+    assert lengths(subject) == (31, 64 - 31 - 2)
+
+
+def test_a_configuration_keeps_its_own_limits(tmp_path: Path) -> None:
+    run = run_with(tmp_path / "run").path
+    subject = of_run(run, [], checkpoint=None, finished=True)
+    assert subject.open_limits == frozenset() and fitting(subject) is subject

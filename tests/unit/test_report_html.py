@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from megatron_gspo.report.html import write_report
 from megatron_gspo.report.metrics import METRICS, PLACE, by_outer_step
 from megatron_gspo.report.payload import curves, hours, time_bars, to_json
 from megatron_gspo.report.rundir import RunDirectory
-from megatron_gspo.report.samples import rollouts
+from megatron_gspo.report.samples import groups, rollouts
 from megatron_gspo.types import RolloutRecord
 
 HOSTILE = '</script><img src=x onerror="document.body.dataset.broken=1"><b>bold\u2028</b> &amp; "quoted"'
@@ -68,7 +69,10 @@ def test_the_page_holds_the_values_of_every_curve(tmp_path: Path) -> None:
             rows = curve.get("rows", range(len(records)))
             assert list(rows) == [row for row, record in enumerate(records) if name in record]
             assert curve["y"] == pytest.approx([records[row][name] for row in rows], rel=1e-8, abs=0)
-    assert embedded["steps"]["step"] == [record["step"] for record in run.metrics()]
+    assert embedded["steps"]["step"] == [record["step"] + 1 for record in run.metrics()]
+    assert embedded["outer"]["outer_step"] == list(range(13)), "0 is before any training, and 1 the terminal's 1/12"
+    assert embedded["bars"]["outer_step"] == list(range(1, 13))
+    assert [step["outer_step"] for step in embedded["rollouts"]["steps"]] == list(range(1, 13))
     assert embedded["clip"] == [1e-3, 1.33e-3]
 
 
@@ -95,7 +99,7 @@ def test_many_outer_steps_share_bars_of_their_mean() -> None:
     lines = [{"outer_step": step, "time/train": float(step), "time/rollout": 1.0} for step in range(300)]
     del lines[1]["time/rollout"]
     bars = time_bars(lines)
-    assert (bars["every"], bars["outer_step"][:3]) == (3, [0, 3, 6])
+    assert (bars["every"], bars["outer_step"][:3]) == (3, [1, 4, 7])
     assert bars["parts"]["time/train"] == [3.0 * i + 1 for i in range(100)]
     assert set(bars["parts"]["time/rollout"]) == {1.0}, "a step that lacks a part is not one of 0 seconds"
     assert bars["parts"]["time/sync"] == [None] * 100
@@ -178,9 +182,9 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert "b" not in tags
     assert tags.count("script") == 3
     assert "<img" not in text
-    (sample,) = page.payload["runs"][0]["rollouts"]["groups"][-1]["samples"]
-    assert sample["tokens"] == [HOSTILE, "\n"]
-    assert sample["prompt"] == HOSTILE
+    (group,) = page.payload["runs"][0]["rollouts"]["steps"][-1]["groups"]
+    assert group["samples"][0]["tokens"] == [HOSTILE, "\n"]
+    assert group["prompt"] == HOSTILE
 
 
 def test_json_in_a_script_element_cannot_end_it() -> None:
@@ -195,7 +199,7 @@ def test_shades_are_differences_of_the_logprobs_that_were_recorded(tmp_path: Pat
     without_old = {"rollout_logprobs": [-1.0, -2.0], "new_logprobs": [-1.5, -1.0]}
     run.write_rollouts(0, [record, RolloutRecord("p", 0, "", "ab", ["a", "b"], 0, 0, "stop", **without_old)])
     _, page = report_of(run)
-    full, partial = page.payload["runs"][0]["rollouts"]["groups"][0]["samples"]
+    full, partial = (group["samples"][0] for group in page.payload["runs"][0]["rollouts"]["steps"][0]["groups"])
     assert record.new_logprobs is not None and record.old_logprobs is not None
     expected = [new - old for new, old in zip(record.new_logprobs, record.old_logprobs, strict=True)]
     assert full["shades"]["new − old"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
@@ -210,11 +214,58 @@ def test_rollouts_beyond_the_budget_are_left_out_evenly_and_counted(
     size = sum(path.stat().st_size for path in run.rollout_files().values())
     monkeypatch.setattr("megatron_gspo.report.samples.ROLLOUT_BYTES", size // 4)
     found = rollouts(run)
-    assert [group["outer_step"] for group in found["groups"]] == [3, 8]
+    assert [(step["outer_step"], step["file"]) for step in found["steps"]] == [
+        (4, "outer_00003.jsonl"),
+        (9, "outer_00008.jsonl"),
+    ]
     assert (found["steps_left_out"], found["responses_left_out"]) == (7, 0)
-    (last,) = rollouts(run, share=400)["groups"]
-    assert (last["outer_step"], len(last["samples"])) == (8, 1)
+    (last,) = rollouts(run, share=400)["steps"]
+    assert (last["outer_step"], [len(group["samples"]) for group in last["groups"]]) == (9, [1])
     assert rollouts(run, share=400)["responses_left_out"] == 3
+
+
+def test_a_page_has_whole_groups_or_leaves_them_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", outer_steps=1)
+    records = [replace(make_rollout(sample, seed=group), group=group) for group in range(3) for sample in range(4)]
+    run.write_rollouts(0, records)
+    whole = rollouts(run)["steps"][0]["groups"]
+    assert [(group["prompt_id"], len(group["samples"])) for group in whole] == [("p0", 4), ("p1", 4), ("p2", 4)]
+    assert whole[0]["answer"] == records[0].answer and rollouts(run)["group_size"] == 8
+    size = len(json.dumps(whole[0]["samples"]))
+    monkeypatch.setattr("megatron_gspo.report.samples.ROLLOUT_BYTES", int(2.9 * size))
+    monkeypatch.setattr("megatron_gspo.report.samples.math.ceil", lambda ratio: 1)  # the file itself is larger
+    found = rollouts(run)
+    assert [len(group["samples"]) for group in found["steps"][0]["groups"]] == [4, 4], "not two groups and a half"
+    assert found["responses_left_out"] == 4
+
+
+def test_one_prompt_drawn_twice_is_two_groups_and_a_file_without_groups_goes_by_prompts() -> None:
+    lines = [{"group": group, "prompt_id": "p", "sample": sample} for group in (3, 9) for sample in (0, 1)]
+    assert [[one["sample"] for one in group["samples"]] for group in groups(lines)] == [[0, 1], [0, 1]]
+    earlier = [{"prompt_id": name, "sample": sample} for name, sample in (("a", 2), ("b", 5), ("a", 7))]
+    found = groups(earlier)
+    assert [(group["prompt_id"], len(group["samples"]), group["answer"]) for group in found] == [
+        ("a", 2, None),
+        ("b", 1, None),
+    ]
+
+
+def test_a_chart_that_is_0_at_every_step_of_every_run_is_marked_and_others_are_not(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", outer_steps=2)
+
+    def flat(*runs: RunDirectory) -> set[str]:
+        sections = report_of(*runs)[1].payload["sections"]
+        return {chart["title"] for section in sections for chart in section["charts"] if chart["flat"]}
+
+    assert flat(one) == flat(one, two) == {"Dropped responses", "Engine gap, tail"}
+    lines = two.metrics()
+    lines[3]["dropped/responses"] = 1.0
+    two.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert flat(one, two) == {"Engine gap, tail"}
+    still = [line | {name: 1.0 for name in line if name.startswith("ratio/p")} for line in lines]
+    still = [{name: value for name, value in line.items() if not name.startswith("noise/")} for line in still]
+    two.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in still))
+    assert "Sequence ratio" in flat(two), "of s_i, s_i - 1 is drawn"
 
 
 def test_a_crashed_run_is_still_a_report(tmp_path: Path) -> None:
@@ -226,8 +277,8 @@ def test_a_crashed_run_is_still_a_report(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
     text, page = report_of(run)
     (embedded,) = page.payload["runs"]
-    assert embedded["steps"]["step"] == [-1, *range(11)]
-    assert len(embedded["rollouts"]["groups"][-1]["samples"]) == 3
+    assert embedded["steps"]["step"] == list(range(12))
+    assert [len(group["samples"]) for group in embedded["rollouts"]["steps"][-1]["groups"]] == [3]
     assert "no manifest" in text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import make_config, make_report, make_run
+from report_runs import make_config, make_fine_tuning, make_report, make_run
 
 from megatron_gspo.errors import DataError, DependencyError
 from megatron_gspo.report.console import COLUMNS, ConsoleSink, fitting
+from megatron_gspo.report.headline import tiles
 from megatron_gspo.report.metrics import Record
 from megatron_gspo.report.payload import resumed_at
 from megatron_gspo.report.rundir import RunDirectory, initial_evaluation
 from megatron_gspo.report.sink import Fanout
-from megatron_gspo.report.status import format_status, last_checkpoint, summarise, warnings
+from megatron_gspo.report.status import format_line, format_status, last_checkpoint, summarise, warnings
 from megatron_gspo.report.tensorboard import TensorBoardSink
 from megatron_gspo.report.text import duration
 from megatron_gspo.report.wandb import WandbSink
@@ -54,6 +56,58 @@ def test_the_text_holds_the_numbers(tmp_path: Path) -> None:
     assert "outer_00010" in text
     assert "logprobs 0.6" in text
     assert "left" not in text, "a finished run has no time left"
+    assert "(mean of the last 5 outer steps)" in text, "never more than half of them"
+
+
+def test_the_page_and_status_say_the_same_of_what_both_say(tmp_path: Path) -> None:
+    """Over the same outer steps: of a run whose values change, another window shows."""
+    run = make_run(tmp_path / "run", outer_steps=9, train={"outer_steps": 9})
+    lines = run.metrics()
+    for line in lines[1:]:
+        line["kl/engine_k3"] = 1e-12 * (1 + line["outer_step"]) * (1 + line["minibatch"])
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary, shown = summarise(run), {tile.name: tile for tile in tiles(run, summarise(run))}
+    text = format_status(summary)
+    assert summary["engine_k3_median"] == pytest.approx(1e-12 * 7.5 * 2.5), "of outer steps 6 to 9, over mini-batches"
+    assert "engine gap k3  1.9e-11 (median of the last 4 outer steps)" in text
+    assert (shown["engine gap k3"].value, shown["engine gap k3"].note) == (
+        "1.9e-11",
+        "median of the last 4 outer steps, healthy below 1e-3; tail 0",
+    )
+    assert f"reward         {shown['reward'].value} (mean of the last 4 outer steps)" in text
+    assert shown["reward"].note.endswith("; means of 4")
+    clipped = shown["clipped tokens"].value.removesuffix("%")
+    assert f"{100 * summary['clip_frac_tokens']:.1f}" == clipped
+    assert shown["eval accuracy"].value == f"{summary['eval_last']:.3f}"
+
+
+def test_steps_are_counted_from_1_in_every_sentence(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", outer_steps=12)
+    lines = [line | ({"grad_norm": 50.0} if line["outer_step"] == 4 else {}) for line in run.metrics()]
+    lines = [line | ({"eval/accuracy": 0.99} if line["step"] == 19 else {}) for line in lines]
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = {tile.name: tile.note for tile in tiles(run, summarise(run))}
+    assert shown["gradient norm"] == "largest 50 at step 5"
+    assert shown["eval accuracy"].endswith("best 0.990 at step 5")
+
+
+def test_the_status_of_a_fine_tuning_run_is_its_loss(tmp_path: Path) -> None:
+    run = make_fine_tuning(tmp_path / "run")
+    summary = summarise(run)
+    assert (summary["loss_first"], summary["loss"]) == (3.0, pytest.approx(3.0 - 0.05 * 34.5))
+    assert format_status(summary).splitlines() == [
+        f"run            {run.path} (finished)",
+        "step           40/40",
+        "loss           3.0000 -> 1.2750 (mean of the last 10 steps)",
+        "|grad|         0.5 (median of the last 10 steps)",
+        "learning rate  0.001",
+        "speed          900 tokens/s, 0.2 s a step",
+        "checkpoint     none yet",
+    ]
+    assert format_line(summary) == "finished: step 40/40, loss 1.2750, 900 tokens/s, checkpoint none yet"
+    shown = {tile.name: (tile.value, tile.note) for tile in tiles(run, summary) if tile.value != "-"}
+    assert shown["loss"] == ("1.2750", "−1.7250 from 3.0000; mean of the last 10 steps")
+    assert shown["run time"][1] == "40 of 40 steps" and shown["tokens/s"] == ("900", "0.25 s a step")
 
 
 def test_a_run_without_a_line_has_a_status(tmp_path: Path) -> None:
@@ -110,7 +164,7 @@ def test_clipping_in_the_first_minibatch_is_an_error_of_pi_old() -> None:
     lines = lines_with()
     lines[4]["clip/frac_tokens"] = 0.01
     (warning,) = warnings(lines, None)
-    assert "minibatch 0 (step 4)" in warning
+    assert "minibatch 0 (step 5)" in warning
 
 
 def test_one_minibatch_never_clips_and_that_is_no_news(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gspo.errors import DataError
+from megatron_gspo.report.metrics import counted
 
 PLAN, CELLS, LINES = "compare.json", "cells", "cells.jsonl"
 Place = tuple[str, int]
@@ -48,7 +49,8 @@ class Cell:
 
     @property
     def outer_step(self) -> list[int]:
-        return list(self.digest.get("outer_step") or [])
+        """From 1, as everybody reads them; a digest, like metrics.jsonl, has them from 0."""
+        return [counted(step) for step in self.digest.get("outer_step") or []]
 
     def values(self, metric: str) -> list[float]:
         """The metric's values in order of outer step, without those that are missing."""

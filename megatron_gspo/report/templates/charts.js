@@ -154,11 +154,11 @@ const clipLines = () => [...visible].filter((run) => DATA.runs[run].clip).flatMa
   return [-low, high].map((y) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line }));
 });
 
-// Where a run was taken up again, in the unit of the axis.
+// After what a run was taken up again, in the unit of the axis.
 function resumeLines() {
   return [...visible].flatMap((run) => DATA.runs[run].resumed.map((place) => {
     const { outer_step: steps, hours } = DATA.runs[run].outer;
-    const x = byId("axis").value === "hours" ? (hours || [])[steps.indexOf(place.outer_step) - 1] : place[byId("axis").value];
+    const x = byId("axis").value === "hours" ? (hours || [])[steps.indexOf(place.outer_step)] : place[byId("axis").value];
     return {
       type: "line", yref: "paper", y0: 0, y1: 1, x0: x, x1: x, line: { color: color(run, 0), width: 1, dash: "dashdot" },
       label: {
@@ -203,8 +203,10 @@ function stepAxis(name) {
 
 const TRACES = { lines: lineTraces, ratio: ratioTraces, time: timeTraces };
 
+// A chart that is folded away has no size to be drawn in: it is when it is unfolded.
 function draw(index) {
   const chart = CHARTS[index], plot = byId(`chart-${index}`);
+  if (plot.closest("details:not([open])")) return;
   Plotly.react(plot, TRACES[chart.kind](chart), layout(chart), PLOT_OPTIONS);
 }
 
@@ -229,11 +231,27 @@ function axisNote() {
 function buildCharts() {
   let index = 0;
   for (const section of DATA.sections) {
-    const grid = element("div", "grid");
-    section.charts.forEach((chart) => grid.append(chartCard(chart, index++)));
-    byId("charts").append(element("h2", "", section.question), grid);
+    const cards = section.charts.map((chart) => [chart, chartCard(chart, index++)]);
+    const of = (flat) => cards.filter(([chart]) => chart.flat === flat);
+    byId("charts").append(element("h2", "", section.question));
+    if (of(false).length) byId("charts").append(gridOf(of(false)));
+    if (of(true).length) byId("charts").append(foldedCharts(of(true)));
   }
   buildControls();
+}
+
+function gridOf(cards) {
+  const grid = element("div", "grid");
+  grid.append(...cards.map(([, card]) => card));
+  return grid;
+}
+
+// What is 0 all along takes one line, which says what it is.
+function foldedCharts(cards) {
+  const details = element("details", "flat"), names = cards.map(([chart]) => chart.title).join(" · ");
+  details.append(element("summary", "quiet", `0 at every step: ${names}`), gridOf(cards));
+  details.addEventListener("toggle", () => { if (details.open && window.Plotly) drawAll(); });
+  return details;
 }
 
 function chartCard(chart, index) {
