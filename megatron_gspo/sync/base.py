@@ -99,7 +99,7 @@ class BucketSync:
         peers: Peers,
         model_path: str | Path,
         expected_names: Collection[str] | None,
-        access: ServerAccess,
+        access: ServerAccess = OPEN,
     ) -> None:
         self.config = config
         self.peers = peers
