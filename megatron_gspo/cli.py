@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parse(arguments)
         who = _watched(options) if own else None
         if who is not None:
-            return supervised(lambda: _run_and_flush(options), who, launched="TORCHELASTIC_RUN_ID" in os.environ)
+            return _run_supervised(options, who)
         return _run_and_flush(options)
     except SystemExit:
         if unsaid := _unsaid():
@@ -56,6 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if was_interrupted():
             return INTERRUPTED
         raise
+
+
+def _run_supervised(options: argparse.Namespace, who: str) -> int:
+    try:
+        return supervised(lambda: _run_and_flush(options), who, launched="TORCHELASTIC_RUN_ID" in os.environ)
+    except OSError as error:  # no room for temporary files, no process more
+        return _say(MegatronGspoError(explain(error) or str(error)), FAILED)
 
 
 def _run_and_flush(options: argparse.Namespace) -> int:

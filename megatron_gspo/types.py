@@ -15,6 +15,7 @@ update (pi_old), ``new_`` the trainer now (pi_theta), ``ref_`` the reference pol
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -66,6 +67,13 @@ class ServerAccess:
         number = name.removesuffix(f"-{self.run}") if isinstance(name, str) else ""
         known = number.isdecimal() and number.isascii() and len(number) < 20
         return int(number) if known and name == self.version_name(int(number)) else None
+
+
+def is_of_another_run(name: Any, own: str) -> bool:
+    """Whether a weight version names a run, by ``ServerAccess.version_name``, and another one than ``own`` does."""
+    shape = re.compile(r"[0-9]+-([0-9a-f]+)(-incomplete)?")
+    found, ours = (shape.fullmatch(each) if isinstance(each, str) else None for each in (name, own))
+    return found is not None and (ours is None or found[1] != ours[1])
 
 
 OPEN = ServerAccess()

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_gspo.errors import EngineReplyError
 from megatron_gspo.rollout.engine import Decode, Sampling, rollout_seed
 from megatron_gspo.rollout.routes import decode_routes
-from megatron_gspo.types import OPEN, Prompt, Rollout, ServerAccess
+from megatron_gspo.types import OPEN, Prompt, Rollout, ServerAccess, is_of_another_run
 
 LOGPROB_EPSILON = 1e-6
 """A logprob may exceed 0 by this much: rounding of a log-softmax."""
@@ -181,9 +181,15 @@ def _weight_versions(meta: dict[str, Any], expected: int, access: ServerAccess) 
     names = [span["version"] for span in meta.get("weight_versions") or ()] or [meta["weight_version"]]
     known = [access.version_of(name) for name in names]
     versions = tuple(dict.fromkeys(version for version in known if version is not None))
+    own = access.version_name(expected)
+    if any(is_of_another_run(name, own) for name in names):
+        raise EngineReplyError(
+            f"another run is using the server: it holds weights of version {shorten(names)}, and {own!r} were sent: "
+            f"give each run servers of its own"
+        )
     if None in known:
         raise EngineReplyError(
-            f"weight version {shorten(names)} is none of this run's ({access.version_name(expected)!r} was expected): "
+            f"weight version {shorten(names)} is none of this run's ({own!r} was expected): "
             f"no sync has reached the server, one failed halfway, or somebody else has started it again or given it "
             f"weights"
         )

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_gspo.calls import OverlongReplyError, call, refusal
 from megatron_gspo.errors import SyncError
 from megatron_gspo.sync.background import start
+from megatron_gspo.types import is_of_another_run
 
 TIMEOUT_S = 600.0
 IDLE_S = 30
@@ -94,7 +95,9 @@ class Servers:
         reported = [info.get("weight_version") for info in self._get("/model_info")]
         wrong = [f"{url} {got!r}" for url, got in zip(self.urls, reported, strict=True) if got != version]
         if wrong:
-            raise SyncError(f"servers do not hold weight version {version} after the sync: {', '.join(wrong)}")
+            others = any(is_of_another_run(got, version) for got in reported)
+            why = " (another run is using the server; give each run servers of its own)" if others else ""
+            raise SyncError(f"servers do not hold weight version {version} after the sync: {', '.join(wrong)}{why}")
 
     def _get(self, path: str) -> list[dict[str, Any]]:
         texts = self._all(path, [None] * len(self.urls))

@@ -15,9 +15,17 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from megatron_gspo.config import RolloutConfig
-from megatron_gspo.errors import ConfigError, DataError, EngineReplyError, EngineUnavailableError, RolloutError
+from megatron_gspo.errors import (
+    ConfigError,
+    DataError,
+    EngineReplyError,
+    EngineUnavailableError,
+    RolloutError,
+    SyncError,
+)
 from megatron_gspo.rollout import sglang_client
 from megatron_gspo.rollout.engine import Sampling, make_engine
+from megatron_gspo.sync.servers import Servers
 from megatron_gspo.types import OPEN, Prompt, Rollout, ServerAccess
 from tests.rollout.cases import REQUEST, SAMPLING, STOP, prompt, reply
 
@@ -353,7 +361,23 @@ def test_the_key_goes_with_every_request() -> None:
     assert {rollout.weight_versions for rollout in group} == {(7,)}
 
 
-@pytest.mark.parametrize("version", ["7", "7-4f1c09ac", "7-4f1c09ab-incomplete", "07-4f1c09ab", "-4f1c09ab"])
+@pytest.mark.parametrize("version", ["7", "7-4f1c09ab-incomplete", "07-4f1c09ab", "-4f1c09ab"])
 def test_weights_that_this_run_has_not_sent_are_refused_whatever_their_number(version: str) -> None:
     with pytest.raises(EngineReplyError, match=r"none of this run's \('7-4f1c09ab' was expected\)"):
         draw(StandIn(always(reply([9, 8, STOP], version=version))), access=ServerAccess("", "4f1c09ab"))
+
+
+@pytest.mark.parametrize("version", ["7-4f1c09ac", "0-beef", "8-4f1c09ac-incomplete"])
+def test_a_server_that_another_run_has_given_weights_is_named_as_that(version: str) -> None:
+    said = rf"another run is using the server: it holds weights of version .*{version}.*, and '7-4f1c09ab' were sent"
+    with pytest.raises(EngineReplyError, match=said):
+        draw(StandIn(always(reply([9, 8, STOP], version=version))), access=ServerAccess("", "4f1c09ab"))
+
+
+def test_a_sync_that_another_run_overtakes_says_so() -> None:
+    servers = Servers(["http://127.0.0.1:1"])
+    for reported, another in (("3-beef00", True), ("3-beef00-incomplete", True), ("2-4f1c09ab", False), ("3", False)):
+        servers._get = lambda path, reported=reported: [{"weight_version": reported}]  # type: ignore[method-assign]
+        with pytest.raises(SyncError, match=f"hold weight version 3-4f1c09ab after the sync.*{reported}") as caught:
+            servers.check_version("3-4f1c09ab")
+        assert ("another run is using the server" in str(caught.value)) == another

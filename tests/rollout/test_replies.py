@@ -104,7 +104,10 @@ MALFORMED = {
     "cut too early": (reply([9, 8], "length"), "cut at 2 tokens, before max_tokens = 4"),
     "stale weights": (reply([9, 8, STOP], version="6"), "version 6, expected 7: the server missed a weight sync"),
     "half-written weights": (reply([9, 8, STOP], version="7-incomplete"), "'7-incomplete'.* failed halfway"),
-    "weights of another run": (reply([9, 8, STOP], version="7-4f1c09ab"), "'7-4f1c09ab'.* somebody else"),
+    "weights of another run": (
+        reply([9, 8, STOP], version="7-4f1c09ab"),
+        "another run is using the server: .*'7-4f1c09ab'",
+    ),
     "a reply to another request": (changed("meta_info/id", "4b1f"), "that of request 4b1f, and 4b1e was sent"),
     "a reply to no request": (changed("meta_info/id"), "not a reply"),
     "weights of no trainer": (reply([9, 8, STOP], version="default"), "'default'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import psutil
 import pytest
 
 from megatron_gspo.report.status import summarise
+from megatron_gspo.rollout.sglang_server import shared_memory
 from tests.rollout.conftest import require_sglang
 from tests.training.conftest import QUICKSTART, ROOT
 
@@ -65,23 +67,14 @@ def members(pid: int) -> list[psutil.Process]:
         return []
 
 
-def shared() -> set[str]:
-    return set(os.listdir("/dev/shm"))
-
-
-def in_use(name: str) -> bool:
-    """Whether a living process, another test's, has a file of /dev/shm."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"/dev/shm/{name}" in (process / "maps").read_text(errors="replace"):
-                return True
-        except OSError:
-            continue
-    return (Path("/dev/shm") / name).is_dir()
-
-
 def servers(pid: int) -> list[psutil.Process]:
-    return [process for process in members(pid) if "sglang_server.py" in " ".join(process.cmdline())]
+    """Local servers under a process: the leaders of their process groups."""
+    found = []
+    for process in members(pid):
+        with contextlib.suppress(psutil.Error):
+            if "sglang_server.py" in " ".join(process.cmdline()) and os.getpgid(process.pid) == process.pid:
+                found.append(process)
+    return found
 
 
 def nothing(process: subprocess.Popen[str]) -> None: ...
@@ -136,7 +129,6 @@ ENDINGS: dict[str, tuple[tuple[str, ...], Callable[[subprocess.Popen[str]], None
 def test_nothing_is_left_of_a_run_however_it_ends(quickstart: Path, tmp_path: Path, temporary: Path, kind: str) -> None:
     require_sglang()
     settings, act, status, state, said = ENDINGS[kind]
-    before = shared()
     environment = os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with (tmp_path / "said").open("w") as out:
         process = subprocess.Popen(
@@ -149,9 +141,12 @@ def test_nothing_is_left_of_a_run_however_it_ends(quickstart: Path, tmp_path: Pa
             start_new_session=True,
         )
         seen: dict[int, psutil.Process] = {}
+        shared: set[str] = set()
         acted = act is nothing
         while process.poll() is None:
             seen |= {member.pid: member for member in members(process.pid)}
+            for server in servers(process.pid):
+                shared |= shared_memory(server.pid)
             if not acted and (tmp_path / "run" / "checkpoints" / "latest").exists():
                 acted = True
                 act(process)
@@ -163,7 +158,8 @@ def test_nothing_is_left_of_a_run_however_it_ends(quickstart: Path, tmp_path: Pa
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
     assert list(temporary.iterdir()) == []
-    assert [name for name in shared() - before if not in_use(name)] == []
+    assert shared, "a server has shared memory while it runs"
+    assert [path for path in shared if os.path.exists(path)] == []
     assert list((tmp_path / "run").rglob("*.tmp")) == []
     assert re.search(said, text), text
     assert "Traceback" not in text

@@ -112,3 +112,16 @@ def test_a_crash_under_a_limit_names_the_limit() -> None:
     assert done.returncode == 1
     said = "error: rank 2 was ended by SIGABRT: its address space is limited to 1.00 GB (ulimit -v)"
     assert done.stderr.splitlines()[-1] == said
+
+
+def test_a_machine_without_a_temporary_directory_is_one_line() -> None:
+    """tempfile tries the working directory, too: here nothing can be made in any of them."""
+    code = (
+        "import sys, tempfile\nfrom megatron_gspo import cli, supervise\n"
+        "tempfile._candidate_tempdir_list = lambda: ['/proc/nowhere']\n"
+        "sys.argv = ['megatron-gspo', 'eval', 'nothing']; sys.exit(cli.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "No usable temporary directory" in line
