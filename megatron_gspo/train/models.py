@@ -69,23 +69,25 @@ def engine_holds_head(engine: str, shape: ModelShape) -> bool:
 
 def unread(engine: str, path: str | Path, shape: ModelShape) -> str:
     """What of the weights at ``path`` the engine does not read by itself, "" for nothing; a sync sends it."""
-    path = Path(path)
+    if engine_holds_head(engine, shape):
+        return f"its head is tied to the embedding, and {engine} gives a {shape.architecture} one of its own"
+    return _not_loaded(Path(path))
+
+
+def served(config: RunConfig, path: str | Path = "") -> RolloutConfig:
+    """``rollout`` for servers on ``path``, ``model.path`` unless given. Where the engine cannot load what is there, they
+    start with whatever is in memory, and the first push fills everything."""
+    if not _not_loaded(Path(path or config.model.path)):
+        return config.rollout
+    return config.rollout.model_copy(update={"server_args": ("--load-format", "dummy", *config.rollout.server_args)})
+
+
+def _not_loaded(path: Path) -> str:
     if is_distributed(path):
         return "it is a Megatron checkpoint"
     if holds_weights(path) and (stacked := HfReader(path).stacked()):
         return f"its experts are stacked ({stacked[0]}, ...)"
-    if engine_holds_head(engine, shape):
-        return f"its head is tied to the embedding, and {engine} gives a {shape.architecture} one of its own"
     return ""
-
-
-def served(config: RunConfig, path: str | Path = "") -> RolloutConfig:
-    """``rollout`` for servers on ``path``, ``model.path`` unless given. Where the engine does not read all of it, they
-    start with whatever is in memory, and the first push fills everything."""
-    path = path or config.model.path
-    if not unread(config.rollout.engine, path, read_model(path)[1]):
-        return config.rollout
-    return config.rollout.model_copy(update={"server_args": ("--load-format", "dummy", *config.rollout.server_args)})
 
 
 def check_served(urls: Sequence[str], model: str, key: str = "") -> None:
