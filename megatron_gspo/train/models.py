@@ -75,8 +75,8 @@ def unread(engine: str, path: str | Path, shape: ModelShape) -> str:
 
 
 def served(config: RunConfig, path: str | Path = "") -> RolloutConfig:
-    """``rollout`` for servers on ``path``, ``model.path`` unless given. Where the engine cannot load what is there, they
-    start with whatever is in memory, and the first push fills everything."""
+    """``rollout`` for servers on ``path``, ``model.path`` unless given. Where the engine cannot load what is there,
+    they start with whatever is in memory, and the first push fills everything."""
     if not _not_loaded(Path(path or config.model.path)):
         return config.rollout
     return config.rollout.model_copy(update={"server_args": ("--load-format", "dummy", *config.rollout.server_args)})
