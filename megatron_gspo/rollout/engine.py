@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -81,6 +81,8 @@ class EngineEntry:
     """A context manager that starts servers on this machine; called as ``sglang``'s ``LocalServers``."""
     without_dense_layers: frozenset[str] = frozenset()
     """Architectures of which it makes every layer a mixture of experts, whatever ``config.json`` says."""
+    computed_with: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Architecture -> keys of ``config.json`` that it does not look at, with what it computes with instead."""
     own_heads: frozenset[str] = frozenset()
     """Architectures to which it gives a head of its own, also where ``config.json`` ties it to the embedding: it is
     sent with the weights."""
@@ -94,6 +96,8 @@ ENGINES = {
         "megatron_gspo.rollout.launcher:LocalServers",
         # 0.5.23, srt/models/qwen2_moe.py and qwen3_moe.py: at equal weights logprobs were up to 2.6 off.
         without_dense_layers=frozenset({"Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"}),
+        # srt/models/olmoe.py: renormalize=False; at equal weights logprobs were up to 1.5 off.
+        computed_with={"OlmoeForCausalLM": {"norm_topk_prob": False}},
         # Their ParallelLMHead is never tied, and a checkpoint of a tied one holds no tensor for it: logprobs of ln V.
         own_heads=frozenset(
             {

@@ -40,7 +40,7 @@ reason to; a scheduler that is killed while it holds device memory may leave it 
 POLL_S = 0.25
 LONGEST_TMPDIR = 50
 """Bytes of a directory in which a server's own is made."""
-CAUSE = re.compile(r"(\w*(Error|Exception)|error)\b:")
+CAUSE = re.compile(r"(\w*(Error|Exception)|error)\b(:|$)")
 """In the line of a log that says why a program ended."""
 GPU_SHARE = 0.4
 """Of a GPU's memory that a local server takes; the trainer has the rest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,14 @@ def check_models(config: RunConfig) -> None:
 
 def check_engine(engine: str, path: str | Path, shape: ModelShape) -> None:
     """Raises ConfigError for a model, that at ``path``, which the engine takes for another one without a word."""
+    given = read_config(path)
+    for key, computed in ENGINES[engine].computed_with.get(shape.architecture, {}).items():
+        if given.get(key, computed) != computed:
+            raise ConfigError(
+                f"{path}: {key} = {json.dumps(given[key])} in config.json, and {engine} computes a "
+                f"{shape.architecture} with {json.dumps(computed)} whatever it says: its responses would come from "
+                f"another model"
+            )
     dense = [layer for layer, moe in enumerate(shape.moe_layers) if not moe]
     if dense and shape.architecture in ENGINES[engine].without_dense_layers:
         raise ConfigError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from megatron_gspo.sync.peers import Peers
 from megatron_gspo.train.models import check_engine, engine_holds_head
 from tests.rollout.conftest import require_sglang
 from tests.rollout.models import FURTHER, save_further_model, tensors_of
-from tests.rollout.test_sglang import SAMPLING, draw, logprob_error
+from tests.rollout.test_sglang import draw, logprob_error
 
 pytestmark = pytest.mark.rollout
 
@@ -53,6 +52,7 @@ REFUSED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mixtral", {"sliding_window": 4}),
     ("olmoe", {"attention_bias": True}),
     ("olmoe", {"clip_qkv": 0.1}),
+    ("olmoe", {"norm_topk_prob": True}),
     ("glm4_moe", {"norm_topk_prob": False, "routed_scaling_factor": 1.0}),
     ("deepseek_v3", {"norm_topk_prob": False, "routed_scaling_factor": 1.0}),
     ("deepseek_v3", {"attention_bias": True}),
@@ -70,19 +70,16 @@ SERVED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mixtral", {}),
     ("mixtral", {"tie_word_embeddings": True}),
     ("olmoe", {}),
-    ("olmoe", {"tie_word_embeddings": True, "norm_topk_prob": True}),
+    ("olmoe", {"tie_word_embeddings": True}),
     ("glm4_moe", {"tie_word_embeddings": True}),
     ("glm4_moe", {"use_qk_norm": False, "attention_bias": False}),
     ("glm4_moe", {"n_group": 2, "topk_group": 1}),
     ("glm4_moe", {"first_k_dense_replace": 0}),
     ("glm4_moe", {"n_shared_experts": 2}),
     ("glm4_moe", {"partial_rotary_factor": 1.0}),
-    ("deepseek_v3", {}),
-    ("deepseek_v3", {"tie_word_embeddings": True}),
-    ("deepseek_v3", {"q_lora_rank": None}),
-    ("deepseek_v3", {"n_group": 2, "topk_group": 1}),
 )
-"""The first is tried every time, `make test-slow` has the others: each starts a server of its own."""
+"""The first is tried every time, `make test-slow` has the others: each starts a server of its own. DeepSeek-V3's latent
+attention does not start on a CPU (SGLang 0.5.23)."""
 
 
 def named(case: tuple[str, dict[str, Any]]) -> str:
@@ -119,12 +116,10 @@ def test_what_config_json_asks_else_is_computed_as_transformers_does(
     weights, names = iter(tensors_of(model)), set(HfReader(model).names())
     if engine_holds_head("sglang", shape):
         weights, names = with_head(weights), names | {HEAD}
-    latent = model_type == "deepseek_v3"  # does not start on a CPU with repeatable sampling
-    config = RolloutConfig(server_args=("--load-format", "dummy"), seeded=not latent)
-    sampling = replace(SAMPLING, seed=None if latent else SAMPLING.seed)
+    config = RolloutConfig(server_args=("--load-format", "dummy"))
     with LocalServers(config, model, tmp_path / "logs", device="cpu", dtype="float32", key="") as servers:
         sync = make_weight_sync(SyncConfig(), servers.urls, Peers(), model_path=model, expected_names=names)
         sync.push(weights, 1)
-        error = logprob_error(draw(servers.urls[0], sampling=sampling, version=1), model)
+        error = logprob_error(draw(servers.urls[0], version=1), model)
     print(f"{named(case)}: {error:.1e}")
     assert error < 1e-5
