@@ -274,11 +274,16 @@ def test_servers_start_empty_where_experts_are_stacked(case: Case) -> None:
     assert served(config).server_args[:2] == ("--load-format", "dummy")
 
 
-def test_an_evaluation_of_stacked_experts_is_refused(case: Case) -> None:
+def test_an_evaluation_sends_stacked_experts_to_a_server_of_its_own_and_refuses_those_of_others(case: Case) -> None:
     from megatron_gspo.train.examine import read_questions
+    from megatron_gspo.train.limits import fitting
+    from megatron_gspo.train.models import served
     from megatron_gspo.train.subject import of_model
 
     rewrite(case.model, stack)
-    subject = of_model(case.model, [f'data.eval_path="{case.root}/eval.jsonl"', 'reward.function="exact"'])
-    with pytest.raises(ConfigError, match=r"its experts are stacked .* convert, there and back, writes"):
+    asked = [f'data.eval_path="{case.root}/eval.jsonl"', 'reward.function="exact"']
+    assert read_questions(fitting(of_model(case.model, asked)), greedy=True).prompts
+    assert served(of_model(case.model, asked).config, case.model).server_args[:2] == ("--load-format", "dummy")
+    subject = of_model(case.model, [*asked, 'rollout.servers=["http://127.0.0.1:9"]'])
+    with pytest.raises(ConfigError, match=r"its experts are stacked .*rollout\.servers=\[\]"):
         read_questions(subject, greedy=True)
