@@ -272,7 +272,7 @@ def test_a_dead_server_and_a_hanging_one_are_named_and_the_others_are_looked_at(
     monkeypatch.setattr(servers, "TIMEOUT_S", 0.3)
     dead = 'rollout.servers=["http://127.0.0.1:1"]'
     (check,) = look(QUICKSTART / "gspo.toml", *overrides, dead)
-    assert check.status == "error" and "http://127.0.0.1:1 did not answer: URLError" in check.detail
+    assert check.status == "error" and "http://127.0.0.1:1 did not answer: ConnectionRefusedError" in check.detail
     assert check.fix == "rollout.servers: start the server, or name another"
     hanging, sound = look_at(overrides, stand_in(wait=2.0), stand_in())
     assert "did not answer: TimeoutError" in hanging.detail and sound.status == "ok"
