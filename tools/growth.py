@@ -141,7 +141,7 @@ def figure(series: Mapping[str, Sequence[tuple[int, Sample]]], steps: int) -> st
         panel("segments of shared memory", "shared", series, roles, steps, 3),
     ]
     legend = "".join(
-        f'<text x="{LEFT + 130 * i}" y="{4 * HEIGHT + 24}" fill="{COLOURS[i % len(COLOURS)]}">{name}</text>'
+        f'<text x="{LEFT + 115 * i}" y="{4 * HEIGHT + 24}" fill="{COLOURS[i % len(COLOURS)]}">{name}</text>'
         for i, name in enumerate(roles)
     )
     size = f'viewBox="0 0 {WIDTH + 20} {4 * HEIGHT + 36}"'
