@@ -84,7 +84,7 @@ def layout_fix(facts: Facts, problem: str) -> str:
         setting = re.search(r"\b(?:expert|stage_layers|virtual_pipeline|pipeline)\b", problem)
         return f"parallel.{setting[0]}" if setting else "[parallel]"
     name, asked = named[1], int(named[2])
-    would_do = [size for size in range(1, 2 * asked + 1) if _holds(facts, name, size)]
+    would_do = [size for size in range(1, min(2 * asked, 1024) + 1) if _holds(facts, name, size)]
     nearest = sorted(sorted(would_do, key=lambda size: abs(size - asked))[:3])
     return f"parallel.{name}" + (f" = {' or '.join(map(str, nearest))}" if nearest else "")
 

@@ -115,7 +115,7 @@ def test_the_bytes_of_a_file_are_the_settings_that_a_toml_reader_finds_or_one_li
     except ConfigError as error:
         assert_says(error, path)
         return
-    check(tomllib.loads(path.read_bytes().decode()), config)
+    check(tomllib.loads(path.read_bytes().decode("utf-8-sig")), config)
 
 
 @fuzz(150)

@@ -35,6 +35,6 @@ def test_a_ratio_beyond_what_a_float_holds_is_kept_as_an_infinity() -> None:
     assert not dist.is_initialized(), "one rank alone gathers nothing"
     minibatch = Minibatch((batch,), (samples,), 8)
     run, trained = SimpleNamespace(groups=groups), Trained(new_T, torch.zeros_like(new_T), output)
-    measured = _measure(run, [minibatch], [[shard]], [[trained]], {(0, 0), (1, 0)})  # type: ignore[arg-type]
+    measured = _measure(run, [minibatch], [[shard]], [[trained]], {0, 1})  # type: ignore[arg-type]
     assert (measured[0, 0].ratio, measured[1, 0].ratio) == (math.inf, 0.0)
     assert (measured[0, 0].clipped, measured[1, 0].clipped) == (True, False)
