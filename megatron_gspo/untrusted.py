@@ -67,7 +67,7 @@ def parse_json(content: bytes) -> Any:
     digits, and at most ``MOST_DEPTH`` deep. Raises ValueError, of one line."""
     deep = ValueError(f"it is nested more than {MOST_DEPTH} deep")
     try:
-        tree = json.loads(content.decode(), object_pairs_hook=_object, parse_int=_integer)
+        tree = json.loads(content.decode(), object_pairs_hook=without_twins, parse_int=_integer)
     except RecursionError:
         raise deep from None
     level: list[Any] = [[tree]]
@@ -104,7 +104,8 @@ def _inside(tree: Any) -> Any:
     return tree.values() if isinstance(tree, dict) else tree
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, as ``json.loads`` asks for one. Raises ValueError for a key that stands twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from megatron_gspo.untrusted import without_twins
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def json_row(number: int, text: bytes, unit: str = "line") -> Row:
     """One JSON object. What is wrong with it becomes ``Row.problem``."""
     try:
         fields = json.loads(
-            text.decode("utf-8-sig"), object_pairs_hook=_object, parse_int=integer, parse_constant=_no_constant
+            text.decode("utf-8-sig"), object_pairs_hook=without_twins, parse_int=integer, parse_constant=_no_constant
         )
         if b"\\u" in text:  # an escape may stand for half a character, which no file of the run could hold
             json.dumps(fields, ensure_ascii=False).encode()
@@ -76,14 +77,6 @@ def json_row(number: int, text: bytes, unit: str = "line") -> Row:
     if not isinstance(fields, dict):
         return Row(unit, number, {}, f"expected one JSON object a {unit}, got {type(fields).__name__}")
     return Row(unit, number, fields)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"the field {twice!r} stands twice")
-    return fields
 
 
 def integer(digits: str) -> int:

@@ -26,14 +26,6 @@ pytestmark = [pytest.mark.slow_suite, pytest.mark.timeout(900)]
 REWARDS = ROOT / "tests" / "training" / "rewards.py"
 
 
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("quickstart")
-    script = [sys.executable, str(QUICKSTART / "prepare.py"), str(directory)]
-    subprocess.run([*script, "--sft-examples", "64", "--train-prompts", "64", "--eval-prompts", "16"], check=True)
-    return directory
-
-
 @pytest.fixture
 def temporary() -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(prefix="endings-", dir="/tmp"))

@@ -5,8 +5,10 @@ It takes every weight sync, and answers ``/generate`` with a seeded draw, or wit
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import pickle
 import random
 import threading
 from collections.abc import Callable
@@ -24,6 +26,8 @@ class StandIn:
 
     def __init__(self, model: Path, answer: Answer = lambda reply, request, count: reply) -> None:
         self.model, self.version, self.answered = model, "0", 0
+        self.received: dict[str, Any] = {}
+        """Name -> the tensor of the last sync, of those over HTTP."""
         self._answer, self._counting = answer, threading.Lock()
         stand_in = self
 
@@ -62,6 +66,8 @@ class StandIn:
             answer = {"version": "0.5.23", "enable_deterministic_inference": True, "tp_size": 1}
         elif path == "/model_info":
             answer = {"model_path": str(self.model), "weight_version": self.version}
+        elif path == "/update_weights_from_tensor":
+            self.received |= dict(pickle.loads(base64.b64decode(body["serialized_named_tensors"][0])))
         elif path == "/generate":
             with self._counting:
                 count, self.answered = self.answered, self.answered + 1

@@ -27,22 +27,9 @@ from megatron_gspo.errors import DependencyError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.train.rank import run_rank
 from megatron_gspo.versions import TESTED, untested, untested_here
-from tests.unit.doctor_cases import ROOT, Case, prepare
+from tests.unit.doctor_cases import ROOT, Case
 
 GIB = 2**30
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("made")
-    prepare().write_model(directory / "model", seed=0)
-    return directory
-
-
-@pytest.fixture
-def case(made: Path, tmp_path: Path) -> Case:
-    shutil.copytree(made / "model", tmp_path / "model")
-    return Case(tmp_path).write()
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,23 +15,10 @@ from megatron_gspo.doctor import disk
 from megatron_gspo.doctor.machine import Machine
 from megatron_gspo.doctor.nodes import nodes_of
 from megatron_gspo.errors import ConfigError
-from tests.unit.doctor_cases import Case, prepare
+from tests.unit.doctor_cases import Case
 
 GIB = 2**30
 TAKEN = re.compile(r" = ([\d.]+) GiB of ")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("made")
-    prepare().write_model(directory / "model", seed=0)
-    return directory
-
-
-@pytest.fixture
-def case(made: Path, tmp_path: Path) -> Case:
-    shutil.copytree(made / "model", tmp_path / "model")
-    return Case(tmp_path).write()
 
 
 @pytest.fixture

@@ -1,0 +1,5 @@
+"""What the slow tests share with quick ones."""
+
+from tests.training.conftest import quickstart
+
+__all__ = ["quickstart"]
