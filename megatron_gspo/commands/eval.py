@@ -58,7 +58,7 @@ def evaluate(options: argparse.Namespace) -> str:
 
     from megatron_gspo.report.evaluation import EvaluationDirectory, fingerprint, format_result
     from megatron_gspo.train.examine import examine, read_questions
-    from megatron_gspo.train.limits import fitting
+    from megatron_gspo.train.lengths import fitting
     from megatron_gspo.train.subject import exported
 
     subject = find_subject(options)

@@ -28,7 +28,7 @@ from megatron_gspo.sync.gap import in_dtype
 from megatron_gspo.sync.head import HEAD, with_head
 from megatron_gspo.sync.peers import Peers
 from megatron_gspo.train.grade import Graded, evaluation_sampling, grade
-from megatron_gspo.train.limits import check_room, read_prompts
+from megatron_gspo.train.lengths import check_room, read_prompts
 from megatron_gspo.train.models import check_engine, engine_holds_head, served, unread
 from megatron_gspo.train.subject import Subject
 from megatron_gspo.train.survey import usable_questions

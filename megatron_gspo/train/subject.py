@@ -37,7 +37,7 @@ class Subject:
     step: int | None = None
     """Optimizer steps that the checkpoint has taken."""
     open_limits: frozenset[str] = frozenset()
-    """Settings of ``LIMITS`` that nobody has named: ``limits.fitting`` finds values for them."""
+    """Settings of ``LIMITS`` that nobody has named: ``lengths.fitting`` finds values for them."""
 
     def describe(self) -> str:
         """The directory that holds the weights."""

@@ -19,7 +19,7 @@ from megatron_gspo.rewards.registry import Reward
 from megatron_gspo.rollout.probe import ServerState
 from megatron_gspo.train.examine import check_served, read_questions
 from megatron_gspo.train.grade import evaluation_sampling, grade
-from megatron_gspo.train.limits import fitting
+from megatron_gspo.train.lengths import fitting
 from megatron_gspo.train.subject import Subject, of_model, of_run
 from megatron_gspo.types import FinishReason, Prompt, Rollout
 from tests.unit.doctor_cases import prepare
