@@ -32,7 +32,7 @@ def workers(of: int | None = None) -> list[psutil.Process]:
 
 @pytest.fixture
 def own() -> Iterator[Verifier]:
-    own = Verifier(limit_s=0.5, processes=2)
+    own = Verifier(limit_s=1.5, processes=2)
     yield own
     own.close()
 

@@ -161,7 +161,10 @@ def test_a_signal_to_the_process_reaches_the_one_that_does_the_work(number: sign
 @pytest.mark.parametrize("to_all", [False, True])
 def test_an_interrupt_ends_the_work_without_a_traceback(to_all: bool) -> None:
     """A terminal's Ctrl-C goes to all processes, ``kill -INT`` to one."""
-    body = "print('up', flush=True)\ntry: time.sleep(60)\nfinally: raise ImportError('half imported')"
+    body = (
+        "print('up', flush=True)\ntry:\n while True: time.sleep(0.1)"  # a signal just before a sleep waits for its end
+        "\nfinally: raise ImportError('half imported')"
+    )
     with subprocess.Popen(
         program(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
