@@ -3,6 +3,7 @@
 import contextlib
 import signal
 
+import pytest
 from hypothesis import settings
 
 # No deadline: a busy machine is not a wrong result. Derandomized: a failure on one machine fails on every other.
@@ -13,3 +14,42 @@ settings.load_profile("megatron_gspo")
 with contextlib.suppress(ValueError):  # not the main thread
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+TAKE_LONG = (
+    "convert/test_verify.py::test_logits_are_those_of_transformers_at_every_layout[parallel1]",
+    "distributed/test_bench_replay.py::test_the_whole_benchmark_runs",
+    "goes_on_bitwise_from_a_checkpoint_of_the_same_layout[float64-TP2xPP2xEP2]",
+    "expert_ranks[tiny-mixtral]",
+    "expert_ranks[tiny-moonlight]",
+    "expert_ranks[tiny-olmoe]",
+    "expert_ranks[tiny-qwen2-moe]",
+    "distributed/test_megatron_faults.py::test_a_gradient_norm_counts_every_whole_gradient_once[tiny-deepseek-v3]",
+    "distributed/test_parity.py::test_in_bfloat16_responses_that_a_near_tie_routes_otherwise",
+    "rollout/test_families_served.py::test_every_method_fills_a_server_that_started_without_weights[glm4_moe]",
+    "rollout/test_families_served.py::test_what_config_json_asks_else",
+    "rollout/test_sglang.py::test_a_server_dies_with_its_killed_parent",
+    "training/test_bad_input.py::test_a_reward_that_cannot_be_had_says_why[raise",
+    "training/test_bad_input.py::test_a_reward_that_cannot_be_had_says_why[import",
+    "training/test_bad_input.py::test_a_reward_that_cannot_be_had_says_why[def f(prompt)",
+    "training/test_compare.py::test_a_comparison_that_was_stopped",
+    "training/test_converted.py::test_exports_hold_the_weights_of_their_step",
+    "training/test_converted.py::test_reinforcement_learning_starts_from_a_converted_checkpoint",
+    "training/test_doctor.py::test_a_real_server_is_said_to_be_what_it_is",
+    "training/test_engine_routes.py::test_with_replay_off_the_engine_is_asked_for_routes",
+    "training/test_eval.py::test_eval_repeats_what_training_measured",
+    "training/test_faults.py::test_an_empty_step_is_skipped_where_that_is_asked_for_and_a_resumed_run",
+    "training/test_resume.py::test_sigterm_saves_after_the_outer_step",
+    "training/test_runs.py::test_a_run_is_the_same_whichever_way_its_weights_travel",
+    "training/test_runs.py::test_r2_takes_the_first_minibatch",
+    "training/test_runs.py::test_the_same_configuration_takes_the_same_first_step_at_every_layout",
+    "unit/test_bench.py::test_bench_logprobs_prints_every_head",
+)
+"""Parts of the names of tests that take more than 15 seconds and have a shorter neighbour: for `make test-slow`."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(name in item.nodeid for name in TAKE_LONG):
+            item.add_marker(pytest.mark.slow_suite)

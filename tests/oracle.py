@@ -18,7 +18,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from megatron_gspo.types import Sample
+from megatron_gspo.types import PlacedSample
 
 # ---------------------------------------------------------------------------------------------------------- losses
 
@@ -187,7 +187,7 @@ def _write_model(model: Any, directory: str | Path, seed: int, dtype: torch.dtyp
 
 def random_samples(
     *, vocab: int = 67, groups: int = 4, group_size: int = 3, seed: int = 0, max_prompt: int = 9, max_response: int = 14
-) -> list[Sample]:
+) -> list[PlacedSample]:
     """Groups of uneven prompts and responses, with advantages of both signs and weights 1 / (P G)."""
     rng = np.random.default_rng(seed)
     samples = []
@@ -197,7 +197,7 @@ def random_samples(
         for sample, advantage in enumerate(advantages - advantages.mean()):
             length = int(rng.integers(1, max_response + 1))
             samples.append(
-                Sample(
+                PlacedSample.of_response(
                     group=group,
                     sample=sample,
                     prompt_ids=prompt_ids,
@@ -235,7 +235,7 @@ class OracleStep:
 
 
 def oracle_logprobs(
-    hf_dir: str | Path, samples: Sequence[Sample], *, temperature: float = 1.0, exact_rotary: bool = True
+    hf_dir: str | Path, samples: Sequence[PlacedSample], *, temperature: float = 1.0, exact_rotary: bool = True
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """(log-probabilities, entropies), each a list of [R] float64 by sample."""
     with float64_throughout(exact_rotary), torch.no_grad():
@@ -246,7 +246,7 @@ def oracle_logprobs(
 
 def oracle_step(
     hf_dir: str | Path,
-    samples: Sequence[Sample],
+    samples: Sequence[PlacedSample],
     old_logprobs: Sequence[torch.Tensor],
     *,
     loss: str = "gspo",
@@ -267,9 +267,7 @@ def oracle_step(
         new = [logprobs for logprobs, _ in scores]
         old = [torch.as_tensor(values, dtype=torch.float64) for values in old_logprobs]
         weights = [sample.weight for sample in samples]
-        advantages = [
-            [s.advantage] * len(s.response_ids) if loss == "gspo" else s.token_advantages.tolist() for s in samples
-        ]
+        advantages = [[s.advantage] * s.num_trained if loss == "gspo" else s.token_advantages.tolist() for s in samples]
         result = naive_loss(loss, new, old, advantages, weights, clip_low, clip_high)
         total = result.loss
         if kl_loss_coef:
@@ -366,14 +364,14 @@ def _route(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
     return logits, scores, experts
 
 
-def _score(model: Any, sample: Sample, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _score(model: Any, sample: PlacedSample, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """([R] log-probabilities of the response, [R] entropies)."""
-    ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64))
+    ids = torch.from_numpy(sample.token_ids.astype(np.int64))
     logits = model(input_ids=ids[None], use_cache=False).logits[0]
-    response_logits = logits[len(sample.prompt_ids) - 1 : -1] / temperature
+    response_logits = logits[sample.predicting] / temperature
     log_probs = torch.log_softmax(response_logits, dim=-1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
-    labels = ids[len(sample.prompt_ids) :]
+    labels = ids[sample.predicting + 1]
     return log_probs[torch.arange(len(labels)), labels], entropy
 
 

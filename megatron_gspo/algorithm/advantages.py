@@ -39,6 +39,43 @@ def group_advantages(rewards_G: np.ndarray) -> np.ndarray:
     return centred_G / np.sqrt(np.mean(centred_G**2))
 
 
+def centred_advantages(rewards_G: np.ndarray) -> np.ndarray:
+    """A_i = r_i - mean r (arXiv 2503.20783): [G] float64; exactly zero for a group without variance."""
+    rewards_G = np.asarray(rewards_G)
+    _check_group(rewards_G.size, rewards_G)
+    rewards_G = rewards_G.astype(np.float64)
+    return np.zeros_like(rewards_G) if is_zero_variance(rewards_G) else rewards_G - rewards_G.mean()
+
+
+def leave_one_out_advantages(rewards_G: np.ndarray) -> np.ndarray:
+    """A_i = r_i - mean of the others = (r_i - mean r) G / (G - 1) (arXiv 2402.14740): [G] float64."""
+    centred_G = centred_advantages(rewards_G)
+    return centred_G * (centred_G.size / (centred_G.size - 1))
+
+
+def batch_advantages(
+    rewards_P: Sequence[np.ndarray], lengths_P: Sequence[np.ndarray], *, baseline: bool
+) -> tuple[np.ndarray, ...]:
+    """A_i = (r_i - mean) / std over the tokens of all responses, each of which counts with its length |y_i|
+    (arXiv 2501.03262, section 3); ``baseline``: after the mean of its group was taken off each reward.
+
+    Args:
+        rewards_P: by group, [G_p] rewards.
+        lengths_P: by group, [G_p] trained tokens.
+    Returns:
+        By group, [G_p] float64; all zero where no reward differs from another.
+    """
+    values_P = [centred_advantages(r) if baseline else np.asarray(r, dtype=np.float64) for r in rewards_P]
+    flat, lengths = np.concatenate(values_P), np.concatenate(lengths_P).astype(np.float64)
+    if not np.isfinite(flat).all():
+        raise BatchError(f"rewards are not finite: {flat[~np.isfinite(flat)][:4].tolist()}")
+    if is_zero_variance(flat):
+        return tuple(np.zeros_like(values_G) for values_G in values_P)
+    mean = np.average(flat, weights=lengths)
+    std = np.sqrt(np.average((flat - mean) ** 2, weights=lengths))
+    return tuple((values_G - mean) / std for values_G in values_P)
+
+
 def token_group_advantages(token_rewards_G: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
     """A_{i,t} = (r_{i,t} - mean r) / std r for per-token or per-turn rewards, as GSPO-token takes them.
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_gspo.algorithm.losses.surrogate import token_weights
 from megatron_gspo.algorithm.ratios import masked_log_ratio
-from megatron_gspo.errors import BatchError
+from megatron_gspo.algorithm.surrogate import token_weights
 from megatron_gspo.types import SequenceSum, TokenShard
 
 
@@ -27,9 +26,6 @@ def kl_loss(shard: TokenShard, new_logprobs_T: torch.Tensor, sequence_sum: Seque
 
     Raises BatchError without ``old_logprobs_T`` or ``ref_logprobs_T``.
     """
-    if shard.old_logprobs_T is None or shard.ref_logprobs_T is None:
-        missing = "old" if shard.old_logprobs_T is None else "reference"
-        raise BatchError(f"the batch has no {missing} logprobs: a KL loss needs the passes of pi_old and the reference")
     w_T = masked_log_ratio(new_logprobs_T, shard.old_logprobs_T, shard.mask_T).exp()
     log_r_T = -masked_log_ratio(new_logprobs_T, shard.ref_logprobs_T, shard.mask_T)
     return sequence_sum(token_weights(shard) * w_T * k3(log_r_T), shard.sequence_T, shard.num_sequences)

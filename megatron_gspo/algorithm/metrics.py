@@ -49,7 +49,6 @@ import torch
 from megatron_gspo.algorithm.advantages import is_zero_variance
 from megatron_gspo.algorithm.kl import k3
 from megatron_gspo.algorithm.ratios import expand
-from megatron_gspo.errors import BatchError
 from megatron_gspo.types import LossOutput, TokenShard
 
 TOKEN_SUMS = ("clipped_low", "clipped_high", "nonzero_advantage", "log_ratio_squared", "entropy")
@@ -134,10 +133,10 @@ def minibatch_sums(
 @torch.no_grad()
 def engine_gap_sums(shard: TokenShard) -> torch.Tensor:
     """[4] float64, in the order of ENGINE_SUMS: the engine's mu against the trainer's pi_old, over response tokens."""
-    if shard.old_logprobs_T is None:
-        raise BatchError("the batch has no old logprobs: run the pi_old pass before measuring the engine gap")
     counted_T = _counted(shard)
-    old_T = torch.where(counted_T, shard.old_logprobs_T, 0.0).double()
+    bypassed = TokenShard.trainer_logprobs_T in shard
+    old_T = shard.trainer_logprobs_T if bypassed else shard.old_logprobs_T
+    old_T = torch.where(counted_T, old_T, 0.0).double()
     rollout_T = torch.where(counted_T, shard.rollout_logprobs_T, 0.0).double()
     log_rho_T = old_T - rollout_T
     k3_T = torch.expm1(log_rho_T) - log_rho_T
@@ -150,7 +149,7 @@ def reference_sums(shard: TokenShard, new_logprobs_T: torch.Tensor | None) -> to
     """[3] float64, in the order of REFERENCE_SUMS: pi_theta against the reference, over response tokens; zeros without
     one."""
     counted_T = _counted(shard)
-    if shard.ref_logprobs_T is None or new_logprobs_T is None:
+    if TokenShard.ref_logprobs_T not in shard or new_logprobs_T is None:
         return torch.zeros(len(REFERENCE_SUMS), dtype=torch.float64, device=counted_T.device)
     new_T = torch.where(counted_T, new_logprobs_T, 0.0).double()
     log_r_T = torch.where(counted_T, shard.ref_logprobs_T, 0.0).double() - new_T

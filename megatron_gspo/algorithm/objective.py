@@ -1,57 +1,46 @@
-"""The whole training objective of a micro-batch: a policy loss by name, a KL term, and a check for finite numbers."""
+"""The whole training objective of a micro-batch: an algorithm's loss, a KL term, and a check for finite numbers."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import import_module
-from typing import Protocol, cast
 
 import torch
 
-from megatron_gspo.algorithm.catalog import LOSSES
+from megatron_gspo.algorithm.base import Algorithm
 from megatron_gspo.algorithm.kl import kl_loss
-from megatron_gspo.errors import ConfigError
+from megatron_gspo.algorithm.surrogate import log_ratios
 from megatron_gspo.types import LossOutput, SequenceSum, TokenShard
 
 
-class Loss(Protocol):
-    """A policy loss. Its value is a sum over sequences that is complete on every rank (see ``LossOutput``)."""
-
-    def __call__(
-        self,
-        shard: TokenShard,
-        new_logprobs_T: torch.Tensor,
-        *,
-        clip_low: float,
-        clip_high: float,
-        sequence_sum: SequenceSum,
-    ) -> LossOutput: ...
-
-
-def resolve_loss(name: str) -> Loss:
-    """Imports the loss that ``algorithm/catalog.py`` lists under ``name``. Raises ConfigError for any other name."""
-    if name not in LOSSES:
-        raise ConfigError(f'"{name}" is not a policy loss (known: {", ".join(LOSSES)})')
-    module, _, function = LOSSES[name].function.partition(":")
-    return cast(Loss, getattr(import_module(module), function))
-
-
-def policy_objective(
+def objective(
+    algorithm: Algorithm,
     shard: TokenShard,
     new_logprobs_T: torch.Tensor,
-    *,
-    loss: Loss,
-    clip_low: float,
-    clip_high: float,
-    kl_loss_coef: float,
     sequence_sum: SequenceSum,
+    opsm: float | None = None,
 ) -> LossOutput:
-    """The policy loss plus ``kl_loss_coef`` times the KL to the reference; the KL is not formed when that is 0."""
-    output = loss(shard, new_logprobs_T, clip_low=clip_low, clip_high=clip_high, sequence_sum=sequence_sum)
-    if kl_loss_coef == 0:
+    """The algorithm's loss plus ``kl_loss_coef`` times the KL to the reference, which is not formed when that is 0.
+
+    ``opsm``: as in ``correction.opsm``; other arguments are those of ``Algorithm.loss``.
+    """
+    if opsm is not None:
+        shard = without_far_off(shard, new_logprobs_T, sequence_sum, opsm)
+    output = algorithm.loss(shard, new_logprobs_T, sequence_sum)
+    if not algorithm.uses_reference or algorithm.kl_loss_coef == 0:
         return output
-    kl_S = kl_loss_coef * kl_loss(shard, new_logprobs_T, sequence_sum)
+    kl_S = algorithm.kl_loss_coef * kl_loss(shard, new_logprobs_T, sequence_sum)
     return replace(output, loss=output.loss + kl_S.sum(), loss_S=output.loss_S + kl_S.detach())
+
+
+@torch.no_grad()
+def without_far_off(
+    shard: TokenShard, new_logprobs_T: torch.Tensor, sequence_sum: SequenceSum, above: float
+) -> TokenShard:
+    """Off-policy sequence masking, arXiv 2512.02556, eq. 9: weight 0 for responses with A < 0 whose mean
+    log(pi_old / pi_theta) is above ``above``."""
+    moved_S = -log_ratios(shard, new_logprobs_T, sequence_sum).of_responses_S
+    far_S = (moved_S > above) & (shard.advantages_S < 0)
+    return shard.replace(weights_S=shard.weights_S.masked_fill(far_S, 0.0))
 
 
 def find_non_finite(values_T: torch.Tensor, mask_T: torch.Tensor, shard: TokenShard) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ of it, 1/n, exactly (contiguous slices would give the last rank 2n - 1 times the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,24 +16,40 @@ import torch
 
 from megatron_gspo.algorithm.planning import padded_length
 from megatron_gspo.errors import BatchError
-from megatron_gspo.types import PackedBatch, Sample, Shard, TokenShard
+from megatron_gspo.types import (
+    Axis,
+    Column,
+    Columns,
+    PackedBatch,
+    PlacedSample,
+    Sample,
+    Shard,
+    TokenShard,
+    packed_columns,
+)
 
 
 def pack(
-    samples: Sequence[Sample], *, loss_dtype: torch.dtype, tensor: int = 1, context: int = 1, pad_to: int = 1
+    samples: Sequence[PlacedSample],
+    *,
+    loss_dtype: torch.dtype,
+    tensor: int = 1,
+    context: int = 1,
+    pad_to: int = 1,
+    columns: Sequence[Column] = (),
 ) -> PackedBatch:
     """Lays samples end to end, as ``PackedBatch`` describes it.
 
     Args:
         samples: at least one; they become sequences 0 ... S - 1 in this order.
-        loss_dtype: of advantages and weights (torch.float32, or torch.float64 in a float64 run).
+        loss_dtype: of columns that name no dtype (torch.float32, or torch.float64 in a float64 run).
         tensor, context: ranks that the tokens will be spread over.
         pad_to: T is padded up to ``pad_to`` times what these need (tests use it: no result may depend on padding).
+        columns: that samples hold beside those of ``Columns``.
     Raises:
-        BatchError: no samples, an empty prompt or response, or per-token fields of another length than the response.
+        BatchError: no samples, or one that contradicts itself.
     """
-    prompts_S, responses_S = _checked_lengths(samples)
-    lengths_S = prompts_S + responses_S
+    lengths_S = _checked_lengths(samples)
     boundaries = np.concatenate([[0], np.cumsum(padded_length(lengths_S, context))])
     multiple = pad_to * _total_multiple(tensor, context)
     total = -(-int(boundaries[-1]) // multiple) * multiple
@@ -43,56 +59,65 @@ def pack(
     # Every token's place in T, and its place in its own sequence.
     offset = np.arange(lengths_S.sum()) - np.repeat(np.cumsum(lengths_S) - lengths_S, lengths_S)
     place = np.repeat(boundaries[: len(samples)], lengths_S) + offset
-    ids = np.concatenate([ids for s in samples for ids in (s.prompt_ids, s.response_ids)])
-    before_last = offset < np.repeat(lengths_S - 1, lengths_S)  # the last position has nothing to predict
+    predicts = place[offset < np.repeat(lengths_S - 1, lengths_S)]  # the last position has nothing to predict
+    ids = np.concatenate([s.token_ids for s in samples])
 
-    tokens_T = np.zeros(total, dtype=np.int64)
-    tokens_T[place] = ids
     labels_T = np.zeros(total, dtype=np.int64)
-    labels_T[place] = np.where(before_last, np.append(ids[1:], 0), 0)
+    labels_T[predicts] = ids[offset > 0]
     mask_T = np.zeros(total, dtype=bool)
-    mask_T[place] = before_last & (offset >= np.repeat(prompts_S - 1, lengths_S))
+    mask_T[predicts] = np.concatenate([s.trained[1:] for s in samples])
     sequence_T = np.full(total, len(samples), dtype=np.int64)
     sequence_T[place] = np.repeat(np.arange(len(samples)), lengths_S)
 
-    rollout_logprobs_T = np.zeros(total, dtype=np.float32)
-    rollout_logprobs_T[mask_T] = np.concatenate([s.rollout_logprobs for s in samples])
-    advantages_T = np.zeros(total, dtype=np.float64)
-    advantages_T[mask_T] = np.concatenate([s.token_advantages for s in samples])
+    laid_out = {
+        Columns.labels_T: torch.from_numpy(labels_T),
+        Columns.mask_T: torch.from_numpy(mask_T),
+        Columns.sequence_T: torch.from_numpy(sequence_T),
+    }
+    places = {Axis.INPUT: place, Axis.PREDICTION: np.flatnonzero(mask_T)}
+    for column in (Columns.tokens_T, *packed_columns(), *columns):
+        laid_out[column] = _column(column, samples, total, places, loss_dtype)
     return PackedBatch(
-        tokens_T=torch.from_numpy(tokens_T),
-        labels_T=torch.from_numpy(labels_T),
-        mask_T=torch.from_numpy(mask_T),
-        sequence_T=torch.from_numpy(sequence_T),
+        laid_out,
         cu_seqlens=torch.from_numpy(boundaries.astype(np.int32)),
-        rollout_logprobs_T=torch.from_numpy(rollout_logprobs_T),
-        advantages_T=torch.from_numpy(advantages_T).to(loss_dtype),
-        advantages_S=torch.tensor([s.advantage for s in samples], dtype=loss_dtype),
-        weights_S=torch.tensor([s.weight for s in samples], dtype=loss_dtype),
-        lengths_S=torch.from_numpy(responses_S),
         samples=tuple((s.group, s.sample) for s in samples),
     )
 
 
-def dummy_batch(loss_dtype: torch.dtype, *, tensor: int = 1, context: int = 1) -> PackedBatch:
+def _column(
+    column: Column,
+    samples: Sequence[PlacedSample],
+    total: int,
+    places: Mapping[Axis, np.ndarray],
+    loss_dtype: torch.dtype,
+) -> torch.Tensor:
+    """A column's values of these samples, at their places in a micro-batch of ``total`` tokens."""
+    assert column.of is not None
+    dtype = column.dtype or loss_dtype
+    values = [column.of(s) for s in samples]
+    if not column.axis.per_token:
+        return torch.tensor(values, dtype=dtype)
+    laid_out = np.full(total, column.fill, dtype=np.float64 if dtype.is_floating_point else np.int64)
+    laid_out[places[column.axis]] = np.concatenate(values)
+    return torch.from_numpy(laid_out).to(dtype)
+
+
+def dummy_batch(
+    loss_dtype: torch.dtype, *, tensor: int = 1, context: int = 1, columns: Sequence[Column] = ()
+) -> PackedBatch:
     """A micro-batch without a response, for a rank that has fewer micro-batches than its peers.
 
     It runs forward and backward like any other, so that every rank enters every collective, and adds exactly nothing:
     one sequence of tokens 0, as short as sharding allows, weight 0, nothing in the mask.
     """
     total = _total_multiple(tensor, context)
-    zeros_T = torch.zeros(total, dtype=torch.int64)
+    structure = (Columns.tokens_T, Columns.labels_T, Columns.mask_T, Columns.sequence_T)
     return PackedBatch(
-        tokens_T=zeros_T,
-        labels_T=zeros_T.clone(),
-        mask_T=torch.zeros(total, dtype=torch.bool),
-        sequence_T=zeros_T.clone(),
+        {
+            column: torch.full((total if column.axis.per_token else 1,), column.fill, dtype=column.dtype or loss_dtype)
+            for column in (*structure, *packed_columns(), *columns)
+        },
         cu_seqlens=torch.tensor([0, total], dtype=torch.int32),
-        rollout_logprobs_T=torch.zeros(total, dtype=torch.float32),
-        advantages_T=torch.zeros(total, dtype=loss_dtype),
-        advantages_S=torch.zeros(1, dtype=loss_dtype),
-        weights_S=torch.zeros(1, dtype=loss_dtype),
-        lengths_S=torch.zeros(1, dtype=torch.int64),
         samples=((-1, -1),),
     )
 
@@ -136,15 +161,7 @@ def shard_tokens(batch: PackedBatch, shard: Shard) -> TokenShard:
     check_divides(batch, shard)
     own = shard_positions(batch.cu_seqlens, shard)
     return TokenShard(
-        labels_T=batch.labels_T[own],
-        mask_T=batch.mask_T[own],
-        sequence_T=batch.sequence_T[own],
-        rollout_logprobs_T=batch.rollout_logprobs_T[own],
-        advantages_T=batch.advantages_T[own],
-        advantages_S=batch.advantages_S,
-        weights_S=batch.weights_S,
-        lengths_S=batch.lengths_S,
-        samples=batch.samples,
+        {column: values[own] if column.axis.per_token else values for column, values in batch}, samples=batch.samples
     )
 
 
@@ -180,13 +197,11 @@ def check_divides(batch: PackedBatch, shard: Shard) -> None:
 
 def check_batch(batch: PackedBatch) -> None:
     """Raises BatchError when a batch contradicts itself: field sizes, boundaries, or masks against lengths."""
-    tokens, sequences = batch.num_tokens, batch.num_sequences
-    for name in ("labels_T", "mask_T", "sequence_T", "rollout_logprobs_T", "advantages_T"):
-        if (size := getattr(batch, name).numel()) != tokens:
-            raise BatchError(f"{name} has {size} entries for {tokens} tokens")
-    for name in ("advantages_S", "weights_S", "lengths_S"):
-        if (size := getattr(batch, name).numel()) != sequences:
-            raise BatchError(f"{name} has {size} entries for {sequences} sequences")
+    tokens, sequences = batch.tokens_T.numel(), batch.num_sequences
+    for column, values in batch:
+        of_what, size = ("tokens", tokens) if column.axis.per_token else ("sequences", sequences)
+        if values.numel() != size:
+            raise BatchError(f"{column.name} has {values.numel()} entries for {size} {of_what}")
     boundaries = batch.cu_seqlens.long()
     sizes = boundaries.diff()
     if boundaries[0] != 0 or boundaries[-1] != tokens or (sizes <= 0).any() or len(sizes) - sequences not in (0, 1):
@@ -208,33 +223,35 @@ def check_batch(batch: PackedBatch) -> None:
 
 
 def check_vocabulary(samples: Sequence[Sample], vocab_size: int) -> None:
-    """Raises BatchError for a token that is none of the model's ``vocab_size``, of a prompt or of a response.
+    """Raises BatchError for a token that is none of the model's ``vocab_size``.
 
     The embedding of such a token, and its logprob, would be those of another or of none.
     """
     for s in samples:
-        for kind, ids in (("prompt", s.prompt_ids), ("response", s.response_ids)):
-            if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
-                place = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
-                raise BatchError(
-                    f"response {s.sample} of group {s.group}: token {int(ids[place])} at place {place} of its {kind} "
-                    f"is none of the model's vocabulary of {vocab_size}: is the tokenizer another model's?"
-                )
+        ids = s.token_ids
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            place = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
+            kind = "a response's" if s.trained[place] else "the prompt's"
+            raise BatchError(
+                f"response {s.sample} of group {s.group}: token {int(ids[place])} at place {place}, one of {kind}, is "
+                f"none of the model's vocabulary of {vocab_size}: is the tokenizer another model's?"
+            )
 
 
-def _checked_lengths(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
-    """([S] prompt tokens, [S] response tokens), int64."""
+def _checked_lengths(samples: Sequence[Sample]) -> np.ndarray:
+    """[S] tokens, int64."""
     if not samples:
         raise BatchError("a micro-batch needs at least one sample: use dummy_batch for an idle rank")
     for s in samples:
-        n, r = len(s.prompt_ids), len(s.response_ids)
-        if n == 0 or r == 0 or len(s.rollout_logprobs) != r or len(s.token_advantages) != r:
+        tokens, marks, trained = len(s.token_ids), len(s.trained), s.num_trained
+        values = len(s.rollout_logprobs), len(s.token_advantages)
+        if not trained or s.trained[0] or marks != tokens or values != (trained, trained):
             raise BatchError(
-                f"response {s.sample} of group {s.group} has {n} prompt tokens, {r} response tokens, "
-                f"{len(s.rollout_logprobs)} rollout logprobs and {len(s.token_advantages)} token advantages"
+                f"response {s.sample} of group {s.group} has {tokens} tokens, {marks} marks of which are trained, "
+                f"{trained} of these true{' (the first among them)' if marks and s.trained[0] else ''}, {values[0]} "
+                f"rollout logprobs and {values[1]} token advantages"
             )
-    prompts_S = np.array([len(s.prompt_ids) for s in samples], dtype=np.int64)
-    return prompts_S, np.array([len(s.response_ids) for s in samples], dtype=np.int64)
+    return np.array([s.length for s in samples], dtype=np.int64)
 
 
 def _total_multiple(tensor: int, context: int) -> int:

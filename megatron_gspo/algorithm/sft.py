@@ -1,17 +1,34 @@
-"""Supervised fine-tuning: the weighted negative log-likelihood of the response tokens."""
+"""Supervised fine-tuning: the mean negative log-likelihood of the completions' tokens."""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from megatron_gspo.algorithm.losses.surrogate import token_weights
-from megatron_gspo.types import SequenceSum, TokenShard
+from megatron_gspo.algorithm.base import Algorithm
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_gspo.types import LossOutput, SequenceSum, TokenShard
 
 
-def sft_loss(shard: TokenShard, new_logprobs_T: torch.Tensor, sequence_sum: SequenceSum) -> torch.Tensor:
-    """-weight_i / |y_i| sum_t log pi(y_it): [T_local] -> [S], complete on every rank; differentiate its sum.
+class Sft(Algorithm):
+    """-sum_i weight_i / |y_i| sum_t log pi(y_it), with the weights of "token-mean": the mean over all target tokens."""
 
-    Weights are those of ``response_weights``: "token-mean" gives the usual mean over all target tokens.
-    """
-    logprobs_T = torch.where(shard.mask_T, new_logprobs_T, 0.0)
-    return sequence_sum(-token_weights(shard) * logprobs_T, shard.sequence_T, shard.num_sequences)
+    source: ClassVar = "maximum likelihood"
+    draws_responses: ClassVar = False
+
+    name: Literal["sft"] = "sft"
+
+    @property
+    def uses_reference(self) -> bool:
+        return False
+
+    @property
+    def weighting(self) -> str:
+        return "token-mean"
+
+    def loss(self, shard: TokenShard, new_logprobs_T: torch.Tensor, sequence_sum: SequenceSum) -> LossOutput:
+        from megatron_gspo.algorithm.surrogate import likelihood_loss
+
+        return likelihood_loss(shard, new_logprobs_T, sequence_sum)

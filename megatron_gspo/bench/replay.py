@@ -11,7 +11,7 @@ import base64
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_gspo.algorithm.objective import resolve_loss
 from megatron_gspo.algorithm.packing import pack
 from megatron_gspo.bench.launch import on_ranks
 from megatron_gspo.bench.measure import Spread, machine
@@ -120,8 +119,12 @@ def time_moving(settings: Settings, shape: RouteShape) -> dict[str, Any]:
     start_distributed()
     try:
         groups = make_groups(LAYOUT)
+
+        def routes_of(index: int) -> np.ndarray:
+            return draw_routes(settings.response - 1, shape, index).astype(shape.dtype)
+
         samples = [
-            sample_of(index, settings.response, draw_routes(settings.response - 1, shape, index).astype(shape.dtype))
+            sample_of(index, settings.response, routes_of(index)).placed(1.0)
             for index in range(settings.tokens // settings.response)
         ]
         a_batch = max(1, settings.microbatch // settings.response)
@@ -159,15 +162,14 @@ def sample_of(group: int, length: int, routes: np.ndarray | None, index: int = 0
     prompt = length // 2
     draw = np.random.default_rng([group, index])
     advantage = 1.0 if index % 2 else -1.0
-    return Sample(
+    return Sample.of_response(
+        draw.integers(0, 13, prompt),
+        draw.integers(0, 13, length - prompt),
         group=group,
         sample=index,
-        prompt_ids=draw.integers(0, 13, prompt).astype(np.int32),
-        response_ids=draw.integers(0, 13, length - prompt).astype(np.int32),
         rollout_logprobs=np.full(length - prompt, -2.5, np.float32),
         advantage=advantage,
         token_advantages=np.full(length - prompt, advantage),
-        weight=0.0,
         routes=routes,
     )
 
@@ -237,7 +239,6 @@ def a_run(directory: Path, settings: Settings) -> tuple[Run, list[Minibatch]]:
         config=config,
         groups=groups,
         policy=policy,
-        loss=resolve_loss(config.algorithm.name),
         sequence_sum=ShardedSequenceSum(groups.token),
         gate=make_gate(config),
         **cast(Any, nothing),
@@ -249,11 +250,11 @@ def a_run(directory: Path, settings: Settings) -> tuple[Run, list[Minibatch]]:
 
 def with_routes(sample: Sample, policy: Policy, config: RunConfig, groups: Groups) -> Sample:
     """The sample with the policy's own routes, as an engine at equal weights would send them."""
-    batch = pack([sample], loss_dtype=torch.float32)
+    batch = pack([sample.placed(1.0)], loss_dtype=torch.float32)
     with policy.replay.record() as live:
         policy.logprobs([batch])
     routes = live[0].experts_LTK.permute(1, 0, 2)[:-1].contiguous().numpy()
-    return Sample(**(vars(sample) | {"routes": routes}))
+    return replace(sample, routes=routes)
 
 
 def write_model(directory: Path, hidden: int) -> None:

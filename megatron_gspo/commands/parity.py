@@ -27,7 +27,7 @@ every one that is not refused), 1 when one does not, 2 for a mistake in what was
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from megatron_gspo.algorithm.catalog import LOSSES
+    from megatron_gspo.algorithm.catalog import policy_losses
     from megatron_gspo.parity.models import MODELS
     from megatron_gspo.parity.precision import PRECISIONS
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-ranks", type=int, default=8, metavar="N", help="most ranks a layout (default: 8)")
     parser.add_argument("--dtype", choices=PRECISIONS, help="default: CONFIG's, else float64")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--loss", choices=LOSSES, help="default: CONFIG's, else gspo")
+    parser.add_argument("--loss", choices=policy_losses(), help="default: CONFIG's, else gspo")
     parser.add_argument(
         "--replay",
         action="store_true",
@@ -108,7 +108,7 @@ def _settings(options: argparse.Namespace, config: RunConfig | None, layouts: li
         raise ConfigError(f"--layers {options.layers}: a model has one at least")
     if options.tolerance is not None and not options.tolerance > 0:
         raise ConfigError(f"--tolerance {options.tolerance:g}: it must be above 0")
-    trained = config.algorithm.name if config and config.algorithm.name != "sft" else "gspo"
+    trained = config.algorithm.name if config and config.algorithm.draws_responses else "gspo"
     return Settings(
         layouts=layouts,
         path=path,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_gspo.algorithm.catalog import LOSSES
+from megatron_gspo.algorithm.base import Algorithm, algorithm_class
+from megatron_gspo.algorithm.catalog import policy_losses
 from megatron_gspo.config import RunConfig, parse, read
 from megatron_gspo.errors import ConfigError, UserError
 
@@ -38,8 +39,8 @@ WHERE = frozenset(
     }
 )
 """Where and how fast cells run: may differ between starts of one comparison."""
-VARIES = frozenset({*OURS, "algorithm.clip_low", "algorithm.clip_high"})
-CLIPS = ("clip_low", "clip_high")
+CLIPS = ("algorithm.clip_low", "algorithm.clip_high")
+VARIES = frozenset({*OURS, *CLIPS})
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(request: Request) -> None:
-    for name, values, known in (("--losses", request.losses, LOSSES), ("--replay", request.replay, REPLAY)):
+    for name, values, known in (("--losses", request.losses, policy_losses()), ("--replay", request.replay, REPLAY)):
         unknown = [value for value in values if value not in known]
         if unknown or not values or len(set(values)) < len(values):
             raise ConfigError(f"{name} {','.join(values)}: name each of {', '.join(known)} at most once")
@@ -226,12 +227,13 @@ def _arms(request: Request) -> Iterator[Arm]:
 def _cell(out: Path, base: RunConfig, arm: Arm, seed: int, model: str, overrides: Sequence[str]) -> Cell:
     """The base configuration with what the arm and the seed change.
 
-    A clip range in the base is that of the base's own loss: on another one it would mean something else. A dense model
+    What only the base's own loss has, a clip range among it, is not another one's. A dense model
     has no router to put noise on, and no routes.
     """
     tree = base.model_dump(mode="json", exclude_none=True)
     if arm.loss != base.algorithm.name:
-        tree["algorithm"] = {name: value for name, value in tree["algorithm"].items() if name not in CLIPS}
+        common = algorithm_class(arm.loss).model_fields.keys() & Algorithm.model_fields.keys()
+        tree["algorithm"] = {name: value for name, value in tree["algorithm"].items() if name in common}
     tree["algorithm"]["name"] = arm.loss
     tree["replay"]["mode"] = arm.replay
     tree["model"]["path"] = model
@@ -274,16 +276,9 @@ def _record(request: Request, base: RunConfig, arms: Sequence[Arm], cells: Seque
 def _settings(config: RunConfig, base: RunConfig) -> dict[str, Any]:
     """What an arm sets otherwise than the base, and its clip range in any case."""
     own, common = (flatten(tree.model_dump(mode="json")) for tree in (config, base))
-    differing = {name: value for name, value in own.items() if value != common[name] and name not in VARIES}
-    low, high = config.algorithm.clip_range()
-    return (
-        {"algorithm.name": config.algorithm.name, "replay.mode": config.replay.mode}
-        | differing
-        | {
-            "algorithm.clip_low": low,
-            "algorithm.clip_high": high,
-        }
-    )
+    differing = {name: value for name, value in own.items() if value != common.get(name) and name not in VARIES}
+    clip_range = dict(zip(CLIPS, config.algorithm.clip_range() or (), strict=False))
+    return {"algorithm.name": config.algorithm.name, "replay.mode": config.replay.mode} | differing | clip_range
 
 
 def _with_cell_settings(tree: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,11 @@ means and in which unit. An unknown key, a value out of range or two settings th
 from megatron_gspo.config.layout import ParallelConfig
 from megatron_gspo.config.rollouts import EvalConfig, ReplayConfig, RewardConfig, RolloutConfig, SyncConfig
 from megatron_gspo.config.run import RunConfig
-from megatron_gspo.config.section import Section
 from megatron_gspo.config.text import dump, load, parse, read
-from megatron_gspo.config.training import AlgorithmConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from megatron_gspo.config.training import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from megatron_gspo.section import Section
 
 __all__ = [
-    "AlgorithmConfig",
     "DataConfig",
     "EvalConfig",
     "ModelConfig",

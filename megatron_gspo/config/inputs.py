@@ -42,7 +42,7 @@ def check_inputs(config: RunConfig, source: Path, names: Sequence[str] = INPUTS)
 
 def missing(config: RunConfig, names: Sequence[str] = INPUTS) -> dict[str, str]:
     """Setting -> path, of the inputs that this configuration reads and that are not there."""
-    supervised = config.algorithm.name == "sft"
+    supervised = not config.algorithm.draws_responses
     read = {
         "model.path": config.model.path,
         "algorithm.reference": config.algorithm.reference if config.algorithm.uses_reference else "",

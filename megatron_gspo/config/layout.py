@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from megatron_gspo.config.section import AsList, Positive, Section
 from megatron_gspo.errors import LayoutError
+from megatron_gspo.section import AsList, Positive, Section
 
 
 class ParallelConfig(Section):

@@ -10,16 +10,18 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
+from megatron_gspo.algorithm.base import Algorithm, algorithm_class
+from megatron_gspo.algorithm.catalog import ALGORITHMS
 from megatron_gspo.config.run import RunConfig
-from megatron_gspo.config.section import Section
 from megatron_gspo.errors import ConfigError
+from megatron_gspo.section import Section
 
 NAMES = {bool: "true or false", int: "integer", float: "number", str: "string", dict: "table"}
 BOUNDS = ((Ge, "≥", "ge"), (Gt, ">", "gt"), (Le, "≤", "le"), (Lt, "<", "lt"))
@@ -50,12 +52,38 @@ def sections() -> dict[str, str]:
 
 
 def settings(section: str) -> tuple[Setting, ...]:
-    """The settings of a section, in its order."""
-    fields = _section(section).model_fields
-    return tuple(
-        Setting(section, name, _value(field), _default(field), _prose(field.description))
-        for name, field in fields.items()
-    )
+    """The settings of a section, in its order; those of every algorithm, each said once with whose it is."""
+    if section != "algorithm":
+        fields = _section(section).model_fields
+        return tuple(
+            Setting(section, name, _value(f), _default(f), _prose(f.description)) for name, f in fields.items()
+        )
+    every = {name: algorithm_class(name).model_fields for name in ALGORITHMS}
+    names = dict.fromkeys([*Algorithm.model_fields, *(setting for fields in every.values() for setting in fields)])
+    return tuple(_of_algorithms(setting, every) for setting in names)
+
+
+def algorithms_with(name: str) -> list[str]:
+    """The algorithms of the catalog that have this setting."""
+    return [algorithm for algorithm in ALGORITHMS if name in algorithm_class(algorithm).model_fields]
+
+
+def _of_algorithms(name: str, every: Mapping[str, Mapping[str, FieldInfo]]) -> Setting:
+    """A setting that all algorithms have, or some: whose it is, and each one's default."""
+    if name == "name":
+        field = Algorithm.model_fields[name]
+        known = ", ".join(f"`{json.dumps(algorithm)}`" for algorithm in every)
+        return Setting("algorithm", name, f"{known} or string", _default(field), _prose(field.description))
+    having = {algorithm: fields[name] for algorithm, fields in every.items() if name in fields}
+    defaults: dict[str, list[str]] = {}
+    for algorithm, field in having.items():
+        defaults.setdefault(_default(field), []).append(algorithm)
+    several = len(defaults) > 1
+    default = ", ".join(f"{value} ({', '.join(names)})" if several else value for value, names in defaults.items())
+    field = next(iter(having.values()))
+    text = next(filter(None, (_description(algorithm_class(algorithm), name) for algorithm in having)), None)
+    of = "" if several or len(having) == len(every) else f" Of {', '.join(having)}."
+    return Setting("algorithm", name, _value(field), default, _prose(text) + of)
 
 
 def find(word: str) -> tuple[Setting, ...]:
@@ -110,6 +138,12 @@ def _meant(word: str, among: Iterable[Setting]) -> list[str]:
     words = re.findall(r"[a-z0-9]+", word.lower())
     found = [s.key for s in among if words and all(w in f"{s.key} {s.meaning}".lower() for w in words)]
     return found[:SUGGESTIONS]
+
+
+def _description(owner: type[Section], name: str) -> str | None:
+    """A setting's docstring, by the nearest class that has one: one that only changes a default has none."""
+    classes = (base for base in owner.__mro__ if issubclass(base, Section) and name in base.model_fields)
+    return next((text for base in classes if (text := base.model_fields[name].description)), None)
 
 
 def _listed(names: Any) -> str:

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from megatron_gspo.config.section import AsList, NonNegativeFloat, Positive, PositiveFloat, Section
+from megatron_gspo.section import AsList, NonNegativeFloat, Positive, PositiveFloat, Section
 
 
 def _server_url(text: str) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pydantic import model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
+from megatron_gspo.algorithm.base import Algorithm, make_algorithm
+from megatron_gspo.algorithm.correction import Correction
 from megatron_gspo.algorithm.planning import padded_length
 from megatron_gspo.config.layout import ParallelConfig
 from megatron_gspo.config.rollouts import EvalConfig, ReplayConfig, RewardConfig, RolloutConfig, SyncConfig
-from megatron_gspo.config.section import Section
-from megatron_gspo.config.training import AlgorithmConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from megatron_gspo.config.training import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from megatron_gspo.section import Section
 
 
 class RunConfig(Section):
@@ -20,7 +22,8 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    algorithm: AlgorithmConfig = AlgorithmConfig()
+    algorithm: SerializeAsAny[Algorithm] = Field(default_factory=make_algorithm)
+    correction: Correction = Correction()
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -32,7 +35,7 @@ class RunConfig(Section):
     @property
     def minibatches(self) -> int:
         """Optimizer steps per outer step: 1 for sft."""
-        return 1 if self.algorithm.name == "sft" else self.train.minibatches
+        return self.train.minibatches if self.algorithm.draws_responses else 1
 
     @property
     def total_steps(self) -> int:
@@ -55,7 +58,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         prompts, minibatches = self.train.prompts_per_step, self.train.minibatches
-        if self.algorithm.name != "sft" and prompts % minibatches:
+        if self.algorithm.draws_responses and prompts % minibatches:
             below, above = prompts // minibatches * minibatches, -(-prompts // minibatches) * minibatches
             fewer = max(count for count in range(1, minibatches) if prompts % count == 0)
             raise ValueError(
@@ -69,17 +72,18 @@ class RunConfig(Section):
             )
         warmup, total = self.optimizer.warmup_steps, self.total_steps
         if warmup >= total:
-            made_of = "train.outer_steps" + (" x train.minibatches" if self.algorithm.name != "sft" else "")
+            made_of = "train.outer_steps" + (" x train.minibatches" if self.algorithm.draws_responses else "")
             raise ValueError(
                 f"optimizer.warmup_steps = {warmup} leaves nothing of the run's {total} optimizer steps ({made_of})"
             )
-        if self.algorithm.reference and not self.algorithm.uses_reference:
+        algorithm = self.algorithm
+        if algorithm.reference and algorithm.draws_responses and not algorithm.uses_reference:
             raise ValueError("algorithm.reference is set, but algorithm.kl_loss_coef = 0 does not use it")
-        if self.algorithm.name == "sft" and (self.replay.mode != "off" or self.replay.engine_routes_every):
+        if not self.algorithm.draws_responses and (self.replay.mode != "off" or self.replay.engine_routes_every):
             name = "mode" if self.replay.mode != "off" else "engine_routes_every"
             raise ValueError(
-                f"replay.{name} = {getattr(self.replay, name)!r} is about the routes of rollouts, and sft has none: "
-                f"remove it"
+                f"replay.{name} = {getattr(self.replay, name)!r} is about the routes of responses, and "
+                f"{self.algorithm.name} has none: remove it"
             )
         self._check_paths()
         prompt, response = self.rollout.max_prompt_tokens, self.rollout.max_response_tokens

@@ -10,7 +10,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from megatron_gspo.config.reference import did_you_mean
+from megatron_gspo.config.reference import algorithms_with, did_you_mean
 from megatron_gspo.config.run import RunConfig
 from megatron_gspo.errors import ConfigError
 
@@ -89,13 +89,20 @@ def _override_value(override: str, text: str) -> Any:
     return tree["value"]
 
 
+def _of_others(where: str) -> str:
+    """Of a setting that this algorithm does not have: which ones do."""
+    section, _, name = where.partition(".")
+    having = algorithms_with(name) if section == "algorithm" else []
+    return f" of this algorithm.name: it is one of {', '.join(having)}" if having else ""
+
+
 def _first_problem(error: ValidationError) -> str:
     """One line of the first problem; the rest are counted."""
     problems = error.errors(include_url=False)
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        text = f"unknown setting {where}{did_you_mean(where)}"
+        text = f"unknown setting {where}{_of_others(where) or did_you_mean(where)}"
     elif first["type"] == "model_type":
         text = f"{where} = {first['input']!r:.200}: it must be a table of settings, [{where}]"
     elif first["type"] == "missing":

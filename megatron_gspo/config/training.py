@@ -6,12 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_gspo.algorithm.catalog import LOSSES
-from megatron_gspo.config.section import AsList, Decay, Named, NonNegativeFloat, Positive, PositiveFloat, Section
-
-WIDE_CLIP = 0.05
-"""A sequence-ratio clip range above this needs ``allow_wide_clip``: it is what PPO uses for single tokens, and s_i,
-a geometric mean over the response, hardly ever leaves it, so nothing would be clipped."""
+from megatron_gspo.section import AsList, Decay, Named, NonNegativeFloat, Positive, PositiveFloat, Section
 
 
 class ModelConfig(Section):
@@ -40,55 +35,6 @@ class ModelConfig(Section):
             raise ValueError(
                 f"recompute_modules = {list(self.recompute_modules)} has no effect with recompute = "
                 f'"{self.recompute}": use "selective"'
-            )
-        return self
-
-
-class AlgorithmConfig(Section):
-    """The objective."""
-
-    name: Literal["gspo", "gspo-token", "grpo", "ppo", "sft"] = "gspo"
-    """A loss of ``algorithm/catalog.py``, or "sft" for supervised fine-tuning on the prompts' completions."""
-    clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """The ratio is clipped below at 1 - clip_low; the loss's own default when absent (3e-4 for GSPO)."""
-    clip_high: PositiveFloat | None = None
-    """The ratio is clipped above at 1 + clip_high; the loss's own default when absent (4e-4 for GSPO)."""
-    allow_wide_clip: bool = False
-    """Permits a sequence-ratio clip range above 0.05, where GSPO hardly ever clips."""
-    aggregation: Literal["paper", "token-mean", "token-sum"] = "paper"
-    """How a mini-batch's tokens are weighted. "paper": prompt 1/P, response 1/G, token 1/|y|. "token-mean": every
-    response token has the same weight (DAPO). "token-sum": 1/P, 1/G, token 1/max_response_tokens (Dr.GRPO).
-    Token-ratio losses and gspo-token take any; gspo only "paper", since its loss has no token terms."""
-    kl_loss_coef: NonNegativeFloat = 0.0
-    """Weight of the k3 estimate of KL(new || reference) in the loss."""
-    reference: str = ""
-    """Hugging Face directory of the reference policy; ``model.path`` when empty."""
-
-    def clip_range(self) -> tuple[float, float]:
-        """(clip_low, clip_high), with the loss's defaults filled in."""
-        entry = LOSSES[self.name]
-        low = entry.clip_low if self.clip_low is None else self.clip_low
-        high = entry.clip_high if self.clip_high is None else self.clip_high
-        return low, high
-
-    @property
-    def uses_reference(self) -> bool:
-        return self.kl_loss_coef > 0
-
-    @model_validator(mode="after")
-    def _check(self) -> AlgorithmConfig:
-        if self.name == "sft":
-            return self
-        low, high = self.clip_range()
-        if LOSSES[self.name].ratio == "sequence" and max(low, high) > WIDE_CLIP and not self.allow_wide_clip:
-            raise ValueError(
-                f"clip_low = {low:g}, clip_high = {high:g} is a range for token ratios; {self.name} clips the sequence "
-                f"ratio s_i, whose defaults are 0.0003 and 0.0004: use those, or set algorithm.allow_wide_clip = true"
-            )
-        if self.name == "gspo" and self.aggregation != "paper":
-            raise ValueError(
-                f'aggregation = "{self.aggregation}" weights tokens, and gspo has one term per sequence: use "paper", '
-                f'or name = "gspo-token"'
             )
         return self
 

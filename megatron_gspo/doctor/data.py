@@ -88,9 +88,9 @@ def check_reward(facts: Facts) -> list[Check]:
     (scored,) = score_now(reward, [rollouts])
     right, wrong = scored.rewards_G.tolist()
     text = f"{reward.name} on prompt {prompt.id!r}: {right:g} for its reference answer, {wrong:g} for {MADE_UP!r}"
-    if scored.token_rewards_G is not None and config.algorithm.name == "gspo":
-        text, fix = f"{text}; it gives one reward a token, and gspo takes their mean", 'algorithm.name = "gspo-token"'
-        return [*found, warning(text, fix)]
+    if scored.token_rewards_G is not None and not config.algorithm.per_token:
+        text += f"; it gives one reward a token, and {config.algorithm.name} takes their mean"
+        return [*found, warning(text, 'algorithm.name = "gspo-token"')]
     return sorted([ok(text), *found], key=lambda check: check.status == "ok")
 
 

@@ -59,7 +59,7 @@ def estimate(
         optimizer=state * (ceil(elements.dense / dense_ranks) + ceil(elements.expert / expert_ranks)),
         activations=_activations(config, model, stage, data_size),
         logprobs=_logprobs(config, model, data_size) if last else 0,
-        reference=elements.total * item if config.algorithm.uses_reference and config.algorithm.name != "sft" else 0,
+        reference=elements.total * item if config.algorithm.uses_reference else 0,
     )
 
 
@@ -76,7 +76,7 @@ def worst_stage(
 
 def tokens_of_minibatch(config: RunConfig) -> tuple[int, int]:
     """(sequences, tokens) of a mini-batch whose every sequence is as long as allowed."""
-    per_prompt = 1 if config.algorithm.name == "sft" else config.rollout.group_size
+    per_prompt = config.rollout.group_size if config.algorithm.draws_responses else 1
     sequences = config.train.prompts_per_step // config.minibatches * per_prompt
     return sequences, sequences * longest_sequence(config)
 

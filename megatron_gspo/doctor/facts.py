@@ -140,7 +140,7 @@ class Facts:
 
     @property
     def supervised(self) -> bool:
-        return bool(self.config.algorithm.name == "sft")
+        return not self.config.algorithm.draws_responses
 
     @property
     def local_servers(self) -> int:

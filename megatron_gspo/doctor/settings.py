@@ -29,12 +29,12 @@ INERT: tuple[tuple[tuple[str, ...], When, str], ...] = (
             *("algorithm.clip_low", "algorithm.clip_high", "algorithm.aggregation", "algorithm.kl_loss_coef"),
             *("rollout.group_size", "rollout.temperature", "train.minibatches", "reward.function", "data.eval_path"),
         ),
-        lambda c: c.algorithm.name == "sft",
+        lambda c: not c.algorithm.draws_responses,
         'algorithm.name = "sft" draws no responses and has no ratio',
     ),
     (
         ("algorithm.clip_low", "algorithm.clip_high"),
-        lambda c: c.algorithm.name != "sft" and c.train.minibatches == 1,
+        lambda c: c.algorithm.draws_responses and c.train.minibatches == 1,
         "train.minibatches = 1: every ratio is exactly 1, and nothing is ever clipped",
     ),
     (
@@ -53,8 +53,8 @@ INERT: tuple[tuple[tuple[str, ...], When, str], ...] = (
     (("eval.prompts", "eval.greedy"), lambda c: not (c.eval.every and c.data.eval_path), "nothing is evaluated"),
     (
         ("algorithm.allow_wide_clip",),
-        lambda c: c.algorithm.name in ("grpo", "ppo"),
-        "the clip range is of token ratios",
+        lambda c: c.algorithm.clips != "responses",
+        "no clip range is of sequence ratios",
     ),
     (("rollout.max_empty_steps",), lambda c: c.rollout.on_empty_step == "error", "the first empty step fails the run"),
     (("replay.min_coverage",), lambda c: c.replay.mode != "r3", "only r3 replays routes that may be missing"),
@@ -112,7 +112,10 @@ def clip_and_noise(facts: Facts) -> Iterator[Check]:
     config = facts.config
     if facts.supervised:
         return
-    low, high = config.algorithm.clip_range()
+    clip_range = config.algorithm.clip_range()
+    if clip_range is None:
+        return
+    low, high = clip_range
     try:
         lines = RunDirectory.open(config.train.run_dir).metrics()
     except MegatronGspoError:
@@ -156,7 +159,7 @@ def precision(facts: Facts) -> Iterator[Check]:
         )
     if dtype == "float64" and not facts.supervised:
         yield warning('model.dtype = "float64": the engine has float32 at most, and kl/engine shows the gap', "")
-    if dtype == "bfloat16" and not facts.supervised and min(facts.config.algorithm.clip_range()) < 1e-3:
+    if dtype == "bfloat16" and not facts.supervised and min(facts.config.algorithm.clip_range() or (1.0,)) < 1e-3:
         yield ok(
             "bfloat16 noise may reach a clip range this narrow: watch noise/abs_log_ratio_p99 (train.noise_floor_every)"
         )

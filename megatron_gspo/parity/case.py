@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megatron_gspo import config
-from megatron_gspo.algorithm.catalog import LOSSES
+from megatron_gspo.algorithm.base import Algorithm, algorithm_class, make_algorithm
 from megatron_gspo.config import RunConfig
 from megatron_gspo.parity.layouts import Layout
 from megatron_gspo.parity.precision import PRECISIONS, Precision
@@ -38,7 +38,7 @@ class Case:
     path: str
     """Hugging Face directory."""
     samples: tuple[Sample, ...]
-    """Without weights: ``train.batch.place`` gives them theirs in a layout, and the reference has its own."""
+    """``train.batch.place`` gives them their weights in a layout, and the reference has its own."""
     old: Mapping[int, np.ndarray] = field(default_factory=dict)
     """Sample -> [R] float64 log pi_old; set by the reference."""
     ref: Mapping[int, np.ndarray] = field(default_factory=dict)
@@ -67,6 +67,17 @@ class Case:
     def clip(self) -> float:
         """Both clip ranges."""
         return self.precision.spread
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        """The loss, with a clip range of the case's where it has one, and a KL term."""
+        settings: dict[str, Any] = {"kl_loss_coef": KL_COEF}
+        cls = algorithm_class(self.loss)
+        if cls.clips != "nothing":
+            settings |= dict.fromkeys(cls.clip_settings, self.clip)
+        if "allow_wide_clip" in cls.model_fields:
+            settings["allow_wide_clip"] = True
+        return make_algorithm(self.loss, **settings)
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -101,16 +112,14 @@ class Case:
         """A sample's tokens, by number."""
         return slice(int(self.starts[index]), int(self.starts[index + 1]))
 
-    def predicting(self, index: int) -> slice:
-        """The tokens of a sample, by number, that predict its response tokens: from the prompt's last on."""
-        first = int(self.starts[index]) + len(self.samples[index].prompt_ids) - 1
-        return slice(first, first + len(self.samples[index].response_ids))
+    def predicting(self, index: int) -> np.ndarray:
+        """[R] int64: the tokens of a sample, by number, that predict its trained tokens."""
+        return int(self.starts[index]) + self.samples[index].predicting
 
     def advantages(self, index: int) -> list[float]:
         """By response token: what the loss reads, the response's own or a token's."""
         sample = self.samples[index]
-        per_token = self.loss != "gspo"
-        return sample.token_advantages.tolist() if per_token else [sample.advantage] * len(sample.response_ids)
+        return sample.token_advantages.tolist() if self.algorithm.per_token else [sample.advantage] * sample.num_trained
 
     def routes(self, layer: int, experts: int, top_k: int) -> np.ndarray:
         """[tokens, K] int64: random experts of a layer, all different in a row, by token number; of any layout."""
@@ -130,13 +139,7 @@ class Case:
             {
                 "model": {**self.model, **layout.model, "path": self.path, "dtype": self.dtype},
                 "data": {"path": "unused"},
-                "algorithm": {
-                    "name": self.loss,
-                    "clip_low": self.clip,
-                    "clip_high": self.clip,
-                    "allow_wide_clip": LOSSES[self.loss].ratio == "sequence",
-                    "kl_loss_coef": KL_COEF,
-                },
+                "algorithm": self.algorithm.model_dump(exclude_none=True),
                 "train": {
                     "run_dir": "unused-run",
                     "outer_steps": TOTAL_STEPS // 2,
@@ -175,7 +178,8 @@ def random_samples(
     The first has two whole groups of responses of uneven lengths. Of the second's two groups, three long responses are
     left, each of which fills most of a micro-batch: groups count by the responses that survive, and of two or four data
     ranks one has a dummy. (Groups above four, of which many a response will be left out, are whole there too.) A
-    response of twice the length comes first in both: what cuts a micro-batch goes through it.
+    response of twice the length comes first in both: what cuts a micro-batch goes through it. Of every other response
+    that is long enough, two tokens in the middle are not trained, as if an environment had said them.
     """
     rng = np.random.default_rng(seed)
     samples = []
@@ -193,16 +197,19 @@ def random_samples(
                 length = 2 * max_response
             elif group >= GROUPS and left == LEFT:
                 length = round(1.5 * max_response)
+            token_ids = np.concatenate([prompt_ids, rng.integers(0, vocabulary, length)]).astype(np.int32)
+            drawn = np.ones(length, dtype=bool)
+            if number % 2 == 0 and length >= 6:
+                drawn[length // 2 : length // 2 + 2] = False
             samples.append(
                 Sample(
                     group=group,
                     sample=number,
-                    prompt_ids=prompt_ids,
-                    response_ids=rng.integers(0, vocabulary, length).astype(np.int32),
-                    rollout_logprobs=rng.normal(-4.0, 1.0, length).astype(np.float32),
+                    token_ids=token_ids,
+                    trained=np.concatenate([np.zeros(len(prompt_ids), dtype=bool), drawn]),
+                    rollout_logprobs=rng.normal(-4.0, 1.0, length).astype(np.float32)[drawn],
                     advantage=float(advantages[number]),
-                    token_advantages=rng.normal(advantages[number], 1.0, length),
-                    weight=0.0,
+                    token_advantages=rng.normal(advantages[number], 1.0, length)[drawn],
                 )
             )
     return tuple(samples)
@@ -217,7 +224,7 @@ def straddling_old(case: Case, index: int, new_R: np.ndarray) -> np.ndarray:
     group, number = case.keys[index]
     rng = np.random.default_rng([case.seed, group, number])
     places = case.clip * np.array([1 / 3, 3.0, -1 / 3, -3.0])
-    if LOSSES[case.loss].ratio == "token":
+    if case.algorithm.clips != "responses":
         return new_R - rng.choice(places, len(new_R))
     noise_R = case.clip * rng.normal(size=len(new_R))
     return new_R - (places[number % 4] + noise_R - noise_R.mean())

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 
 from megatron_gspo.parity.case import Case
-from megatron_gspo.parity.naive import naive_weights
 from megatron_gspo.parity.naive_adamw import gradient_norm
 from megatron_gspo.parity.parts import Part, StepPart, TokenValues
-from megatron_gspo.parity.reference import Reference, term_of
+from megatron_gspo.parity.reference import Reference, term_of, weights_of
 from megatron_gspo.parity.tensors import GRADIENTS, compare
 
 
@@ -28,7 +27,7 @@ def transformers_step(reference: Reference, directory: str) -> Part:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _load(case).to(device)
     members = case.minibatches[0]
-    weights = dict(zip(members, naive_weights([case.samples[index].group for index in members]), strict=True))
+    weights = dict(zip(members, weights_of(case, members), strict=True))
     for index in range(len(case.samples)):
         with torch.set_grad_enabled(index in weights):
             new_R, entropy_R = _response(case, model, index)
@@ -50,14 +49,14 @@ def transformers_step(reference: Reference, directory: str) -> Part:
 
 
 def _response(case: Case, model: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """([R] logprobs, [R] entropies) of a sample's response."""
+    """([R] logprobs, [R] entropies) of a sample's trained tokens."""
     sample = case.samples[index]
-    ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64)).to(model.device)
+    ids = torch.from_numpy(sample.token_ids.astype(np.int64)).to(model.device)
+    predicting = torch.from_numpy(sample.predicting).to(model.device)
     with _routed(case, model, index):
         logits = model(input_ids=ids[None], use_cache=False).logits[0]
-    first = len(sample.prompt_ids) - 1
-    log_probs = torch.log_softmax(logits[first:-1].to(case.loss_dtype) / case.temperature, dim=-1)
-    new_R = log_probs.gather(1, ids[first + 1 :, None])[:, 0]
+    log_probs = torch.log_softmax(logits[predicting].to(case.loss_dtype) / case.temperature, dim=-1)
+    new_R = log_probs.gather(1, ids[predicting + 1, None])[:, 0]
     return new_R, -(log_probs.exp() * log_probs).sum(-1)
 
 
@@ -88,8 +87,7 @@ def _routed(case: Case, model: Any, index: int) -> Iterator[None]:
 
 
 def _append(values: TokenValues, case: Case, index: int, new_R: torch.Tensor) -> None:
-    own = case.predicting(index)
-    values.numbers.append(np.arange(own.start, own.stop))
+    values.numbers.append(case.predicting(index))
     values.logprobs.append(new_R.detach().double().cpu().numpy())
 
 

@@ -1,17 +1,50 @@
 """The losses once more, a token at a time and in float64: what the product's own are held against.
 
-Written from arXiv 2507.18071 and, for the KL term, arXiv 2512.02556, with ratios formed and clipped as the papers
-write them; shares nothing with ``megatron_gspo.algorithm``.
+Written from the papers that each function names, with ratios formed and clipped as the papers write them; shares
+nothing with ``megatron_gspo.algorithm``.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response; lists have an entry for each trained token."""
+
+    new: list[torch.Tensor]
+    """log pi_theta, scalars, differentiable."""
+    old: list[float]
+    ref: list[float]
+    rollout: list[float]
+    """log mu, the engine's."""
+    advantages: list[float]
+
+    @property
+    def log_w(self) -> list[torch.Tensor]:
+        return [new - old for new, old in zip(self.new, self.old, strict=True)]
+
+    @property
+    def mean_log_w(self) -> torch.Tensor:
+        """log s_i, arXiv 2507.18071 eq. 7."""
+        return torch.stack(self.log_w).sum() / len(self.new)
+
+
+@dataclass(frozen=True)
+class Token:
+    """What one token adds to the objective of its response, whose tokens are averaged."""
+
+    term: torch.Tensor
+    low: bool = False
+    """On the clipped branch, with the ratio below the range."""
+    high: bool = False
 
 
 @dataclass(frozen=True)
@@ -23,62 +56,164 @@ class NaiveTerm:
     kl: float
     """The KL term, without its coefficient."""
     log_ratio: float
-    """log s_i, eq. 7."""
+    """log s_i."""
     low: list[bool]
-    """By token: on the clipped branch, with the ratio below the range."""
     high: list[bool]
-    """The same above it."""
 
     @property
     def clipped(self) -> list[bool]:
         return [low or high for low, high in zip(self.low, self.high, strict=True)]
 
 
-def naive_weights(groups: Sequence[int]) -> list[float]:
-    """1 / (P G_p) of each response of a mini-batch, from the groups of all of them."""
-    sizes = Counter(groups)
-    return [1.0 / (len(sizes) * sizes[group]) for group in groups]
+def naive_weights(
+    groups: Sequence[int], lengths: Sequence[int] = (), aggregation: str = "paper", longest: int = 1
+) -> list[float]:
+    """Each response's weight, from the groups and lengths of all of its mini-batch; a token's is that over |y|."""
+    sizes, prompts = Counter(groups), len(set(groups))
+    if aggregation == "paper":
+        return [1.0 / (prompts * sizes[group]) for group in groups]
+    if aggregation == "token-mean":
+        return [length / sum(lengths) for length in lengths]
+    if aggregation == "token-sum":
+        return [length / (prompts * sizes[group] * longest) for group, length in zip(groups, lengths, strict=True)]
+    tokens: Counter[int] = Counter()
+    for group, length in zip(groups, lengths, strict=True):
+        tokens[group] += length
+    return [length / (prompts * tokens[group]) for group, length in zip(groups, lengths, strict=True)]
 
 
-def naive_term(
-    name: str,
-    new_R: torch.Tensor,
-    old_R: torch.Tensor,
-    ref_R: torch.Tensor,
-    advantages_R: list[float],
-    weight: float,
-    clip: float,
-    kl_coef: float,
-) -> NaiveTerm:
-    """weight / |y| sum_t [ -min(r_t A_t, clip(r_t, 1 - clip, 1 + clip) A_t) + kl_coef k_t ].
+def naive_term(name: str, response: Response, settings: Mapping[str, Any], weight: float, kl_coef: float) -> NaiveTerm:
+    """weight / |y| sum_t [ -term_t + kl_coef k_t ], term_t by the formula of ``FORMULAS[name]``.
 
-    r_t is s_i for "gspo" (eq. 5 and 7), sg[s_i] pi_t / sg[pi_t] for "gspo-token" (eq. 13 and 14), and pi_t / pi_old_t
-    for "grpo" and "ppo" (eq. 2). k_t = pi_t / pi_old_t (pi_ref_t / pi_t - log(pi_ref_t / pi_t) - 1).
+    k_t = pi_t / pi_old_t (pi_ref_t / pi_t - log(pi_ref_t / pi_t) - 1), arXiv 2512.02556.
     """
-    length = len(old_R)
-    log_w = [new_R[t].double() - float(old_R[t]) for t in range(length)]
-    mean = torch.stack(log_w).sum() / length
-    objective = torch.zeros((), dtype=torch.float64, device=new_R.device)
-    kl, low, high = torch.zeros_like(objective), [], []
-    for t in range(length):
-        if name == "gspo":
-            ratio = torch.exp(mean)
-        elif name == "gspo-token":
-            ratio = torch.exp(mean).detach() * torch.exp(log_w[t] - log_w[t].detach())
-        else:
-            ratio = torch.exp(log_w[t])
-        bounded = ratio.clamp(1 - clip, 1 + clip)
-        advantage = advantages_R[t]
-        is_clipped = bool(bounded * advantage < ratio * advantage)
-        low.append(is_clipped and bool(ratio < 1 - clip))
-        high.append(is_clipped and bool(ratio > 1 + clip))
-        objective = objective + torch.minimum(ratio * advantage, bounded * advantage)
-        log_ref = float(ref_R[t]) - new_R[t].double()
-        kl = kl + torch.exp(log_w[t]) * (torch.exp(log_ref) - log_ref - 1)
-    share = weight / length
-    return NaiveTerm(share * (kl_coef * kl - objective), share * float(kl.detach()), float(mean.detach()), low, high)
+    tokens = FORMULAS[name](response, settings)
+    objective = torch.stack([token.term for token in tokens]).sum()
+    kl = torch.zeros_like(objective)
+    for new, old, ref in zip(response.new, response.old, response.ref, strict=True):
+        log_ref = ref - new
+        kl = kl + torch.exp(new - old) * (torch.exp(log_ref) - log_ref - 1)
+    share = weight / len(tokens)
+    return NaiveTerm(
+        loss=share * (kl_coef * kl - objective),
+        kl=share * float(kl.detach()),
+        log_ratio=float(response.mean_log_w.detach()),
+        low=[token.low for token in tokens],
+        high=[token.high for token in tokens],
+    )
 
 
 def distance_to_clipping(log_ratio: float, clip: float) -> float:
     """How far a log-ratio lies from the nearer end of the clip range."""
     return min(abs(log_ratio - math.log1p(-clip)), abs(log_ratio - math.log1p(clip)))
+
+
+def _clipped(ratio: torch.Tensor, advantage: float, settings: Mapping[str, Any]) -> Token:
+    """min(r A, clip(r, 1 - low, 1 + high) A), and not below dual_clip A where A < 0 (arXiv 1912.09729)."""
+    low, high, most = 1 - settings["clip_low"], 1 + settings["clip_high"], settings.get("dual_clip")
+    bounded = ratio.clamp(low, high)
+    is_clipped = bool(bounded * advantage < ratio * advantage)
+    term = torch.minimum(ratio * advantage, bounded * advantage)
+    if most is not None and advantage < 0 and float(ratio) > most:
+        return Token(torch.zeros_like(term) + most * advantage, high=True)
+    return Token(term, is_clipped and bool(ratio < low), is_clipped and bool(ratio > high))
+
+
+def _gspo(response: Response, settings: Mapping[str, Any]) -> list[Token]:
+    """arXiv 2507.18071, eq. 5: one term for the response, which each of its tokens states here."""
+    ratio = torch.exp(response.mean_log_w)
+    return [_clipped(ratio, advantage, settings) for advantage in response.advantages]
+
+
+def _gspo_token(response: Response, settings: Mapping[str, Any]) -> list[Token]:
+    """arXiv 2507.18071, eq. 13 and 14."""
+    value = torch.exp(response.mean_log_w).detach()
+    ratios = [value * torch.exp(log_w - log_w.detach()) for log_w in response.log_w]
+    return [_clipped(ratio, a, settings) for ratio, a in zip(ratios, response.advantages, strict=True)]
+
+
+def _clipped_tokens(response: Response, settings: Mapping[str, Any]) -> list[Token]:
+    """arXiv 1707.06347, eq. 7."""
+    return [
+        _clipped(torch.exp(log_w), a, settings) for log_w, a in zip(response.log_w, response.advantages, strict=True)
+    ]
+
+
+def _cispo(response: Response, settings: Mapping[str, Any]) -> list[Token]:
+    """arXiv 2506.13585, eq. 4 and 5."""
+    tokens = []
+    for new, log_w, advantage in zip(response.new, response.log_w, response.advantages, strict=True):
+        ratio = math.exp(float(log_w))
+        bounded = min(max(ratio, 1 - settings["clip_low"]), 1 + settings["clip_high"])
+        tokens.append(Token(bounded * advantage * new, ratio < bounded, ratio > bounded))
+    return tokens
+
+
+def _gmpo(response: Response, settings: Mapping[str, Any]) -> list[Token]:
+    """arXiv 2507.20673: the geometric mean of min(|w A|, |clip(w) A|), with the sign of A."""
+    product, decisions = torch.ones_like(response.new[0]), []
+    for log_w, advantage in zip(response.log_w, response.advantages, strict=True):
+        ratio = torch.exp(log_w)
+        bounded = ratio.clamp(math.exp(-settings["log_clip_low"]), math.exp(settings["log_clip_high"]))
+        is_clipped = bool(bounded * advantage < ratio * advantage)
+        decisions.append((is_clipped and float(ratio) < 1, is_clipped and float(ratio) > 1))
+        product = product * (bounded if is_clipped else ratio) ** (1 / len(response.new))
+    return [Token(product * a, *flags) for a, flags in zip(response.advantages, decisions, strict=True)]
+
+
+def _sapo(response: Response, settings: Mapping[str, Any]) -> list[Token]:
+    """arXiv 2511.20347, eq. 6 and 7."""
+    tokens = []
+    for log_w, advantage in zip(response.log_w, response.advantages, strict=True):
+        tau = settings["tau_positive"] if advantage > 0 else settings["tau_negative"]
+        tokens.append(Token(4 / tau / (1 + torch.exp(-tau * (torch.exp(log_w) - 1))) * advantage))
+    return tokens
+
+
+def _luspo(response: Response, settings: Mapping[str, Any]) -> list[Token]:
+    """arXiv 2602.05261: GSPO's term times |y|."""
+    return [Token(len(response.new) * token.term, token.low, token.high) for token in _gspo(response, settings)]
+
+
+def _vespo(response: Response, settings: Mapping[str, Any]) -> list[Token]:
+    """arXiv 2602.10693."""
+    log_w = max(sum(min(max(float(value), -20.0), 20.0) for value in response.log_w), math.log(1e-8))
+    tokens = []
+    for new, advantage in zip(response.new, response.advantages, strict=True):
+        sign = "negative" if advantage < 0 else "positive"
+        k, strength = settings[f"k_{sign}"], settings[f"lambda_{sign}"]
+        phi = math.exp(log_w) ** k * math.exp(strength * (1 - math.exp(log_w)))
+        tokens.append(Token(phi * advantage * new))
+    return tokens
+
+
+def _dppo(response: Response, settings: Mapping[str, Any]) -> list[Token]:
+    """arXiv 2602.04879."""
+    anchor = response.rollout if settings["anchor"] == "engine" else response.old
+    tokens = []
+    for new, log_mu, advantage in zip(response.new, anchor, response.advantages, strict=True):
+        moved = math.exp(float(new)) - math.exp(log_mu)
+        low, high = moved < -settings["clip_low"] and advantage < 0, moved > settings["clip_high"] and advantage > 0
+        weight = 0.0 if low or high else min(math.exp(float(new)) / math.exp(log_mu), settings["max_ratio"])
+        tokens.append(Token(weight * advantage * new, low, high))
+    return tokens
+
+
+FORMULAS: dict[str, Callable[[Response, Mapping[str, Any]], list[Token]]] = {
+    "gspo": _gspo,
+    "gspo-token": _gspo_token,
+    "grpo": _clipped_tokens,
+    "ppo": _clipped_tokens,
+    "dapo": _clipped_tokens,
+    "dr-grpo": _clipped_tokens,
+    "reinforce++": _clipped_tokens,
+    "reinforce++-baseline": _clipped_tokens,
+    "rloo": _clipped_tokens,
+    "cispo": _cispo,
+    "gmpo": _gmpo,
+    "sapo": _sapo,
+    "luspo": _luspo,
+    "vespo": _vespo,
+    "dppo": _dppo,
+}
+"""By the names of ``algorithm.catalog``."""

@@ -25,7 +25,7 @@ from megatron_gspo.parity.case import (
     straddling_old,
 )
 from megatron_gspo.parity.layouts import Layout
-from megatron_gspo.parity.naive import NaiveTerm, naive_term, naive_weights
+from megatron_gspo.parity.naive import NaiveTerm, Response, naive_term, naive_weights
 from megatron_gspo.parity.naive_adamw import NaiveAdamW, gradient_norm, naive_lr
 from megatron_gspo.parity.naive_metrics import Measured, Metric, naive_metrics
 from megatron_gspo.parity.parts import Choices, recorded
@@ -209,7 +209,7 @@ def check_meaning(reference: Reference) -> None:
     gradient that is 0 without cause."""
     case = reference.case
     shares = [reference.clipped[case.predicting(index)].mean() for index in range(len(case.samples))]
-    if not any(shares) or all(share == 1 for share in shares):
+    if case.algorithm.clips != "nothing" and (not any(shares) or all(share == 1 for share in shares)):
         raise BatchError(
             f"{len(shares)} responses, {sum(map(bool, shares))} of them clipped: the mini-batches could not tell "
             f"right from wrong; another --seed gives others"
@@ -248,8 +248,8 @@ def _logprobs(case: Case, policy: Policy, indices: Sequence[int], *, live: bool 
 
 
 def _of_response(case: Case, index: int, values_T: torch.Tensor) -> np.ndarray:
-    own, start = case.predicting(index), int(case.starts[index])
-    return values_T[own.start - start : own.stop - start].detach().double().cpu().numpy()
+    own, start = torch.from_numpy(case.predicting(index)), int(case.starts[index])
+    return values_T[own - start].detach().double().cpu().numpy()
 
 
 def _old_pass(case: Case, policy: Policy) -> tuple[dict[int, np.ndarray], Routing]:
@@ -278,7 +278,7 @@ def _whole(case: Case, choices: Choices) -> Routing:
 
 def _gradients(case: Case, policy: Policy, members: list[int]) -> StepReference:
     """Loss and gradients of a mini-batch by the naive formulas, and its metrics by theirs."""
-    weights = naive_weights([case.samples[index].group for index in members])
+    weights = weights_of(case, members)
     measured: list[Measured] = []
     logprobs, entropy, clipped, kl = {}, {}, np.zeros(case.tokens, dtype=bool), 0.0
     sequences: dict[Key, tuple[float, float]] = {}
@@ -287,7 +287,7 @@ def _gradients(case: Case, policy: Policy, members: list[int]) -> StepReference:
         nonlocal kl
         index = members[position]
         own, start = case.predicting(index), int(case.starts[index])
-        term = term_of(case, index, logprobs_T[own.start - start : own.stop - start], weights[position])
+        term = term_of(case, index, logprobs_T[torch.from_numpy(own - start)], weights[position])
         logprobs[index], entropy[index] = (_of_response(case, index, v) for v in (logprobs_T, entropy_T))
         clipped[own], kl = term.clipped, kl + term.kl
         sequences[case.keys[index]] = (term.log_ratio, float(term.loss.detach()))
@@ -317,8 +317,26 @@ def _gradients(case: Case, policy: Policy, members: list[int]) -> StepReference:
 
 def term_of(case: Case, index: int, new_R: torch.Tensor, weight: float) -> NaiveTerm:
     """A sample's part of the loss by the naive formulas."""
-    old_R, ref_R = (torch.from_numpy(np.asarray(values[index])) for values in (case.old, case.ref))
-    return naive_term(case.loss, new_R, old_R, ref_R, case.advantages(index), weight, case.clip, KL_COEF)
+    response = Response(
+        new=list(new_R.double().unbind()),
+        old=case.old[index].tolist(),
+        ref=case.ref[index].tolist(),
+        rollout=case.samples[index].rollout_logprobs.astype(np.float64).tolist(),
+        advantages=case.advantages(index),
+    )
+    return naive_term(case.loss, response, case.algorithm.model_dump(), weight, KL_COEF)
+
+
+def weights_of(case: Case, members: Sequence[int]) -> list[float]:
+    """The naive weights of a mini-batch's responses."""
+    samples = [case.samples[index] for index in members]
+    longest = max(sample.length for sample in case.samples) - 1
+    return naive_weights(
+        [sample.group for sample in samples],
+        [sample.num_trained for sample in samples],
+        case.algorithm.aggregation,
+        longest,
+    )
 
 
 def _measured(case: Case, index: int, new_R: np.ndarray, entropy_R: np.ndarray, term: NaiveTerm) -> Measured:

@@ -18,9 +18,7 @@ from megatron_gspo.types import PackedBatch, RouteShape, RouteShard, Sample, Tok
 
 def pack_alone(case: Case, index: int) -> PackedBatch:
     """One response as a micro-batch of one process, on its device."""
-    batch = packing.pack([case.samples[index]], loss_dtype=case.loss_dtype)
-    tensors = {name: value.to(device()) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    return replace(batch, **tensors)  # type: ignore[arg-type]
+    return packing.pack([case.samples[index].placed(1.0)], loss_dtype=case.loss_dtype).to(device())
 
 
 def own_numbers(case: Case, batch: PackedBatch, groups: Groups) -> np.ndarray:
@@ -34,14 +32,14 @@ def own_numbers(case: Case, batch: PackedBatch, groups: Groups) -> np.ndarray:
             own = case.own(case.index_of[key])
             length = own.stop - own.start
             numbers_T[start : start + length] = torch.arange(own.start, own.stop, device=numbers_T.device)
-    return packing.shard_tokens(replace(batch, labels_T=numbers_T), groups.shard).labels_T.cpu().numpy()
+    return packing.shard_tokens(batch.replace(labels_T=numbers_T), groups.shard).labels_T.cpu().numpy()
 
 
 def with_old_logprobs(case: Case, batch: PackedBatch, shard: TokenShard, groups: Groups) -> TokenShard:
     """The shard of a micro-batch with the case's old logprobs; NaN wherever nothing may be read."""
     by_number = scattered(case, case.old, np.nan, extra=1)  # the last one answers for padding
     old_T = torch.from_numpy(by_number[own_numbers(case, batch, groups)])
-    return replace(shard, old_logprobs_T=old_T.to(shard.labels_T.device, case.loss_dtype))
+    return shard.replace(old_logprobs_T=old_T.to(shard.labels_T.device, case.loss_dtype))
 
 
 def scattered(

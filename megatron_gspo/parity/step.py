@@ -81,7 +81,6 @@ def old_pass(
     part.choices = recorded(routers, [shards.own_numbers(case, batch, learner.groups) for batch in batches])
     for minibatch, own in zip(minibatches, token_shards, strict=True):
         for index, (batch, shard) in enumerate(zip(minibatch.batches, own, strict=bool(own))):
-            assert shard.old_logprobs_T is not None and shard.ref_logprobs_T is not None
             note(case, batch, learner.groups, part.old_pass, shard.old_logprobs_T)
             note(case, batch, learner.groups, part.ref_pass, shard.ref_logprobs_T)
             own[index] = shards.with_old_logprobs(case, batch, shard, learner.groups)

@@ -196,7 +196,7 @@ class _Step:
             if not other.size:
                 continue
             log_ratios = self.expected.logprobs[own] - case.old[index]
-            if case.loss in ("gspo", "gspo-token"):
+            if case.algorithm.clips == "responses":
                 log_ratios = np.full(len(log_ratios), self.expected.sequences[case.keys[index]][0])
             near = all(distance_to_clipping(log_ratios[t], case.clip) < case.precision.near_clip for t in other)
             (self.row.near_ties if near else self.row.clip_flips).append(_label(case.keys[index]))
@@ -283,12 +283,12 @@ def _straddling(reference: Reference, parts: Sequence[Part]) -> int:
     for part in parts:
         for numbers in part.old_pass.numbers:
             for index, own in _responses(case):
-                if ((numbers >= own.start) & (numbers < own.stop)).any():
+                if np.isin(own, numbers).any():
                     ranks_of.setdefault(index, set()).add(part.token_rank)
     return sum(len(ranks_of.get(index, ())) > 1 for index, own in _responses(case) if not clipped[own].all())
 
 
-def _responses(case: Case) -> Iterator[tuple[int, slice]]:
+def _responses(case: Case) -> Iterator[tuple[int, np.ndarray]]:
     return ((index, case.predicting(index)) for index in range(len(case.samples)))
 
 

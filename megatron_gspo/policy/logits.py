@@ -13,7 +13,7 @@ from megatron_gspo.errors import LayoutError
 from megatron_gspo.parallel.exchange import broadcast_object, gather_objects, gather_pieces
 from megatron_gspo.policy.model import PolicyModel
 from megatron_gspo.policy.policy import Policy
-from megatron_gspo.types import Sample
+from megatron_gspo.types import PlacedSample
 
 
 @torch.no_grad()
@@ -51,8 +51,8 @@ def _head(chunk: PolicyModel, hidden_TH: torch.Tensor) -> torch.Tensor:
     return torch.cat(gather_pieces(shard, group), dim=1)[:, : chunk.shape.vocab_size]
 
 
-def _sample(token_ids: Sequence[int]) -> Sample:
+def _sample(token_ids: Sequence[int]) -> PlacedSample:
     ids = np.asarray(token_ids, dtype=np.int32)
-    rest = len(ids) - 1
-    zeros = np.zeros(rest, dtype=np.float32)
-    return Sample(0, 0, ids[:1], ids[1:], zeros, 0.0, zeros.astype(np.float64), weight=1.0)
+    zeros = np.zeros(len(ids) - 1)
+    rest = {"rollout_logprobs": zeros, "advantage": 0.0, "token_advantages": zeros}
+    return PlacedSample.of_response(ids[:1], ids[1:], group=0, sample=0, **rest, weight=1.0)

@@ -54,7 +54,7 @@ class Policy:
         self.chunks = build_chunks(
             config.model, config.parallel, self.family, self.shape, groups, deterministic=config.train.deterministic
         )
-        self.temperature = 1.0 if config.algorithm.name == "sft" else config.rollout.temperature
+        self.temperature = config.rollout.temperature if config.algorithm.draws_responses else 1.0
         self.optimizer: Optimizer | None = None
         self.replay = Replay(self.chunks, groups.world)
         self._load(Path(directory))

@@ -194,6 +194,30 @@ SECTIONS = (
                 log=True,
             ),
             Chart(
+                "Corrections for the gap",
+                "share (0 to 1)",
+                (
+                    Curve("correction/ess", "effective sample size"),
+                    Curve("correction/masked_tokens", "tokens left out"),
+                    Curve("correction/masked_sequences", "responses left out"),
+                    Curve("correction/out_of_band", "outside the band"),
+                ),
+                "What [correction] does to a step's tokens.",
+                zero=True,
+            ),
+            Chart(
+                "Weights of the corrections",
+                "ratio",
+                (Curve("correction/weight", "mean weight"), Curve("correction/chi2", "chi-squared of the gap")),
+                "The weight is near 1 where engine and trainer agree.",
+            ),
+            Chart(
+                "Perplexity",
+                "of what was drawn",
+                (Curve("correction/ppl_engine", "engine"), Curve("correction/ppl_trainer", "trainer")),
+                "The same where engine and trainer agree.",
+            ),
+            Chart(
                 "Engine gap, tail",
                 "share of tokens",
                 (Curve("kl/engine_tail", "probabilities differ more than twofold"),),

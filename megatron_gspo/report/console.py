@@ -92,7 +92,7 @@ class ConsoleSink:
         self._config = config
         self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
         width = self._console.width if self._console.is_terminal else 10_000
-        self._is_sft = config.algorithm.name == "sft"
+        self._is_sft = not config.algorithm.draws_responses
         self._every = max(1, config.train.outer_steps // SFT_LINES) if self._is_sft else 1
         self._columns = fitting(SFT_COLUMNS if self._is_sft else COLUMNS, width - STEP_WIDTH - ETA_WIDTH)
         self._pending: list[Record] = []
@@ -174,7 +174,7 @@ class ConsoleSink:
 def header(config: RunConfig, world_size: int) -> str:
     """Model, layout, algorithm and clip range, in two lines."""
     train = config.train
-    if config.algorithm.name == "sft":
+    if not config.algorithm.draws_responses:
         plan = f"{train.outer_steps} steps of {train.prompts_per_step} examples"
     else:
         plan = (

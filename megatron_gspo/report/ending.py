@@ -25,7 +25,7 @@ def _result(run: RunDirectory, config: RunConfig | None) -> str:
     if accuracy := _before_and_after(lines, "eval/accuracy"):
         greedy = _before_and_after(lines, "eval/greedy_accuracy")
         return f"held-out accuracy {accuracy}" + (f", greedy {greedy}" if greedy else "")
-    if config is not None and config.algorithm.name == "sft":
+    if config is not None and not config.algorithm.draws_responses:
         return f"loss {_text(summary['loss_first'], '.4f')} -> {_text(summary['loss'], '.4f')}"
     rewards = [line["reward/mean"] for line in lines if "reward/mean" in line]
     first = rewards[0] if rewards else None
@@ -57,7 +57,7 @@ def _commands(run: RunDirectory, config: RunConfig | None) -> list[str]:
         evaluate = f"megatron-gspo eval {path} --samples 8"
     else:
         evaluate = f"megatron-gspo eval {path} --prompts HELD_OUT_FILE --samples 8"
-    if config is not None and config.algorithm.name == "sft":
+    if config is not None and not config.algorithm.draws_responses:
         evaluate += " --reward NAME"
     return [evaluate, f"megatron-gspo status {path}"]
 

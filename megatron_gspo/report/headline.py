@@ -34,7 +34,7 @@ def state(run: RunDirectory, summary: dict[str, Any], now: datetime) -> State:
     """Where the run stands at ``now``; ``summary`` as ``status.summarise`` gives it."""
     manifest, resumed = run.manifest(), later_starts(run)
     progress = _steps(summary)
-    if summary["algorithm"] != "sft":
+    if not summary["fine_tunes"]:
         progress += f" ({summary['optimizer_steps']} optimizer steps)"
     if resumed:
         progress += f", resumed after {step_noun(summary)} {', '.join(map(str, resumed))}"
@@ -60,7 +60,7 @@ def tiles(run: RunDirectory, summary: dict[str, Any]) -> list[Tile]:
     lines = run.metrics()
     outer = by_outer_step(line for line in lines if line["outer_step"] != INITIAL)
     return [
-        *([_loss(summary)] if summary["algorithm"] == "sft" else []),
+        *([_loss(summary)] if summary["fine_tunes"] else []),
         _evaluation(lines, "eval/accuracy", "eval accuracy"),
         _evaluation(lines, "eval/greedy_accuracy", "greedy accuracy"),
         _recent(outer, "reward/mean", "reward", ".3f"),

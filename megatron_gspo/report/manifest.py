@@ -28,12 +28,11 @@ def describe(config: RunConfig, world_size: int, engine: Mapping[str, Any] | Non
     """
     layout = config.parallel.model_dump() | {"data": config.parallel.data_size(world_size), "world_size": world_size}
     engine = dict(engine or {})
-    low_high = None if config.algorithm.name == "sft" else config.algorithm.clip_range()
     return {
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "algorithm": config.algorithm.name,
-        "clip_range": low_high,
+        "clip_range": config.algorithm.clip_range(),
         "model": config.model.path,
         "layout": layout,
         "seeds": {"train": config.train.seed},

@@ -133,6 +133,27 @@ METRICS: dict[str, Metric] = {
         "Share of tokens with max(rho, 1/rho) > 2.",
         "Below 1e-4; above 0.1 went with a crash (arXiv 2510.11370).",
     ),
+    "correction/weight": Metric(
+        "ratio",
+        "Mean over response tokens of the weight that `[correction]` gives them; with a rule, `reject` or `veto` "
+        "alone, as are the next.",
+        "Near 1; far below it, most of the batch is left out.",
+    ),
+    "correction/ess": Metric(
+        "fraction",
+        "Effective sample size of these weights: (sum w)^2 / (n sum w^2).",
+        "Near 1; low, few tokens decide.",
+    ),
+    "correction/masked_tokens": Metric("fraction", "Share of tokens with weight 0.", "Small."),
+    "correction/masked_sequences": Metric("fraction", "Share of responses whose every token has weight 0.", "Small."),
+    "correction/out_of_band": Metric(
+        "fraction", "Share of tokens whose rho, at `correction.level`, is outside [low, high].", "Small and steady."
+    ),
+    "correction/chi2": Metric(
+        "ratio", "Mean of rho^2 - 1 over tokens: the chi-squared divergence of pi_old from mu.", "Near 0."
+    ),
+    "correction/ppl_engine": Metric("ratio", "exp(-mean log mu): the engine's perplexity of what it drew."),
+    "correction/ppl_trainer": Metric("ratio", "The trainer's, exp(-mean log pi_old).", "The engine's."),
     "kl/ref_k1": Metric(
         "nats/token",
         "Mean of log pi_theta - log pi_ref over response tokens, each with the same weight; with a reference "

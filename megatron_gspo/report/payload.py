@@ -178,12 +178,8 @@ def later_starts(run: RunDirectory) -> list[int]:
 
 def clip_range(run: RunDirectory) -> tuple[float, float] | None:
     """(clip_low, clip_high) of a loss that clips s_i; None for others, and where nothing says."""
-    from megatron_gspo.algorithm.catalog import LOSSES
-
     config = run.config()
-    if config is None or config.algorithm.name not in LOSSES or LOSSES[config.algorithm.name].ratio != "sequence":
-        return None
-    return config.algorithm.clip_range()
+    return config.algorithm.clip_range() if config is not None and config.algorithm.clips == "responses" else None
 
 
 def settings(run: RunDirectory) -> dict[str, str]:

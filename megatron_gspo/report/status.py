@@ -48,6 +48,7 @@ def summarise(run: RunDirectory | Path | str) -> dict[str, Any]:
     return {
         "run": str(run.path),
         "algorithm": config.algorithm.name if config else None,
+        "fine_tunes": config is not None and not config.algorithm.draws_responses,
         "status": state(run, per_step),
         "silent_s": round(silence(run), 1),
         "error": manifest.get("error"),
@@ -121,7 +122,7 @@ def format_status(summary: dict[str, Any]) -> str:
     rows = [
         ("run", f"{summary['run']} ({_state_text(summary)})"),
         *([("error", summary["error"])] if summary["error"] else []),
-        *(_fine_tuning_rows(summary) if summary["algorithm"] == "sft" else _policy_rows(summary)),
+        *(_fine_tuning_rows(summary) if summary["fine_tunes"] else _policy_rows(summary)),
         ("speed", _speed_text(summary)),
         *_server_rows(summary),
         ("checkpoint", summary["last_checkpoint"] or "none yet"),
@@ -159,7 +160,7 @@ def recent_text(summary: dict[str, Any]) -> str:
 
 def step_noun(summary: dict[str, Any]) -> str:
     """What a run's steps are called: fine-tuning has no outer ones."""
-    return "step" if summary["algorithm"] == "sft" else "outer step"
+    return "step" if summary["fine_tunes"] else "outer step"
 
 
 def _place(summary: dict[str, Any]) -> str:
@@ -173,7 +174,7 @@ def _time_left(summary: dict[str, Any]) -> str:
 
 def format_line(summary: dict[str, Any]) -> str:
     """A summary as one line, for a log."""
-    if summary["algorithm"] == "sft":
+    if summary["fine_tunes"]:
         learning = f"loss {_text(summary['loss'], '.4f')}"
     else:
         learning = f"reward {_text(summary['reward'], '.3f')}, eval {_text(summary['eval_last'], '.3f')}"
@@ -212,13 +213,13 @@ def _speed_text(summary: dict[str, Any]) -> str:
     parts = [f"{part} {value:.1f}" for part, value in summary["time_split"].items() if value]
     split = f" = {' + '.join(parts)}" if parts else ""
     rate, per_step = _text(summary["tokens_per_s"], ".0f"), _text(summary["seconds_per_outer_step"], ".1f")
-    article = "a" if summary["algorithm"] == "sft" else "an"
+    article = "a" if summary["fine_tunes"] else "an"
     return f"{rate} tokens/s, {per_step} s {article} {step_noun(summary)}{split if len(parts) > 1 else ''}"
 
 
 def _steps_without_clipping(outer: list[Record], config: RunConfig | None) -> int:
     """Outer steps at the end of the run in which nothing was clipped; 0 when that is no news."""
-    if config is not None and (config.train.minibatches == 1 or config.algorithm.name == "sft"):
+    if config is not None and (config.train.minibatches == 1 or not config.algorithm.draws_responses):
         return 0  # with one mini-batch every ratio is 1
     fractions = [record["clip/frac_tokens"] for record in outer if "clip/frac_tokens" in record]
     count = next((i for i, fraction in enumerate(reversed(fractions)) if fraction > 0), len(fractions))

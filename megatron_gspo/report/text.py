@@ -10,12 +10,10 @@ from megatron_gspo.config import RunConfig
 
 def algorithm_text(config: RunConfig) -> str:
     """``gspo, clip 1 - 0.0003 ... 1 + 0.0004``, and replay when it is on."""
-    name = config.algorithm.name
-    if name == "sft":
-        return name
-    low, high = config.algorithm.clip_range()
+    clip_range = config.algorithm.clip_range()
+    clip = "" if clip_range is None else f", clip 1 - {clip_range[0]:g} ... 1 + {clip_range[1]:g}"
     replay = "" if config.replay.mode == "off" else f", replay {config.replay.mode}"
-    return f"{name}, clip 1 - {low:g} ... 1 + {high:g}{replay}"
+    return f"{config.algorithm.name}{clip}{replay}"
 
 
 def layout_text(layout: Mapping[str, int], world_size: int) -> str:

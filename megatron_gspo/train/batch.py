@@ -18,7 +18,7 @@ from megatron_gspo.algorithm.weights import response_weights
 from megatron_gspo.config import RunConfig
 from megatron_gspo.parallel.exchange import broadcast_object, exchange, gather_objects, together
 from megatron_gspo.policy.groups import Groups, device
-from megatron_gspo.types import PackedBatch, Sample
+from megatron_gspo.types import PackedBatch, PlacedSample, Sample
 
 Key = tuple[int, int]
 """(group, sample) of a response."""
@@ -30,7 +30,7 @@ class Minibatch:
 
     batches: tuple[PackedBatch, ...]
     """Its micro-batches; as many as on every other data-parallel rank."""
-    samples: tuple[tuple[Sample, ...], ...]
+    samples: tuple[tuple[PlacedSample, ...], ...]
     """What each micro-batch holds; empty for a dummy. Routes are there on the leader alone."""
     tokens: int
     """Tokens of the whole mini-batch, over all data-parallel ranks."""
@@ -40,12 +40,12 @@ def place(mine: Sequence[Sample], config: RunConfig, groups: Groups) -> list[Min
     """Plans an outer step and moves samples to where they are trained. Collective.
 
     Args:
-        mine: on each data-parallel leader, the samples of the groups that it fetched, with any weight; ignored
-            elsewhere. ``Sample.group`` is the prompt's position among the outer step's prompts.
+        mine: on each data-parallel leader, the samples of the groups that it fetched; ignored elsewhere.
+            ``Sample.group`` is the prompt's position among the outer step's prompts.
     Returns:
         The mini-batches that have a surviving group, in order, the same number of them on every rank.
     """
-    placed: list[list[tuple[Sample, ...]]] | None = None
+    placed: list[list[tuple[PlacedSample, ...]]] | None = None
     totals: list[int] = []
     if groups.is_leader:
         placed, totals = _exchange_samples(mine, config, groups)
@@ -63,14 +63,14 @@ def check_tokens(mine: Sequence[Sample], vocab_size: int, groups: Groups) -> Non
     together(lambda: check_vocabulary(mine, vocab_size) if groups.is_leader else None, groups.world)
 
 
-def pack_on_device(samples: Sequence[Sample], config: RunConfig, groups: Groups) -> PackedBatch:
+def pack_on_device(samples: Sequence[PlacedSample], config: RunConfig, groups: Groups) -> PackedBatch:
     """One micro-batch on this rank's device; a dummy when there are no samples."""
     dtype, tensor, context = loss_dtype(config), groups.tensor.size(), groups.context.size()
     if not samples:
-        return to_device(dummy_batch(dtype, tensor=tensor, context=context))
+        return dummy_batch(dtype, tensor=tensor, context=context).to(device())
     batch = pack(samples, loss_dtype=dtype, tensor=tensor, context=context)
     check_batch(batch)
-    return to_device(batch)
+    return batch.to(device())
 
 
 def loss_dtype(config: RunConfig) -> torch.dtype:
@@ -78,16 +78,11 @@ def loss_dtype(config: RunConfig) -> torch.dtype:
     return torch.float64 if config.model.dtype == "float64" else torch.float32
 
 
-def to_device(batch: PackedBatch) -> PackedBatch:
-    fields = {name: value.to(device()) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    return replace(batch, **fields)  # type: ignore[arg-type]
-
-
 def _exchange_samples(
     mine: Sequence[Sample], config: RunConfig, groups: Groups
-) -> tuple[list[list[tuple[Sample, ...]]], list[int]]:
+) -> tuple[list[list[tuple[PlacedSample, ...]]], list[int]]:
     """On the leaders: plans every mini-batch from all leaders' lengths, then swaps samples for their places."""
-    described = {(s.group, s.sample): (s.length, len(s.response_ids)) for s in mine}
+    described = {(s.group, s.sample): (s.length, s.num_trained) for s in mine}
     lengths: dict[Key, tuple[int, int]] = {}
     for part in gather_objects(described, groups.data):
         lengths |= part
@@ -101,12 +96,12 @@ def _exchange_samples(
     weights: dict[Key, float] = {}
     home: dict[Key, int] = {}
     for keys, plan in zip(keys_of, plans, strict=True):
-        weights |= _weights({key: lengths[key][1] for key in keys}, config)
+        weights |= weights_of({key: lengths[key][1] for key in keys}, config)
         home |= dict(zip(keys, plan.rank_S.tolist(), strict=True))
-    outgoing: list[list[Sample]] = [[] for _ in range(groups.data_size)]
+    outgoing: list[list[PlacedSample]] = [[] for _ in range(groups.data_size)]
     for sample in mine:
         key = (sample.group, sample.sample)
-        outgoing[home[key]].append(replace(sample, weight=weights[key]))
+        outgoing[home[key]].append(sample.placed(weights[key]))
     arrived = {(s.group, s.sample): s for s in exchange(outgoing, groups.data, device())}
     placed = [
         [tuple(arrived[keys[index]] for index in indices) for indices in plan.microbatches(groups.data_rank)]
@@ -115,7 +110,9 @@ def _exchange_samples(
     return placed, [sum(lengths[key][0] for key in keys) for keys in keys_of]
 
 
-def _without_routes(placed: list[list[tuple[Sample, ...]]] | None) -> list[list[tuple[Sample, ...]]] | None:
+def _without_routes(
+    placed: list[list[tuple[PlacedSample, ...]]] | None,
+) -> list[list[tuple[PlacedSample, ...]]] | None:
     """The samples as the whole replica needs them: routes are most of their bytes, and each rank needs few of those."""
     return placed and [[tuple(replace(s, routes=None) for s in part) for part in parts] for parts in placed]
 
@@ -131,13 +128,13 @@ def _plan(lengths: Sequence[int], config: RunConfig, groups: Groups) -> Plan:
     )
 
 
-def _weights(response_lengths: dict[Key, int], config: RunConfig) -> dict[Key, float]:
+def weights_of(response_lengths: dict[Key, int], config: RunConfig) -> dict[Key, float]:
     """Each response's share of its mini-batch, over all data-parallel ranks."""
     groups: dict[int, list[Key]] = {}
     for key in response_lengths:
         groups.setdefault(key[0], []).append(key)
     shares = response_weights(
-        "token-mean" if config.algorithm.name == "sft" else config.algorithm.aggregation,
+        config.algorithm.weighting,
         [[response_lengths[key] for key in keys] for keys in groups.values()],
         max_response_tokens=config.rollout.max_response_tokens,
     )

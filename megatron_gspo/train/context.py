@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_gspo.algorithm.objective import Loss, resolve_loss
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.cursor import PromptCursor
 from megatron_gspo.data.formats import Paths
@@ -47,7 +46,6 @@ class Learner:
     policy: Policy
     reference: Policy | None
     """The frozen reference; None unless the loss has a KL term."""
-    loss: Loss
     sequence_sum: ShardedSequenceSum
 
 
@@ -178,7 +176,6 @@ def build_learner(config: RunConfig, groups: Groups) -> Learner:
         groups=groups,
         policy=policy,
         reference=reference,
-        loss=resolve_loss(config.algorithm.name),
         sequence_sum=ShardedSequenceSum(groups.token),
     )
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_gspo.algorithm.catalog import LOSSES
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.model_files import read_json
 from megatron_gspo.rewards.registry import BUILTIN_REWARDS
@@ -51,12 +50,12 @@ def _clips_elsewhere(then: Flat, now: Flat) -> bool:
 
 
 def _clip_range(settings: Flat) -> tuple[float, float] | None:
-    """With the loss's own defaults filled in; None for one that does not clip."""
-    entry = LOSSES.get(settings["algorithm.name"])
-    if entry is None:
-        return None
-    low, high = settings["algorithm.clip_low"], settings["algorithm.clip_high"]
-    return (entry.clip_low if low is None else low, entry.clip_high if high is None else high)
+    """None for an algorithm without one."""
+    low, high = (settings.get(f"algorithm.{name}") for name in CLIPS)
+    return None if low is None or high is None else (low, high)
+
+
+CLIPS = ("clip_low", "clip_high")
 
 
 def _other_engine_dtype(then: Flat, now: Flat) -> bool:
@@ -77,8 +76,22 @@ def _names(section: str, text: str) -> tuple[str, ...]:
 
 TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
     ("weights and activations are others", _always, _names("model", "path dtype")),
-    ("the objective is another", _always, _names("algorithm", "name aggregation kl_loss_coef reference")),
+    ("the objective is another", _always, _names("algorithm", "name aggregation credit kl_loss_coef reference")),
     ("the clip range is another", _clips_elsewhere, _names("algorithm", "clip_low clip_high")),
+    (
+        "the objective is another",
+        _always,
+        _names("correction", "rule level low high reject reject_level reject_above veto denominator opsm bypass"),
+    ),
+    (
+        "the objective is another",
+        _always,
+        _names(
+            "algorithm",
+            "dual_clip log_clip_low log_clip_high tau_positive tau_negative k_positive lambda_positive k_negative "
+            "lambda_negative max_ratio anchor",
+        ),
+    ),
     (
         "every optimizer step is another",
         _always,
@@ -156,10 +169,20 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, settings in tree.items() for key, value in settings.items()}
 
 
-def defaults() -> dict[str, Any]:
-    """Setting -> default, as JSON: what a checkpoint of a version without the setting was trained with."""
+def rule_of(name: str) -> Rule:
+    """The rule of a setting; one that only an algorithm of the user's has makes another objective."""
+    return RULES.get(name, RULES["algorithm.name"])
+
+
+def as_trained(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Setting -> value, of the configuration that a checkpoint keeps; what an earlier version did not have, or left to
+    the algorithm (null), has its default."""
+    kept = flat(config)
     known = {"model": {"path": "model"}, "data": {"path": "data"}, "train": {"run_dir": "run"}}
-    return flat(RunConfig.model_validate(known).model_dump(mode="json"))
+    known["algorithm"] = {"name": kept.get("algorithm.name", "gspo")}
+    defaults = flat(RunConfig.model_validate(known).model_dump(mode="json"))
+    left = {name for name, value in kept.items() if value is None and name.startswith("algorithm.")}
+    return defaults | {name: value for name, value in kept.items() if name not in left}
 
 
 TOKENIZER = (
@@ -178,7 +201,7 @@ def contents(config: RunConfig) -> dict[str, str]:
     """
     model = Path(config.model.path)
     found = {"model.path": files_digest(model / name for name in TOKENIZER), "rollout.stop_tokens": _stop_tokens(model)}
-    if config.algorithm.name != "sft":
+    if config.algorithm.draws_responses:
         if (source := _source(config.reward.function)) is not None:
             found["reward.function"] = files_digest([source])
         if config.algorithm.uses_reference:

@@ -43,7 +43,7 @@ def check_before_start(config: RunConfig) -> None:
     if not is_distributed(Path(config.model.path)):
         HfReader(config.model.path)
     check_readable(config.data.path)
-    if config.algorithm.name != "sft":
+    if config.algorithm.draws_responses:
         check_reward(config.reward)
         if config.data.eval_path:
             check_readable(config.data.eval_path)

@@ -47,7 +47,7 @@ def train(config: RunConfig, make_recorder: MakeRecorder) -> None:
     start_distributed()
     groups = make_groups(config.parallel)
     set_determinism(config)
-    supervised = config.algorithm.name == "sft"
+    supervised = not config.algorithm.draws_responses
     inputs = together(lambda: load_examples(config) if supervised else load_inputs(config), groups.world)
     first = dist.get_rank() == 0
     prints, named = broadcast_object(

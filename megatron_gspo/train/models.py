@@ -29,7 +29,7 @@ def check_models(config: RunConfig) -> None:
     family, shape = read_model(config.model.path)
     check_companions(Path(config.model.path))
     check_positions(config.rollout, shape)
-    if config.algorithm.name != "sft":
+    if config.algorithm.draws_responses:
         check_engine(config.rollout.engine, config.model.path, shape)
     if config.sync.router_noise and not family.router_names(shape):
         raise ConfigError(

@@ -40,7 +40,7 @@ def _routed_live(run: Run, minibatch: Minibatch, shards: Sequence[TokenShard]) -
     """Old logprobs of the mini-batch as it is packed, under the routes that the policy chooses for itself."""
     if run.config.replay.mode == "r3":  # the engine's were replayed, and the difference would be the engine's
         return [logprobs_T for logprobs_T, _ in run.policy.logprobs(minibatch.batches)]
-    return [shard.old_logprobs_T for shard in shards if shard.old_logprobs_T is not None]
+    return [shard.old_logprobs_T for shard in shards]
 
 
 def _mean_logprobs(run: Run, shard: TokenShard, logprobs_T: torch.Tensor) -> dict[tuple[int, int], float]:

@@ -86,17 +86,15 @@ def _measure(
     for batch, shard, (new_T, _, output) in of_each:
         if not any(group in chosen for group, _ in shard.samples):
             continue
-        assert shard.old_logprobs_T is not None
-        mask, sequence, old, new, clipped = (
+        old, new, clipped = (
             unshard_tokens(gather_pieces(piece_T, run.groups.token), batch.cu_seqlens, run.groups.shard).cpu()
             for piece_T in (
-                shard.mask_T,
-                shard.sequence_T,
                 shard.old_logprobs_T,
                 new_T,
                 output.clipped_low_T | output.clipped_high_T,
             )
         )
+        mask, sequence = batch.mask_T.cpu(), batch.sequence_T.cpu()  # the shard's may leave tokens out
         for index, key in enumerate(shard.samples):
             if key[0] in chosen:
                 own = mask & (sequence == index)
@@ -116,7 +114,7 @@ def _record(run: Run, group: RolloutGroup, sample: Sample, measured: _Measured) 
         sample=sample.sample,
         prompt=group.prompt.text,
         response=rollout.text,
-        tokens=token_texts(run.tokenizer, sample.response_ids.tolist()),
+        tokens=token_texts(run.tokenizer, sample.token_ids[sample.trained].tolist()),
         reward=sample.reward,
         advantage=sample.advantage,
         finish_reason=rollout.finish_reason,

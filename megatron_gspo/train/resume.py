@@ -15,7 +15,7 @@ from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import ConfigError, WeightError
 from megatron_gspo.parallel.exchange import broadcast_object, together
 from megatron_gspo.policy.checkpoint_files import latest_in, read_header
-from megatron_gspo.train.experiment import RULES, defaults, flat
+from megatron_gspo.train.experiment import RULES, as_trained, flat, rule_of
 from megatron_gspo.train.progress import fingerprint
 
 if TYPE_CHECKING:  # comparing configurations needs no Megatron
@@ -51,7 +51,7 @@ class Resumption:
 
     def describe(self) -> str:
         """One line."""
-        why = {name: f" ({RULES[name].reason})" for name in self.accepted}
+        why = {name: f" ({rule_of(name).reason})" for name in self.accepted}
         changes = [f"{name} {then} -> {now}{why.get(name, '')}" for name, (then, now) in self.changes.items()]
         return f"continues from {self.directory.name}" + (f"; changed: {', '.join(changes)}" if changes else "")
 
@@ -95,9 +95,9 @@ def _find(config: RunConfig, identity: Mapping[str, Any]) -> Resumption | None:
     contents = _differences(extra.get("contents", {}), identity.get("contents", {}))
     _check_prompts(directory, prompts, allowed)
     _check_contents(directory, contents, allowed)
-    then, now = defaults() | flat(extra["config"]), flat(identity["config"])
+    then, now = as_trained(extra["config"]), flat(identity["config"])
     changes = _differences(then, now)
-    altering = tuple(name for name in changes if RULES[name].alters(then, now))
+    altering = tuple(name for name in changes if rule_of(name).alters(then, now))
     _check_changes(directory, changes, [name for name in altering if name not in allowed])
     noted = {name: pair for name, pair in changes.items() if not name.startswith("train.resume")}
     noted |= {f"content of {name}": pair for name, pair in (prompts | contents).items()}
@@ -110,7 +110,7 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, t
 
 
 def _check_names(allowed: Sequence[str]) -> None:
-    unknown = [name for name in allowed if name not in RULES]
+    unknown = [name for name in allowed if name not in RULES and not name.startswith("algorithm.")]
     if unknown:
         close = difflib.get_close_matches(unknown[0], RULES, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -120,7 +120,7 @@ def _check_names(allowed: Sequence[str]) -> None:
 def _check_changes(directory: Path, changes: Mapping[str, tuple[Any, Any]], refused: Sequence[str]) -> None:
     if refused:
         texts = [f"{name} was {changes[name][0]!r} and is {changes[name][1]!r}" for name in refused]
-        texts = [f"{text} ({RULES[name].reason})" for text, name in zip(texts, refused, strict=True)]
+        texts = [f"{text} ({rule_of(name).reason})" for text, name in zip(texts, refused, strict=True)]
         names = ", ".join(f'"{name}"' for name in refused)
         raise ConfigError(
             f"{directory} cannot be continued as the same experiment: {'; '.join(texts)}. Set it back, name another "

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from megatron_gspo.algorithm.packing import shard_tokens
-from megatron_gspo.algorithm.sft import sft_loss
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.formats import Paths
 from megatron_gspo.data.prompts import Completion, CompletionSet, load_completions
@@ -100,15 +99,14 @@ def fine_tune(
 def as_sample(group: int, example: Completion) -> Sample:
     """A completion in the place of a response; the fields of reinforcement learning are zeros."""
     length = len(example.completion_ids)
-    return Sample(
+    return Sample.of_response(
+        np.asarray(example.prompt.token_ids),
+        np.asarray(example.completion_ids),
         group=group,
         sample=0,
-        prompt_ids=np.asarray(example.prompt.token_ids, dtype=np.int32),
-        response_ids=np.asarray(example.completion_ids, dtype=np.int32),
         rollout_logprobs=np.zeros(length, dtype=np.float32),
         advantage=0.0,
         token_advantages=np.zeros(length),
-        weight=0.0,
     )
 
 
@@ -121,7 +119,7 @@ def supervised_step(
 
     def objective(index: int, logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
         shard = shard_tokens(minibatch.batches[index], groups.shard)
-        loss = sft_loss(shard, logprobs_T, sequence_sum).sum()
+        loss = config.algorithm.loss(shard, logprobs_T, sequence_sum).loss
         losses.append(loss.detach())
         return loss
 

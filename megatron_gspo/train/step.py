@@ -6,41 +6,32 @@ prompts -> rollout -> rewards -> advantages -> packed batch -> logprobs -> seque
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import sys
-from collections import Counter
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
 
-from megatron_gspo.algorithm.advantages import group_advantages, token_group_advantages
-from megatron_gspo.algorithm.metrics import MetricSums, finish, minibatch_sums, rollout_metrics
-from megatron_gspo.algorithm.objective import find_non_finite, policy_objective
+from megatron_gspo.algorithm.metrics import MetricSums, finish, minibatch_sums
+from megatron_gspo.algorithm.objective import find_non_finite, objective
 from megatron_gspo.algorithm.packing import shard_tokens
 from megatron_gspo.errors import NonFiniteError, RolloutError
-from megatron_gspo.parallel.exchange import agree, broadcast_object, gather_objects
+from megatron_gspo.parallel.exchange import agree, broadcast_object
 from megatron_gspo.parallel.metrics import heaviest_expert, reduce_metric_sums
 from megatron_gspo.policy.groups import device
-from megatron_gspo.rewards.scoring import GroupRewards, score_now
-from megatron_gspo.rollout.engine import Sampling
-from megatron_gspo.rollout.policy import Dropped, apply_policies, zero_truncated
 from megatron_gspo.train.batch import Minibatch, check_tokens, place
 from megatron_gspo.train.clock import Clock
+from megatron_gspo.train.collect import collect_rollouts, draw_prompts, score, summarise
 from megatron_gspo.train.context import Learner, Run
-from megatron_gspo.train.draw import skip_notes, take_usable
 from megatron_gspo.train.noise import measure_noise
+from megatron_gspo.train.passes import find_pass
 from megatron_gspo.train.progress import SKIPPED
 from megatron_gspo.train.reading import read_samples
 from megatron_gspo.train.replay import Dealt, MinibatchRoutes, routes_of_old_pass, routes_of_training
 from megatron_gspo.train.routes import changes_between, check_coverage, coverage, deal_routes, engine_mismatch
-from megatron_gspo.train.survey import judge_drawn
+from megatron_gspo.train.settle import settle
 from megatron_gspo.types import (
-    Prompt,
-    Rollout,
-    RolloutGroup,
     RolloutRecord,
     RouteShard,
     Sample,
@@ -48,20 +39,6 @@ from megatron_gspo.types import (
     TokenShard,
     Trained,
 )
-
-
-@dataclass
-class Collected:
-    """What one data-parallel leader brought home; empty on other ranks."""
-
-    groups: dict[int, RolloutGroup] = field(default_factory=dict)
-    """Position among the outer step's prompts -> its group."""
-    advantages: dict[int, np.ndarray] = field(default_factory=dict)
-    """Position -> [G_p] float64."""
-    samples: list[Sample] = field(default_factory=list)
-    dropped: Dropped = field(default_factory=Dropped)
-    stopped: int = 0
-    """Responses whose grading took too long."""
 
 
 def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepReport], list[RolloutRecord]]:
@@ -96,8 +73,9 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
     run.notes.extend(run.gate.check(shards, run.groups, number))
     with clock("train"):
         for index, minibatch in enumerate(minibatches):
-            outputs, metrics, live = train_minibatch(run, minibatch, shards[index], routes[index], first_step + index)
-            metrics |= routing_metrics(run, minibatch, routes[index], live, number)
+            settled = settle(run, shards[index])
+            outputs, metrics, live = train_minibatch(run, minibatch, settled.shards, routes[index], first_step + index)
+            metrics |= settled.metrics | routing_metrics(run, minibatch, routes[index], live, number)
             reports.append(StepReport(first_step + index, number, index, summary | {SKIPPED: 0.0} | metrics))
             trained.append(outputs)
     with clock("sync"):
@@ -125,146 +103,6 @@ def empty_text(number: int, metrics: Mapping[str, float]) -> str:
     return f"outer step {number + 1}: no group has two responses left; dropped: {_kinds(metrics)}"
 
 
-def draw_prompts(run: Run, number: int) -> tuple[list[Prompt], dict[str, float]]:
-    """The outer step's prompts, on every rank, and the metric of those that were skipped, under ``data.skip_bad``.
-    Collective."""
-    count, skip_bad, groups = run.config.train.prompts_per_step, run.config.data.skip_bad, run.groups
-
-    def judge(drawn: Mapping[int, tuple[int, Prompt]]) -> dict[int, str]:
-        if run.references is None or not groups.is_leader:
-            return {}
-        mine = {position: pair for position, pair in drawn.items() if position % groups.data_size == groups.data_rank}
-        return judge_drawn(run.references, run.prompts, mine, skip_bad=skip_bad)
-
-    drawn = take_usable(
-        run.cursor,
-        count,
-        run.prompts.prompts.__getitem__,
-        groups.world,
-        mine=range(count),
-        skip_bad=skip_bad,
-        judge=judge,
-    )
-    run.notes.extend(skip_notes(number, drawn.skipped))
-    prompts = number_visits([drawn.items[position] for position in range(count)])
-    return prompts, {"data/skipped": float(len(drawn.skipped))} if skip_bad else {}
-
-
-def number_visits(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts, each that was among those before it with its number of visits."""
-    seen: Counter[str] = Counter()
-    numbered = []
-    for prompt in prompts:
-        numbered.append(replace(prompt, visit=seen[prompt.id]) if seen[prompt.id] else prompt)
-        seen[prompt.id] += 1
-    return numbered
-
-
-def collect_rollouts(run: Run, prompts: Sequence[Prompt], number: int) -> tuple[dict[int, list[Rollout]], Dropped]:
-    """Each leader draws the responses of its share of the prompts. Collective: a failure reaches every rank."""
-    error: Exception | None = None
-    survivors: dict[int, list[Rollout]] = {}
-    dropped = Dropped()
-    if run.groups.is_leader:
-        mine = prompts[run.groups.data_rank :: run.groups.data_size]
-        try:
-            drawn = asyncio.run(draw(run, mine, run.sampling(number), number)) if mine else []
-            positions = range(run.groups.data_rank, len(prompts), run.groups.data_size)
-            for position, group in zip(positions, drawn, strict=True):
-                kept, counts = apply_policies([group], run.config.rollout)
-                dropped = dropped + counts
-                if kept:
-                    (survivors[position],) = kept
-        except Exception as caught:
-            error = caught
-    agree(error, run.groups.world)
-    return survivors, dropped
-
-
-async def draw(run: Run, prompts: Sequence[Prompt], sampling: Sampling, weight_version: int) -> list[list[Rollout]]:
-    """All responses of this leader's prompts, by group."""
-    async with run.engine as engine:
-        return await engine.rollout_groups(prompts, sampling, weight_version=weight_version)
-
-
-def score(run: Run, survivors: dict[int, list[Rollout]], dropped: Dropped) -> Collected:
-    """Rewards and advantages of this leader's groups. Collective: a failing reward reaches every rank."""
-    collected = Collected(dropped=dropped)
-    error: Exception | None = None
-    try:
-        rewards = score_now(run.reward, list(survivors.values())) if survivors else []
-        for (position, rollouts), scored in zip(survivors.items(), rewards, strict=True):
-            _add_group(run, collected, position, rollouts, scored)
-            collected.stopped += scored.stopped
-    except Exception as caught:
-        error = caught
-    agree(error, run.groups.world)
-    return collected
-
-
-def _add_group(run: Run, collected: Collected, position: int, rollouts: list[Rollout], scored: GroupRewards) -> None:
-    rewards_G = np.array(zero_truncated(rollouts, scored.rewards_G, run.config.rollout))
-    advantages_G = group_advantages(rewards_G)
-    token_rewards_G = None
-    if scored.token_rewards_G is None:
-        token_advantages_G: Sequence[np.ndarray] = [
-            np.full(len(rollout.response_ids), advantage)
-            for rollout, advantage in zip(rollouts, advantages_G, strict=True)
-        ]
-    else:
-        if run.config.algorithm.name == "gspo":
-            warn_once(
-                f"the reward {run.reward.name} gives one value a token, and gspo takes their mean: see gspo-token"
-            )
-        token_rewards_G = zero_truncated(rollouts, scored.token_rewards_G, run.config.rollout)
-        token_advantages_G = token_group_advantages(token_rewards_G)
-    collected.groups[position] = RolloutGroup(rollouts[0].prompt, tuple(rollouts), rewards_G, token_rewards_G)
-    collected.advantages[position] = advantages_G
-    for rollout, reward, advantage, token_advantages in zip(
-        rollouts, rewards_G, advantages_G, token_advantages_G, strict=True
-    ):
-        collected.samples.append(
-            Sample(
-                group=position,
-                sample=rollout.sample,
-                prompt_ids=np.asarray(rollout.prompt.token_ids, dtype=np.int32),
-                response_ids=rollout.response_ids,
-                rollout_logprobs=rollout.rollout_logprobs,
-                advantage=float(advantage),
-                token_advantages=token_advantages,
-                weight=0.0,  # known when every leader's groups are: ``place`` fills it in
-                reward=float(reward),
-                routes=rollout.routes,
-            )
-        )
-
-
-@functools.cache
-def warn_once(text: str) -> None:
-    """A line on the terminal, once a process."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def summarise(run: Run, collected: Collected) -> dict[str, float]:
-    """The rollout metrics of the outer step over all leaders; on every rank. Collective."""
-    mine = [
-        (
-            group.rewards_G,
-            collected.advantages[position],
-            np.array([len(rollout.response_ids) for rollout in group.rollouts]),
-            np.array([rollout.truncated for rollout in group.rollouts]),
-        )
-        for position, group in sorted(collected.groups.items())
-    ]
-    parts = gather_objects((mine, collected.dropped, collected.stopped), run.groups.world)
-    rows = [row for rows, _, _ in parts for row in rows]
-    dropped = sum((part for _, part, _ in parts), Dropped())
-    rewards, advantages, lengths, truncated = ([row[column] for row in rows] for column in range(4))
-    kinds = {f"dropped/{kind}": float(count) for kind, count in asdict(dropped).items()}
-    stopped = {"reward/grader_timeouts": float(sum(count for _, _, count in parts))}
-    return rollout_metrics(rewards, advantages, lengths, truncated, dropped.responses) | kinds | stopped
-
-
 def _kinds(summary: Mapping[str, float]) -> str:
     """What was dropped, by kind."""
     counts = {name.removeprefix("dropped/"): count for name, count in summary.items() if name.startswith("dropped/")}
@@ -274,7 +112,8 @@ def _kinds(summary: Mapping[str, float]) -> str:
 def pi_old_pass(
     run: Learner, minibatches: Sequence[Minibatch], engine: Dealt | None = None
 ) -> tuple[list[list[TokenShard]], list[MinibatchRoutes]]:
-    """Old (and reference) logprobs of every micro-batch, as the shards that this rank stores; and its routes.
+    """Old logprobs, and what the algorithm's other passes make, of every micro-batch, as the shards that this rank
+    stores; and its routes.
 
     A forward pass of its own over exactly the micro-batches that are trained on: the first mini-batch's ratios are
     then exactly 1 because two evaluations agree, and not because one was copied. Shards are empty but on the last
@@ -283,12 +122,12 @@ def pi_old_pass(
     batches = [batch for minibatch in minibatches for batch in minibatch.batches]
     with run.policy.replay.replay(routes_of_old_pass(run.config.replay.mode, engine)) as live:
         old = run.policy.logprobs(batches)
-    ref = run.reference.logprobs(batches) if run.reference else [(None, None)] * len(old)
+    made = [find_pass(name)(run, batches) for name in run.config.algorithm.passes]
     error, shards = None, []
-    for batch, (old_T, _), (ref_T, _) in zip(batches if old else [], old, ref, strict=True):
-        shard = shard_tokens(batch, run.groups.shard)
+    for batch, (old_T, _), *columns in zip(batches if old else [], old, *made, strict=True):
+        shard = shard_tokens(batch, run.groups.shard) | {TokenShard.old_logprobs_T: old_T}
         error = error or non_finite_error(old_T, shard, "pi_old")
-        shards.append(replace(shard, old_logprobs_T=old_T, ref_logprobs_T=ref_T))
+        shards.append(functools.reduce(operator.or_, columns, shard))
     agree(error, run.groups.world)
     sizes = [len(minibatch.batches) for minibatch in minibatches]
     routes = routes_of_training(run.config.replay.mode, sizes, live, engine)
@@ -311,31 +150,22 @@ def minibatch_gradients(
 
     Raises NonFiniteError on every rank when a logprob of a response is not finite.
     """
-    algorithm = run.config.algorithm
-    clip_low, clip_high = algorithm.clip_range()
+    algorithm, opsm = run.config.algorithm, run.config.correction.opsm
     outputs: list[Trained] = []
     sums = MetricSums.zeros(device())
     error: NonFiniteError | None = None
 
-    def objective(index: int, new_logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
+    def loss_of(index: int, new_logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
         nonlocal sums, error
         shard = shards[index]
-        output = policy_objective(
-            shard,
-            new_logprobs_T,
-            loss=run.loss,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            kl_loss_coef=algorithm.kl_loss_coef,
-            sequence_sum=run.sequence_sum,
-        )
+        output = objective(algorithm, shard, new_logprobs_T, run.sequence_sum, opsm)
         error = error or non_finite_error(new_logprobs_T, shard, "pi_theta")
         sums = sums + minibatch_sums(shard, output, entropy_T, new_logprobs_T)
         outputs.append(Trained(new_logprobs_T.detach(), entropy_T.detach(), output))
         return output.loss
 
     with run.policy.replay.replay(routes.replayed) as live:
-        run.policy.gradients(minibatch.batches, objective)
+        run.policy.gradients(minibatch.batches, loss_of)
     agree(error, run.groups.world)  # before the optimizer moves
     return outputs, sums, live
 

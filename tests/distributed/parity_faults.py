@@ -15,16 +15,16 @@ import torch
 # ------------------------------------------------------------------------------------------- objective and metric sums
 
 
-def objective_becomes(change: Callable[[Any, dict[str, Any]], Any]) -> Any:
-    """Hands the output of a mini-batch's objective, and what it was asked, to ``change``."""
+def objective_becomes(change: Callable[[Any, Any], Any]) -> Any:
+    """Hands the objective of a micro-batch, as a function of the algorithm, and the algorithm to ``change``."""
     from megatron_gspo.train import step
 
-    objective = step.policy_objective
+    objective = step.objective
 
-    def changed(*args: Any, **kwargs: Any) -> Any:
-        return change(lambda **other: objective(*args, **kwargs | other), kwargs)
+    def changed(algorithm: Any, *args: Any) -> Any:
+        return change(lambda other: objective(other, *args), algorithm)
 
-    return mock.patch.object(step, "policy_objective", changed)
+    return mock.patch.object(step, "objective", changed)
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def losses_are_doubled() -> Iterator[None]:
     """A factor that belongs to a layout (of context or data ranks) stays in what is differentiated."""
 
     def doubled(ask: Any, asked: Any) -> Any:
-        output = ask()
+        output = ask(asked)
         return replace(output, loss=2 * output.loss)
 
     with objective_becomes(doubled):
@@ -41,7 +41,7 @@ def losses_are_doubled() -> Iterator[None]:
 
 @contextmanager
 def the_clip_range_is_wider() -> Iterator[None]:
-    with objective_becomes(lambda ask, asked: ask(clip_high=10 * asked["clip_high"])):
+    with objective_becomes(lambda ask, asked: ask(asked.model_copy(update={"clip_high": 10 * asked.clip_high}))):
         yield
 
 
@@ -159,7 +159,7 @@ def masks_are_shifted() -> Iterator[None]:
 
     def shifted(*args: Any, **kwargs: Any) -> Any:
         packed = pack(*args, **kwargs)
-        return replace(packed, mask_T=packed.mask_T.roll(1))
+        return packed.replace(mask_T=packed.mask_T.roll(1))
 
     with mock.patch.object(batch, "pack", shifted), mock.patch.object(batch, "check_batch"):
         yield
@@ -173,7 +173,7 @@ def token_slices_begin_one_late() -> Iterator[None]:
 
     def late(batch: Any, *place: Any) -> Any:
         fields = ("labels_T", "mask_T", "sequence_T", "rollout_logprobs_T", "advantages_T")
-        return shard_tokens(replace(batch, **{name: getattr(batch, name).roll(-1) for name in fields}), *place)
+        return shard_tokens(batch.replace(**{name: getattr(batch, name).roll(-1) for name in fields}), *place)
 
     with mock.patch.object(packing, "shard_tokens", late):
         yield

@@ -178,10 +178,17 @@ def ranks_of_responses(case: Case, plan: Plan, tensor: int, context: int) -> dic
     return found
 
 
+def algorithm_of(case: Case) -> Any:
+    from megatron_gspo.algorithm.base import make_algorithm
+
+    clip = {"clip_low": case.clip_low, "clip_high": case.clip_high, "allow_wide_clip": True}
+    return make_algorithm(case.loss, **clip, kl_loss_coef=case.kl_loss_coef)
+
+
 def run_step(case: Case, parallel: dict[str, int], plan: Plan, fault: Callable[[], Any] | None) -> Step:
     """One rank's part of ``train``."""
     from megatron_gspo.algorithm.metrics import MetricSums, finish, minibatch_sums
-    from megatron_gspo.algorithm.objective import policy_objective, resolve_loss
+    from megatron_gspo.algorithm.objective import objective
     from megatron_gspo.parallel.metrics import reduce_metric_sums
     from megatron_gspo.parallel.sequence import ShardedSequenceSum
 
@@ -190,32 +197,24 @@ def run_step(case: Case, parallel: dict[str, int], plan: Plan, fault: Callable[[
         policy, groups = make_policy(case, parallel)
         batches = [pack_samples(case, part, groups.shard) for part in plan[groups.data_rank]]
         shards = [with_old_logprobs(case, batch, groups.shard) for batch in batches]
-        loss, result = resolve_loss(case.loss), Step()
+        result, algorithm = Step(), algorithm_of(case)
 
-        def objective(index: int, logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
+        def loss_of(index: int, logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
             nonlocal sums
-            output = policy_objective(
-                shards[index],
-                logprobs_T,
-                loss=loss,
-                clip_low=case.clip_low,
-                clip_high=case.clip_high,
-                kl_loss_coef=case.kl_loss_coef,
-                sequence_sum=ShardedSequenceSum(groups.token),
-            )
+            output = objective(algorithm, shards[index], logprobs_T, ShardedSequenceSum(groups.token))
             if not result.grad_norms:
                 note(result, case, batches[index], groups, logprobs_T, entropy_T, output)
                 sums = sums + minibatch_sums(shards[index], output, entropy_T, logprobs_T)
             return output.loss
 
         before = {name: weight.numpy() for name, weight in policy.weights()}
-        policy.gradients(batches, objective)
+        policy.gradients(batches, loss_of)
         if groups.is_last_stage:
             result.metrics = finish(reduce_metric_sums(sums, stage=groups.tensor_data, data=groups.data))
         result.gradients = {name: gradient.numpy() for name, gradient in policy.named_gradients()}
         for update in range(case.updates):
             if update:
-                policy.gradients(batches, objective)
+                policy.gradients(batches, loss_of)
             result.grad_norms.append(policy.step(update, case.updates)[0])
         if case.updates:
             result.moved = {name: weight.numpy() - before[name] for name, weight in policy.weights()}
@@ -274,7 +273,7 @@ def with_old_logprobs(case: Case, batch: PackedBatch, place: Shard) -> TokenShar
             whole_T[response_positions(case, batch)] = torch.cat(rows).to(whole_T.dtype)
         return whole_T[shard_positions(batch.cu_seqlens, place)]
 
-    return replace(shard, old_logprobs_T=own(case.old), ref_logprobs_T=own(case.ref))
+    return shard.replace(old_logprobs_T=own(case.old), ref_logprobs_T=own(case.ref))
 
 
 def response_positions(case: Case, batch: PackedBatch) -> torch.Tensor:
@@ -282,7 +281,7 @@ def response_positions(case: Case, batch: PackedBatch) -> torch.Tensor:
     sample_of = {(s.group, s.sample): s for s in case.samples}
     positions = []
     for start, key in zip(batch.cu_seqlens.tolist(), batch.samples, strict=False):
-        prompt, response = len(sample_of[key].prompt_ids), len(sample_of[key].response_ids)
+        prompt, response = int((~sample_of[key].trained).sum()), sample_of[key].num_trained
         positions.append(torch.arange(start + prompt - 1, start + prompt + response - 1))
     return torch.cat(positions)
 
@@ -339,7 +338,7 @@ def straddling_case(path: str, *, seed: int = 7, per_token: bool = False, kl: fl
     case = Case(path, tuple(oracle.random_samples(seed=seed, max_prompt=4, max_response=20)), (), **settings)
     rng = np.random.default_rng(seed)
     if per_token:
-        advantages = [rng.normal(s.advantage, 1.0, len(s.response_ids)) for s in case.samples]
+        advantages = [rng.normal(s.advantage, 1.0, s.num_trained) for s in case.samples]
         samples = [replace(s, token_advantages=a) for s, a in zip(case.samples, advantages, strict=True)]
         case = replace(case, samples=tuple(samples))
     logprobs, _ = oracle.oracle_logprobs(path, case.samples, temperature=case.temperature, exact_rotary=not case.exact)

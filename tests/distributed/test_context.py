@@ -96,8 +96,9 @@ def placed_tokens(parallel: dict[str, int], budget: int) -> list[list[int]]:
 
 
 def five_tokens(group: int, index: int) -> Sample:
-    prompt, response = np.full(2, group + 1, np.int32), np.full(3, index + 1, np.int32)
-    return Sample(group, index, prompt, response, np.zeros(3, np.float32), 0.0, np.zeros(3), 0.0)
+    prompt, response = np.full(2, group + 1), np.full(3, index + 1)
+    rest = {"rollout_logprobs": np.zeros(3, np.float32), "advantage": 0.0, "token_advantages": np.zeros(3)}
+    return Sample.of_response(prompt, response, group=group, sample=index, **rest)
 
 
 def test_the_token_budget_counts_what_context_parallelism_fills_up_and_its_ranks_get_the_same(ranks: RankPool) -> None:

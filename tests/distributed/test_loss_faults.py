@@ -192,7 +192,7 @@ def masks_are_shifted_by_one() -> Iterator[None]:
 
     def shifted(case: Case, indices: Any, shard: Shard) -> PackedBatch:
         batch = pack(case, indices, shard)
-        return replace(batch, mask_T=batch.mask_T.roll(1))
+        return batch.replace(mask_T=batch.mask_T.roll(1))
 
     with mock.patch.multiple(
         steps, pack_samples=shifted, response_positions=lambda case, batch: positions(case, batch) + 1

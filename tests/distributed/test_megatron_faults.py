@@ -338,7 +338,7 @@ def context_ranks_normalise_by_themselves() -> Iterator[None]:
     def divided(case: Case, batch: PackedBatch, place: Shard) -> TokenShard:
         shard = right(case, batch, place)
         own, whole = int(shard.mask_T.sum()), int(batch.mask_T.sum())
-        return replace(shard, weights_S=shard.weights_S * (whole / max(own, 1) / place.context_size))
+        return shard.replace(weights_S=shard.weights_S * (whole / max(own, 1) / place.context_size))
 
     with mock.patch.object(steps, "with_old_logprobs", divided):
         yield

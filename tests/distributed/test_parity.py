@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_gspo.algorithm.catalog import LOSSES
+from megatron_gspo.algorithm.catalog import policy_losses
 from megatron_gspo.cli import main
 from megatron_gspo.parity.case import Case
 from megatron_gspo.parity.check import Settings, compare_layout, compare_transformers, make_reference
@@ -66,7 +66,18 @@ def test_a_right_layout_holds_at_the_rounding_of_float64(tiny: Bench, layout: st
     assert (row.straddling > 0) == ("TP2" in layout)
 
 
-@pytest.mark.parametrize("loss", sorted(set(LOSSES) - {"gspo"}))
+IN_EVERY_RUN = ("gspo-token", "dapo", "cispo")
+"""Of each kind one: a response's ratio for each token, clipped tokens in another aggregation, a weight on log pi."""
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(loss, marks=[] if loss in IN_EVERY_RUN else pytest.mark.slow_suite)
+        for loss in policy_losses()
+        if loss != "gspo"
+    ],
+)
 def test_every_loss_holds_over_tensor_context_and_data_ranks(tmp_path: Any, loss: str) -> None:
     of_loss = bench(tmp_path, loss=loss)
     for layout in ("TP2", "CP2xDP2"):

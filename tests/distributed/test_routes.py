@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gspo.errors import ReplayError
-from megatron_gspo.types import RouteShape, RouteShard, Sample
+from megatron_gspo.types import PlacedSample, RouteShape, RouteShard, Sample
 from tests.pool import RankError, RankPool
 
 pytestmark = pytest.mark.distributed
@@ -41,7 +41,7 @@ def a_sample(group: int, index: int) -> Sample:
     rows = [experts_of(token) for token in ids[:-1]]
     if (group, index) == (2, 0):
         rows = rows[:4]  # a capture that was cut
-    return Sample(
+    return Sample.of_response(
         group=group,
         sample=index,
         prompt_ids=ids[:prompt],
@@ -49,15 +49,12 @@ def a_sample(group: int, index: int) -> Sample:
         rollout_logprobs=np.zeros(response, np.float32),
         advantage=1.0,
         token_advantages=np.ones(response),
-        weight=0.0,
         routes=None if (group, index) == (1, 1) else np.array(rows, dtype=np.uint16),  # one of mixed versions
     )
 
 
 SAMPLES = [a_sample(group, index) for group in range(GROUPS) for index in range(SIZE)]
-ROWS = {
-    int(token) for s in SAMPLES if s.routes is not None for token in [*s.prompt_ids, *s.response_ids][: len(s.routes)]
-}
+ROWS = {int(token) for s in SAMPLES if s.routes is not None for token in s.token_ids[: len(s.routes)]}
 
 
 def layers_of(parallel: dict[str, int], stage: int) -> tuple[int, ...]:
@@ -177,7 +174,8 @@ def compared() -> tuple[dict[str, float], float]:
     from megatron_gspo.train.routes import changes_between, coverage
 
     groups = make_groups(ParallelConfig(pipeline=2))
-    samples = [Sample(0, 0, *(np.zeros(2, np.int32),) * 2, np.zeros(2, np.float32), 1.0, np.ones(2), 0.5)]
+    ids, rest = np.zeros(2), {"rollout_logprobs": np.zeros(2), "advantage": 1.0, "token_advantages": np.ones(2)}
+    samples = [PlacedSample.of_response(ids, ids, group=0, sample=0, **rest, weight=0.5)]
     batch = pack(samples, loss_dtype=torch.float32, pad_to=5)  # one token of padding, whose routes differ
     before = torch.arange(4).view(1, 1, 4).repeat(1, 5, 1).to(torch.uint8)
     after = before.clone()

@@ -44,34 +44,25 @@ class Taken:
 
 def take_step(case: Case, deterministic: bool = False) -> Taken:
     """Logprobs, gradients and one update, on whatever device this process has."""
-    from megatron_gspo.algorithm.objective import policy_objective, resolve_loss
+    from megatron_gspo.algorithm.objective import objective
     from megatron_gspo.parallel.sequence import ShardedSequenceSum
-    from megatron_gspo.train.batch import to_device
+    from megatron_gspo.policy.groups import device
 
     policy, groups = deterministic_policy(case) if deterministic else steps.make_policy(case, {})
     packed = [steps.pack_samples(case, part, Shard()) for part in PLAN]
-    batches = [to_device(batch) for batch in packed]
-    shards: list[Any] = [steps.with_old_logprobs(case, batch, Shard()) for batch in packed]
-    shards = [to_device(shard) for shard in shards]
-    loss, result = resolve_loss(case.loss), Step()
+    batches = [batch.to(device()) for batch in packed]
+    shards = [steps.with_old_logprobs(case, batch, Shard()).map(lambda values: values.to(device())) for batch in packed]
+    result, algorithm = Step(), steps.algorithm_of(case)
 
-    def objective(index: int, logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
-        output = policy_objective(
-            shards[index],
-            logprobs_T,
-            loss=loss,
-            clip_low=case.clip_low,
-            clip_high=case.clip_high,
-            kl_loss_coef=0.0,
-            sequence_sum=ShardedSequenceSum(groups.token),
-        )
+    def loss_of(index: int, logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
+        output = objective(algorithm, shards[index], logprobs_T, ShardedSequenceSum(groups.token))
         own_T, own_entropy_T = scored[index]
         steps.note(result, case, packed[index], groups, own_T.cpu(), own_entropy_T.cpu(), output)
         return output.loss
 
     scored = policy.logprobs(batches)
     before = arrays(policy.weights())
-    policy.gradients(batches, objective)
+    policy.gradients(batches, loss_of)
     result.gradients = arrays(policy.named_gradients())
     result.grad_norms = [policy.step(0, 1)[0]]
     return Taken(result, before, arrays(policy.weights()))
@@ -95,17 +86,15 @@ def deterministic_policy(case: Case) -> tuple[Any, Any]:
 
 def pi_old_is_the_training_forward(case: Case) -> list[bool]:
     """Of each micro-batch: equal bit by bit, log-probabilities and entropies."""
-    from megatron_gspo.train.batch import to_device
-
     policy, _ = deterministic_policy(case)
-    batches = [to_device(steps.pack_samples(case, part, Shard())) for part in PLAN]
+    batches = [steps.pack_samples(case, part, Shard()).to("cuda") for part in PLAN]
     old, equal = policy.logprobs(batches), []
 
-    def objective(index: int, logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
+    def loss_of(index: int, logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
         equal.append(torch.equal(old[index][0], logprobs_T.detach()) and torch.equal(old[index][1], entropy_T))
         return logprobs_T.sum()
 
-    policy.gradients(batches, objective)
+    policy.gradients(batches, loss_of)
     return equal
 
 
@@ -118,10 +107,8 @@ def steps_repeat(case: Case) -> bool:
 
 def peak_bytes(case: Case, train: bool) -> int:
     """Device memory that one packed micro-batch of all samples takes at its peak, beyond what the policy holds."""
-    from megatron_gspo.train.batch import to_device
-
     policy, _ = steps.make_policy(case, {})
-    batches = [to_device(steps.pack_samples(case, range(len(case.samples)), Shard()))]
+    batches = [steps.pack_samples(case, range(len(case.samples)), Shard()).to("cuda")]
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -27,7 +27,7 @@ from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.policy.groups import make_groups
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.train.batch import pack_on_device
-from megatron_gspo.types import Sample
+from megatron_gspo.types import PlacedSample
 from tests.oracle import make_tiny_qwen3, make_tiny_qwen3_moe
 from tests.pool import RankPool
 from tests.training.conftest import QUICKSTART
@@ -80,12 +80,12 @@ def bytes_of_a_rank(config: RunConfig) -> dict[str, int]:
 LENGTH = 64
 
 
-def full_pack(config: RunConfig, vocab: int) -> list[Sample]:
+def full_pack(config: RunConfig, vocab: int) -> list[PlacedSample]:
     """As many sequences of ``LENGTH`` as the token budget holds."""
     rng = np.random.default_rng(0)
     response = np.zeros(LENGTH - 4, np.float32)
     return [
-        Sample(
+        PlacedSample.of_response(
             group=index,
             sample=0,
             prompt_ids=rng.integers(0, vocab, 4).astype(np.int32),

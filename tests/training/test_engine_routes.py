@@ -14,9 +14,10 @@ from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import ReplayError
 from megatron_gspo.policy.groups import make_groups
 from megatron_gspo.train.batch import place
+from megatron_gspo.train.collect import Collected, collect_rollouts, score
 from megatron_gspo.train.context import Run, build_run, load_inputs
 from megatron_gspo.train.routes import changes_between, coverage
-from megatron_gspo.train.step import Collected, collect_rollouts, engine_routes, outer_step, pi_old_pass, score
+from megatron_gspo.train.step import engine_routes, outer_step, pi_old_pass
 from tests.pool import RankError, RankPool
 from tests.training.conftest import MakeConfig
 from tests.training.test_runs import metrics_of, train

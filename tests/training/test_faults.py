@@ -416,10 +416,10 @@ def test_a_tokenizer_of_another_model_is_refused(
 
 
 def test_rewards_a_token_under_gspo_are_warned_of_once(settings: Settings) -> None:
-    from megatron_gspo.train import step
+    from megatron_gspo.train import collect
 
-    step.warn_once.cache_clear()
+    collect.warn_once.cache_clear()
     with mock.patch("builtins.print") as printed:
         for _ in range(3):
-            step.warn_once("reward x gives one value a token")
+            collect.warn_once("reward x gives one value a token")
     assert printed.call_count == 1

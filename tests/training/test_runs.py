@@ -23,10 +23,11 @@ from megatron_gspo.report.metrics import METRICS, PLACE, row_of
 from megatron_gspo.report.recorder import RunRecorder
 from megatron_gspo.sync.base import METHODS
 from megatron_gspo.train.batch import place
+from megatron_gspo.train.collect import collect_rollouts, score
 from megatron_gspo.train.context import Run, build_run, load_inputs
 from megatron_gspo.train.loop import train as train_with
 from megatron_gspo.train.noise import measure_noise
-from megatron_gspo.train.step import collect_rollouts, outer_step, pi_old_pass, score
+from megatron_gspo.train.step import outer_step, pi_old_pass
 from tests.pool import RankError, RankPool
 from tests.training.conftest import QUICKSTART, MakeConfig
 
@@ -206,13 +207,13 @@ def test_what_a_run_leaves_behind_loads_in_transformers_and_gives_the_same_logpr
 def logprobs_of(config: RunConfig, path: str, tokens: list[int]) -> np.ndarray:
     """The trainer's logprobs of a token sequence under the weights at ``path``, on one rank."""
     from megatron_gspo.algorithm.packing import pack
-    from megatron_gspo.types import Sample
+    from megatron_gspo.types import PlacedSample
 
     single = config.model_copy(update={"parallel": type(config.parallel)()})
     policy = Policy(single, make_groups(single.parallel), path=path, trainable=False)
-    response = np.array(tokens[1:], dtype=np.int32)
-    zeros = np.zeros(len(response))
-    sample = Sample(0, 0, np.array(tokens[:1], dtype=np.int32), response, zeros.astype(np.float32), 0.0, zeros, 1.0)
+    zeros = np.zeros(len(tokens) - 1)
+    rest = {"rollout_logprobs": zeros, "advantage": 0.0, "token_advantages": zeros, "weight": 1.0}
+    sample = PlacedSample.of_response(np.array(tokens[:1]), np.array(tokens[1:]), group=0, sample=0, **rest)
     batch = pack([sample], loss_dtype=torch.float32)
     ((logprobs, _),) = policy.logprobs([batch])
     return logprobs[batch.mask_T].numpy()

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
 from megatron_gspo.algorithm.packing import pack, shard_tokens
-from megatron_gspo.types import Sample, Shard, TokenShard
+from megatron_gspo.types import PlacedSample, Shard, TokenShard
 
 
 @dataclass(frozen=True)
 class Case:
     """Responses with new and old log-probabilities, and a clip range that lies among their ratios."""
 
-    samples: list[Sample]
+    samples: list[PlacedSample]
     new: list[torch.Tensor]
     """By sample, [R] float64, a leaf that requires a gradient."""
     old: list[torch.Tensor]
@@ -43,7 +43,7 @@ class Case:
 
 
 def shard_of(
-    samples: Sequence[Sample],
+    samples: Sequence[PlacedSample],
     new: Sequence[torch.Tensor],
     old: Sequence[torch.Tensor],
     ref: Sequence[torch.Tensor],
@@ -52,14 +52,18 @@ def shard_of(
 ) -> tuple[TokenShard, torch.Tensor]:
     batch = pack(samples, tensor=multiple, loss_dtype=torch.float64)
     new_T, old_T, ref_T = (spread(values, batch.mask_T, masked_value) for values in (new, old, ref))
-    shard = replace(
-        shard_tokens(batch, Shard()),
+    shard = shard_tokens(batch, Shard()).replace(
         old_logprobs_T=old_T,
         ref_logprobs_T=ref_T,
         rollout_logprobs_T=batch.rollout_logprobs_T.masked_fill(~batch.mask_T, masked_value),
         advantages_T=batch.advantages_T.masked_fill(~batch.mask_T, masked_value),
     )
     return shard, new_T
+
+
+def token_shard(samples: Sequence[tuple[int, int]], **columns: torch.Tensor | None) -> TokenShard:
+    """A shard of columns by name; None leaves one out."""
+    return TokenShard({}, samples=tuple(samples)).replace(**columns)
 
 
 def spread(values: Sequence[torch.Tensor], mask_T: torch.Tensor, masked_value: float = 0.0) -> torch.Tensor:
@@ -84,7 +88,7 @@ def cases(draw: st.DrawFn, *, per_token_advantages: bool = False) -> Case:
         if per_token_advantages:
             token_advantages = token_advantages * rng.uniform(0.5, 2, length)
         samples.append(
-            Sample(
+            PlacedSample.of_response(
                 group=i // 2,
                 sample=i % 2,
                 prompt_ids=rng.integers(1, 50, rng.integers(1, 5)).astype(np.int32),

@@ -8,7 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_gspo.algorithm.advantages import group_advantages, is_zero_variance, token_group_advantages
+from megatron_gspo.algorithm.advantages import (
+    batch_advantages,
+    centred_advantages,
+    group_advantages,
+    is_zero_variance,
+    leave_one_out_advantages,
+    token_group_advantages,
+)
 from megatron_gspo.algorithm.weights import response_weights
 from megatron_gspo.errors import BatchError
 
@@ -92,6 +99,7 @@ LENGTHS = [[2, 4], [1, 1, 6]]
     [
         ("paper", [[1 / 4, 1 / 4], [1 / 6, 1 / 6, 1 / 6]]),
         ("token-mean", [[2 / 14, 4 / 14], [1 / 14, 1 / 14, 6 / 14]]),
+        ("group-token-mean", [[2 / 12, 4 / 12], [1 / 16, 1 / 16, 6 / 16]]),
         ("token-sum", [[2 / 40, 4 / 40], [1 / 60, 1 / 60, 6 / 60]]),
     ],
 )
@@ -114,3 +122,36 @@ def test_weights_refuse_what_has_no_tokens() -> None:
         response_weights("paper", [[1, 2], [3, 0]], max_response_tokens=10)
     with pytest.raises(BatchError, match="unknown aggregation"):
         response_weights("mean", LENGTHS, max_response_tokens=10)
+
+
+REWARDS = [np.array([1.0, 0.0, 1.0]), np.array([0.5, 0.5]), np.array([0.0, 2.0])]
+TOKENS = [np.array([3, 1, 2]), np.array([4, 4]), np.array([1, 7])]
+
+
+def test_centred_and_leave_one_out_advantages_are_their_formulas() -> None:
+    assert centred_advantages(REWARDS[0]).tolist() == pytest.approx([1 / 3, -2 / 3, 1 / 3])
+    assert leave_one_out_advantages(REWARDS[0]).tolist() == pytest.approx([1 - 1 / 2, 0 - 1, 1 - 1 / 2])
+    for advantages in (centred_advantages, leave_one_out_advantages):
+        assert advantages(np.full(8, np.float32(0.1))).tolist() == [0.0] * 8
+        with pytest.raises(BatchError, match="a group of 1"):
+            advantages(np.array([1.0]))
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_batch_advantages_are_whitened_over_all_tokens(baseline: bool) -> None:
+    """As a vector with each response's reward repeated for each of its tokens."""
+    rewards = [r - r.mean() if baseline else r for r in REWARDS]
+    tokens = np.repeat(np.concatenate(rewards), np.concatenate(TOKENS))
+    expected = [(r - tokens.mean()) / tokens.std() for r in rewards]
+    found = batch_advantages(REWARDS, TOKENS, baseline=baseline)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-15)
+    repeated = np.repeat(np.concatenate(found), np.concatenate(TOKENS))
+    assert repeated.mean() == pytest.approx(0, abs=1e-15) and repeated.std() == pytest.approx(1)
+
+
+def test_a_batch_of_equal_rewards_has_no_advantage_and_one_that_is_not_finite_is_refused() -> None:
+    equal = batch_advantages([np.full(2, 0.1)] * 3, [np.array([1, 2])] * 3, baseline=False)
+    assert [a.tolist() for a in equal] == [[0.0, 0.0]] * 3
+    with pytest.raises(BatchError, match="not finite"):
+        batch_advantages([np.array([1.0, np.nan])], [np.array([1, 2])], baseline=False)

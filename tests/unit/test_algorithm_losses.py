@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,22 +11,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gspo.algorithm.catalog import LOSSES
-from megatron_gspo.algorithm.objective import find_non_finite, policy_objective, resolve_loss
+from megatron_gspo.algorithm.base import Algorithm, algorithm_class, make_algorithm
+from megatron_gspo.algorithm.catalog import policy_losses
+from megatron_gspo.algorithm.objective import find_non_finite, objective
 from megatron_gspo.algorithm.packing import dummy_batch, shard_tokens
 from megatron_gspo.algorithm.ratios import segment_sum
-from megatron_gspo.algorithm.sft import sft_loss
 from megatron_gspo.errors import BatchError, ConfigError
-from megatron_gspo.types import LossOutput, Shard, TokenShard
+from megatron_gspo.parity.naive import Response, naive_term
+from megatron_gspo.types import LossOutput, PlacedSample, Shard, TokenShard
 from tests.oracle import NaiveLoss, naive_kl, naive_loss
-from tests.unit.algorithm_cases import Case, cases, shard_of
+from tests.unit.algorithm_cases import Case, cases, shard_of, token_shard
 
-NAMES = list(LOSSES)
+NAMES = ["gspo", "gspo-token", "grpo", "ppo"]
+
+
+def clipping(name: str, clip_low: float, clip_high: float, **settings: Any) -> Algorithm:
+    return make_algorithm(name, clip_low=clip_low, clip_high=clip_high, allow_wide_clip=True, **settings)
 
 
 def run(name: str, shard: TokenShard, new_T: torch.Tensor, clip_low: float, clip_high: float) -> LossOutput:
-    loss = resolve_loss(name)
-    return loss(shard, new_T, clip_low=clip_low, clip_high=clip_high, sequence_sum=segment_sum)
+    return clipping(name, clip_low, clip_high).loss(shard, new_T, segment_sum)
 
 
 def gradients(loss: torch.Tensor, case: Case) -> torch.Tensor:
@@ -79,6 +84,36 @@ def test_token_losses_take_an_advantage_for_each_token(name: str, case: Case) ->
     torch.testing.assert_close(gradients(output.loss, case), gradients(expected.loss, case), rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("name", policy_losses())
+@given(case=cases(per_token_advantages=True), data=st.data())
+@settings(deadline=None, max_examples=25)
+def test_every_algorithm_is_the_formula_of_its_paper(name: str, case: Case, data: st.DataObject) -> None:
+    """Over lengths, masks, groups and ranges; values, gradients, clip decisions, and each response's part."""
+    cls = algorithm_class(name)
+    drawn = dict(zip(cls.clip_settings, (case.clip_low, case.clip_high), strict=True))
+    drawn |= {"allow_wide_clip": True, "dual_clip": data.draw(st.sampled_from([None, 1.01, 3.0]))}
+    algorithm = make_algorithm(name, **{key: value for key, value in drawn.items() if key in cls.model_fields})
+    shard, new_T = case.shard(multiple=4, masked_value=data.draw(st.sampled_from([0.0, float("nan")])))
+    output = objective(algorithm, shard, new_T, segment_sum)
+    values = algorithm.model_dump()
+    terms = [naive_term(name, each, values, s.weight, 0.0) for s, each in naive_responses(case, algorithm)]
+    expected = torch.stack([term.loss for term in terms])
+    torch.testing.assert_close(output.loss_S, expected.detach(), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(gradients(output.loss, case), gradients(expected.sum(), case), rtol=1e-10, atol=1e-12)
+    assert output.clipped_low_T[shard.mask_T].tolist() == [low for term in terms for low in term.low]
+    assert output.clipped_high_T[shard.mask_T].tolist() == [high for term in terms for high in term.high]
+    assert output.clipped_S.tolist() == [any(term.clipped) for term in terms]
+    torch.testing.assert_close(output.log_ratio_S, torch.tensor([t.log_ratio for t in terms], dtype=torch.float64))
+
+
+def naive_responses(case: Case, algorithm: Algorithm) -> Iterator[tuple[PlacedSample, Response]]:
+    for sample, new, old, ref in zip(case.samples, case.new, case.old, case.ref, strict=True):
+        per_token = sample.token_advantages.tolist()
+        advantages = per_token if algorithm.per_token else [sample.advantage] * sample.num_trained
+        rollout = sample.rollout_logprobs.astype(np.float64).tolist()
+        yield sample, Response(list(new.unbind()), old.tolist(), ref.tolist(), rollout, advantages)
+
+
 @given(case=cases())
 @settings(deadline=None, max_examples=40)
 def test_gspo_token_is_gspo_when_a_response_has_one_advantage(case: Case) -> None:
@@ -124,7 +159,7 @@ def test_the_first_mini_batch_clips_nothing_and_every_ratio_is_exactly_one(name:
     for dtype in (torch.float32, torch.float64):
         shard, new_T = one_response([0.0] * 7, advantage=-1.3)
         new_T = new_T.detach().to(dtype)
-        shard = replace(shard, old_logprobs_T=new_T.clone())
+        shard = shard.replace(old_logprobs_T=new_T.clone())
         output = run(name, shard, new_T.requires_grad_(), 1e-12, 1e-12)
         assert not output.clipped_S.any()
         assert torch.exp(output.log_ratio_S).tolist() == [1.0]
@@ -139,7 +174,7 @@ def test_clip_decisions_in_fp32_are_exact_where_ratios_are_not(name: str, edge: 
     outside = np.sign(edge)
     for distance in np.array([-2e-8, -1e-8, -5e-9, 5e-9, 1e-8, 2e-8]):
         shard, _ = one_response([0.0], advantage)
-        shard = replace(shard, old_logprobs_T=torch.zeros(2, dtype=torch.float32))
+        shard = shard.replace(old_logprobs_T=torch.zeros(2, dtype=torch.float32))
         new_T = torch.full((2,), edge + outside * distance, dtype=torch.float32)
         assert run(name, shard, new_T, 3e-4, 3e-4).clipped_S.item() is bool(distance > 0)
 
@@ -153,15 +188,8 @@ def test_garbage_at_masked_positions_changes_neither_value_nor_gradient(name: st
     for value in (0.0, garbage):
         shard, new_T = case.shard(multiple=4, masked_value=value)
         leaf_T = new_T.detach().requires_grad_()
-        output = policy_objective(
-            shard,
-            leaf_T,
-            loss=resolve_loss(name),
-            clip_low=case.clip_low,
-            clip_high=case.clip_high,
-            kl_loss_coef=0.1,
-            sequence_sum=segment_sum,
-        )
+        algorithm = clipping(name, case.clip_low, case.clip_high, kl_loss_coef=0.1)
+        output = objective(algorithm, shard, leaf_T, segment_sum)
         results.append((output, *torch.autograd.grad(output.loss, leaf_T)))
     (clean, clean_gradient), (dirty, dirty_gradient) = results
     assert torch.equal(clean.loss_S, dirty.loss_S)
@@ -210,17 +238,9 @@ def test_any_split_into_micro_batches_and_any_padding_gives_the_same_step(
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dummy_micro_batch_runs_backward_and_adds_exactly_nothing(name: str) -> None:
     batch = dummy_batch(torch.float64, tensor=8)
-    shard = replace(shard_tokens(batch, Shard()), old_logprobs_T=torch.zeros(8), ref_logprobs_T=torch.zeros(8))
+    shard = shard_tokens(batch, Shard()).replace(old_logprobs_T=torch.zeros(8), ref_logprobs_T=torch.zeros(8))
     new_T = torch.randn(8, dtype=torch.float64, requires_grad=True)
-    output = policy_objective(
-        shard,
-        new_T,
-        loss=resolve_loss(name),
-        clip_low=0.1,
-        clip_high=0.1,
-        kl_loss_coef=1.0,
-        sequence_sum=segment_sum,
-    )
+    output = objective(clipping(name, 0.1, 0.1, kl_loss_coef=1.0), shard, new_T, segment_sum)
     output.loss.backward()
     assert output.loss.item() == 0.0
     assert new_T.grad is not None
@@ -231,9 +251,10 @@ def test_a_dummy_micro_batch_runs_backward_and_adds_exactly_nothing(name: str) -
 @settings(deadline=None, max_examples=40)
 def test_the_kl_term_is_the_off_policy_weighted_k3(case: Case) -> None:
     shard, new_T = case.shard(multiple=4)
-    arguments = {"clip_low": case.clip_low, "clip_high": case.clip_high, "sequence_sum": segment_sum}
-    plain = policy_objective(shard, new_T, loss=resolve_loss("gspo"), kl_loss_coef=0.0, **arguments)
-    with_kl = policy_objective(shard, new_T, loss=resolve_loss("gspo"), kl_loss_coef=0.3, **arguments)
+    plain, with_kl = (
+        objective(clipping("gspo", case.clip_low, case.clip_high, kl_loss_coef=coef), shard, new_T, segment_sum)
+        for coef in (0.0, 0.3)
+    )
     expected = 0.3 * naive_kl(case.new, case.old, case.ref, case.weights)
     assert expected.item() > 1e-4
     torch.testing.assert_close(with_kl.loss - plain.loss, expected, rtol=1e-9, atol=1e-12)
@@ -246,10 +267,10 @@ def test_the_kl_term_is_the_off_policy_weighted_k3(case: Case) -> None:
 @settings(deadline=None, max_examples=40)
 def test_sft_is_the_weighted_negative_log_likelihood(case: Case) -> None:
     shard, new_T = case.shard(multiple=4, masked_value=float("nan"))
-    loss_S = sft_loss(shard, new_T, segment_sum)
+    output = make_algorithm("sft").loss(shard, new_T, segment_sum)
     expected = [-s.weight * values.mean() for s, values in zip(case.samples, case.new, strict=True)]
-    torch.testing.assert_close(loss_S, torch.stack(expected))
-    torch.testing.assert_close(gradients(loss_S.sum(), case), gradients(torch.stack(expected).sum(), case))
+    torch.testing.assert_close(output.loss_S, torch.stack(expected).detach())
+    torch.testing.assert_close(gradients(output.loss, case), gradients(torch.stack(expected).sum(), case))
 
 
 def test_a_non_finite_logprob_is_traced_to_its_response() -> None:
@@ -263,12 +284,12 @@ def test_a_non_finite_logprob_is_traced_to_its_response() -> None:
 def test_a_loss_without_old_logprobs_says_which_pass_is_missing(name: str) -> None:
     shard, new_T = one_response([0.0], advantage=1.0)
     with pytest.raises(BatchError, match="pi_old pass"):
-        run(name, replace(shard, old_logprobs_T=None), new_T, 0.1, 0.1)
+        run(name, shard.replace(old_logprobs_T=None), new_T, 0.1, 0.1)
 
 
 def test_an_unknown_loss_is_the_users_mistake() -> None:
-    with pytest.raises(ConfigError, match='"gspoo" is not a policy loss'):
-        resolve_loss("gspoo")
+    with pytest.raises(ConfigError, match='"gspoo" is no algorithm'):
+        make_algorithm("gspoo")
 
 
 def one_response(
@@ -277,7 +298,7 @@ def one_response(
     """One response of weight 1 after a prompt of one token, so that its positions are 0 ... R - 1; T = R + 1."""
     size = len(log_ratio) + 1
     mask_T = torch.arange(size) < len(log_ratio)
-    shard = TokenShard(
+    shard = token_shard(
         labels_T=torch.zeros(size, dtype=torch.int64),
         mask_T=mask_T,
         sequence_T=torch.zeros(size, dtype=torch.int64),

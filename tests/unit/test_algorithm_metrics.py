@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import chain
 
@@ -13,6 +14,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from megatron_gspo.algorithm.base import make_algorithm
 from megatron_gspo.algorithm.metrics import (
     MetricSums,
     engine_gap_sums,
@@ -21,21 +23,22 @@ from megatron_gspo.algorithm.metrics import (
     noise_floor,
     rollout_metrics,
 )
-from megatron_gspo.algorithm.objective import resolve_loss
 from megatron_gspo.algorithm.packing import dummy_batch, shard_tokens
 from megatron_gspo.algorithm.ratios import segment_sum
 from megatron_gspo.report.metrics import clean
 from megatron_gspo.types import LossOutput, Shard, TokenShard
 from tests.oracle import naive_loss
-from tests.unit.algorithm_cases import Case, cases, shard_of
+from tests.unit.algorithm_cases import Case, cases, shard_of, token_shard
 
 PER_TOKEN = {"labels_T", "mask_T", "sequence_T", "rollout_logprobs_T", "advantages_T", "old_logprobs_T"}
 
 
+def loss_of(name: str, case: Case) -> Callable[..., LossOutput]:
+    return make_algorithm(name, clip_low=case.clip_low, clip_high=case.clip_high, allow_wide_clip=True).loss
+
+
 def sums_of(shard: TokenShard, new_T: torch.Tensor, case: Case, name: str) -> MetricSums:
-    output = resolve_loss(name)(
-        shard, new_T, clip_low=case.clip_low, clip_high=case.clip_high, sequence_sum=segment_sum
-    )
+    output = loss_of(name, case)(shard, new_T, segment_sum)
     return minibatch_sums(shard, output, entropy(shard))
 
 
@@ -98,8 +101,8 @@ def test_micro_batches_and_dummies_add_up_to_the_whole(name: str, case: Case, da
     for part in (slice(None, cut), slice(cut, None)):
         pieces = (values[part] for values in (case.samples, case.new, case.old, case.ref))
         total += sums_of(*shard_of(*pieces, 16), case, name)
-    dummy = replace(
-        shard_tokens(dummy_batch(torch.float64, tensor=4), Shard()), old_logprobs_T=torch.full((4,), float("nan"))
+    dummy = shard_tokens(dummy_batch(torch.float64, tensor=4), Shard()).replace(
+        old_logprobs_T=torch.full((4,), float("nan"))
     )
     total += sums_of(dummy, torch.zeros(4, dtype=torch.float64), case, name)
     assert whole["clip/frac_tokens"] > 0
@@ -110,14 +113,12 @@ def test_micro_batches_and_dummies_add_up_to_the_whole(name: str, case: Case, da
 @settings(deadline=None, max_examples=20)
 def test_token_sums_add_over_tensor_ranks_while_sequence_sums_are_equal_on_each(case: Case) -> None:
     shard, new_T = case.shard(multiple=2)
-    output = resolve_loss("grpo")(
-        shard, new_T, clip_low=case.clip_low, clip_high=case.clip_high, sequence_sum=segment_sum
-    )
+    output = loss_of("grpo", case)(shard, new_T, segment_sum)
     whole = minibatch_sums(shard, output, entropy(shard))
     half = new_T.numel() // 2
     parts = []
     for own in (slice(None, half), slice(half, None)):
-        local = replace(shard, **{name: getattr(shard, name)[own] for name in PER_TOKEN})
+        local = shard.replace(**{name: getattr(shard, name)[own] for name in PER_TOKEN})
         local_output = replace(
             output, **{f.name: getattr(output, f.name)[own] for f in fields(LossOutput) if f.name.endswith("_T")}
         )
@@ -132,7 +133,7 @@ def test_token_sums_add_over_tensor_ranks_while_sequence_sums_are_equal_on_each(
 @settings(deadline=None, max_examples=10)
 def test_the_first_mini_batch_reports_ratios_of_exactly_one_and_no_clipping(case: Case) -> None:
     shard, new_T = case.shard()
-    shard = replace(shard, old_logprobs_T=new_T.detach().clone())
+    shard = shard.replace(old_logprobs_T=new_T.detach().clone())
     metrics = finish(sums_of(shard, new_T, case, "gspo"))
     exact = {f"ratio/{name}": 1.0 for name in ("mean", "p01", "p05", "p50", "p95", "p99", "ess")}
     exact |= dict.fromkeys([name for name in metrics if name.startswith("clip/")], 0.0)
@@ -149,8 +150,7 @@ def test_garbage_at_masked_positions_reaches_no_metric(case: Case) -> None:
 
 
 def test_the_engine_gap_keeps_its_digits_at_1e_7() -> None:
-    shard = replace(
-        shard_tokens(dummy_batch(torch.float64, tensor=2), Shard()),
+    shard = shard_tokens(dummy_batch(torch.float64, tensor=2), Shard()).replace(
         mask_T=torch.tensor([True, True]),
         weights_S=torch.ones(1, dtype=torch.float64),
         rollout_logprobs_T=torch.tensor([0.0, 0.0]),
@@ -216,14 +216,12 @@ def test_lengths_by_sign_are_absent_when_no_response_has_that_sign() -> None:
 def test_the_distance_from_the_reference_is_its_formula_over_response_tokens(case: Case) -> None:
     """k1 and k3 in float64, each token with the same weight, whatever padding and whichever loss."""
     shard, new_T = case.shard(multiple=4, masked_value=float("nan"))
-    output = resolve_loss("gspo")(
-        shard, new_T, clip_low=case.clip_low, clip_high=case.clip_high, sequence_sum=segment_sum
-    )
+    output = loss_of("gspo", case)(shard, new_T, segment_sum)
     metrics = finish(minibatch_sums(shard, output, entropy(shard), new_T))
     log_r = np.concatenate([(ref - new).detach().numpy() for new, ref in zip(case.new, case.ref, strict=True)])
     assert metrics["kl/ref_k1"] == pytest.approx(float(np.mean(-log_r)), rel=1e-12, abs=1e-15)
     assert metrics["kl/ref_k3"] == pytest.approx(float(np.mean(np.exp(log_r) - 1 - log_r)), rel=1e-9, abs=1e-15)
-    without = finish(minibatch_sums(replace(shard, ref_logprobs_T=None), output, entropy(shard), new_T))
+    without = finish(minibatch_sums(shard.replace(ref_logprobs_T=None), output, entropy(shard), new_T))
     assert metrics.keys() - without.keys() == {"kl/ref_k1", "kl/ref_k3"}
     assert without == {name: value for name, value in metrics.items() if name in without}
 
@@ -245,7 +243,7 @@ def two_tokens(
     sequence_T = torch.arange(tokens) if sequences > 1 else torch.zeros(tokens, dtype=torch.long)
     count = tokens if sequences > 1 else 1
     ones = torch.ones(count, dtype=torch.float64)
-    shard = TokenShard(
+    shard = token_shard(
         labels_T=torch.zeros(tokens, dtype=torch.long),
         mask_T=torch.ones(tokens, dtype=torch.bool),
         sequence_T=sequence_T,
@@ -262,7 +260,7 @@ def two_tokens(
 
 
 def metrics_of(name: str, shard: TokenShard, new_T: torch.Tensor) -> dict[str, float]:
-    output = resolve_loss(name)(shard, new_T, clip_low=3e-4, clip_high=4e-4, sequence_sum=segment_sum)
+    output = make_algorithm(name, clip_low=3e-4, clip_high=4e-4).loss(shard, new_T, segment_sum)
     return finish(minibatch_sums(shard, output, torch.zeros_like(new_T), new_T))
 
 

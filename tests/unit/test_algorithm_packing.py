@@ -22,12 +22,12 @@ from megatron_gspo.algorithm.packing import (
     zigzag_positions,
 )
 from megatron_gspo.errors import BatchError
-from megatron_gspo.types import Sample, Shard
+from megatron_gspo.types import PackedBatch, PlacedSample, Sample, Shard
 
 
-def sample(prompt: list[int], response: list[int], group: int = 0, index: int = 0) -> Sample:
+def sample(prompt: list[int], response: list[int], group: int = 0, index: int = 0) -> PlacedSample:
     size = len(response)
-    return Sample(
+    return PlacedSample.of_response(
         group=group,
         sample=index,
         prompt_ids=np.array(prompt, dtype=np.int32),
@@ -79,14 +79,14 @@ def test_every_response_can_be_read_back_from_where_it_is_predicted(
     check_batch(batch)
     for i, s in enumerate(samples):
         own = batch.mask_T & (batch.sequence_T == i)
-        assert batch.labels_T[own].tolist() == s.response_ids.tolist()
+        assert batch.labels_T[own].tolist() == s.token_ids[s.trained].tolist()
         assert batch.rollout_logprobs_T[own].tolist() == s.rollout_logprobs.tolist()
         assert batch.advantages_T[own].tolist() == s.token_advantages.tolist()
         first, last = batch.cu_seqlens[i].item(), batch.cu_seqlens[i + 1].item()
         end = first + s.length
-        assert batch.tokens_T[first:last].tolist() == [*s.prompt_ids, *s.response_ids, *[0] * (last - end)]
+        assert batch.tokens_T[first:last].tolist() == [*s.token_ids, *[0] * (last - end)]
         assert batch.sequence_T[first:last].tolist() == [i] * s.length + [len(samples)] * (last - end)
-        assert own.nonzero().flatten().tolist() == list(range(first + len(s.prompt_ids) - 1, end - 1))
+        assert own.nonzero().flatten().tolist() == (first + s.predicting).tolist()
 
 
 @given(shapes=shapes, tensor=st.integers(1, 6), context=st.integers(1, 4))
@@ -214,16 +214,18 @@ def test_check_batch_finds_what_does_not_add_up() -> None:
     in_padding, one_more = batch.mask_T.clone(), batch.mask_T.clone()
     in_padding[-1] = one_more[0] = True
     broken = {
-        r"response \(0, 0\) has 3 positions in the mask and a length of 2": replace(batch, mask_T=one_more),
-        r"response \(1, 2\) has 3 positions in the mask and a length of 4": replace(
-            batch, lengths_S=torch.tensor([2, 4])
+        r"response \(0, 0\) has 3 positions in the mask and a length of 2": batch.replace(mask_T=one_more),
+        r"response \(1, 2\) has 3 positions in the mask and a length of 4": batch.replace(
+            lengths_S=torch.tensor([2, 4])
         ),
-        "1 padding positions": replace(batch, mask_T=in_padding),
-        "labels_T has 11 entries for 12 tokens": replace(batch, labels_T=batch.labels_T[1:]),
-        "weights_S has 1 entries for 2 sequences": replace(batch, weights_S=batch.weights_S[1:]),
-        "does not cut 12 tokens into 2": replace(batch, cu_seqlens=torch.tensor([0, 5, 9, 11])),
-        "sequence_T disagrees": replace(batch, sequence_T=batch.sequence_T.roll(1)),
-        "sequence_T disagrees with": replace(batch, sequence_T=batch.sequence_T.index_fill(0, torch.tensor([1]), 2)),
+        "1 padding positions": batch.replace(mask_T=in_padding),
+        "labels_T has 11 entries for 12 tokens": batch.replace(labels_T=batch.labels_T[1:]),
+        "weights_S has 1 entries for 2 sequences": batch.replace(weights_S=batch.weights_S[1:]),
+        "does not cut 12 tokens into 2": PackedBatch(
+            dict(batch), cu_seqlens=torch.tensor([0, 5, 9, 11]), samples=batch.samples
+        ),
+        "sequence_T disagrees": batch.replace(sequence_T=batch.sequence_T.roll(1)),
+        "sequence_T disagrees with": batch.replace(sequence_T=batch.sequence_T.index_fill(0, torch.tensor([1]), 2)),
     }
     for message, candidate in broken.items():
         with pytest.raises(BatchError, match=message):
@@ -233,14 +235,14 @@ def test_check_batch_finds_what_does_not_add_up() -> None:
 @pytest.mark.parametrize(
     ("prompt", "response", "said"),
     [
-        ([1, 12], [3, 13], "token 13 at place 1 of its response"),
-        ([13, 2], [3, 4], "token 13 at place 0 of its prompt"),
-        ([1, -1], [3, 4], "token -1 at place 1 of its prompt"),
+        ([1, 12], [3, 13], "token 13 at place 3, one of a response's"),
+        ([13, 2], [3, 4], "token 13 at place 0, one of the prompt's"),
+        ([1, -1], [3, 4], "token -1 at place 1, one of the prompt's"),
     ],
 )
 def test_a_token_outside_the_vocabulary_is_refused_with_its_place(
     prompt: list[int], response: list[int], said: str
 ) -> None:
     check_vocabulary([sample([0, 12], [12])], 13)
-    with pytest.raises(BatchError, match=rf"response 5 of group 2: {said} is none of the model's vocabulary of 13"):
+    with pytest.raises(BatchError, match=rf"response 5 of group 2: {said}, is none of the model's vocabulary of 13"):
         check_vocabulary([sample([0], [12]), sample(prompt, response, group=2, index=5)], 13)

@@ -11,13 +11,13 @@ import torch
 from megatron_gspo.algorithm.packing import dummy_batch, pack, shard_positions
 from megatron_gspo.algorithm.routing import counted_tokens, cut, cut_size, lay_out, pasted, route_changes
 from megatron_gspo.errors import BatchError
-from megatron_gspo.types import RouteShape, RouteShard, Sample, Shard
+from megatron_gspo.types import PlacedSample, RouteShape, RouteShard, Shard
 
 SHAPE = RouteShape(moe_layers=(False, True, True, True), top_k=2, num_experts=8)
 WIDE = replace(SHAPE, num_experts=300)
 
 
-def sample(group: int, prompt: int, response: int, rows: int | None = -1, shape: RouteShape = SHAPE) -> Sample:
+def sample(group: int, prompt: int, response: int, rows: int | None = -1, shape: RouteShape = SHAPE) -> PlacedSample:
     """``rows`` of routes; -1: all that there can be."""
     length = prompt + response
     rows = length - 1 if rows == -1 else rows
@@ -26,7 +26,7 @@ def sample(group: int, prompt: int, response: int, rows: int | None = -1, shape:
     if rows is not None:
         scores = draw.random((rows, len(shape.moe_layers), shape.num_experts))
         routes = scores.argsort(axis=-1)[..., : shape.top_k].astype(shape.dtype)
-    return Sample(
+    return PlacedSample.of_response(
         group=group,
         sample=0,
         prompt_ids=np.arange(prompt, dtype=np.int32),

@@ -12,7 +12,7 @@ import megatron_gspo
 ROOT = Path(megatron_gspo.__file__).parent
 
 LAYERS = [
-    {"errors", "limits", "_packing", "quiet", "versions"},
+    {"errors", "limits", "section", "_packing", "quiet", "versions"},
     {"supervise"},
     {"types", "storage", "calls", "untrusted"},
     {"algorithm"},
@@ -103,7 +103,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("module", ["config", "errors", "algorithm.catalog"])
+@pytest.mark.parametrize("module", ["config", "errors", "algorithm.catalog", "algorithm.gspo"])
 def test_the_configuration_is_read_without_torch(module):
     run(f"import megatron_gspo.{module}, sys; assert 'torch' not in sys.modules")
 

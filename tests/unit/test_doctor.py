@@ -538,9 +538,9 @@ def test_token_rewards_under_gspo_are_said_to_be_averaged(case: Case) -> None:
     [
         (["optimizer.min_lr=1e-7"], "warning", "optimizer.min_lr has no effect"),
         (
-            ['algorithm.name="sft"', "algorithm.clip_low=0.1"],
+            ['algorithm.name="sft"', "algorithm.kl_loss_coef=0.1"],
             "warning",
-            "algorithm.clip_low, data.eval_path has no effect",
+            "algorithm.kl_loss_coef, data.eval_path has no effect",
         ),
         (["train.minibatches=1", "algorithm.clip_high=0.01"], "warning", "nothing is ever clipped"),
         (["optimizer.warmup_steps=300"], "warning", "optimizer.warmup_steps = 300 of 400"),

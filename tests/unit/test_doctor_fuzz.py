@@ -18,7 +18,7 @@ from megatron_gspo.doctor.check import Check
 from megatron_gspo.hf.catalog import SIZES
 from tests.unit.doctor_cases import Case, prepare
 
-fuzz = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+fuzz = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 SCALARS = st.one_of(
     st.none(),

@@ -53,9 +53,10 @@ def test_every_setting_is_explained_in_the_words_of_the_page(capsys, monkeypatch
 
 def test_a_setting_says_its_type_bounds_default_and_meaning(capsys):
     assert explain(capsys, "optimizer.lr") == "optimizer.lr\n    number > 0, default 1e-06\n    Peak learning rate.\n"
-    assert '"gspo", "gspo-token", "grpo", "ppo", "sft", default "gspo"' in explain(capsys, "algorithm.name")
+    assert '"gspo", "gspo-token", "grpo", "ppo", "dapo"' in explain(capsys, "algorithm.name")
     assert "string, required" in explain(capsys, "model.path")
-    assert "number > 0 and < 1, default absent" in explain(capsys, "algorithm.clip_low")
+    assert "number > 0 and < 1, default 0.0003 (gspo, gspo-token), 0.2 (grpo," in explain(capsys, "algorithm.clip_low")
+    assert "Of sapo." in explain(capsys, "algorithm.tau_positive")
 
 
 def test_a_key_of_one_section_alone_and_what_can_be_copied_are_understood(capsys):
@@ -99,7 +100,7 @@ def test_lines_are_as_wide_as_the_terminal_and_no_word_is_lost(width, capsys, mo
         ("optimzer", "no setting 'optimzer' (did you mean optimizer?)"),
         ("optimizer.lrr", "no setting 'optimizer.lrr' (did you mean optimizer.lr?)"),
         ("optimiser.lr", "no setting 'optimiser.lr' (did you mean optimizer.lr?)"),
-        ("algorithm.lr", "no setting 'algorithm.lr' (keys of algorithm: name, clip_low, "),
+        ("algorithm.lr", "no setting 'algorithm.lr' (keys of algorithm: name, aggregation, credit, "),
         ("grop_size", "no setting 'grop_size' (did you mean rollout.group_size?)"),
         ("learning_rate", "no setting 'learning_rate' (did you mean optimizer.lr?)"),
         ("clip", "did you mean algorithm.clip_low, algorithm.clip_high, algorithm.allow_wide_clip or "),

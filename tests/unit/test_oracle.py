@@ -32,11 +32,11 @@ def test_logprobs_are_those_of_transformers_up_to_its_fp32_roundings(hf_dir: Pat
     for attention in ("eager", "sdpa"):
         model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, attn_implementation=attention)
         for sample, logprobs, entropy in zip(samples, exact, entropies, strict=True):
-            ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64))
+            ids = torch.from_numpy(sample.token_ids.astype(np.int64))
             with torch.no_grad():
-                logits = model(ids[None]).logits[0, len(sample.prompt_ids) - 1 : -1] / 0.7
+                logits = model(ids[None]).logits[0, sample.predicting] / 0.7
             distribution = torch.distributions.Categorical(logits=logits)
-            expected = distribution.log_prob(ids[len(sample.prompt_ids) :]).double()
+            expected = distribution.log_prob(ids[sample.predicting + 1]).double()
             torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-4)
             torch.testing.assert_close(entropy, distribution.entropy().double(), rtol=0, atol=1e-4)
 

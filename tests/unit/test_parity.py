@@ -1,16 +1,16 @@
 """The pure parts of the parity check: names of layouts, the mini-batches and the naive formulas."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_gspo.algorithm.catalog import LOSSES
+from megatron_gspo.algorithm.base import algorithm_class
+from megatron_gspo.algorithm.catalog import policy_losses
 from megatron_gspo.algorithm.metrics import finish, minibatch_sums
-from megatron_gspo.algorithm.objective import policy_objective, resolve_loss
+from megatron_gspo.algorithm.objective import objective
 from megatron_gspo.algorithm.packing import pack, shard_tokens
 from megatron_gspo.algorithm.planning import padded_length, plan_microbatches
 from megatron_gspo.algorithm.ratios import segment_sum
@@ -20,7 +20,7 @@ from megatron_gspo.errors import ConfigError
 from megatron_gspo.parity.case import STEPS, TOTAL_STEPS, Case, random_samples, straddling_old
 from megatron_gspo.parity.layouts import ALL, AXES, Layout, choose_layouts, layout_of, parse_layout
 from megatron_gspo.parity.models import cut_model
-from megatron_gspo.parity.naive import naive_term, naive_weights
+from megatron_gspo.parity.naive import FORMULAS, Response, naive_term, naive_weights
 from megatron_gspo.parity.naive_adamw import NaiveAdamW, decays, gradient_norm, naive_lr
 from megatron_gspo.parity.naive_metrics import Measured, naive_metrics
 from megatron_gspo.policy.optimizer import learning_rate
@@ -138,12 +138,12 @@ def test_the_two_steps_lie_in_the_warm_up_and_in_the_decay():
     assert settings.min_lr < rates[STEPS[1]] < settings.lr
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", policy_losses())
 def test_old_logprobs_put_ratios_on_both_sides_of_both_ends_and_none_near_one(loss):
     case = Case("", random_samples(67, 0), loss=loss)
-    new = [np.random.default_rng(1).normal(-3, 1, len(s.response_ids)) for s in case.samples]
+    new = [np.random.default_rng(1).normal(-3, 1, s.num_trained) for s in case.samples]
     log_w = [new_R - straddling_old(case, index, new_R) for index, new_R in enumerate(new)]
-    if LOSSES[loss].ratio == "sequence":
+    if algorithm_class(loss).clips == "responses":
         ratios = np.array([row.mean() for row in log_w])
         assert any(np.abs(row).max() > 1.5 * abs(row.mean()) for row in log_w), "tokens vary within a response"
     else:
@@ -154,19 +154,24 @@ def test_old_logprobs_put_ratios_on_both_sides_of_both_ends_and_none_near_one(lo
 def losses_of(loss, case):
     """(new [R], old, ref, advantages, weights) by sample, of made-up logprobs."""
     rng = np.random.default_rng(1)
-    new = [torch.from_numpy(rng.normal(-3, 1, len(s.response_ids))).requires_grad_() for s in case.samples]
+    new = [torch.from_numpy(rng.normal(-3, 1, s.num_trained)).requires_grad_() for s in case.samples]
     old = [torch.from_numpy(straddling_old(case, i, n.detach().numpy())) for i, n in enumerate(new)]
     ref = [n.detach() + torch.from_numpy(rng.normal(0, 0.3, len(n))) for n in new]
     weights = naive_weights([sample.group for sample in case.samples])
     return new, old, ref, [case.advantages(i) for i in range(len(new))], weights
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+def response(n, o, r, a, rollout=()):
+    return Response(list(n.unbind()), o.tolist(), r.tolist(), list(rollout), a)
+
+
+@pytest.mark.parametrize("loss", ["gspo", "gspo-token", "grpo", "ppo"])
 def test_the_naive_formulas_are_those_of_the_tests_oracle(loss):
     case = Case("", random_samples(67, 0), loss=loss)
     new, old, ref, advantages, weights = losses_of(loss, case)
     rows = zip(new, old, ref, advantages, weights, strict=True)
-    terms = [naive_term(loss, n, o, r, a, w, 1e-3, 0.25) for n, o, r, a, w in rows]
+    clip = {"clip_low": 1e-3, "clip_high": 1e-3}
+    terms = [naive_term(loss, response(n, o, r, a), clip, w, 0.25) for n, o, r, a, w in rows]
     expected = oracle.naive_loss(loss, new, old, advantages, weights, 1e-3, 1e-3)
     kl = oracle.naive_kl(new, old, ref, weights)
     assert [term.low for term in terms] == expected.clipped_low
@@ -180,12 +185,19 @@ def test_the_naive_formulas_are_those_of_the_tests_oracle(loss):
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-15)
 
 
+def test_every_algorithm_of_the_catalog_has_a_naive_form():
+    assert set(FORMULAS) == set(policy_losses())
+
+
 def test_naive_weights_are_1_over_groups_and_survivors():
     assert naive_weights([0, 0, 0, 2, 2, 5]) == [1 / 9] * 3 + [1 / 6] * 2 + [1 / 3]
     groups = [0] * 4 + [1] * 4 + [2, 2, 3]
     lengths = [[7] * 4, [3] * 4, [5, 6], [9]]
     paper = np.concatenate(response_weights("paper", lengths, max_response_tokens=9))
     assert naive_weights(groups) == pytest.approx(paper, rel=1e-15)
+    for name in ("token-mean", "group-token-mean", "token-sum"):
+        expected = np.concatenate(response_weights(name, lengths, max_response_tokens=9))
+        assert naive_weights(groups, [n for g in lengths for n in g], name, 9) == pytest.approx(expected, rel=1e-15)
 
 
 def test_the_naive_optimizer_is_torchs_adamw_behind_its_clipping_with_norms_and_biases_exempt():
@@ -231,33 +243,26 @@ def test_norms_and_biases_do_not_decay(name, exempt):
     assert decays(name) is not exempt
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", policy_losses())
 def test_naive_metrics_are_those_that_a_run_reports_from_sums(loss):
     case = Case("", random_samples(67, 0), loss=loss)
     new, old, ref, advantages, weights = losses_of(loss, case)
-    samples = [replace(s, weight=w) for s, w in zip(case.samples, weights, strict=True)]
+    samples = [s.placed(w) for s, w in zip(case.samples, weights, strict=True)]
     shard = shard_tokens(pack(samples, loss_dtype=torch.float64), Shard())
 
     def packed(values):
         values_T = torch.zeros(len(shard.mask_T), dtype=torch.float64)
         return values_T.masked_scatter(shard.mask_T, torch.cat(list(values)))
 
-    shard = replace(shard, old_logprobs_T=packed(old), ref_logprobs_T=packed(ref))
+    shard = shard.replace(old_logprobs_T=packed(old), ref_logprobs_T=packed(ref))
     entropy = [0.1 + n.detach() ** 2 for n in new]
-    output = policy_objective(
-        shard,
-        packed(n.detach() for n in new),
-        loss=resolve_loss(loss),
-        clip_low=1e-3,
-        clip_high=1e-3,
-        kl_loss_coef=0.25,
-        sequence_sum=segment_sum,
-    )
+    algorithm = case.algorithm.model_copy(update={"kl_loss_coef": 0.25})
+    output = objective(algorithm, shard, packed(n.detach() for n in new), segment_sum)
     reported = finish(minibatch_sums(shard, output, packed(entropy), packed(n.detach() for n in new)))
     measured = []
     for index, (n, o, r, a, w) in enumerate(zip(new, old, ref, advantages, weights, strict=True)):
-        term = naive_term(loss, n, o, r, a, w, 1e-3, 0.25)
         rollout = samples[index].rollout_logprobs.astype(np.float64)
+        term = naive_term(loss, response(n.detach(), o, r, a, rollout), algorithm.model_dump(), w, 0.25)
         values = (v.detach().numpy() for v in (n, o, r))
         measured.append(Measured(*values, rollout, entropy[index].numpy(), a, term.low, term.high, term.loss.item()))
     naive = naive_metrics(measured, {3: np.array([2, 4, 0, 2]), 4: np.array([2, 2, 2, 2])})
@@ -265,7 +270,9 @@ def test_naive_metrics_are_those_that_a_run_reports_from_sums(loss):
     assert set(reported) == set(naive)
     for name, value in reported.items():
         assert value == pytest.approx(naive[name].value, rel=1e-12, abs=1e-13), name
-    assert reported["clip/frac_low"] > 0 and reported["clip/frac_high"] > 0 and reported["kl/engine_tail"] > 0
+    clips = algorithm.clips != "nothing"
+    assert (reported["clip/frac_low"] > 0, reported["clip/frac_high"] > 0) == (clips, clips)
+    assert reported["kl/engine_tail"] > 0
 
 
 def test_a_cut_model_keeps_its_files_and_has_fewer_layers(tmp_path: Path):

@@ -19,7 +19,7 @@ NAMES = ("model.norm.weight", "model.layers.0.mlp.experts.0.up_proj.weight")
 
 def reference_of(case: Case) -> Reference:
     """A made-up reference: logprobs by token number, one router of two experts out of four, a step of 4 responses."""
-    old = {index: np.full(len(s.response_ids), -3.0) for index, s in enumerate(case.samples)}
+    old = {index: np.full(s.num_trained, -3.0) for index, s in enumerate(case.samples)}
     case = replace(case, old=old, ref=old, clip_grad=1.0)
     clipped = np.zeros(case.tokens, dtype=bool)
     clipped[case.predicting(0)] = True
@@ -48,7 +48,7 @@ def reference_of(case: Case) -> Reference:
 def part_of(reference: Reference) -> Part:
     """One rank's answer that is the reference's."""
     case, (step,) = reference.case, reference.steps
-    numbers = np.concatenate([np.arange(own.start, own.stop) for own in map(case.predicting, range(len(case.samples)))])
+    numbers = np.concatenate([case.predicting(index) for index in range(len(case.samples))])
     every = np.arange(case.tokens)
 
     def choices() -> Choices:
@@ -240,7 +240,7 @@ def test_what_follows_from_a_near_tie_below_is_excused_and_what_does_not_is_not(
 def test_a_clip_decision_that_flips_fails_a_layout_unless_it_was_a_near_tie(reference):
     part, (step,) = part_of(reference), reference.steps
     training = part.steps[0].training
-    own = np.isin(training.numbers[0], np.arange(*reference.case.predicting(1).indices(10**6)))
+    own = np.isin(training.numbers[0], reference.case.predicting(1))
     part.steps[0].training = replace(training, clipped=[training.clipped[0] ^ own])
     part.steps[0].metrics["clip/frac_low"] = 0.5
     row = verdict([part], reference)

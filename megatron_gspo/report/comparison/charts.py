@@ -284,9 +284,9 @@ def quantile_chart(comparison: Comparison) -> dict[str, Any] | None:
 
 
 def clip_range(loss: str, cells: Sequence[Cell]) -> list[float] | None:
-    from megatron_gspo.algorithm.catalog import LOSSES
+    from megatron_gspo.algorithm.catalog import find
 
-    if loss not in LOSSES or LOSSES[loss].ratio != "sequence":
+    if find(loss).clips != "responses":
         return None
     return next((list(found) for cell in cells if (found := cell.digest.get("clip_range"))), None)
 

@@ -1,0 +1,44 @@
+"""Forward passes before training: each makes columns of every micro-batch.
+
+Adding one is a function here and an entry in ``PASSES``, or ``module:function`` of your own; the algorithm that needs
+it names it (``Algorithm.passes``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import cast
+
+import torch
+
+from megatron_gspo.errors import ConfigError
+from megatron_gspo.train.context import Learner
+from megatron_gspo.types import Column, Columns, PackedBatch
+
+Made = Sequence[Mapping[Column, torch.Tensor]]
+"""By micro-batch, this rank's part of what a pass has made; empty but on the last stage."""
+Pass = Callable[[Learner, Sequence[PackedBatch]], Made]
+"""(run, micro-batches) -> columns. Collective."""
+
+
+def reference_pass(run: Learner, batches: Sequence[PackedBatch]) -> Made:
+    """log pi_ref of every token, by the frozen reference; its routers choose for themselves."""
+    assert run.reference is not None
+    return [{Columns.ref_logprobs_T: logprobs_T} for logprobs_T, _ in run.reference.logprobs(batches)]
+
+
+PASSES: dict[str, Pass] = {"reference": reference_pass}
+
+
+def find_pass(name: str) -> Pass:
+    """An entry of ``PASSES``, or ``module:function``. Raises ConfigError for what is neither."""
+    if name in PASSES:
+        return PASSES[name]
+    module, _, function = name.partition(":")
+    try:
+        return cast(Pass, getattr(import_module(module), function))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f'pass "{name}": {type(error).__name__}: {error} (known: {", ".join(PASSES)}, or module:function)'
+        ) from None

@@ -1,0 +1,69 @@
+"""Prompts, and what came of them: responses, and groups of responses with their rewards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, rendered and tokenized."""
+
+    id: str
+    """Unique within its file; the seed of a rollout is derived from it."""
+    text: str
+    """After the chat template, exactly what ``token_ids`` encodes."""
+    token_ids: tuple[int, ...]
+    """[N], never empty."""
+    answer: str
+    """Reference answer, handed to the reward; empty when there is none."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Whatever else the prompt's line held."""
+    visit: int = 0
+    """How often this outer step has drawn the prompt before: an epoch's end may lie in it. Enters the seed."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response of the inference engine, validated on arrival."""
+
+    prompt: Prompt
+    sample: int
+    """Position in its group, 0 <= sample < G."""
+    response_ids: np.ndarray
+    """[R] int32; ends with the stop token when ``finish_reason`` is "stop"."""
+    rollout_logprobs: np.ndarray
+    """[R] float32; the engine's log mu(token | prefix) after temperature, aligned with ``response_ids``."""
+    finish_reason: FinishReason
+    """"stop": a stop token was drawn; "length": the limit cut it (truncated); "abort": the server gave up."""
+    weight_versions: tuple[int, ...]
+    """Distinct weight versions that produced the tokens, in order; more than one means a mixed-version response."""
+    text: str = ""
+    """``response_ids`` decoded without the stop token at their end, and without special tokens unless
+    ``reward.special_tokens``; what rewards read."""
+    routes: np.ndarray | None = None
+    """[at most N + R - 1, L, K] uint8 (up to 256 experts) or uint16: row i holds the experts that token i, as input,
+    was sent to. L counts dense layers too, whose rows mean nothing. None when routes were not asked for, or when they
+    are not those of one set of weights (a mixed-version response)."""
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The surviving responses of one prompt, with their rewards."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    """G_p survivors, at least two."""
+    rewards_G: np.ndarray
+    """[G_p] float64 in [0, 1]."""
+    token_rewards_G: tuple[np.ndarray, ...] | None = None
+    """Per-token rewards, each [R] float64 in [0, 1]; None when the reward gave one number per response."""
