@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import ConfigDict, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
-from megatron_gspo.algorithm.catalog import find
+from megatron_gspo.algorithm.catalog import ALGORITHMS, find
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.section import NonNegativeFloat, Section
 
@@ -108,6 +108,20 @@ class Algorithm(Section):
                 f'"paper", or a loss with a term for each token (name = "gspo-token")'
             )
         return self
+
+
+class Unread(Algorithm):
+    """An algorithm of somebody's own in a run that is only read about: its code is not imported, nor its settings."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    source: ClassVar = "a class outside of this package"
+
+    @classmethod
+    def in_place_of_own(cls, settings: Any) -> Any:
+        """A tree of settings as it is, or an ``Unread`` where it names no entry of the catalog."""
+        own = isinstance(settings, dict) and settings.get("name", "gspo") not in ALGORITHMS
+        return cls.model_validate(settings) if own else settings
 
 
 def algorithm_class(name: object) -> type[Algorithm]:

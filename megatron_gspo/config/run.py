@@ -85,6 +85,10 @@ class RunConfig(Section):
                 f"replay.{name} = {getattr(self.replay, name)!r} is about the routes of responses, and "
                 f"{self.algorithm.name} has none: remove it"
             )
+        if not self.algorithm.draws_responses and self.correction != Correction():
+            raise ValueError(
+                f"correction is about the engine that draws responses, and {self.algorithm.name} has none: remove it"
+            )
         self._check_paths()
         prompt, response = self.rollout.max_prompt_tokens, self.rollout.max_response_tokens
         longest = padded_length(prompt + response, self.parallel.context)

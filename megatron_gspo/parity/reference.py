@@ -34,7 +34,7 @@ from megatron_gspo.parity.tensors import GRADIENTS, PARAMETERS
 from megatron_gspo.policy.model import load_weights
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.policy.routes import record_routes
-from megatron_gspo.train.context import Learner
+from megatron_gspo.train.learner import Learner
 from megatron_gspo.types import RouteShard
 
 ONE_PROCESS = Layout("one process")

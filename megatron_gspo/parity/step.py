@@ -24,7 +24,7 @@ from megatron_gspo.policy.policy import Policy
 from megatron_gspo.policy.routes import record_routes
 from megatron_gspo.train import step as training
 from megatron_gspo.train.batch import Minibatch, place
-from megatron_gspo.train.context import Learner, build_learner
+from megatron_gspo.train.learner import Learner, build_learner
 from megatron_gspo.train.replay import MinibatchRoutes
 from megatron_gspo.types import RouteShard, Sample, TokenShard
 

@@ -15,7 +15,7 @@ import pickle
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,9 @@ from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.parallel.exchange import broadcast_object, together
 from megatron_gspo.policy.checkpoint_files import check_metadata, read_header, verify, weights_only
 from megatron_gspo.policy.checkpoint_write import PendingSave, address
-from megatron_gspo.policy.policy import Policy
+
+if TYPE_CHECKING:
+    from megatron_gspo.policy.policy import Policy
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 """What Adam keeps of a parameter, in Megatron's names: the master weight and the two moments."""

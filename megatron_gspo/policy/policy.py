@@ -15,6 +15,7 @@ from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.layout import check_layout, check_recompute, check_replay
 from megatron_gspo.parallel.exchange import together
+from megatron_gspo.policy.checkpoint import load_weights_of
 from megatron_gspo.policy.checkpoint_files import is_distributed
 from megatron_gspo.policy.export import complete_gradients, gradient_of, stream_tensors
 from megatron_gspo.policy.groups import Groups
@@ -123,8 +124,6 @@ class Policy:
     def _load(self, directory: Path) -> None:
         """Fills the chunks from safetensors, or from a distributed checkpoint beside ``config.json``. Collective."""
         if is_distributed(directory):
-            from megatron_gspo.policy.checkpoint import load_weights_of  # which is of policies
-
             load_weights_of(self, directory)
             return
         together(lambda: self._read(HfReader(directory)), self.groups.world)  # what is wrong may be so on one stage

@@ -24,7 +24,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from megatron_gspo.config import RunConfig, dump, load
+from pydantic import ValidationError
+
+from megatron_gspo.algorithm.base import Unread
+from megatron_gspo.config import RunConfig, dump, parse, read
 from megatron_gspo.errors import ConfigError, DataError
 from megatron_gspo.report.metrics import INITIAL, PLACE, Record, clean, finite, strict
 from megatron_gspo.storage import claiming, replace_text
@@ -171,10 +174,12 @@ class RunDirectory:
         return path
 
     def config(self) -> RunConfig | None:
-        """The run's configuration; None when it is missing or this version cannot read it."""
+        """The run's configuration; None when it is missing or this version cannot read it. No code that it names is
+        run: an algorithm of the user's own is ``Unread``."""
         try:
-            return load(self.config_file)
-        except ConfigError:
+            tree = read(self.config_file)
+            return parse({**tree, "algorithm": Unread.in_place_of_own(tree.get("algorithm", {}))})
+        except (ConfigError, ValidationError):
             return None
 
     def manifest(self) -> dict[str, Any]:

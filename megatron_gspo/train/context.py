@@ -20,7 +20,6 @@ from megatron_gspo.errors import DataError
 from megatron_gspo.hf.carried import carried_names
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.parallel.exchange import agree, gather_objects
-from megatron_gspo.parallel.sequence import ShardedSequenceSum
 from megatron_gspo.policy.checkpoint_files import is_distributed
 from megatron_gspo.policy.groups import Groups
 from megatron_gspo.policy.policy import Policy
@@ -32,21 +31,10 @@ from megatron_gspo.sync.gap import in_dtype, with_router_noise
 from megatron_gspo.sync.head import HEAD, with_head
 from megatron_gspo.sync.peers import Peers
 from megatron_gspo.train.engine_gate import EngineGate, make_gate
+from megatron_gspo.train.learner import Learner, build_learner
 from megatron_gspo.train.models import check_models, check_served, engine_holds_head
 from megatron_gspo.train.progress import fingerprint
 from megatron_gspo.types import OPEN, ServerAccess
-
-
-@dataclass(frozen=True)
-class Learner:
-    """One rank's share of what computes an outer step's passes and updates, once the responses are there."""
-
-    config: RunConfig
-    groups: Groups
-    policy: Policy
-    reference: Policy | None
-    """The frozen reference; None unless the loss has a KL term."""
-    sequence_sum: ShardedSequenceSum
 
 
 @dataclass(frozen=True)
@@ -162,22 +150,6 @@ def load_inputs(config: RunConfig) -> Inputs:
         )
     eval_prompts = load(config.data.eval_path, limit=config.eval.prompts, whole=True) if config.data.eval_path else None
     return Inputs(tokenizer, prompts, eval_prompts, resolve_reward(config.reward), config.data.chat_template)
-
-
-def build_learner(config: RunConfig, groups: Groups) -> Learner:
-    """Loads the policy and, for a KL term, the reference. Collective. Raises UserError for what the user can mend."""
-    policy = Policy(config, groups)
-    reference = None
-    if config.algorithm.uses_reference:
-        path = config.algorithm.reference or config.model.path
-        reference = Policy(config, groups, path=path, trainable=False)
-    return Learner(
-        config=config,
-        groups=groups,
-        policy=policy,
-        reference=reference,
-        sequence_sum=ShardedSequenceSum(groups.token),
-    )
 
 
 def build_run(

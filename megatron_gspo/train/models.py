@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_gspo.algorithm.importance import rule_named
 from megatron_gspo.config import RolloutConfig, RunConfig
 from megatron_gspo.errors import ConfigError, UserError
 from megatron_gspo.hf.catalog import read_config, read_model
@@ -18,14 +19,24 @@ from megatron_gspo.hf.names import holds_weights
 from megatron_gspo.policy.checkpoint_files import is_distributed
 from megatron_gspo.rollout.engine import ENGINES
 from megatron_gspo.rollout.probe import probe
+from megatron_gspo.train.passes import find_pass
 
 TOLD_APART_BY = ("architectures", "vocab_size", "num_hidden_layers", "hidden_size", "num_experts")
 """Of config.json: a model of others takes none of the policy's weights, or keeps some of its own."""
 
 
+def check_own_code(config: RunConfig) -> None:
+    """Raises ConfigError for a rule or a pass that cannot be had, before anything is started."""
+    if config.correction.rule != "off":
+        rule_named(config.correction.rule)
+    for name in config.algorithm.passes:
+        find_pass(name)
+
+
 def check_models(config: RunConfig) -> None:
     """Raises ConfigError, naming the setting, for a policy of too few positions or of layers that the engine does not
     have, noise on the routers of a model that has none, and a reference that cannot be one."""
+    check_own_code(config)
     family, shape = read_model(config.model.path)
     check_companions(Path(config.model.path))
     check_positions(config.rollout, shape)

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.train.context import Learner
+from megatron_gspo.train.learner import Learner
 from megatron_gspo.types import Column, Columns, PackedBatch
 
 Made = Sequence[Mapping[Column, torch.Tensor]]

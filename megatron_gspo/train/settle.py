@@ -13,7 +13,7 @@ from megatron_gspo.parallel.exchange import broadcast_object, gather_objects
 from megatron_gspo.parallel.metrics import reduce_token_sums
 from megatron_gspo.policy.groups import device
 from megatron_gspo.train.batch import Key, weights_of
-from megatron_gspo.train.context import Learner
+from megatron_gspo.train.learner import Learner
 from megatron_gspo.types import TokenShard
 
 SUMS = ("tokens", "weight", "weight_squared", "left_out", "out_of_band", "rho_squared", "log_mu", "log_old")

@@ -23,7 +23,8 @@ from megatron_gspo.policy.groups import device
 from megatron_gspo.train.batch import Minibatch, check_tokens, place
 from megatron_gspo.train.clock import Clock
 from megatron_gspo.train.collect import collect_rollouts, draw_prompts, score, summarise
-from megatron_gspo.train.context import Learner, Run
+from megatron_gspo.train.context import Run
+from megatron_gspo.train.learner import Learner
 from megatron_gspo.train.noise import measure_noise
 from megatron_gspo.train.passes import find_pass
 from megatron_gspo.train.progress import SKIPPED

@@ -34,6 +34,8 @@ EXCEPTIONS = {
 
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 MODULES = sorted(ROOT.rglob("*.py"))
+NAMED = [".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__") for path in MODULES]
+NAMES = set(NAMED)
 
 
 def name_of(path: Path) -> str:
@@ -77,6 +79,32 @@ def test_imports_run_one_way():
         if LEVEL[imported] >= LEVEL[package] and (package, imported) not in EXCEPTIONS
     ]
     assert not upward
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of ours that a file imports when it is used, inside functions too; not those that only types need."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guarded = {
+        ast.unparse(statement)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for statement in node.body
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and ast.unparse(node) not in guarded:
+            found |= {
+                name if name in NAMES else str(node.module) for name in (f"{node.module}.{a.name}" for a in node.names)
+            }
+    return found & NAMES
+
+
+def test_no_files_import_each_other_in_a_circle():
+    waiting = {name: imported_modules(path) - {name} for name, path in zip(NAMED, MODULES, strict=True)}
+    while free := [name for name, needed in waiting.items() if not needed & waiting.keys()]:
+        for name in free:
+            del waiting[name]
+    assert not waiting, "each of these imports one that imports it in the end"
 
 
 def test_every_exception_is_in_use():
