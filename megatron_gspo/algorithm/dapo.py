@@ -15,7 +15,7 @@ class Dapo(ClippedTokens):
 
     The paper averages over the tokens of a prompt's group, and prompts with each other; implementations take the mean
     over all tokens of the mini-batch, which is ``aggregation = "token-mean"``. Its other parts are settings of their
-    own: ``rollout.dynamic_sampling`` and ``reward.overlong_*``.
+    own: ``rollout.dynamic_sampling``, ``overlong_buffer`` and ``on_truncated``.
     """
 
     source: ClassVar = "arXiv 2503.14476, eq. 8 and section 4.1"

@@ -44,6 +44,9 @@ class RolloutConfig(Section):
     """Seconds a local server may take until it is healthy."""
     group_size: Annotated[int, Field(ge=2)] = 8
     """Responses G per prompt."""
+    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    """How often, at most, the places of groups whose rewards are all equal, or that were dropped, are drawn anew from
+    further prompts of the order (DAPO). What the last time brings is kept. 0 never."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; the trainer's logprobs and entropy use the same."""
     top_p: float = 1.0
@@ -69,8 +72,14 @@ class RolloutConfig(Section):
     """Further tries after a connection failure, a 5xx answer or an abort; each with the same seed."""
     seeded: bool | None = None
     """Repeatable sampling: seed = hash(run seed, outer step, prompt, sample). Absent: on a CPU only."""
-    on_truncated: Literal["keep", "drop", "zero"] = "keep"
-    """Truncated responses: keep their reward, drop them, or keep them with reward 0."""
+    on_truncated: Literal["keep", "drop", "zero", "mask"] = "keep"
+    """Truncated responses: keep their reward, drop them, keep them with reward 0, or let their reward count in their
+    group and do not train on them ("mask": DAPO's overlong filtering)."""
+    overlong_buffer: Annotated[int, Field(ge=0)] = 0
+    """DAPO's overlong shaping: of the last so many tokens below ``max_response_tokens``, each takes
+    ``overlong_penalty`` / ``overlong_buffer`` off the reward. 0: none."""
+    overlong_penalty: PositiveFloat = 1.0
+    """What a response of ``max_response_tokens`` loses."""
     on_mixed_version: Literal["drop", "keep", "error"] = "drop"
     """Responses whose tokens come from more than one weight version."""
 
@@ -92,6 +101,11 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:
+        if self.overlong_buffer > self.max_response_tokens:
+            raise ValueError(
+                f"overlong_buffer = {self.overlong_buffer} is longer than max_response_tokens = "
+                f"{self.max_response_tokens}: every response would lose some of its reward"
+            )
         for name, only in (("top_p", 1.0), ("top_k", -1), ("min_p", 0.0)):
             value = getattr(self, name)
             if value != only:

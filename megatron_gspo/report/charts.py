@@ -106,6 +106,16 @@ SECTIONS = (
                 "Every response of the step was dropped; the weights stayed as they were.",
                 zero=True,
             ),
+            Chart(
+                "Dynamic sampling",
+                "prompts, rounds per outer step",
+                (
+                    Curve("dynamic/drawn", "prompts drawn"),
+                    Curve("dynamic/rounds", "times that places were drawn anew"),
+                    Curve("dynamic/left", "places left with equal rewards"),
+                ),
+                zero=True,
+            ),
             Chart("Skipped prompts", "prompts", (Curve("data/skipped", "bad rows, replaced by the next"),), zero=True),
         ),
     ),

@@ -133,6 +133,14 @@ METRICS: dict[str, Metric] = {
         "Share of tokens with max(rho, 1/rho) > 2.",
         "Below 1e-4; above 0.1 went with a crash (arXiv 2510.11370).",
     ),
+    "dynamic/drawn": Metric(
+        "count",
+        "Prompts drawn in the outer step; with `rollout.dynamic_sampling` alone, as are the next.",
+        "Far above `train.prompts_per_step`, most groups teach nothing.",
+        combine="last",
+    ),
+    "dynamic/rounds": Metric("count", "How often places were drawn anew.", "Below its limit.", combine="last"),
+    "dynamic/left": Metric("count", "Places left with a group of equal rewards, or without one.", "0.", combine="last"),
     "correction/weight": Metric(
         "ratio",
         "Mean over response tokens of the weight that `[correction]` gives them; with a rule, `reject` or `veto` "

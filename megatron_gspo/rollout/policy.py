@@ -70,6 +70,20 @@ def zero_truncated(
     )
 
 
+def shape_overlong(
+    rollouts: Sequence[Rollout], rewards_G: Iterable[np.ndarray], config: RolloutConfig
+) -> tuple[np.ndarray, ...]:
+    """Rewards by response less what their length costs: min((L_max - buffer - |y|) / buffer * penalty, 0) is added, to
+    each token of a reward per token (arXiv 2503.14476, eq. 13)."""
+    buffer = config.overlong_buffer
+    if not buffer:
+        return tuple(rewards_G)
+    left = [config.max_response_tokens - buffer - len(rollout.response_ids) for rollout in rollouts]
+    return tuple(
+        reward + min(over / buffer * config.overlong_penalty, 0.0) for reward, over in zip(rewards_G, left, strict=True)
+    )
+
+
 def _reason_to_drop(rollout: Rollout, config: RolloutConfig) -> str | None:
     if rollout.finish_reason == "abort":
         return "aborted"

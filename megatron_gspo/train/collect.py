@@ -15,6 +15,7 @@ from megatron_gspo.algorithm.advantages import (
     batch_advantages,
     centred_advantages,
     group_advantages,
+    is_zero_variance,
     leave_one_out_advantages,
     token_group_advantages,
 )
@@ -24,7 +25,8 @@ from megatron_gspo.parallel.exchange import agree, gather_objects, together
 from megatron_gspo.policy.groups import Groups
 from megatron_gspo.rewards.scoring import GroupRewards, score_now
 from megatron_gspo.rollout.engine import Sampling
-from megatron_gspo.rollout.policy import Dropped, apply_policies, zero_truncated
+from megatron_gspo.rollout.policy import Dropped, apply_policies, shape_overlong, zero_truncated
+from megatron_gspo.train.clock import Clock
 from megatron_gspo.train.context import Run
 from megatron_gspo.train.draw import skip_notes, take_usable
 from megatron_gspo.train.survey import judge_drawn
@@ -57,34 +59,73 @@ class Collected:
     """Responses whose grading took too long."""
 
 
-def draw_prompts(run: Run, number: int) -> tuple[list[Prompt], dict[str, float]]:
-    """The outer step's prompts, on every rank, and the metric of those that were skipped, under ``data.skip_bad``.
-    Collective."""
-    count, skip_bad, groups = run.config.train.prompts_per_step, run.config.data.skip_bad, run.groups
+def collect(run: Run, number: int, clock: Clock) -> tuple[Collected, dict[str, float]]:
+    """The outer step's prompts, their graded responses, and the metrics of how they were drawn. Collective.
+
+    Under ``rollout.dynamic_sampling`` (DAPO, arXiv 2503.14476, section 3.2) the place of a group that teaches nothing,
+    since its rewards are all equal or its responses were dropped, is drawn anew from the prompts that follow in the
+    order, so many times at most. What the last time brings stays.
+    """
+    limit, places = run.config.rollout.dynamic_sampling, list(range(run.config.train.prompts_per_step))
+    collected, visits = Collected(), Counter[str]()
+    skipped = asked = rounds = 0
+    while True:
+        prompts, bad = draw_prompts(run, number, places, visits)
+        skipped, asked = skipped + bad, asked + len(prompts)
+        with clock("rollout"):
+            survivors, dropped = collect_rollouts(run, prompts, number)
+        with clock("reward"):
+            grade(run, survivors, dropped, collected)
+        places = without_variance(collected.groups, places, run.groups) if limit else []
+        if not places or rounds == limit:
+            break
+        rounds += 1
+        for place in places:
+            collected.groups.pop(place, None)
+    metrics = {"data/skipped": float(skipped)} if run.config.data.skip_bad else {}
+    if limit:
+        metrics |= {"dynamic/rounds": float(rounds), "dynamic/drawn": float(asked), "dynamic/left": float(len(places))}
+    give(run, collected)
+    return collected, metrics
+
+
+def without_variance(groups: Mapping[int, RolloutGroup], places: Sequence[int], ranks: Groups) -> list[int]:
+    """Those of the places, over all leaders, whose group is missing or has rewards that are all equal. Collective."""
+    mine = [place for place, group in groups.items() if not is_zero_variance(group.rewards_G)]
+    sound = {place for part in gather_objects(mine, ranks.world) for place in part}
+    return [place for place in places if place not in sound]
+
+
+def draw_prompts(run: Run, number: int, places: Sequence[int], visits: Counter[str]) -> tuple[dict[int, Prompt], int]:
+    """The next prompts of the order for these places of the outer step, on every rank, and how many bad ones were
+    skipped, under ``data.skip_bad``. Collective.
+
+    ``visits``: how often the outer step has drawn each prompt so far, by id; counts on.
+    """
+    skip_bad, groups = run.config.data.skip_bad, run.groups
 
     def judge(drawn: Mapping[int, tuple[int, Prompt]]) -> dict[int, str]:
         if run.references is None or not groups.is_leader:
             return {}
-        mine = {position: pair for position, pair in drawn.items() if position % groups.data_size == groups.data_rank}
+        mine = {at: pair for at, pair in drawn.items() if places[at] % groups.data_size == groups.data_rank}
         return judge_drawn(run.references, run.prompts, mine, skip_bad=skip_bad)
 
     drawn = take_usable(
         run.cursor,
-        count,
+        len(places),
         run.prompts.prompts.__getitem__,
         groups.world,
-        mine=range(count),
+        mine=range(len(places)),
         skip_bad=skip_bad,
         judge=judge,
     )
     run.notes.extend(skip_notes(number, drawn.skipped))
-    prompts = number_visits([drawn.items[position] for position in range(count)])
-    return prompts, {"data/skipped": float(len(drawn.skipped))} if skip_bad else {}
+    prompts = number_visits([drawn.items[at] for at in range(len(places))], visits)
+    return dict(zip(places, prompts, strict=True)), len(drawn.skipped)
 
 
-def number_visits(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts, each that was among those before it with its number of visits."""
-    seen: Counter[str] = Counter()
+def number_visits(prompts: Sequence[Prompt], seen: Counter[str]) -> list[Prompt]:
+    """The prompts, each that was seen before, or is among those before it, with its number of visits."""
     numbered = []
     for prompt in prompts:
         numbered.append(replace(prompt, visit=seen[prompt.id]) if seen[prompt.id] else prompt)
@@ -92,21 +133,22 @@ def number_visits(prompts: Sequence[Prompt]) -> list[Prompt]:
     return numbered
 
 
-def collect_rollouts(run: Run, prompts: Sequence[Prompt], number: int) -> tuple[dict[int, list[Rollout]], Dropped]:
-    """Each leader draws the responses of its share of the prompts. Collective: a failure reaches every rank."""
+def collect_rollouts(run: Run, prompts: Mapping[int, Prompt], number: int) -> tuple[dict[int, list[Rollout]], Dropped]:
+    """Each leader draws the responses of its share of the prompts, which are by place in the outer step. Collective: a
+    failure reaches every rank."""
     error: Exception | None = None
     survivors: dict[int, list[Rollout]] = {}
     dropped = Dropped()
     if run.groups.is_leader:
-        mine = prompts[run.groups.data_rank :: run.groups.data_size]
+        size, rank = run.groups.data_size, run.groups.data_rank
+        mine = {place: prompt for place, prompt in prompts.items() if place % size == rank}
         try:
-            drawn = asyncio.run(draw(run, mine, run.sampling(number), number)) if mine else []
-            positions = range(run.groups.data_rank, len(prompts), run.groups.data_size)
-            for position, group in zip(positions, drawn, strict=True):
+            drawn = asyncio.run(draw(run, list(mine.values()), run.sampling(number), number)) if mine else []
+            for place, group in zip(mine, drawn, strict=True):
                 kept, counts = apply_policies([group], run.config.rollout)
                 dropped = dropped + counts
                 if kept:
-                    (survivors[position],) = kept
+                    (survivors[place],) = kept
         except Exception as caught:
             error = caught
     agree(error, run.groups.world)
@@ -121,20 +163,34 @@ async def draw(run: Run, prompts: Sequence[Prompt], sampling: Sampling, weight_v
 
 def score(run: Run, survivors: dict[int, list[Rollout]], dropped: Dropped) -> Collected:
     """Rewards and advantages of this leader's groups. Collective: a failing reward reaches every rank."""
-    collected = Collected(dropped=dropped)
+    collected = Collected()
+    grade(run, survivors, dropped, collected)
+    give(run, collected)
+    return collected
+
+
+def grade(run: Run, survivors: dict[int, list[Rollout]], dropped: Dropped, collected: Collected) -> None:
+    """Adds this leader's groups with their rewards. Collective: a failing reward reaches every rank."""
     error: Exception | None = None
     try:
         rewards = score_now(run.reward, list(survivors.values())) if survivors else []
-        for (position, rollouts), scored in zip(survivors.items(), rewards, strict=True):
-            collected.groups[position] = _group(run, rollouts, scored)
+        for (place, rollouts), scored in zip(survivors.items(), rewards, strict=True):
+            collected.groups[place] = _group(run, rollouts, scored)
             collected.stopped += scored.stopped
     except Exception as caught:
         error = caught
     agree(error, run.groups.world)
+    collected.dropped = collected.dropped + dropped
+
+
+def give(run: Run, collected: Collected) -> None:
+    """Advantages of all groups, and the samples that they give. Collective."""
+    collected.groups = dict(sorted(collected.groups.items()))
     collected.advantages = give_credit(run.config.algorithm.credit, collected.groups, run.groups)
-    for position, group in collected.groups.items():
-        collected.samples += samples_of(position, group, collected.advantages[position])
-    return collected
+    for place, group in collected.groups.items():
+        masked = {r.sample for r in group.rollouts if r.truncated and run.config.rollout.on_truncated == "mask"}
+        made = samples_of(place, group, collected.advantages[place])
+        collected.samples += [sample for sample in made if sample.sample not in masked]
 
 
 def give_credit(credit: Credit, groups: Mapping[int, RolloutGroup], ranks: Groups) -> dict[int, np.ndarray]:
@@ -156,10 +212,11 @@ def give_credit(credit: Credit, groups: Mapping[int, RolloutGroup], ranks: Group
 
 def _group(run: Run, rollouts: list[Rollout], scored: GroupRewards) -> RolloutGroup:
     algorithm = run.config.algorithm
-    rewards_G = np.array(zero_truncated(rollouts, scored.rewards_G, run.config.rollout))
+    shaped = run.config.rollout
+    rewards_G = np.array(shape_overlong(rollouts, zero_truncated(rollouts, scored.rewards_G, shaped), shaped))
     token_rewards_G = None
     if scored.token_rewards_G is not None:
-        token_rewards_G = zero_truncated(rollouts, scored.token_rewards_G, run.config.rollout)
+        token_rewards_G = shape_overlong(rollouts, zero_truncated(rollouts, scored.token_rewards_G, shaped), shaped)
         if not algorithm.per_token or algorithm.credit != "group":
             taken = algorithm.name if not algorithm.per_token else f'algorithm.credit = "{algorithm.credit}"'
             warn_once(

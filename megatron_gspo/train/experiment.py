@@ -114,8 +114,9 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
     ),
     ("the engine samples from other weights", _other_engine_dtype, _names("rollout", "engine_dtype")),
     ("the engine samples from other weights", _always, _names("sync", "router_noise")),
-    ("other responses are trained on", _always, _names("rollout", "on_truncated on_mixed_version")),
+    ("other responses are trained on", _always, _names("rollout", "on_truncated on_mixed_version dynamic_sampling")),
     ("rewards are others", _always, _names("reward", "function options special_tokens")),
+    ("rewards are others", _always, _names("rollout", "overlong_buffer overlong_penalty")),
     ("gradients take other experts", _always, _names("replay", "mode")),
     ("eval/* means something else", _evaluates, _names("eval", "samples")),
     (

@@ -22,7 +22,7 @@ from megatron_gspo.parallel.metrics import heaviest_expert, reduce_metric_sums
 from megatron_gspo.policy.groups import device
 from megatron_gspo.train.batch import Minibatch, check_tokens, place
 from megatron_gspo.train.clock import Clock
-from megatron_gspo.train.collect import collect_rollouts, draw_prompts, score, summarise
+from megatron_gspo.train.collect import collect, summarise
 from megatron_gspo.train.context import Run
 from megatron_gspo.train.learner import Learner
 from megatron_gspo.train.noise import measure_noise
@@ -54,12 +54,8 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
         first_step: optimizer steps before this one.
     """
     clock = Clock()
-    prompts, skipped = draw_prompts(run, number)
-    with clock("rollout"):
-        survivors, dropped = collect_rollouts(run, prompts, number)
-    with clock("reward"):
-        collected = score(run, survivors, dropped)
-    summary = summarise(run, collected) | skipped
+    collected, drawn = collect(run, number, clock)
+    summary = summarise(run, collected) | drawn
     check_tokens(collected.samples, run.policy.shape.vocab_size, run.groups)
     minibatches = place(collected.samples, run.config, run.groups)
     if not minibatches:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import RolloutError
-from megatron_gspo.rollout.policy import Dropped, apply_policies, zero_truncated
+from megatron_gspo.rollout.policy import Dropped, apply_policies, shape_overlong, zero_truncated
 from tests.rollout.cases import rollout
 
 
@@ -63,3 +63,14 @@ def test_truncated_responses_are_kept_dropped_or_kept_with_reward_zero() -> None
     zeroed = zero_truncated(group, by_token, config(on_truncated="zero"))
     assert [tokens.tolist() for tokens in zeroed] == [[0.5, 1.0], [0.0, 0.0], [1.0]]
     assert apply_policies([group], config(on_truncated="drop"))[1] == Dropped(truncated=1)
+
+
+def test_length_near_the_limit_costs_reward_linearly() -> None:
+    """arXiv 2503.14476, eq. 13, with a limit of 8, a buffer of 4 and a penalty of 2: 0 up to 4 tokens, -2 at 8."""
+    config = RolloutConfig(max_response_tokens=8, overlong_buffer=4, overlong_penalty=2.0)
+    rollouts = [rollout(tokens=length) for length in (1, 4, 5, 8)]
+    shaped = shape_overlong(rollouts, [np.float64(1.0)] * 4, config)
+    assert [float(reward) for reward in shaped] == [1.0, 1.0, 0.5, -1.0]
+    per_token = shape_overlong(rollouts[3:], [np.full(8, 0.5)], config)
+    assert per_token[0].tolist() == [-1.5] * 8
+    assert shape_overlong(rollouts, [0.5] * 4, RolloutConfig()) == (0.5,) * 4

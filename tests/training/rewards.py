@@ -28,6 +28,14 @@ def first_token_is_even(prompt: Prompt, response: Rollout) -> float:
     return float(response.response_ids[0] % 2 == 0)
 
 
+def equal_for_every_other_prompt(prompt: Prompt, response: Rollout) -> float:
+    return share_of_even_tokens(prompt, response) if sum(map(ord, prompt.id)) % 2 else 0.5
+
+
+def always_equal(prompt: Prompt, response: Rollout) -> float:
+    return 1.0
+
+
 def share_of_even_tokens_of_an_answer(prompt: Prompt, response: Rollout) -> float:
     if prompt.answer == "none":
         raise ValueError(f"{prompt.id} has no answer")

@@ -41,7 +41,7 @@ class Seen:
 def start(config: RunConfig) -> tuple[Run, Collected]:
     run = build_run(config, make_groups(config.parallel), load_inputs(config), config.rollout.servers)
     run.sync.push(run.policy.weights(), 0)
-    survivors, dropped = collect_rollouts(run, run.prompts.prompts[: config.train.prompts_per_step], 0)
+    survivors, dropped = collect_rollouts(run, dict(enumerate(run.prompts.prompts[: config.train.prompts_per_step])), 0)
     return run, score(run, survivors, dropped)
 
 

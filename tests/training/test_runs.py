@@ -268,7 +268,7 @@ def test_the_noise_floor_is_rounding_at_equal_weights_and_sees_a_difference_that
 
 def noise_at_equal_and_at_moved_weights(config: RunConfig) -> tuple[dict[str, float], dict[str, float]]:
     run = _run(config)
-    survivors, dropped = collect_rollouts(run, run.prompts.prompts[: config.train.prompts_per_step], 0)
+    survivors, dropped = collect_rollouts(run, dict(enumerate(run.prompts.prompts[: config.train.prompts_per_step])), 0)
     minibatches = place(score(run, survivors, dropped).samples, config, run.groups)
     shards, _ = pi_old_pass(run, minibatches)
     floor = measure_noise(run, minibatches[0], shards[0], 0)
@@ -337,7 +337,7 @@ def test_a_failure_on_one_leader_reaches_every_rank(ranks: RankPool, make_config
 
 def collect_with_one_leader_failing(config: RunConfig) -> bool:
     run = _run(config)
-    prompts = run.prompts.prompts[:4]
+    prompts = dict(enumerate(run.prompts.prompts[:4]))
     if run.groups.data_rank == 1:
         run.engine.rollout_groups = mock.AsyncMock(side_effect=EngineReplyError("half a JSON"))
     try:
