@@ -82,7 +82,7 @@ class RunConfig(Section):
         if not self.algorithm.draws_responses and (self.replay.mode != "off" or self.replay.engine_routes_every):
             name = "mode" if self.replay.mode != "off" else "engine_routes_every"
             raise ValueError(
-                f"replay.{name} = {getattr(self.replay, name)!r} is about the routes of responses, and "
+                f"replay.{name} = {getattr(self.replay, name)!r} is about the routes of rollouts, and "
                 f"{self.algorithm.name} has none: remove it"
             )
         if not self.algorithm.draws_responses and self.correction != Correction():

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.train.learner import Learner
 from megatron_gspo.types import Column, Columns, PackedBatch
+
+if TYPE_CHECKING:
+    from megatron_gspo.train.learner import Learner  # which imports Megatron
 
 Made = Sequence[Mapping[Column, torch.Tensor]]
 """By micro-batch, this rank's part of what a pass has made; empty but on the last stage."""
-Pass = Callable[[Learner, Sequence[PackedBatch]], Made]
+Pass = Callable[["Learner", Sequence[PackedBatch]], Made]
 """(run, micro-batches) -> columns. Collective."""
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -143,3 +146,26 @@ def test_the_sum_over_a_long_response_stays_within_what_its_exponential_holds() 
     shard, _ = Case([sample], [nothing], [old], [nothing], 0.1, 0.1).shard()
     settings = Correction(rule="clip", level="sequence", low=0.0, high=1e12)
     assert correct(shard, settings, segment_sum).weights_T.max().item() == pytest.approx(math.exp(20))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``tools/corrections.py`` on 3 tokens and responses of 3."""
+    path = Path(__file__).parents[2] / "tools" / "corrections.py"
+    spec = importlib.util.spec_from_file_location("corrections_tool", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "corrections_tool", module)
+    spec.loader.exec_module(module)
+    module.VOCABULARY, module.LENGTH = 3, 3
+    return module
+
+
+def test_the_product_over_a_response_takes_the_gap_back_exactly_and_bounds_bring_bias(small: Any) -> None:
+    """Over every possible response: the mean of the corrected gradient is the gradient on the policy's own
+    distribution, whatever the engine's."""
+    found = small.measure(0.5)
+    assert found["none"][0] > 0.1
+    assert found["truncate, sequence, no bound"][0] < 1e-12
+    assert 0 < found["truncate, sequence, 2"][0] < found["none"][0]
+    assert found["truncate, sequence, no bound"][1] > found["truncate, sequence, 2"][1]
