@@ -11,6 +11,7 @@ estimate is its noise. Printed is the table of docs/corrections.md; both columns
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from dataclasses import dataclass
 
@@ -126,6 +127,7 @@ def measure(gap: float) -> dict[str, tuple[float, float]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     measured = {gap: measure(gap) for gap in GAPS}
     print("| rule | " + " | ".join(f"bias, noise {gap:g} | spread" for gap in GAPS) + " |")
     print("|---|" + "---|---|" * len(GAPS))
