@@ -63,14 +63,14 @@ def a_run_sums_sequences_over_tensor_ranks_only() -> Iterator[None]:
     """Where a run makes its sums, context ranks are forgotten."""
     from megatron.core import parallel_state
 
-    from megatron_gspo.train import context
+    from megatron_gspo.train import learner
 
-    build = context.ShardedSequenceSum
+    build = learner.ShardedSequenceSum
 
     def over_tensor_ranks(group: Any) -> Any:
         return build(parallel_state.get_tensor_model_parallel_group())
 
-    with mock.patch.object(context, "ShardedSequenceSum", over_tensor_ranks):
+    with mock.patch.object(learner, "ShardedSequenceSum", over_tensor_ranks):
         yield
 
 
