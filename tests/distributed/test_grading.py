@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
+from megatron_gspo.algorithm.base import make_algorithm
 from megatron_gspo.config import RewardConfig, RolloutConfig
 from megatron_gspo.rewards import Reward, Stopped, resolve_reward
 from megatron_gspo.rollout.policy import Dropped
@@ -41,7 +42,7 @@ def graded(cases: Sequence[tuple[int, ...]]) -> list[tuple[list[float], dict[str
         run: Any = SimpleNamespace(
             reward=Reward("gsm8k", reward),
             groups=SimpleNamespace(world=dist.group.WORLD),
-            config=SimpleNamespace(rollout=RolloutConfig(), algorithm=SimpleNamespace(name="gspo")),
+            config=SimpleNamespace(rollout=RolloutConfig(), algorithm=make_algorithm("gspo")),
         )
         collected = score(run, {rank: group}, Dropped())
         results.append((collected.groups[rank].rewards_G.tolist(), summarise(run, collected)))
