@@ -47,7 +47,7 @@ def serve(arguments: list[str]) -> None:
 
     if key := os.environ.pop(KEY, ""):
         keep_from_log(key)
-        arguments = [*arguments, "--api-key", key]  # of this call, not of the process: those everybody can read
+        arguments = [*arguments, f"--api-key={key}"]  # of this call, not of the process: those everybody can read
     server_args = prepare_server_args(arguments)
     try:
         run_server(server_args)

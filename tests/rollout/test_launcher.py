@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,7 +20,7 @@ import pytest
 from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
-from megatron_gspo.rollout import launcher
+from megatron_gspo.rollout import launcher, sglang_server
 from megatron_gspo.rollout.launcher import (
     LocalServers,
     find_server_python,
@@ -265,3 +267,22 @@ def test_ports_are_distinct_and_free() -> None:
     for port in ports:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
+
+
+def test_a_key_that_begins_as_an_option_does_is_still_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One random key in 64 begins with a dash."""
+    parser, parsed = argparse.ArgumentParser(), []
+    parser.add_argument("--api-key")
+    modules = {
+        "sglang.launch_server": SimpleNamespace(run_server=parsed.append),
+        "sglang.srt.server_args": SimpleNamespace(prepare_server_args=parser.parse_args),
+        "sglang.srt.utils": SimpleNamespace(kill_process_tree=lambda *args, **settings: None),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("sglang", "sglang.srt"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setattr(sglang_server, "keep_from_log", lambda key: None)
+    monkeypatch.setenv(SERVER_KEY, "-dGhpcyBpcyBhIGtleQ")
+    sglang_server.serve([])
+    assert [arguments.api_key for arguments in parsed] == ["-dGhpcyBpcyBhIGtleQ"]
