@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ConfigDict, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
-from megatron_gspo.algorithm.catalog import ALGORITHMS, find
+from megatron_gspo.algorithm.catalog import find
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.section import NonNegativeFloat, Section
 
@@ -119,8 +119,9 @@ class Unread(Algorithm):
 
     @classmethod
     def in_place_of_own(cls, settings: Any) -> Any:
-        """A tree of settings as it is, or an ``Unread`` where it names no entry of the catalog."""
-        own = isinstance(settings, dict) and settings.get("name", "gspo") not in ALGORITHMS
+        """A tree of settings as it is, or an ``Unread`` where it names a class outside of the catalog."""
+        name = settings.get("name") if isinstance(settings, dict) else None
+        own = isinstance(name, str) and ":" in name
         return cls.model_validate(settings) if own else settings
 
 

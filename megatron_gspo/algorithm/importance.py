@@ -21,14 +21,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from importlib import import_module
 from typing import NamedTuple, cast
 
 import torch
 
 from megatron_gspo.algorithm.correction import Correction
 from megatron_gspo.algorithm.ratios import expand, masked_log_ratio
-from megatron_gspo.errors import ConfigError
+from megatron_gspo.named import find_named
 from megatron_gspo.types import SequenceSum, TokenShard
 
 SUM_BOUND = 20.0
@@ -69,14 +68,10 @@ class Corrected(NamedTuple):
 
 
 def rule_named(name: str) -> Rule:
-    """An entry of ``RULES``, or ``module:function``. Raises ConfigError for what is neither."""
+    """An entry of ``RULES``, or ``module:function`` (``file.py:function``). Raises ConfigError for what is neither."""
     if name in RULES:
         return RULES[name]
-    module, _, function = name.partition(":")
-    try:
-        return cast(Rule, getattr(import_module(module), function))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f'correction.rule = "{name}": {type(error).__name__}: {error}') from None
+    return cast(Rule, find_named(name, "correction.rule"))
 
 
 def correct(shard: TokenShard, settings: Correction, sequence_sum: SequenceSum) -> Corrected:

@@ -113,15 +113,7 @@ def token_loss(
         terms_T = terms_T * shard.corrections_T
     stacked_T = torch.stack([terms_T, (low_T | high_T).to(terms_T.dtype)])
     loss_S, clipped_S = sequence_sum(stacked_T, shard.sequence_T, shard.num_sequences)
-    return LossOutput(
-        loss=loss_S.sum(),
-        loss_S=loss_S.detach(),
-        log_ratio_S=ratios.of_responses_S.detach(),
-        log_ratio_T=ratios.of_tokens_T.detach(),
-        clipped_low_T=low_T,
-        clipped_high_T=high_T,
-        clipped_S=clipped_S.detach() > 0,
-    )
+    return _output(loss_S, ratios, low_T, high_T, clipped_S.detach() > 0)
 
 
 def response_loss(
@@ -129,15 +121,8 @@ def response_loss(
 ) -> LossOutput:
     """-sum_i weight_i terms_i, of a loss with one term for each response: [S], like its clip decisions."""
     loss_S = -response_weights(shard) * terms_S
-    return LossOutput(
-        loss=loss_S.sum(),
-        loss_S=loss_S.detach(),
-        log_ratio_S=ratios.of_responses_S.detach(),
-        log_ratio_T=ratios.of_tokens_T.detach(),
-        clipped_low_T=expand(low_S, shard.sequence_T) & shard.mask_T,
-        clipped_high_T=expand(high_S, shard.sequence_T) & shard.mask_T,
-        clipped_S=low_S | high_S,
-    )
+    low_T, high_T = (expand(clipped_S, shard.sequence_T) & shard.mask_T for clipped_S in (low_S, high_S))
+    return _output(loss_S, ratios, low_T, high_T, low_S | high_S)
 
 
 def geometric_loss(
@@ -157,15 +142,7 @@ def geometric_loss(
     sums_S, clipped_S = sequence_sum(stacked_T, shard.sequence_T, shard.num_sequences)
     mean_S = (sums_S / shard.lengths_S.clamp(min=1)).masked_fill(shard.advantages_S == 0, 0.0)
     loss_S = -response_weights(shard) * mean_S.exp() * shard.advantages_S
-    return LossOutput(
-        loss=loss_S.sum(),
-        loss_S=loss_S.detach(),
-        log_ratio_S=ratios.of_responses_S.detach(),
-        log_ratio_T=ratios.of_tokens_T.detach(),
-        clipped_low_T=low_T,
-        clipped_high_T=high_T,
-        clipped_S=clipped_S.detach() > 0,
-    )
+    return _output(loss_S, ratios, low_T, high_T, clipped_S.detach() > 0)
 
 
 def likelihood_loss(shard: TokenShard, new_logprobs_T: torch.Tensor, sequence_sum: SequenceSum) -> LossOutput:
@@ -173,12 +150,19 @@ def likelihood_loss(shard: TokenShard, new_logprobs_T: torch.Tensor, sequence_su
     logprobs_T = trained(shard, new_logprobs_T)
     loss_S = sequence_sum(-token_weights(shard) * logprobs_T, shard.sequence_T, shard.num_sequences)
     nothing_T, nothing_S = torch.zeros_like(shard.mask_T), torch.zeros_like(shard.weights_S, dtype=torch.bool)
+    ones = Ratios(torch.zeros_like(logprobs_T), torch.zeros_like(loss_S))
+    return _output(loss_S, ones, nothing_T, nothing_T, nothing_S)
+
+
+def _output(
+    loss_S: torch.Tensor, ratios: Ratios, low_T: torch.Tensor, high_T: torch.Tensor, clipped_S: torch.Tensor
+) -> LossOutput:
     return LossOutput(
         loss=loss_S.sum(),
         loss_S=loss_S.detach(),
-        log_ratio_S=torch.zeros_like(loss_S),
-        log_ratio_T=torch.zeros_like(logprobs_T),
-        clipped_low_T=nothing_T,
-        clipped_high_T=nothing_T,
-        clipped_S=nothing_S,
+        log_ratio_S=ratios.of_responses_S.detach(),
+        log_ratio_T=ratios.of_tokens_T.detach(),
+        clipped_low_T=low_T,
+        clipped_high_T=high_T,
+        clipped_S=clipped_S,
     )

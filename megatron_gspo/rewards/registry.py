@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import importlib.util
 import inspect
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from megatron_gspo.config import RewardConfig
 from megatron_gspo.errors import ConfigError
+from megatron_gspo.named import module_of
 from megatron_gspo.rewards.guard import GUARD, end_a_forked_child
 from megatron_gspo.rewards.interface import RewardFunction
 from megatron_gspo.supervise import was_interrupted
@@ -92,7 +89,7 @@ def _find(name: str) -> Callable[..., Any]:
     where, attribute = check_name(name)
     owner = os.getpid()
     try:
-        module = _module_of_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        module = module_of(where)
     except BaseException as error:  # importing runs the user's code, which may raise anything
         if was_interrupted():
             raise
@@ -100,7 +97,7 @@ def _find(name: str) -> Callable[..., Any]:
         raise ConfigError(f"reward.function = {name!r}: {type(error).__name__}: {error}{hint}") from error
     finally:
         end_a_forked_child(owner, name)
-    function = module
+    function: Any = module
     for part in attribute.split("."):
         if not hasattr(function, part):
             raise ConfigError(f"reward.function = {name!r}: {where} has no {attribute!r}")
@@ -108,22 +105,3 @@ def _find(name: str) -> Callable[..., Any]:
     if not callable(function):
         raise ConfigError(f"reward.function = {name!r} is a {type(function).__name__}, not a function")
     return function
-
-
-def _module_of_file(path: Path) -> ModuleType:
-    """Imports a file by its path, once per process, under a name that no package can have."""
-    path = path.resolve()
-    name = f"megatron_gspo_reward:{path}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up there
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module

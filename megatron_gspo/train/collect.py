@@ -85,7 +85,8 @@ def collect(run: Run, number: int, clock: Clock) -> tuple[Collected, dict[str, f
     metrics = {"data/skipped": float(skipped)} if run.config.data.skip_bad else {}
     if limit:
         metrics |= {"dynamic/rounds": float(rounds), "dynamic/drawn": float(asked), "dynamic/left": float(len(places))}
-    give(run, collected)
+    with clock("reward"):
+        give(run, collected)
     return collected, metrics
 
 

@@ -7,12 +7,12 @@ it names it (``Algorithm.passes``).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
 import torch
 
 from megatron_gspo.errors import ConfigError
+from megatron_gspo.named import find_named
 from megatron_gspo.types import Column, Columns, PackedBatch
 
 if TYPE_CHECKING:
@@ -37,10 +37,6 @@ def find_pass(name: str) -> Pass:
     """An entry of ``PASSES``, or ``module:function``. Raises ConfigError for what is neither."""
     if name in PASSES:
         return PASSES[name]
-    module, _, function = name.partition(":")
-    try:
-        return cast(Pass, getattr(import_module(module), function))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f'pass "{name}": {type(error).__name__}: {error} (known: {", ".join(PASSES)}, or module:function)'
-        ) from None
+    if ":" not in name:
+        raise ConfigError(f'pass "{name}" is none (known: {", ".join(PASSES)}, or module:function)')
+    return cast(Pass, find_named(name, "pass"))

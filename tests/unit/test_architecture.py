@@ -13,7 +13,7 @@ ROOT = Path(megatron_gspo.__file__).parent
 
 LAYERS = [
     {"errors", "limits", "section", "_packing", "quiet", "versions"},
-    {"supervise"},
+    {"supervise", "named"},
     {"types", "storage", "calls", "untrusted"},
     {"algorithm"},
     {"config"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from megatron_gspo.algorithm.objective import objective
 from megatron_gspo.algorithm.ratios import segment_sum
 from megatron_gspo.config import dump, load, parse
 from megatron_gspo.errors import ConfigError
+from megatron_gspo.report.rundir import RunDirectory
 from megatron_gspo.train.passes import find_pass
-from megatron_gspo.types import Axis, Column
 from tests.unit.algorithm_cases import shard_of
 
 TOY = """
@@ -103,6 +104,24 @@ def test_it_trains_on_what_its_own_pass_and_a_correction_of_ones_own_have_made(t
 
 
 def test_a_pass_that_is_none_is_named() -> None:
-    with pytest.raises(ConfigError, match=r'pass "refrence": .*known: reference, or module:function'):
+    with pytest.raises(ConfigError, match=r'pass "refrence" is none \(known: reference, or module:function'):
         find_pass("refrence")
-    assert Column("x_T", Axis.INPUT, None, "").of is None
+    with pytest.raises(ConfigError, match=r'pass = "os:refrence": AttributeError'):
+        find_pass("os:refrence")
+
+
+@pytest.mark.parametrize("source", ["raise RuntimeError('out of paper')", "import sys; sys.exit(0)", "def f(:"])
+def test_an_algorithm_whose_file_cannot_be_imported_is_one_line(tmp_path: Path, source: str) -> None:
+    (tmp_path / "odd.py").write_text(source)
+    with pytest.raises(ConfigError, match=r'algorithm: name = ".*odd.py:Toy": (RuntimeError|SystemExit|SyntaxError)'):
+        parse(tree(algorithm={"name": f"{tmp_path}/odd.py:Toy"}))
+
+
+def test_a_run_is_read_about_without_running_the_algorithm_that_it_names(toy: Path, tmp_path: Path) -> None:
+    config = parse(tree(algorithm={"name": f"{toy}:Toy", "sharpness": 2.0}))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(dump(config))
+    toy.write_text("raise SystemExit('it was run')")
+    sys.modules.pop(f"megatron_gspo_named:{toy}")
+    found = RunDirectory(tmp_path / "run").config()
+    assert found is not None and found.algorithm.name == f"{toy}:Toy" and found.optimizer == config.optimizer
