@@ -7,10 +7,11 @@ divided, because eight fp32 rewards of 0.1 have a computed deviation of 1e-8, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from megatron_gspo.algorithm.base import Credit
 from megatron_gspo.errors import BatchError
 
 
@@ -74,6 +75,30 @@ def batch_advantages(
     mean = np.average(flat, weights=lengths)
     std = np.sqrt(np.average((flat - mean) ** 2, weights=lengths))
     return tuple((values_G - mean) / std for values_G in values_P)
+
+
+BY_GROUP: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "group": group_advantages,
+    "centred": centred_advantages,
+    "leave-one-out": leave_one_out_advantages,
+}
+"""``algorithm.credit`` that looks at one group at a time."""
+
+
+def credit_by_response(
+    credit: Credit, rewards: Mapping[int, np.ndarray], lengths: Mapping[int, np.ndarray]
+) -> dict[int, np.ndarray]:
+    """Advantages of responses, [G_p] float64 by group, from the rewards and lengths [G_p] of an outer step's groups.
+
+    "gae" has no advantage of a response: it stands here with what "batch" gives, until the values are known.
+    """
+    if credit in BY_GROUP:
+        return {position: BY_GROUP[credit](rewards_G) for position, rewards_G in rewards.items()}
+    positions = sorted(rewards)
+    if not positions:
+        return {}
+    every = [rewards[position] for position in positions], [lengths[position] for position in positions]
+    return dict(zip(positions, batch_advantages(*every, baseline=credit == "group-then-batch"), strict=True))
 
 
 def token_group_advantages(token_rewards_G: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from megatron_gspo.types import LossOutput, SequenceSum, TokenShard
 
 Aggregation = Literal["paper", "token-mean", "group-token-mean", "token-sum"]
-Credit = Literal["group", "centred", "leave-one-out", "batch", "group-then-batch"]
+Credit = Literal["group", "centred", "leave-one-out", "batch", "group-then-batch", "gae"]
+ALONE = ("batch", "gae")
+"""Ways to give credit that need no other response to the same prompt."""
 FORMER = {"allow_wide_clip": False}
 """Settings that every algorithm had once, with their defaults, which ``config.toml`` of earlier runs still has."""
 RANGE = frozenset({"clip_low", "clip_high", "allow_wide_clip"})
@@ -52,21 +54,30 @@ class Algorithm(Section):
     credit: Credit = "group"
     """How rewards become advantages. "group": (R - mean) / std of its group; "centred": R - mean; "leave-one-out": R
     minus the mean of the others; "batch": (R - mean) / std over the tokens of the outer step; "group-then-batch": R
-    minus its group's mean, and then so."""
+    minus its group's mean, and then so. "gae": by the values of a critic (``[critic]``), token by token."""
     kl_loss_coef: NonNegativeFloat = 0.0
     """Weight of the k3 estimate of KL(new || reference) in the loss."""
+    kl_reward_coef: NonNegativeFloat = 0.0
+    """Weight of log(old / reference) of a token, taken off its reward before credit is given (the k1 estimate); of a
+    response's tokens together, where credit is by response."""
     reference: str = ""
     """Hugging Face directory of the reference policy; ``model.path`` when empty."""
 
     @property
     def uses_reference(self) -> bool:
         """Whether the reference policy's logprobs are needed."""
-        return self.kl_loss_coef > 0
+        return self.kl_loss_coef > 0 or self.kl_reward_coef > 0
+
+    @property
+    def uses_critic(self) -> bool:
+        """Whether advantages are made of a critic's values."""
+        return self.credit == "gae"
 
     @property
     def passes(self) -> tuple[str, ...]:
         """The forward passes that it needs beside pi_old's: names of ``train/passes.py``, or ``module:function``."""
-        return ("reference",) if self.uses_reference else ()
+        needed = {"reference": self.uses_reference, "values": self.uses_critic}
+        return tuple(name for name, needs in needed.items() if needs)
 
     @property
     def weighting(self) -> str:
@@ -99,6 +110,15 @@ class Algorithm(Section):
             value = {name: setting for name, setting in value.items() if name not in RANGE}
         former = {name for name, default in FORMER.items() if value.get(name) == default} - cls.model_fields.keys()
         return handler({name: setting for name, setting in value.items() if name not in former})
+
+    @model_validator(mode="after")
+    def _takes_its_credit(self) -> Algorithm:
+        if self.uses_critic and not self.per_token:
+            raise ValueError(
+                f'credit = "gae" gives each token an advantage, and {self.name} has one term per sequence: use a loss '
+                f'with a term for each token (name = "ppo", name = "gspo-token")'
+            )
+        return self
 
     @model_validator(mode="after")
     def _takes_its_aggregation(self) -> Algorithm:

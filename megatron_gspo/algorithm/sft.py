@@ -25,6 +25,10 @@ class Sft(Algorithm):
         return False
 
     @property
+    def uses_critic(self) -> bool:
+        return False
+
+    @property
     def weighting(self) -> str:
         return "token-mean"
 

@@ -9,10 +9,11 @@ from megatron_gspo.config.layout import ParallelConfig
 from megatron_gspo.config.rollouts import EvalConfig, ReplayConfig, RewardConfig, RolloutConfig, SyncConfig
 from megatron_gspo.config.run import RunConfig
 from megatron_gspo.config.text import dump, load, parse, read
-from megatron_gspo.config.training import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from megatron_gspo.config.training import CriticConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from megatron_gspo.section import Section
 
 __all__ = [
+    "CriticConfig",
     "DataConfig",
     "EvalConfig",
     "ModelConfig",

@@ -46,6 +46,7 @@ def missing(config: RunConfig, names: Sequence[str] = INPUTS) -> dict[str, str]:
     read = {
         "model.path": config.model.path,
         "algorithm.reference": config.algorithm.reference if config.algorithm.uses_reference else "",
+        "critic.path": config.critic.path if config.algorithm.uses_critic else "",
         "data.path": config.data.path,
         "data.eval_path": "" if supervised else config.data.eval_path,
     }

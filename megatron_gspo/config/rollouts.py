@@ -42,7 +42,7 @@ class RolloutConfig(Section):
     """More arguments for each local server, after those that the launcher chooses for CPU or GPU."""
     server_start_s: PositiveFloat = 300.0
     """Seconds a local server may take until it is healthy."""
-    group_size: Annotated[int, Field(ge=2)] = 8
+    group_size: Positive = 8
     """Responses G per prompt."""
     dynamic_sampling: Annotated[int, Field(ge=0)] = 0
     """How often, at most, the places of groups whose rewards are all equal, or that were dropped, are drawn anew from

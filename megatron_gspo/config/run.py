@@ -7,12 +7,12 @@ from pathlib import Path
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from megatron_gspo.algorithm.base import Algorithm, make_algorithm
+from megatron_gspo.algorithm.base import ALONE, Algorithm, make_algorithm
 from megatron_gspo.algorithm.correction import Correction
 from megatron_gspo.algorithm.planning import padded_length
 from megatron_gspo.config.layout import ParallelConfig
 from megatron_gspo.config.rollouts import EvalConfig, ReplayConfig, RewardConfig, RolloutConfig, SyncConfig
-from megatron_gspo.config.training import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from megatron_gspo.config.training import CriticConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from megatron_gspo.section import Section
 
 
@@ -26,6 +26,7 @@ class RunConfig(Section):
     correction: Correction = Correction()
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    critic: CriticConfig = CriticConfig()
     rollout: RolloutConfig = RolloutConfig()
     sync: SyncConfig = SyncConfig()
     reward: RewardConfig = RewardConfig()
@@ -78,7 +79,10 @@ class RunConfig(Section):
             )
         algorithm = self.algorithm
         if algorithm.reference and algorithm.draws_responses and not algorithm.uses_reference:
-            raise ValueError("algorithm.reference is set, but algorithm.kl_loss_coef = 0 does not use it")
+            raise ValueError(
+                "algorithm.reference is set, and neither algorithm.kl_loss_coef nor algorithm.kl_reward_coef uses it"
+            )
+        self._check_credit()
         if not self.algorithm.draws_responses and (self.replay.mode != "off" or self.replay.engine_routes_every):
             name = "mode" if self.replay.mode != "off" else "engine_routes_every"
             raise ValueError(
@@ -101,12 +105,30 @@ class RunConfig(Section):
             )
         return self
 
+    def _check_credit(self) -> None:
+        algorithm = self.algorithm
+        if not algorithm.uses_critic and self.critic != CriticConfig():
+            given, plain = self.critic.model_dump(), CriticConfig().model_dump()
+            changed = next(name for name in plain if given[name] != plain[name])
+            raise ValueError(
+                f"critic.{changed} = {given[changed]!r} has no effect: there is a critic with "
+                f'algorithm.credit = "gae", and it is "{algorithm.credit}"'
+            )
+        if self.critic.min_lr > self.critic.lr:
+            raise ValueError(f"critic.min_lr = {self.critic.min_lr:g} is above critic.lr = {self.critic.lr:g}")
+        if algorithm.draws_responses and self.rollout.group_size < 2 and algorithm.credit not in ALONE:
+            raise ValueError(
+                f'rollout.group_size = {self.rollout.group_size}, and algorithm.credit = "{algorithm.credit}" holds a '
+                f"response against the others of its group: one alone has advantage 0: use 2 or more"
+            )
+
     def _check_paths(self) -> None:
         """A run directory is replaced under ``train.overwrite``, so nothing that the run reads may lie in it."""
         run = Path(os.path.realpath(self.train.run_dir))  # Path.resolve raises for links in a circle
         inputs = {
             "model.path": self.model.path,
             "algorithm.reference": self.algorithm.reference,
+            "critic.path": self.critic.path,
             "data.path": self.data.path,
             "data.eval_path": self.data.eval_path,
         }

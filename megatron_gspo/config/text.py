@@ -15,7 +15,6 @@ from megatron_gspo.config.run import RunConfig
 from megatron_gspo.errors import ConfigError
 
 REASONS = {
-    "rollout.group_size": " (a response is held against the others of its group: one alone has advantage 0)",
     "rollout.temperature": " (at 0 all responses of a group are the same: eval.greedy, and eval --greedy, evaluate so)",
 }
 """Setting -> why a value below its range cannot be, where the range does not say it."""

@@ -158,3 +158,30 @@ class OptimizerConfig(Section):
     """Decoupled weight decay; norms and biases are exempt."""
     clip_grad: NonNegativeFloat = 1.0
     """Global gradient norm above which gradients are scaled down; 0 never."""
+
+
+class CriticConfig(OptimizerConfig):
+    """The critic of ``algorithm.credit = "gae"``, with an optimizer of its own; without that there is none."""
+
+    lr: PositiveFloat = 1e-5
+    """Peak learning rate."""
+    path: str = ""
+    """Directory that it starts from: a policy's, whose value head is zeros, or a critic's; ``model.path`` when
+    empty."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount of a reward per token."""
+    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Lambda of the advantages: 0 trusts the next value alone, 1 the rewards alone."""
+    lam_alpha: PositiveFloat | None = None
+    """Lambda of a response of l tokens is 1 - 1 / (lam_alpha l) instead (VAPO, with 0.05)."""
+    value_lam: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Lambda of the returns that values are trained towards; absent, that of the advantages (VC-PPO and VAPO: 1)."""
+    whiten: bool = True
+    """Advantages have mean 0 and deviation 1 over the trained tokens of an outer step."""
+    clip_value: NonNegativeFloat = 0.2
+    """A value may move so far from that before the update, in the head's units, before its gradient stops; 0: any
+    distance."""
+    normalise: bool = False
+    """The head gives values in deviations of the returns that have been seen from their mean (MAPPO)."""
+    pretraining_steps: Annotated[int, Field(ge=0)] = 0
+    """Outer steps at the start in which the critic alone is trained; the policy's weights stay."""

@@ -172,7 +172,8 @@ class MegatronSource:
     def unknown(self) -> list[str]:
         """Tensors that the family's model has no parameter for; the optimizer's are none of it."""
         wanted = {piece.key for place in self.model.places.parameters for piece in place.pieces}
-        return sorted(key for key in self.reader.keys() - wanted if not key.startswith("optimizer."))
+        others = tuple(f"{name}." for name in self.header.get("models", {}))  # a critic beside the policy
+        return sorted(key for key in self.reader.keys() - wanted if not key.startswith(("optimizer.", *others)))
 
     def _check(self, drop_unknown: bool) -> None:
         for place in self.model.places.parameters:

@@ -36,6 +36,8 @@ class Estimate:
     """Tiles of a chunk's logits, and the gradient of the head that backward returns."""
     reference: int
     """Weights of the frozen reference policy."""
+    critic: int
+    """Its weights, gradients and optimizer states: those of the policy, but for the head."""
 
     @property
     def total(self) -> int:
@@ -53,13 +55,15 @@ def estimate(
     dense_ranks = parallel.context * data_size
     expert_ranks = max(1, parallel.tensor * dense_ranks // (parallel.expert * parallel.expert_tensor))
     last = stage == parallel.pipeline - 1
+    updated = state * (ceil(elements.dense / dense_ranks) + ceil(elements.expert / expert_ranks))
     return Estimate(
         weights=elements.total * item,
         gradients=elements.total * accumulated,
-        optimizer=state * (ceil(elements.dense / dense_ranks) + ceil(elements.expert / expert_ranks)),
+        optimizer=updated,
         activations=_activations(config, model, stage, data_size),
         logprobs=_logprobs(config, model, data_size) if last else 0,
         reference=elements.total * item if config.algorithm.uses_reference else 0,
+        critic=elements.total * (item + accumulated) + updated if config.algorithm.uses_critic else 0,
     )
 
 

@@ -90,7 +90,8 @@ def _largest(needed: Estimate) -> str:
         "optimizer": "parallel.data (its states are shared out), tensor, pipeline or expert",
         "activations": 'train.microbatch_tokens, or model.recompute = "full"',
         "logprobs": "model.logprob_chunk, or parallel.tensor",
-        "reference": "algorithm.kl_loss_coef = 0 needs no reference policy",
+        "reference": "algorithm.kl_loss_coef = 0 and kl_reward_coef = 0 need no reference policy",
+        "critic": 'algorithm.credit = "group" needs no critic',
     }
     largest = max(vars(needed), key=lambda name: vars(needed)[name])
     return f"{largest} are most of it: {fixes[largest]}"

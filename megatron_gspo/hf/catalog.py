@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_gspo.errors import ConfigError
@@ -49,10 +51,17 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return config
 
 
-def read_model(directory: str | Path, *, dequantised: bool = False) -> tuple[Family, ModelShape]:
-    """The family and shape of a Hugging Face directory; with ``dequantised``, as if its fp8 weights were bfloat16.
+def read_model(
+    directory: str | Path, *, dequantised: bool = False, renamed: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Family, ModelShape]:
+    """The family and shape of a Hugging Face directory.
 
-    Raises ConfigError for an unknown architecture, or what it cannot do.
+    Args:
+        dequantised: as if its fp8 weights were bfloat16.
+        renamed: how an architecture's name may end -> what it is read as then.
+
+    Raises:
+        ConfigError: an unknown architecture, or what it cannot do.
     """
     config = read_config(directory)
     if problem := strange_entry(Path(directory)):
@@ -60,6 +69,8 @@ def read_model(directory: str | Path, *, dequantised: bool = False) -> tuple[Fam
     config = without_quantization(config) if dequantised else config
     names = config.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else "(none)"
+    for ending, other in renamed.items():
+        name = name.removesuffix(ending) + other if name.endswith(ending) else name
     if name not in FAMILIES:
         raise ConfigError(f"{directory}: architecture {name} is not supported (known: {', '.join(FAMILIES)})")
     _check_sizes(directory, config)

@@ -50,6 +50,8 @@ class WeightRule:
     """One rank's pieces -> its parameter."""
     split: Callable[[torch.Tensor], list[torch.Tensor]] = alone
     """One rank's parameter -> its pieces; the inverse of ``join``."""
+    starts_at_zero: bool = False
+    """Whether it is 0 where a directory has no such tensor: a head that training begins with."""
 
     @property
     def is_expert(self) -> bool:

@@ -1,9 +1,10 @@
-"""Checkpoints of the policy, weights and optimizer, in Megatron-Core's sharded format (``torch_dist``).
+"""Checkpoints of models, weights and optimizer, in Megatron-Core's sharded format (``torch_dist``).
 
 Ranks write their own shards, and every tensor is addressed by its place in the whole model, so a checkpoint of one
-layout loads at any other. Beside Megatron's files lies ``checkpoint.json``: the step, the model's shape, a hash of each
-file, and what the caller wants back. ``checkpoint_write`` is how a checkpoint reaches the disk, ``checkpoint_files``
-the rules of its files.
+layout loads at any other. A checkpoint holds a dictionary of models; the tensors of "policy" have Megatron's own names,
+and those of another its name before them ("critic.decoder..."). Beside Megatron's files lies ``checkpoint.json``: the
+steps, the models' shapes, a hash of each file, and what the caller wants back. ``checkpoint_write`` is how a checkpoint
+reaches the disk, ``checkpoint_files`` the rules of its files.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -32,72 +34,109 @@ from megatron_gspo.policy.checkpoint_files import check_metadata, read_header, v
 from megatron_gspo.policy.checkpoint_write import PendingSave, address
 
 if TYPE_CHECKING:
-    from megatron_gspo.policy.policy import Policy
+    from megatron_gspo.policy.network import Network
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 """What Adam keeps of a parameter, in Megatron's names: the master weight and the two moments."""
 
 States = dict[str, torch.Tensor]
+Models = Mapping[str, "Network"]
+"""By the name that a model has in a checkpoint; "policy" is one of them."""
+POLICY = "policy"
 StatesOf = Callable[[DistributedOptimizer, torch.nn.Parameter, int], States]
 """(optimizer, parameter, its number) -> states by name; empty where this rank neither writes nor reads them."""
 
 
 @torch.no_grad()
-def save_checkpoint(policy: Policy, directory: Path, extra: Mapping[str, Any]) -> None:
-    """Writes weights, optimizer state and the first rank's ``extra`` (whatever JSON can hold). Collective.
+def save_checkpoint(models: Models, directory: Path, extra: Mapping[str, Any]) -> None:
+    """Writes weights, optimizer states and the first rank's ``extra`` (whatever JSON can hold). Collective.
 
     It is written under another name, hashed, synced to disk and moved when it is whole; a checkpoint that was at
     ``directory`` is replaced. Weights keep the model's dtype, optimizer state is float32 (float64 in a float64 run).
     Raises WriteError, on every rank, when a rank cannot write its share; TypeError when ``extra`` is not JSON.
     """
-    begin_save(policy, directory, extra).finish()
+    begin_save(models, directory, extra).finish()
 
 
 @torch.no_grad()
-def begin_save(policy: Policy, directory: Path, extra: Mapping[str, Any], *, background: bool = False) -> PendingSave:
+def begin_save(models: Models, directory: Path, extra: Mapping[str, Any], *, background: bool = False) -> PendingSave:
     """Starts ``save_checkpoint`` and returns while a thread of each rank writes. Collective.
 
     Nothing has its name before ``finish`` of what is returned. With ``background`` training may go on meanwhile: what
     is written are copies in host memory, made here.
     """
+    policy = models[POLICY]
     header = {"step": _steps_taken(policy), "model": plain(policy.shape), "extra": dict(extra)}
+    others = {
+        name: {"step": _steps_taken(model), "model": plain(model.shape)}
+        for name, model in models.items()
+        if name != POLICY
+    }
+    header |= {"models": others} if others else {}
     json.dumps(header)
-    tensors = (tensor for chunk in policy.chunks for tensor in (*chunk.parameters(), *chunk.buffers()))
+    chunks = [chunk for model in models.values() for chunk in model.chunks]
+    tensors = (tensor for chunk in chunks for tensor in (*chunk.parameters(), *chunk.buffers()))
     live = frozenset(map(address, tensors if background else ()))
-    return PendingSave(_sharded_state(policy, _gathered_states), directory, header, policy.groups.world, live)
+    return PendingSave(_states_of_all(models, _gathered_states), directory, header, policy.groups.world, live)
 
 
 @torch.no_grad()
-def load_checkpoint(policy: Policy, directory: Path) -> dict[str, Any]:
-    """Fills the policy from a checkpoint of any layout and returns its ``extra``. Collective.
+def load_checkpoint(models: Models, directory: Path) -> dict[str, Any]:
+    """Fills models from a checkpoint of any layout and returns its ``extra``. Collective.
 
     Every file is held against the hash that was written with it before it is read; ranks share the work. Learning
-    rate, betas and weight decay stay those of the configuration. A policy that is not trained loads its weights only.
-    Raises WeightError, on every rank, when the checkpoint is missing, damaged or of another model.
+    rates, betas and weight decay stay those of the configuration. A model that is not trained loads its weights only;
+    models of the checkpoint that nobody asks for are left.
+    Raises WeightError, on every rank, when the checkpoint is missing, damaged or of other models.
     """
-    header = _verified_header(policy, directory)
-    loaded = _load_chunks(policy, _sharded_state(policy, _empty_states), directory)
-    _take_states(policy, loaded)
-    _count_steps(policy, header["step"])
+    header = _verified_header(models, directory)
+    loaded = _load_chunks(models, _states_of_all(models, _empty_states), directory)
+    for name, model in models.items():
+        _take_states(model, loaded, _prefix(name))
+        _count_steps(model, header["step"] if name == POLICY else header["models"][name]["step"])
     return header["extra"]
 
 
 @torch.no_grad()
-def load_weights_of(policy: Policy, directory: Path) -> None:
-    """Fills the policy's weights alone, from a checkpoint that training or ``convert`` wrote, in any dtype. Collective.
+def load_weights_of(model: Network, directory: Path) -> None:
+    """Fills a model's weights alone from the policy of a checkpoint that training or ``convert`` wrote, in any dtype;
+    a value head, which no policy has, keeps its own. Collective.
 
     Raises WeightError as ``load_checkpoint`` does.
     """
-    _verified_header(policy, directory)
-    _load_chunks(policy, _sharded_weights(policy), directory)
+    models = {POLICY: model}
+    _verified_header(models, directory)
+    state = _sharded_weights(model)
+    if model.valued:
+        state = {
+            chunk: {name: shard for name, shard in shards.items() if not name.startswith("output_layer.")}
+            for chunk, shards in state.items()
+        }
+    _load_chunks(models, state, directory, strict=not model.valued)
 
 
-def _load_chunks(policy: Policy, state: dict[str, Any], directory: Path) -> dict[str, Any]:
+def _load_chunks(models: Models, state: dict[str, Any], directory: Path, *, strict: bool = True) -> dict[str, Any]:
     # In 0.16.1 all ranks fail when one does; in 0.19.2 every rank reads by itself, and the others would go on.
-    loaded = together(lambda: _read(state, directory), policy.groups.world)
-    for index, chunk in enumerate(policy.chunks):
-        chunk.load_state_dict(loaded[_chunk_entry(index)])
+    loaded = together(lambda: _read(state, directory), models[POLICY].groups.world)
+    for name, model in models.items():
+        for index, chunk in enumerate(model.chunks):
+            chunk.load_state_dict(loaded[_prefix(name) + _chunk_entry(index)], strict=strict)
     return loaded
+
+
+def _states_of_all(models: Models, states_of: StatesOf) -> dict[str, Any]:
+    """What this rank writes, or wants to read, of all models."""
+    state: dict[str, Any] = {}
+    for name, model in models.items():
+        own = _sharded_state(model, states_of)
+        if _prefix(name):
+            add_prefix_for_sharding(own, _prefix(name))
+        state |= {_prefix(name) + entry: shards for entry, shards in own.items()}
+    return state
+
+
+def _prefix(name: str) -> str:
+    return "" if name == POLICY else f"{name}."
 
 
 def _read(state: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -108,7 +147,7 @@ def _read(state: dict[str, Any], directory: Path) -> dict[str, Any]:
         raise WeightError(f"{directory}: the checkpoint cannot be read: {_first_cause(error)}") from error
 
 
-def _sharded_state(policy: Policy, states_of: StatesOf) -> dict[str, Any]:
+def _sharded_state(policy: Network, states_of: StatesOf) -> dict[str, Any]:
     """What this rank writes, or wants to read: its shards, each with its place in the whole.
 
     Optimizer state is laid out as Megatron's ``fully_reshardable`` is: three tensors per parameter, in the parameter's
@@ -131,7 +170,7 @@ def _sharded_state(policy: Policy, states_of: StatesOf) -> dict[str, Any]:
     return state
 
 
-def _sharded_weights(policy: Policy) -> dict[str, Any]:
+def _sharded_weights(policy: Network) -> dict[str, Any]:
     return {
         _chunk_entry(index): chunk.sharded_state_dict(metadata={"dp_cp_group": policy.groups.data_context})
         for index, chunk in enumerate(policy.chunks)
@@ -177,7 +216,7 @@ def _empty_states(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter
     return {key: torch.zeros(parameter.shape, dtype=_state_dtype(parameter)) for key in STATES}
 
 
-def _take_states(policy: Policy, loaded: dict[str, Any]) -> None:
+def _take_states(policy: Network, loaded: dict[str, Any], prefix: str) -> None:
     """Copies this rank's pieces of master weights and moments out of the parameters' whole ones."""
     named = [chunk.named_parameters(prefix=str(index)) for index, chunk in enumerate(policy.chunks)]
     name_of = {parameter: name for name, parameter in itertools.chain(*named)}
@@ -187,7 +226,7 @@ def _take_states(policy: Policy, loaded: dict[str, Any]) -> None:
             if own is not None:
                 piece, tensors = own
                 for key in STATES:
-                    tensors[key].copy_(loaded[_entry(name_of[parameter])][key].flatten()[piece])
+                    tensors[key].copy_(loaded[prefix + _entry(name_of[parameter])][key].flatten()[piece])
 
 
 def _own_states(
@@ -200,7 +239,7 @@ def _own_states(
     return slice(piece.start, piece.end), optimizer._get_main_param_and_optimizer_states(parameter)
 
 
-def _optimizers(policy: Policy) -> list[DistributedOptimizer]:
+def _optimizers(policy: Network) -> list[DistributedOptimizer]:
     """The distributed optimizers of this rank: of dense parameters, and of experts."""
     return [] if policy.optimizer is None else policy.optimizer.megatron.chained_optimizers
 
@@ -236,18 +275,18 @@ def _allocate(inner: torch.optim.Optimizer) -> None:
             state["step"].zero_()
 
 
-def _counters(policy: Policy) -> Iterator[dict[str, Any]]:
+def _counters(policy: Network) -> Iterator[dict[str, Any]]:
     """Whatever counts steps: torch has a counter a parameter, Transformer Engine and apex one a group."""
     for optimizer in _optimizers(policy):
         holders = [*optimizer.optimizer.state.values(), *optimizer.optimizer.param_groups]
         yield from (holder for holder in holders if "step" in holder)
 
 
-def _steps_taken(policy: Policy) -> int:
+def _steps_taken(policy: Network) -> int:
     return max((int(holder["step"]) for holder in _counters(policy)), default=0)
 
 
-def _count_steps(policy: Policy, step: int) -> None:
+def _count_steps(policy: Network, step: int) -> None:
     """Counts ``step`` steps as taken.
 
     Each parameter gets a counter of its own. Megatron's loading gives all of them one tensor, which AdamW then
@@ -258,28 +297,44 @@ def _count_steps(policy: Policy, step: int) -> None:
         holder["step"] = torch.full_like(holder["step"], step) if tensor else step
 
 
-def _verified_header(policy: Policy, directory: Path) -> dict[str, Any]:
+def _verified_header(models: Models, directory: Path) -> dict[str, Any]:
     """``checkpoint.json``, once every file that it lists was verified, on every rank. Raises WeightError on all."""
-    world = policy.groups.world
+    world = models[POLICY].groups.world
     first = dist.get_rank() == 0
-    header = together(lambda: header_of_model(directory, policy.shape) if first else None, world)
+    header = together(lambda: header_of_models(directory, models) if first else None, world)
     header = broadcast_object(header, 0, world)
     together(lambda: verify(directory, header["files"][dist.get_rank() :: dist.get_world_size()]), world)
     together(lambda: check_metadata(directory) if first else None, world)
     return header
 
 
+def header_of_models(directory: Path, models: Models) -> dict[str, Any]:
+    """``checkpoint.json`` of a checkpoint of such models. Raises WeightError."""
+    header = header_of_model(directory, models[POLICY].shape)
+    kept = header.get("models", {})
+    for name, model in models.items():
+        if name != POLICY:
+            if name not in kept:
+                raise WeightError(f"{directory}: a checkpoint without a {name}: it was saved by a run that had none")
+            _check_same(directory, model.shape, kept[name]["model"])
+    return header
+
+
 def header_of_model(directory: Path, shape: ModelShape) -> dict[str, Any]:
-    """``checkpoint.json`` of a checkpoint of such a model. Raises WeightError."""
+    """``checkpoint.json`` of a checkpoint of such a policy. Raises WeightError."""
     header = read_header(directory)
+    _check_same(directory, shape, header["model"])
+    return header
+
+
+def _check_same(directory: Path, shape: ModelShape, kept: Mapping[str, Any]) -> None:
     for name, mine in _flat(plain(shape)).items():
-        theirs = _flat(header["model"]).get(name)
+        theirs = _flat(kept).get(name)
         if theirs != mine:
             raise WeightError(
                 f"{directory}: a checkpoint of another model: {name} is {theirs!s:.80} there and {mine!s:.80} here: "
                 f"bring back the config.json that it was made with"
             )
-    return header
 
 
 def _flat(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A Hugging Face model as a Megatron ``GPTModel`` that ends in logprobs instead of logits."""
+"""A Hugging Face model as a Megatron ``GPTModel`` whose last stage hands its hidden states to a head."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -20,9 +19,9 @@ from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.layout import stage_layers
 from megatron_gspo.hf.weights import NamedRule, find_rule, padded_vocab_size, take_piece
-from megatron_gspo.parallel.logprobs import vocab_parallel_logprobs
 from megatron_gspo.policy.attention import packed_sequences
 from megatron_gspo.policy.groups import Groups, device
+from megatron_gspo.policy.heads import Head, ValueOutput
 from megatron_gspo.policy.spec import block_spec
 from megatron_gspo.types import DTYPES, PackedBatch
 
@@ -37,21 +36,20 @@ _GRAPHED = "cuda_graph_modules" if hasattr(TransformerConfig, "cuda_graph_module
 """0.19.2's name, and 0.16.1's, of what a CUDA graph would hold. The default is one that both call deprecated."""
 
 
-class HiddenOutput(ColumnParallelLinear):
-    """An output layer that hands the hidden states through: logprobs take its weight, and no logits are made."""
-
-    def forward(
-        self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
-    ) -> tuple[torch.Tensor, None]:
-        return input_, None
-
-
 class PolicyModel(GPTModel):
-    """One virtual pipeline stage of the policy. The last returns logprobs and entropies, others hidden states."""
+    """One virtual pipeline stage of a model. The last returns what a head makes, others hidden states."""
 
     def __init__(
-        self, config: TransformerConfig, shape: ModelShape, groups: Groups, chunk: int, vp_stage: int | None = None
+        self,
+        config: TransformerConfig,
+        shape: ModelShape,
+        groups: Groups,
+        chunk: int,
+        vp_stage: int | None = None,
+        *,
+        valued: bool = False,
     ) -> None:
+        """``valued``: with the parameters of a value head, in the place of those over the vocabulary."""
         rank = groups.pipeline.rank()
         offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=rank)
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=rank)
@@ -68,36 +66,28 @@ class PolicyModel(GPTModel):
             position_embedding_type="rope",
             rotary_base=shape.rotary_base,
             rotary_percent=shape.rotary_fraction,
-            share_embeddings_and_output_weights=shape.tied_embeddings,
+            share_embeddings_and_output_weights=shape.tied_embeddings and not valued,
             pg_collection=groups.megatron,
             vp_stage=vp_stage,
         )
-        if self.post_process:
-            self.output_layer.__class__ = HiddenOutput  # the same weight and sharding, another forward
+        if self.post_process and valued:
+            self.output_layer = ValueOutput(
+                shape.hidden_size, config.params_dtype, sequence_parallel=config.sequence_parallel
+            )
         self.shape, self.groups, self.chunk = shape, groups, chunk
         self.layer_offset = offset
         self.counted_T: torch.Tensor | None = None
         """[T_local] bool, while ``forward`` runs: this rank's tokens that are neither padding nor a dummy's."""
 
-    def logprobs(self, labels_T: torch.Tensor, hidden_TH: torch.Tensor, temperature: float) -> torch.Tensor:
-        """[2, T_local]: this rank's slice of label logprobs and (without gradient) entropies.
-
-        ``labels_T`` [T / context] are those of this context rank's tokens, ``hidden_TH`` [T_local, H] is this tensor
-        rank's slice of them.
-        """
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logprobs, entropy = vocab_parallel_logprobs(
-            hidden_TH,
-            self.output_layer.weight if weight is None else weight,
-            labels_T,
-            group=self.groups.tensor,
-            vocab_size=self.shape.vocab_size,
-            temperature=temperature,
-            chunk=self.chunk,
+    def vocabulary_weight(self) -> torch.Tensor:
+        """[V_padded / tensor, H] of the last stage: what hidden states become logits by."""
+        return (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
         )
-        return torch.stack([logprobs, entropy])
 
-    def forward(self, batch: PackedBatch, temperature: float = 1.0) -> torch.Tensor:
+    def forward(self, batch: PackedBatch, head: Head) -> torch.Tensor:
         """Runs this stage on a packed micro-batch; the input of a later stage comes by ``set_input_tensor``."""
         shard = self.groups.shard
         boundaries = batch.cu_seqlens.cpu()  # the one read of a micro-batch's lengths
@@ -113,8 +103,11 @@ class PolicyModel(GPTModel):
         self.counted_T = None
         if not self.post_process:
             return hidden
-        # GPTModel ends in [1, T_local, H].
-        return self.logprobs(batch.labels_T[own], hidden[0], temperature)
+        return head(self, batch.labels_T[own], hidden[:, 0])
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """[T_local, 1, H] of the last layer, without the logits that Megatron would make of them."""
+        return hidden_states
 
     def rules(self, family: Family) -> Iterator[tuple[torch.Tensor, NamedRule]]:
         """Every parameter of this stage with its Hugging Face names, in an order that tensor ranks share.
@@ -235,12 +228,15 @@ def build_chunks(
     groups: Groups,
     *,
     deterministic: bool = False,
+    valued: bool = False,
 ) -> list[PolicyModel]:
     """This rank's virtual stages in the model's order, with uninitialised weights, on this rank's device."""
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)  # only dropout would draw, and there is none
     config = transformer_config(model, parallel, shape, groups, deterministic=deterministic)
     virtual: list[int | None] = list(range(parallel.virtual_pipeline)) if parallel.virtual_pipeline > 1 else [None]
-    chunks = [PolicyModel(config, shape, groups, model.logprob_chunk, stage).to(device()) for stage in virtual]
+    chunks = [
+        PolicyModel(config, shape, groups, model.logprob_chunk, stage, valued=valued).to(device()) for stage in virtual
+    ]
     for chunk in chunks:
         _mark_parameters(chunk, family)
     return chunks
@@ -271,6 +267,9 @@ def load_weights(policy: PolicyModel, family: Family, reader: HfReader) -> None:
     """
     for parameter, named in policy.rules(family):
         group = policy.groups.megatron.expt_tp if named.rule.is_expert else policy.groups.tensor
+        if named.rule.starts_at_zero and not set(named.hf_names) <= set(reader.names()):
+            parameter.zero_()
+            continue
         tensors = [reader.read(name) for name in named.hf_names]
         try:
             pieces = [take_piece(tensor, named.rule.cut, group.rank(), group.size()) for tensor in tensors]

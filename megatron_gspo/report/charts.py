@@ -116,6 +116,38 @@ SECTIONS = (
                 ),
                 zero=True,
             ),
+            Chart(
+                "Critic",
+                "explained variance (at most 1)",
+                (Curve("critic/explained_variance", "of returns, before the update"),),
+                "At 0 the values know no more than a constant.",
+            ),
+            Chart(
+                "Values and returns",
+                "reward per token",
+                (Curve("critic/returns", "returns"), Curve("critic/values", "values")),
+            ),
+            Chart(
+                "Value loss",
+                "reward squared",
+                (Curve("critic/loss", "loss"), Curve("critic/returns_squared", "mean squared return")),
+                zero=True,
+            ),
+            Chart(
+                "Critic's update",
+                "gradient norm; share; rate (log)",
+                (
+                    Curve("critic/grad_norm", "gradient norm"),
+                    Curve("critic/clip_frac", "values clipped"),
+                    Curve("critic/lr", "learning rate"),
+                ),
+                log=True,
+            ),
+            Chart(
+                "KL taken off rewards",
+                "reward per response",
+                (Curve("reward/kl_penalty", "mean penalty"),),
+            ),
             Chart("Skipped prompts", "prompts", (Curve("data/skipped", "bad rows, replaced by the next"),), zero=True),
         ),
     ),

@@ -162,6 +162,27 @@ METRICS: dict[str, Metric] = {
     ),
     "correction/ppl_engine": Metric("ratio", "exp(-mean log mu): the engine's perplexity of what it drew."),
     "correction/ppl_trainer": Metric("ratio", "The trainer's, exp(-mean log pi_old).", "The engine's."),
+    "critic/explained_variance": Metric(
+        "fraction",
+        "1 - Var(return - value) / Var(return) over response tokens, of the values before the outer step's update; "
+        "with `algorithm.credit` gae alone, as are the next.",
+        "Rises from about 0 (below it, the values are worse than a constant).",
+        combine="last",
+    ),
+    "critic/loss": Metric("reward squared", "The value loss, clipping included.", "Falls."),
+    "critic/clip_frac": Metric("fraction", "Share of tokens whose value has moved beyond `critic.clip_value`."),
+    "critic/grad_norm": Metric("norm", "The critic's, before clipping."),
+    "critic/lr": Metric("1", "The critic's learning rate.", combine="last"),
+    "critic/returns": Metric("reward", "Mean over response tokens of what values are trained towards.", combine="last"),
+    "critic/returns_squared": Metric("reward squared", "Mean of its square.", combine="last"),
+    "critic/values": Metric("reward", "Mean value over response tokens.", "Follows the returns.", combine="last"),
+    "reward/kl_penalty": Metric(
+        "reward",
+        "Mean over responses of what `algorithm.kl_reward_coef` takes off a reward: its multiple of the sum of "
+        "log pi_old - log pi_ref; where credit is by response.",
+        "Small beside the spread of rewards.",
+        combine="last",
+    ),
     "kl/ref_k1": Metric(
         "nats/token",
         "Mean of log pi_theta - log pi_ref over response tokens, each with the same weight; with a reference "

@@ -23,7 +23,7 @@ class Dropped:
     mixed_version: int = 0
     truncated: int = 0
     lonely: int = 0
-    """Sound ones whose group had fewer than two survivors, which leaves nothing to compare with."""
+    """Sound ones whose group had fewer survivors than ``least``: one alone leaves nothing to compare with."""
     groups: int = 0
     """Groups (prompts) that left the batch, not responses."""
 
@@ -35,8 +35,10 @@ class Dropped:
         return self.aborted + self.empty + self.mixed_version + self.truncated + self.lonely
 
 
-def apply_policies(groups: Sequence[Sequence[Rollout]], config: RolloutConfig) -> tuple[list[list[Rollout]], Dropped]:
-    """Groups of at least two survivors, in order, and the counts of what was dropped.
+def apply_policies(
+    groups: Sequence[Sequence[Rollout]], config: RolloutConfig, *, least: int = 2
+) -> tuple[list[list[Rollout]], Dropped]:
+    """Groups of at least ``least`` survivors, in order, and the counts of what was dropped.
 
     ``on_truncated = "zero"`` keeps a response here; ``zero_truncated`` takes its reward.
     Raises RolloutError for a mixed-version response under ``on_mixed_version = "error"``.
@@ -51,7 +53,7 @@ def apply_policies(groups: Sequence[Sequence[Rollout]], config: RolloutConfig) -
                 survivors.append(rollout)
             else:
                 counts[reason] += 1
-        if len(survivors) >= 2:
+        if len(survivors) >= least:
             kept.append(survivors)
         else:
             counts["lonely"] += len(survivors)

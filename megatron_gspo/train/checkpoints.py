@@ -10,10 +10,9 @@ import torch.distributed as dist
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.parallel.exchange import together
-from megatron_gspo.policy.checkpoint import begin_save, load_checkpoint
+from megatron_gspo.policy.checkpoint import POLICY, Models, begin_save, load_checkpoint
 from megatron_gspo.policy.checkpoint_files import clear_leftovers, move_latest, name_of, retire
 from megatron_gspo.policy.checkpoint_write import PendingSave
-from megatron_gspo.policy.policy import Policy
 from megatron_gspo.storage import writing
 from megatron_gspo.train.progress import Progress
 from megatron_gspo.train.resume import Resumption
@@ -29,12 +28,13 @@ class Checkpoints:
     Left with an exception, it removes what is on its way to disk: a full one needs the room.
     """
 
-    def __init__(self, config: RunConfig, policy: Policy, identity: Mapping[str, Any]) -> None:
-        self._train, self._policy, self._identity = config.train, policy, dict(identity)
+    def __init__(self, config: RunConfig, models: Models, identity: Mapping[str, Any]) -> None:
+        self._train, self._models, self._identity = config.train, models, dict(identity)
         self._root = Path(config.train.run_dir).absolute() / "checkpoints"  # a thread writes it, and a reward may chdir
         self._pending: PendingSave | None = None
         self._saved_at = 0
-        self._exports = Exports(config, policy)
+        self._world = models[POLICY].groups.world
+        self._exports = Exports(config, models[POLICY])
         self._on_first_rank(lambda: clear_leftovers(self._root))
 
     def __enter__(self) -> Self:
@@ -47,8 +47,11 @@ class Checkpoints:
                 self._pending.discard()
 
     def restore(self, resumption: Resumption, progress: Progress) -> None:
-        """Policy and progress as they were. Raises WeightError or DataError when they cannot be."""
-        load_checkpoint(self._policy, resumption.directory)
+        """Models and progress as they were. Raises WeightError or DataError when they cannot be."""
+        load_checkpoint(self._models, resumption.directory)
+        for name, model in self._models.items():
+            if name in resumption.extra:
+                model.load_state_dict(resumption.extra[name])
         progress.load_state_dict(resumption.extra, self._train.resume_changes)
         self._saved_at = progress.outer_steps
 
@@ -60,8 +63,9 @@ class Checkpoints:
         if done > self._saved_at and (last or (every and done % every == 0)):
             self._publish(wait=True)
             extra = progress.state_dict() | self._identity
+            extra |= {name: state for name, model in self._models.items() if (state := model.state_dict())}
             self._pending = begin_save(
-                self._policy, self._root / name_of(done), extra, background=self._train.checkpoint_async and not last
+                self._models, self._root / name_of(done), extra, background=self._train.checkpoint_async and not last
             )
             self._saved_at = done
             self._publish(wait=last or not self._train.checkpoint_async)
@@ -80,4 +84,4 @@ class Checkpoints:
             retire(newest, keep_last=self._train.keep_last, keep_every=self._train.keep_every)
 
     def _on_first_rank(self, action: Any) -> None:
-        together(lambda: action() if dist.get_rank() == 0 else None, self._policy.groups.world)
+        together(lambda: action() if dist.get_rank() == 0 else None, self._world)

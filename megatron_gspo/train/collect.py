@@ -6,20 +6,13 @@ import asyncio
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
-from megatron_gspo.algorithm.advantages import (
-    batch_advantages,
-    centred_advantages,
-    group_advantages,
-    is_zero_variance,
-    leave_one_out_advantages,
-    token_group_advantages,
-)
-from megatron_gspo.algorithm.base import Credit
+from megatron_gspo.algorithm.advantages import BY_GROUP, credit_by_response, is_zero_variance, token_group_advantages
+from megatron_gspo.algorithm.base import ALONE, Algorithm, Credit
 from megatron_gspo.algorithm.metrics import rollout_metrics
 from megatron_gspo.parallel.exchange import agree, gather_objects, together
 from megatron_gspo.policy.groups import Groups
@@ -36,13 +29,6 @@ from megatron_gspo.types import (
     RolloutGroup,
     Sample,
 )
-
-BY_GROUP: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "group": group_advantages,
-    "centred": centred_advantages,
-    "leave-one-out": leave_one_out_advantages,
-}
-"""``algorithm.credit`` that looks at one group at a time."""
 
 
 @dataclass
@@ -140,13 +126,14 @@ def collect_rollouts(run: Run, prompts: Mapping[int, Prompt], number: int) -> tu
     error: Exception | None = None
     survivors: dict[int, list[Rollout]] = {}
     dropped = Dropped()
+    least = 1 if run.config.algorithm.credit in ALONE else 2
     if run.groups.is_leader:
         size, rank = run.groups.data_size, run.groups.data_rank
         mine = {place: prompt for place, prompt in prompts.items() if place % size == rank}
         try:
             drawn = asyncio.run(draw(run, list(mine.values()), run.sampling(number), number)) if mine else []
             for place, group in zip(mine, drawn, strict=True):
-                kept, counts = apply_policies([group], run.config.rollout)
+                kept, counts = apply_policies([group], run.config.rollout, least=least)
                 dropped = dropped + counts
                 if kept:
                     (survivors[place],) = kept
@@ -190,25 +177,19 @@ def give(run: Run, collected: Collected) -> None:
     collected.advantages = give_credit(run.config.algorithm.credit, collected.groups, run.groups)
     for place, group in collected.groups.items():
         masked = {r.sample for r in group.rollouts if r.truncated and run.config.rollout.on_truncated == "mask"}
-        made = samples_of(place, group, collected.advantages[place])
+        made = samples_of(place, group, collected.advantages[place], by_token=not run.config.algorithm.uses_critic)
         collected.samples += [sample for sample in made if sample.sample not in masked]
 
 
 def give_credit(credit: Credit, groups: Mapping[int, RolloutGroup], ranks: Groups) -> dict[int, np.ndarray]:
     """Position -> [G_p] advantages of this leader's groups. Collective: a batch's statistics are of all leaders."""
-    if credit in BY_GROUP:
-        return together(lambda: {at: BY_GROUP[credit](group.rewards_G) for at, group in groups.items()}, ranks.world)
-    mine = {
-        position: (group.rewards_G, np.array([len(rollout.response_ids) for rollout in group.rollouts]))
-        for position, group in groups.items()
-    }
-    every = {position: row for part in gather_objects(mine, ranks.world) for position, row in part.items()}
-    positions = sorted(every)
-    if not positions:
-        return {}
-    rewards, lengths = zip(*(every[position] for position in positions), strict=True)
-    advantages = batch_advantages(rewards, lengths, baseline=credit == "group-then-batch")
-    return {position: a for position, a in zip(positions, advantages, strict=True) if position in groups}
+    rewards = {position: group.rewards_G for position, group in groups.items()}
+    lengths = {at: np.array([len(rollout.response_ids) for rollout in g.rollouts]) for at, g in groups.items()}
+    if credit not in BY_GROUP:
+        parts = gather_objects((rewards, lengths), ranks.world)
+        rewards, lengths = ({at: row for part in parts for at, row in part[which].items()} for which in range(2))
+    given = together(lambda: credit_by_response(credit, rewards, lengths), ranks.world)
+    return {position: given[position] for position in groups}
 
 
 def _group(run: Run, rollouts: list[Rollout], scored: GroupRewards) -> RolloutGroup:
@@ -218,19 +199,31 @@ def _group(run: Run, rollouts: list[Rollout], scored: GroupRewards) -> RolloutGr
     token_rewards_G = None
     if scored.token_rewards_G is not None:
         token_rewards_G = shape_overlong(rollouts, zero_truncated(rollouts, scored.token_rewards_G, shaped), shaped)
-        if not algorithm.per_token or algorithm.credit != "group":
-            taken = algorithm.name if not algorithm.per_token else f'algorithm.credit = "{algorithm.credit}"'
+        if problem := _without_token_rewards(algorithm):
             warn_once(
-                f"the reward {run.reward.name} gives one value a token, and {taken} takes their mean: see gspo-token"
+                f"the reward {run.reward.name} gives one value a token, and {problem} takes their mean: see gspo-token"
             )
             token_rewards_G = None
     return RolloutGroup(rollouts[0].prompt, tuple(rollouts), rewards_G, token_rewards_G)
 
 
-def samples_of(position: int, group: RolloutGroup, advantages_G: np.ndarray) -> list[Sample]:
-    """What a group gives to train on, at its position among the outer step's prompts."""
+def _without_token_rewards(algorithm: Algorithm) -> str:
+    """What makes an algorithm take the mean of a response's token rewards; "" where it gives credit by token."""
+    if not algorithm.per_token:
+        return algorithm.name
+    if algorithm.credit not in ("group", "gae"):
+        return f'algorithm.credit = "{algorithm.credit}"'
+    return "algorithm.kl_reward_coef" if algorithm.kl_reward_coef and not algorithm.uses_critic else ""
+
+
+def samples_of(position: int, group: RolloutGroup, advantages_G: np.ndarray, *, by_token: bool = True) -> list[Sample]:
+    """What a group gives to train on, at its position among the outer step's prompts.
+
+    ``by_token``: rewards per token give advantages per token, within the group.
+    """
     token_advantages_G: Sequence[np.ndarray]
-    if group.token_rewards_G is not None:
+    token_rewards_G = group.token_rewards_G or [None] * len(group.rollouts)
+    if group.token_rewards_G is not None and by_token:
         token_advantages_G = token_group_advantages(group.token_rewards_G)
     else:
         pairs = zip(group.rollouts, advantages_G, strict=True)
@@ -245,10 +238,11 @@ def samples_of(position: int, group: RolloutGroup, advantages_G: np.ndarray) -> 
             advantage=float(advantage),
             token_advantages=token_advantages,
             reward=float(reward),
+            token_rewards=token_rewards,
             routes=rollout.routes,
         )
-        for rollout, reward, advantage, token_advantages in zip(
-            group.rollouts, group.rewards_G, advantages_G, token_advantages_G, strict=True
+        for rollout, reward, token_rewards, advantage, token_advantages in zip(
+            group.rollouts, group.rewards_G, token_rewards_G, advantages_G, token_advantages_G, strict=True
         )
     ]
 

@@ -42,7 +42,7 @@ def _never(then: Flat, now: Flat) -> bool:
 
 
 def _decays(then: Flat, now: Flat) -> bool:
-    return {then["optimizer.schedule"], now["optimizer.schedule"]} != {"constant"}
+    return any({then[name], now[name]} != {"constant"} for name in ("optimizer.schedule", "critic.schedule"))
 
 
 def _clips_elsewhere(then: Flat, now: Flat) -> bool:
@@ -76,7 +76,11 @@ def _names(section: str, text: str) -> tuple[str, ...]:
 
 TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
     ("weights and activations are others", _always, _names("model", "path dtype")),
-    ("the objective is another", _always, _names("algorithm", "name aggregation credit kl_loss_coef reference")),
+    (
+        "the objective is another",
+        _always,
+        _names("algorithm", "name aggregation credit kl_loss_coef kl_reward_coef reference"),
+    ),
     ("the clip range is another", _clips_elsewhere, _names("algorithm", "clip_low clip_high")),
     (
         "the objective is another",
@@ -91,6 +95,16 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
             "dual_clip log_clip_low log_clip_high tau_positive tau_negative k_positive lambda_positive k_negative "
             "lambda_negative max_ratio anchor",
         ),
+    ),
+    (
+        "the critic is another",
+        _always,
+        _names("critic", "path gamma lam lam_alpha value_lam whiten clip_value normalise pretraining_steps"),
+    ),
+    (
+        "every optimizer step of the critic is another",
+        _always,
+        _names("critic", "lr min_lr schedule warmup_steps betas eps weight_decay clip_grad"),
     ),
     (
         "every optimizer step is another",

@@ -41,6 +41,6 @@ def _export(config: RunConfig, checkpoint: Path, directory: Path) -> int:
     start_distributed()
     groups = make_groups(config.parallel)
     policy = Policy(config, groups, trainable=False)
-    extra = load_checkpoint(policy, checkpoint)
+    extra = load_checkpoint({"policy": policy}, checkpoint)
     save_hugging_face(policy, config, groups, directory)
     return int(extra["optimizer_step"])

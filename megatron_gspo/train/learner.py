@@ -1,4 +1,4 @@
-"""What computes an outer step's passes and updates: the policy, its reference, and the groups that they lie in."""
+"""What computes an outer step's passes and updates: the models, and the groups that they lie in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.parallel.sequence import ShardedSequenceSum
+from megatron_gspo.policy.critic import Critic
 from megatron_gspo.policy.groups import Groups
+from megatron_gspo.policy.network import Network
 from megatron_gspo.policy.policy import Policy
 
 
@@ -18,12 +20,22 @@ class Learner:
     groups: Groups
     policy: Policy
     reference: Policy | None
-    """The frozen reference; None unless the loss has a KL term."""
+    """The frozen reference; None unless the loss or the reward has a KL term."""
     sequence_sum: ShardedSequenceSum
+    critic: Critic | None
+    """None unless credit is given by its values."""
+
+    @property
+    def models(self) -> dict[str, Network]:
+        """What is trained, by the name that it has in a checkpoint."""
+        return {"policy": self.policy} | ({"critic": self.critic} if self.critic is not None else {})
 
 
 def build_learner(config: RunConfig, groups: Groups) -> Learner:
-    """Loads the policy and, for a KL term, the reference. Collective. Raises UserError for what the user can mend."""
+    """Loads the policy and, where the algorithm needs them, the reference and the critic. Collective.
+
+    Raises UserError for what the user can mend.
+    """
     policy = Policy(config, groups)
     reference = None
     if config.algorithm.uses_reference:
@@ -35,4 +47,5 @@ def build_learner(config: RunConfig, groups: Groups) -> Learner:
         policy=policy,
         reference=reference,
         sequence_sum=ShardedSequenceSum(groups.token),
+        critic=Critic(config, groups) if config.algorithm.uses_critic else None,
     )

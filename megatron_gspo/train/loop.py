@@ -18,6 +18,7 @@ from megatron_gspo.config import RunConfig
 from megatron_gspo.data.cursor import PromptCursor
 from megatron_gspo.errors import ConfigError, RolloutError, RunStopped
 from megatron_gspo.parallel.exchange import agree, broadcast_object, together
+from megatron_gspo.policy.checkpoint import POLICY, Models
 from megatron_gspo.policy.groups import Groups, make_groups, start_distributed
 from megatron_gspo.policy.policy import Policy
 from megatron_gspo.rollout.engine import local_servers
@@ -29,7 +30,7 @@ from megatron_gspo.train.models import served
 from megatron_gspo.train.progress import Progress, seed_generators
 from megatron_gspo.train.recorder import MakeRecorder, Recorder, open_recorder
 from megatron_gspo.train.resume import Resumption, find_resumption, identify
-from megatron_gspo.train.save import save_hugging_face
+from megatron_gspo.train.save import save_models
 from megatron_gspo.train.sft import Examples, fine_tune, load_examples
 from megatron_gspo.train.step import empty_text, outer_step
 from megatron_gspo.train.stopping import StopRequest
@@ -66,10 +67,10 @@ def train(config: RunConfig, make_recorder: MakeRecorder) -> None:
                 if resumption is not None:
                     recorder.note(resumption.describe())
                 session = Session(config, groups, identity, resumption, stop, recorder)
-                policy = supervise(session, inputs) if isinstance(inputs, Examples) else reinforce(session, inputs)
+                models = supervise(session, inputs) if isinstance(inputs, Examples) else reinforce(session, inputs)
                 if config.train.save_hf:
                     recorder.phase("saving")
-                    save_hugging_face(policy, config, groups, Path(config.train.run_dir) / "hf")
+                    save_models(models, config, groups)
         except RunStopped:
             dist.barrier(groups.world)  # torchrun ends the ranks that are left when one exits
             raise
@@ -86,9 +87,9 @@ class Session:
     stop: StopRequest
     recorder: Recorder
 
-    def restore(self, policy: Policy, progress: Progress) -> Checkpoints:
-        """The run's checkpoints, after ``policy`` and ``progress`` were brought to the one to continue from."""
-        checkpoints = Checkpoints(self.config, policy, self.identity)
+    def restore(self, models: Models, progress: Progress) -> Checkpoints:
+        """The run's checkpoints, after ``models`` and ``progress`` were brought to the one to continue from."""
+        checkpoints = Checkpoints(self.config, models, self.identity)
         if self.resumption is not None:
             self.recorder.phase("loading the checkpoint")
             checkpoints.restore(self.resumption, progress)
@@ -106,21 +107,22 @@ class Session:
             )
 
 
-def supervise(session: Session, inputs: Examples) -> Policy:
-    """Supervised fine-tuning from its first or next step to the last; returns the policy."""
+def supervise(session: Session, inputs: Examples) -> Models:
+    """Supervised fine-tuning from its first or next step to the last; returns what was trained."""
     config, groups = session.config, session.groups
     policy = Policy(config, groups)
     progress = Progress(PromptCursor(len(inputs.completions), config.train.seed, config.data.shuffle))
-    with session.restore(policy, progress) as checkpoints:
+    models: Models = {POLICY: policy}
+    with session.restore(models, progress) as checkpoints:
         session.recorder.phase("fine-tuning")
         for report in fine_tune(config, groups, policy, inputs, progress, session.recorder.note):
             session.recorder.steps([report])
             session.end_step(progress, checkpoints)
-    return policy
+    return models
 
 
-def reinforce(session: Session, inputs: Inputs) -> Policy:
-    """Builds what a run needs, brings it to the checkpoint if there is one, and trains; returns the policy."""
+def reinforce(session: Session, inputs: Inputs) -> Models:
+    """Builds what a run needs, brings it to the checkpoint if there is one, and trains; returns what was trained."""
     config, recorder = session.config, session.recorder
     with rollout_servers(config, session.groups, recorder) as serving:
         run = build_run(config, session.groups, inputs, serving.urls, serving.access)
@@ -129,13 +131,13 @@ def reinforce(session: Session, inputs: Inputs) -> Policy:
             recorder.note(f"warning: {untested_engine}")
         progress = Progress(run.cursor)
         try:
-            with session.restore(run.policy, progress) as checkpoints:
+            with session.restore(run.models, progress) as checkpoints:
                 for _ in outer_steps(run, progress, recorder):
                     session.end_step(progress, checkpoints)
                     serving.check()
         finally:
             run.sync.close()
-    return run.policy
+    return run.models
 
 
 def outer_steps(run: Run, progress: Progress, recorder: Recorder) -> Iterator[None]:

@@ -30,7 +30,13 @@ def reference_pass(run: Learner, batches: Sequence[PackedBatch]) -> Made:
     return [{Columns.ref_logprobs_T: logprobs_T} for logprobs_T, _ in run.reference.logprobs(batches)]
 
 
-PASSES: dict[str, Pass] = {"reference": reference_pass}
+def value_pass(run: Learner, batches: Sequence[PackedBatch]) -> Made:
+    """The critic's V of the state that each token was drawn in, before the update."""
+    assert run.critic is not None
+    return [{Columns.values_T: values_T} for values_T in run.critic.values(batches)]
+
+
+PASSES: dict[str, Pass] = {"reference": reference_pass, "values": value_pass}
 
 
 def find_pass(name: str) -> Pass:

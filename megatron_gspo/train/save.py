@@ -20,11 +20,13 @@ from megatron_gspo.errors import MegatronGspoError
 from megatron_gspo.hf.carried import find_carried
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import write_shards
+from megatron_gspo.hf.critic import name_as_critic
 from megatron_gspo.hf.directory import copy_companions, name_shards, name_stop_tokens, write_index
 from megatron_gspo.parallel.exchange import agree, gather_objects, together
+from megatron_gspo.policy.checkpoint import POLICY, Models
 from megatron_gspo.policy.checkpoint_files import UNFINISHED, clear_leftovers, name_of, put_in_place
 from megatron_gspo.policy.groups import Groups
-from megatron_gspo.policy.policy import Policy
+from megatron_gspo.policy.network import Network
 from megatron_gspo.storage import writing
 
 SHARD_BYTES = 4 * 1024**3
@@ -37,19 +39,21 @@ class HuggingFaceSave:
 
     Every rank makes one and calls its methods; all are collective. It is written under another name and moved when it
     is whole. The configuration and the tokenizer are those of ``model.path``; ``dtype`` becomes the model's. Layers
-    that the family carries without computing them (multi-token prediction) come from there unchanged.
+    that the family carries without computing them (multi-token prediction) come from there unchanged; a critic has
+    none.
     """
 
-    def __init__(self, config: RunConfig, groups: Groups, directory: Path) -> None:
-        self._config, self._world, self.directory = config, groups.world, directory
+    def __init__(self, config: RunConfig, groups: Groups, directory: Path, *, critic: bool = False) -> None:
+        self._config, self._world, self.directory, self._critic = config, groups.world, directory, critic
         self._unfinished = directory.with_name(directory.name + UNFINISHED)
         _, shape = read_model(config.model.path)
-        self._carried = together(lambda: find_carried(Path(config.model.path), shape), groups.world)
+        source = Path(config.model.path)
+        self._carried = None if critic else together(lambda: find_carried(source, shape), groups.world)
         self._on_first_rank(self._begin)
 
     def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
         """Writes this rank's tensors; not collective. Returns {tensor name: file name}. Raises WriteError."""
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and self._carried is not None:
             tensors = chain(tensors, self._carried.tensors())
         with self._refusals():
             return write_shards(self._unfinished, tensors, owner=dist.get_rank(), max_bytes=SHARD_BYTES)
@@ -73,6 +77,8 @@ class HuggingFaceSave:
         model = self._config.model
         for line in copy_companions(Path(model.path), self._unfinished, dtype=model.dtype):
             _warn_once(line)
+        if self._critic:
+            name_as_critic(self._unfinished)
         if self._config.rollout.stop_tokens:
             name_stop_tokens(self._unfinished, open_tokenizer(self._config).stop_ids)
         put_in_place(self._unfinished, self.directory)
@@ -89,12 +95,19 @@ class HuggingFaceSave:
         together(act, self._world)
 
 
-def save_hugging_face(policy: Policy, config: RunConfig, groups: Groups, directory: Path) -> None:
-    """Writes the policy now, one tensor at a time. Collective. Raises WriteError on every rank when one cannot."""
-    save = HuggingFaceSave(config, groups, directory)
+def save_models(models: Models, config: RunConfig, groups: Groups) -> None:
+    """Writes what was trained to ``hf`` (the policy), ``critic-hf``, ... in the run's directory. Collective."""
+    for name, model in models.items():
+        directory = "hf" if name == POLICY else f"{name}-hf"
+        save_hugging_face(model, config, groups, Path(config.train.run_dir) / directory)
+
+
+def save_hugging_face(model: Network, config: RunConfig, groups: Groups, directory: Path) -> None:
+    """Writes a model now, one tensor at a time. Collective. Raises WriteError on every rank when one cannot."""
+    save = HuggingFaceSave(config, groups, directory, critic=model.valued)
     error: Exception | None = None
     weight_map: dict[str, str] = {}
-    tensors = policy.weights()
+    tensors = model.weights()
     try:
         weight_map = save.write(tensors)
     except MegatronGspoError as caught:
@@ -112,7 +125,7 @@ def save_hugging_face(policy: Policy, config: RunConfig, groups: Groups, directo
 class BackgroundSave:
     """The policy as it is now, written by a thread of each rank from copies in host memory. Methods are collective."""
 
-    def __init__(self, policy: Policy, config: RunConfig, directory: Path) -> None:
+    def __init__(self, policy: Network, config: RunConfig, directory: Path) -> None:
         self._world = policy.groups.world
         self._save = HuggingFaceSave(config, policy.groups, directory)
         tensors = list(policy.weights())
@@ -144,7 +157,7 @@ class Exports:
     One is written at a time: the next waits for it.
     """
 
-    def __init__(self, config: RunConfig, policy: Policy) -> None:
+    def __init__(self, config: RunConfig, policy: Network) -> None:
         self._config, self._policy = config, policy
         self._root = Path(config.train.run_dir).absolute() / EXPORTS  # a thread writes it, and a reward may chdir
         self._pending: BackgroundSave | None = None

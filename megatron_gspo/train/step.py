@@ -1,6 +1,6 @@
 """One outer step, in the order in which data flows.
 
-prompts -> rollout -> rewards -> advantages -> packed batch -> logprobs -> sequence ratios -> loss
+prompts -> rollout -> rewards -> packed batch -> logprobs, values -> advantages -> sequence ratios -> loss
         -> optimizer step -> weight sync -> report
 """
 
@@ -24,6 +24,7 @@ from megatron_gspo.train.batch import Minibatch, check_tokens, place
 from megatron_gspo.train.clock import Clock
 from megatron_gspo.train.collect import collect, summarise
 from megatron_gspo.train.context import Run
+from megatron_gspo.train.credit import give_credit
 from megatron_gspo.train.learner import Learner
 from megatron_gspo.train.noise import measure_noise
 from megatron_gspo.train.passes import find_pass
@@ -32,6 +33,7 @@ from megatron_gspo.train.reading import read_samples
 from megatron_gspo.train.replay import Dealt, MinibatchRoutes, routes_of_old_pass, routes_of_training
 from megatron_gspo.train.routes import changes_between, check_coverage, coverage, deal_routes, engine_mismatch
 from megatron_gspo.train.settle import settle
+from megatron_gspo.train.values import train_critic
 from megatron_gspo.types import (
     RolloutRecord,
     RouteShard,
@@ -63,6 +65,8 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
     with clock("logprobs"):
         engine = engine_routes(run, collected.samples, minibatches, number)
         shards, routes = pi_old_pass(run, minibatches, engine)
+        credited = give_credit(run, minibatches, shards)
+        shards, summary = credited.shards, summary | credited.metrics
         if engine is not None:
             summary |= engine_mismatch(engine, routes, minibatches, run.groups)
         summary |= measure_noise(run, minibatches[0], shards[0], number)
@@ -71,9 +75,11 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
     with clock("train"):
         for index, minibatch in enumerate(minibatches):
             settled = settle(run, shards[index])
-            outputs, metrics, live = train_minibatch(run, minibatch, settled.shards, routes[index], first_step + index)
+            step, frozen = first_step + index, number < run.config.critic.pretraining_steps
+            outputs, metrics, live = train_minibatch(run, minibatch, settled.shards, routes[index], step, frozen=frozen)
+            metrics |= train_critic(run, minibatch, settled.shards, step)
             metrics |= settled.metrics | routing_metrics(run, minibatch, routes[index], live, number)
-            reports.append(StepReport(first_step + index, number, index, summary | {SKIPPED: 0.0} | metrics))
+            reports.append(StepReport(step, number, index, summary | {SKIPPED: 0.0} | metrics))
             trained.append(outputs)
     with clock("sync"):
         run.push(number + 1)
@@ -132,16 +138,29 @@ def pi_old_pass(
 
 
 def train_minibatch(
-    run: Learner, minibatch: Minibatch, shards: Sequence[TokenShard], routes: MinibatchRoutes, step: int
+    run: Learner,
+    minibatch: Minibatch,
+    shards: Sequence[TokenShard],
+    routes: MinibatchRoutes,
+    step: int,
+    *,
+    frozen: bool = False,
 ) -> tuple[list[Trained], dict[str, float], list[RouteShard]]:
     """One optimizer step; returns what each micro-batch gave, the metrics, and what this rank's routers would have
-    chosen by themselves. Collective."""
-    outputs, sums, live = minibatch_gradients(run, minibatch, shards, routes)
+    chosen by themselves. ``frozen``: nothing is differentiated, and the weights stay. Collective."""
+    outputs, sums, live = minibatch_gradients(run, minibatch, shards, routes, frozen=frozen)
+    if frozen:
+        return outputs, minibatch_metrics(run, sums) | {"grad_norm": 0.0, "lr": 0.0}, live
     return outputs, take_step(run, sums, step), live
 
 
 def minibatch_gradients(
-    run: Learner, minibatch: Minibatch, shards: Sequence[TokenShard], routes: MinibatchRoutes
+    run: Learner,
+    minibatch: Minibatch,
+    shards: Sequence[TokenShard],
+    routes: MinibatchRoutes,
+    *,
+    frozen: bool = False,
 ) -> tuple[list[Trained], MetricSums, list[RouteShard]]:
     """``train_minibatch`` up to the optimizer, with this rank's part of the metrics' sums. Collective.
 
@@ -162,7 +181,7 @@ def minibatch_gradients(
         return output.loss
 
     with run.policy.replay.replay(routes.replayed) as live:
-        run.policy.gradients(minibatch.batches, loss_of)
+        (run.policy.evaluate if frozen else run.policy.gradients)(minibatch.batches, loss_of)
     agree(error, run.groups.world)  # before the optimizer moves
     return outputs, sums, live
 

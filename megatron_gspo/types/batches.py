@@ -40,6 +40,8 @@ class Sample:
     token_advantages: np.ndarray
     """[R] float64; A_i repeated unless credit is given per token."""
     reward: float = 0.0
+    token_rewards: np.ndarray | None = None
+    """[R] float64 where the reward gives one a token; None: ``reward`` comes with the last trained token."""
     routes: np.ndarray | None = None
     """``Rollout.routes``; on the data-parallel leader alone, which deals them out (``train.routes``)."""
 
@@ -62,6 +64,15 @@ class Sample:
     def num_trained(self) -> int:
         """R, the tokens that are trained."""
         return int(self.trained.sum())
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """[R] float64 by trained token."""
+        if self.token_rewards is not None:
+            return self.token_rewards
+        rewards = np.zeros(self.num_trained)
+        rewards[-1:] = self.reward
+        return rewards
 
     @property
     def predicting(self) -> np.ndarray:

@@ -102,6 +102,12 @@ class Columns:
         "advantages_T", Axis.PREDICTION, None, "A_t of a token", of=lambda sample: sample.token_advantages
     )
     advantages_S = Column("advantages_S", Axis.SEQUENCE, None, "A_i of a response", of=lambda sample: sample.advantage)
+    rewards_T = Column(
+        "rewards_T", Axis.PREDICTION, torch.float64, "the reward of a token", of=lambda sample: sample.rewards
+    )
+    rewards_S = Column(
+        "rewards_S", Axis.SEQUENCE, torch.float64, "the reward of a response", of=lambda sample: sample.reward
+    )
     weights_S = Column(
         "weights_S", Axis.SEQUENCE, None, "a response's share of the mini-batch", of=lambda sample: sample.weight
     )
@@ -122,6 +128,10 @@ class Columns:
     )
     ref_logprobs_T = Column(
         "ref_logprobs_T", Axis.PREDICTION, None, "log pi_ref", made_by="the pass of the reference policy"
+    )
+    values_T = Column("values_T", Axis.PREDICTION, None, "the critic's V before the update", made_by="the value pass")
+    returns_T = Column(
+        "returns_T", Axis.PREDICTION, None, "what the critic is trained towards", made_by="credit, after the value pass"
     )
 
     corrections_T = Column(

@@ -73,7 +73,8 @@ def save_rank(path: Path, parallel: dict[str, int], dtype: str, directory: Path)
     """Loads at a layout and writes what training writes."""
     from megatron_gspo.policy.checkpoint import save_checkpoint
 
-    save_checkpoint(make_policy(path, parallel, dtype), directory, {"config": {"model": {"path": str(path)}}})
+    models = {"policy": make_policy(path, parallel, dtype)}
+    save_checkpoint(models, directory, {"config": {"model": {"path": str(path)}}})
 
 
 def verify_rank(first: Path, second: Path) -> Any:

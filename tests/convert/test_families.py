@@ -71,7 +71,7 @@ def pass_on(path: Path, parallel: dict[str, int], directory: Path) -> tuple[Tens
     from megatron_gspo.policy.logits import logits_of
 
     policy = make_policy(path, parallel, "float32")
-    save_checkpoint(policy, directory, {"config": {"model": {"path": str(path)}}})
+    save_checkpoint({"policy": policy}, directory, {"config": {"model": {"path": str(path)}}})
     return {name: plain(tensor) for name, tensor in policy.weights()}, logits_of(policy, TOKENS).numpy()
 
 

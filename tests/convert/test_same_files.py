@@ -58,7 +58,7 @@ def save_every_way(source: Path, root: Path) -> None:
     with mock.patch.object(save, "SHARD_BYTES", SMALL):
         save.save_hugging_face(policy, policy.config, policy.groups, root / "saved")
         save.BackgroundSave(policy, policy.config, root / "exported").finish()
-    save_checkpoint(policy, root / "checkpoint", {"config": {"model": {"path": str(source)}}})
+    save_checkpoint({"policy": policy}, root / "checkpoint", {"config": {"model": {"path": str(source)}}})
 
 
 def beside(directory: Path) -> dict[str, bytes]:

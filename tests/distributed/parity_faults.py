@@ -121,15 +121,15 @@ def quantiles_are_of_one_data_rank() -> Iterator[None]:
 
 @contextmanager
 def entropy_is_at_temperature_1() -> Iterator[None]:
-    from megatron_gspo.policy.model import PolicyModel
+    from megatron_gspo.policy.heads import LogprobHead
 
-    logprobs = PolicyModel.logprobs
+    head = LogprobHead.__call__
 
-    def other(self: Any, labels: Any, hidden: Any, temperature: float) -> torch.Tensor:
-        right, wrong = logprobs(self, labels, hidden, temperature), logprobs(self, labels, hidden, 1.0)
+    def other(self: LogprobHead, model: Any, labels: Any, hidden: Any) -> torch.Tensor:
+        right, wrong = head(self, model, labels, hidden), head(LogprobHead(1.0), model, labels, hidden)
         return torch.stack([right[0], wrong[1].detach()])
 
-    with mock.patch.object(PolicyModel, "logprobs", other):
+    with mock.patch.object(LogprobHead, "__call__", other):
         yield
 
 

@@ -135,7 +135,7 @@ def train_and_save(case: Case, parallel: dict[str, int], plan: steps.Plan, direc
     with policy_of(case, parallel) as policy:
         for _ in range(UPDATES):
             update(policy, case, plan)
-        save_checkpoint(policy, directory, EXTRA)
+        save_checkpoint({"policy": policy}, directory, EXTRA)
         weights = weights_of(policy)
         update(policy, case, plan)
         return Trained(weights, weights_of(policy))
@@ -145,7 +145,7 @@ def load_and_train(case: Case, parallel: dict[str, int], plan: steps.Plan, direc
     from megatron_gspo.policy.checkpoint import load_checkpoint
 
     with policy_of(case, parallel) as policy:
-        extra = load_checkpoint(policy, directory)
+        extra = load_checkpoint({"policy": policy}, directory)
         weights = weights_of(policy)
         update(policy, case, plan)
         return Trained(weights, weights_of(policy), [extra])
@@ -241,7 +241,7 @@ def count_steps(case: Case, parallel: dict[str, int], plan: steps.Plan, director
     from megatron_gspo.policy.checkpoint import load_checkpoint
 
     with policy_of(case, parallel) as policy:
-        load_checkpoint(policy, directory)
+        load_checkpoint({"policy": policy}, directory)
         inner = [part.optimizer for part in policy.optimizer.megatron.chained_optimizers]
         counters = [state["step"] for one in inner for state in one.state.values()]
         loaded = [float(counter) for counter in counters]
@@ -263,7 +263,7 @@ def load_with_other_settings(case: Case, parallel: dict[str, int], directory: Pa
     from megatron_gspo.policy.checkpoint import load_checkpoint
 
     with policy_of(case, parallel) as policy:
-        load_checkpoint(policy, directory)
+        load_checkpoint({"policy": policy}, directory)
         groups = policy.optimizer.megatron.param_groups
         return {(group["lr"], tuple(group["betas"]), group["eps"]) for group in groups}
 
@@ -279,7 +279,7 @@ def save_untrained(case: Case, parallel: dict[str, int], directory: Path) -> Tra
     from megatron_gspo.policy.checkpoint import save_checkpoint
 
     with policy_of(case, parallel) as policy:
-        save_checkpoint(policy, directory, {})
+        save_checkpoint({"policy": policy}, directory, {})
         return Trained(weights_of(policy))
 
 
@@ -301,7 +301,7 @@ def load_weights_alone(case: Case, parallel: dict[str, int], directory: Path) ->
 
     with policy_of(case, parallel) as policy:
         policy.optimizer = None  # as trainable=False leaves it
-        return Trained(extra=[load_checkpoint(policy, directory)], weights=weights_of(policy))
+        return Trained(extra=[load_checkpoint({"policy": policy}, directory)], weights=weights_of(policy))
 
 
 def test_a_policy_that_is_not_trained_loads_the_weights(ranks: RankPool, saved: Any, path: str) -> None:
@@ -331,9 +331,9 @@ def save_twice_and_die(case: Case, parallel: dict[str, int], root: Path, at: str
         "before the name": (checkpoint_files.Path, "rename"),
     }
     with policy_of(case, parallel) as policy:
-        save_checkpoint(policy, root / "outer_00001", {"save": 1})
+        save_checkpoint({"policy": policy}, root / "outer_00001", {"save": 1})
         with mock.patch.object(*points[at], die):
-            save_checkpoint(policy, root / "outer_00002", {"save": 2})
+            save_checkpoint({"policy": policy}, root / "outer_00002", {"save": 2})
 
 
 @pytest.mark.parametrize("at", ["before any file", "within a file", "before the description", "before the name"])
@@ -371,18 +371,18 @@ def save_with_little_room(case: Case, parallel: dict[str, int], root: Path, full
 
     publish = checkpoint_write.PendingSave._publish
     with policy_of(case, parallel) as policy:
-        save_checkpoint(policy, root / "outer_00001", {"save": 1})
+        save_checkpoint({"policy": policy}, root / "outer_00001", {"save": 1})
         with contextlib.ExitStack() as stack:
             if full == "description":
                 stack.enter_context(mock.patch.object(checkpoint_write.PendingSave, "_publish", fill_up_and_publish))
             elif policy.groups.world.rank() == 1:
                 fill_up()
             try:
-                begin_save(policy, root / "outer_00002", {"save": 2}, background=background).finish()
+                begin_save({"policy": policy}, root / "outer_00002", {"save": 2}, background=background).finish()
             except WriteError as error:
                 said.append(str(error))
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        save_checkpoint(policy, root / "outer_00003", {"save": 3})
+        save_checkpoint({"policy": policy}, root / "outer_00003", {"save": 3})
     return said
 
 
@@ -413,7 +413,7 @@ def save_while_training(case: Case, parallel: dict[str, int], plan: steps.Plan, 
     with policy_of(case, parallel) as policy, mock.patch.object(checkpoint_write, "_write_file", write_late):
         update(policy, case, plan)
         weights = weights_of(policy)
-        pending = begin_save(policy, directory, {}, background=True)
+        pending = begin_save({"policy": policy}, directory, {}, background=True)
         update(policy, case, plan)
         assert not pending.written()
         assert not directory.exists()
@@ -454,7 +454,7 @@ def refusal(case: Case, parallel: dict[str, int], directory: Path, saving: bool)
 
     with policy_of(case, parallel) as policy:
         try:
-            save_checkpoint(policy, directory, {}) if saving else load_checkpoint(policy, directory)
+            save_checkpoint({"policy": policy}, directory, {}) if saving else load_checkpoint(policy, directory)
         except (WeightError, WriteError) as error:
             return str(error)
     return "no error"

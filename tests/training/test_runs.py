@@ -103,7 +103,8 @@ def test_the_first_minibatch_clips_exactly_nothing_and_the_engine_agrees_with_th
         assert abs(line["kl/engine_k3"]) < 1e-9  # after a sync of weights that have moved
         assert line["grad_norm"] > 0
     written = {name for line in metrics_of(config) for name in line} - set(PLACE)
-    asked_for = {name for name in METRICS if name.startswith(("correction/", "dynamic/"))} | {"data/skipped"}
+    asked_for = {name for name in METRICS if name.startswith(("correction/", "dynamic/", "critic/"))}
+    asked_for |= {"data/skipped", "reward/kl_penalty"}
     expected = set(METRICS) - ENGINE_ROUTES - REFERENCE - asked_for
     assert {row_of(name) for name in written} == expected, "docs/metrics.md says what is there"
 

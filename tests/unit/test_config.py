@@ -72,7 +72,7 @@ def test_a_ppo_sized_clip_range_for_a_sequence_ratio_needs_to_be_asked_for(name:
         ({"optimizer": {"lr": -1.0}}, r"optimizer\.lr = -1\.0: .*greater than 0"),
         ({"optimizer": {"lr": float("nan")}}, r"optimizer\.lr"),
         ({"optimizer": {"betas": [0.9, 1.0]}}, r"optimizer\.betas\.1 = 1\.0: .*less than 1"),
-        ({"rollout": {"group_size": 1}}, r"rollout\.group_size = 1: .*greater than or equal to 2"),
+        ({"rollout": {"group_size": 1}}, r"rollout\.group_size = 1, .* one alone has advantage 0: use 2 or more"),
         ({"rollout": {"top_p": 0.9}}, r"top_p = 0\.9: .*only 1 is accepted"),
         ({"rollout": {"top_k": 50}}, r"top_k = 50"),
         ({"rollout": {"temperature": 0.0}}, r"rollout\.temperature = 0\.0"),
@@ -91,7 +91,7 @@ def test_a_ppo_sized_clip_range_for_a_sequence_ratio_needs_to_be_asked_for(name:
         ),
         ({"optimizer": {"lr": 1e-3, "min_lr": 1e-2}}, r"min_lr = 0\.01 is above .*lr = 0\.001"),
         ({"optimizer": {"warmup_steps": 400}}, r"warmup_steps = 400 leaves nothing of the run's 400 optimizer steps"),
-        ({"algorithm": {"reference": "ref"}}, r"kl_loss_coef = 0 does not use it"),
+        ({"algorithm": {"reference": "ref"}}, r"neither algorithm.kl_loss_coef nor algorithm.kl_reward_coef uses it"),
         ({"model": {"path": "run/hf"}}, r"model\.path = run/hf lies in train\.run_dir = run"),
         ({"data": {"eval_path": "./run/../run/eval.jsonl"}}, r"data\.eval_path = .* lies in train\.run_dir"),
         (

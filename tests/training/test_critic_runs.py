@@ -1,0 +1,105 @@
+"""A critic in whole runs, against a stand-in that draws uniformly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_gspo.config import load
+from megatron_gspo.report.recorder import RunRecorder
+from megatron_gspo.train.loop import train
+from tests.pool import RankPool
+from tests.training.conftest import QUICKSTART
+from tests.training.stand_in import StandIn
+from tests.training.test_group_work import lines
+
+pytestmark = pytest.mark.timeout(240)
+Settings = Callable[..., list[str]]
+PPO = (
+    *('algorithm.name="ppo"', 'algorithm.credit="gae"', "algorithm.clip_low=0.2", "algorithm.clip_high=0.2"),
+    *("critic.lr=1e-3", "critic.normalise=true", "critic.pretraining_steps=1", "algorithm.kl_reward_coef=0.01"),
+)
+
+
+@pytest.fixture
+def settings(overrides: list[str], tmp_path: Path) -> Settings:
+    def make(server: StandIn, *more: str) -> list[str]:
+        own = [f'rollout.servers=["{server.url}"]', 'sync.method="disk"', f'sync.directory="{tmp_path}"']
+        unchecked = ['sync.verify="off"', "rollout.max_engine_k3=0", "train.noise_floor_every=0"]
+        return [*overrides, *own, *unchecked, "eval.every=0", "train.save_rollouts=0", *PPO, *more]
+
+    return make
+
+
+def run(settings: list[str]) -> None:
+    train(load(QUICKSTART / "gspo.toml", settings), RunRecorder)
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def test_a_run_with_a_critic_resumes_bit_for_bit_and_gives_a_critic_that_transformers_loads(
+    ranks: RankPool, settings: Settings, quickstart: Path, tmp_path: Path
+) -> None:
+    """At TP 2, EP 2; the first outer step is the critic's alone."""
+    from transformers import AutoModelForTokenClassification
+
+    with StandIn(quickstart / "model") as server:
+        ranks.run(2, run, settings(server))
+        parts = settings(server, f'train.run_dir="{tmp_path / "parts"}"', "train.checkpoint_every=1")
+        ranks.run(2, run, [*parts, "train.outer_steps=1"])
+        alone = tensors(tmp_path / "parts" / "hf")
+        ranks.run(2, run, [*parts, "train.overwrite=false", "train.resume=true"])
+    cold, whole = tensors(quickstart / "model"), tmp_path / "run"
+    for name, tensor in cold.items():
+        assert torch.equal(alone[name], tensor), f"{name} moved while the critic alone was trained"
+    assert lines(tmp_path / "parts") == lines(whole)
+    for kind in ("hf", "critic-hf"):
+        resumed = tensors(tmp_path / "parts" / kind)
+        assert resumed.keys() == tensors(whole / kind).keys()
+        for name, tensor in tensors(whole / kind).items():
+            assert torch.equal(resumed[name], tensor), name
+    records = lines(whole)
+    assert records[0]["lr"] == records[0]["grad_norm"] == 0.0 < records[-1]["lr"]
+    assert all(line["critic/grad_norm"] > 0 for line in records)
+    assert np.isfinite([line["critic/explained_variance"] for line in records]).all()
+    model = AutoModelForTokenClassification.from_pretrained(whole / "critic-hf")
+    assert model.num_labels == 1 and float(model.score.weight.detach().abs().max()) > 0
+    header = json.loads(next((whole / "checkpoints").glob("outer_*/checkpoint.json")).read_text())
+    assert header["models"]["critic"]["step"] >= 1
+
+
+def test_a_critic_starts_from_a_critic(ranks: RankPool, settings: Settings, quickstart: Path, tmp_path: Path) -> None:
+    one = ("parallel.tensor=1", "parallel.expert=1", "train.outer_steps=1", "critic.normalise=false")
+    with StandIn(quickstart / "model") as server:
+        ranks.run(1, run, settings(server, *one))
+        again = settings(server, *one, f'train.run_dir="{tmp_path / "again"}"')
+        ranks.run(1, run, [*again, f'critic.path="{tmp_path / "run" / "critic-hf"}"'])
+    first, second = lines(tmp_path / "run")[0], lines(tmp_path / "again")[0]
+    assert first["critic/values"] == 0.0 != second["critic/values"]
+
+
+@pytest.mark.parametrize("credit", ["group", "batch"])
+def test_a_kl_to_the_reference_is_taken_off_rewards_before_credit_is_given(
+    ranks: RankPool, settings: Settings, quickstart: Path, tmp_path: Path, credit: str
+) -> None:
+    """The same on one rank and two; of the policy itself, the penalty is 0 in the first step, and not in the second."""
+    own = (f'algorithm.credit="{credit}"', "critic.lr=1e-5", "critic.normalise=false", "critic.pretraining_steps=0")
+    found = []
+    for data in (1, 2):
+        with StandIn(quickstart / "model") as server:
+            layout = ("parallel.tensor=1", "parallel.expert=1", f"parallel.data={data}", "optimizer.lr=1e-2")
+            at = f'train.run_dir="{tmp_path / str(data)}"'
+            ranks.run(data, run, settings(server, *own, *layout, at, "algorithm.kl_reward_coef=0.5"))
+        by_step = {line["outer_step"]: line for line in lines(tmp_path / str(data))}
+        found.append([by_step[0]["reward/kl_penalty"], by_step[1]["reward/kl_penalty"]])
+    (first, second), (_, other) = found
+    assert abs(first) < 1e-6 and abs(second) > 1e-3
+    assert other == pytest.approx(second, rel=1e-2)
