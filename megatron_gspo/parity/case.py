@@ -83,6 +83,11 @@ class Case:
     def loss_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == "float64" else torch.float32
 
+    @property
+    def compares_everything(self) -> bool:
+        """Whether every loss, every correction and a critic are compared too: where roundings decide nothing."""
+        return self.dtype == "float64"
+
     @cached_property
     def keys(self) -> tuple[Key, ...]:
         return tuple((sample.group, sample.sample) for sample in self.samples)
@@ -210,6 +215,7 @@ def random_samples(
                     rollout_logprobs=rng.normal(-4.0, 1.0, length).astype(np.float32)[drawn],
                     advantage=float(advantages[number]),
                     token_advantages=rng.normal(advantages[number], 1.0, length)[drawn],
+                    reward=float(rewards[number]),
                 )
             )
     return tuple(samples)

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from megatron_gspo.parity.case import Case
+from megatron_gspo.parity.critic import GRADIENTS as CRITIC_GRADIENTS
+from megatron_gspo.parity.critic import head_weight, naive_critic
 from megatron_gspo.parity.naive_adamw import gradient_norm
-from megatron_gspo.parity.parts import Part, StepPart, TokenValues
+from megatron_gspo.parity.parts import CriticPart, Part, StepPart, TokenValues
 from megatron_gspo.parity.reference import Reference, term_of, weights_of
 from megatron_gspo.parity.tensors import GRADIENTS, compare
 
@@ -45,6 +47,39 @@ def transformers_step(reference: Reference, directory: str) -> Part:
     step.gradients = compare(iter(gradients.items()), Path(directory) / GRADIENTS.format(step=0))
     step.metrics = {"grad_norm": gradient_norm(gradients)}
     part.steps.append(step)
+    if reference.critic is not None:
+        part.critic = _critic(reference, Path(directory))
+    return part
+
+
+def _critic(reference: Reference, directory: Path) -> CriticPart | None:
+    """Values of all responses, and the value loss's gradients, by transformers' model with a head of one label; None
+    of a family that it has none for."""
+    from transformers import AutoConfig, AutoModelForTokenClassification
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+
+    case, expected = reference.case, reference.critic
+    settings = AutoConfig.from_pretrained(case.path, num_labels=1)
+    if type(settings) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING or expected is None or case.replay:
+        return None
+    model = AutoModelForTokenClassification.from_pretrained(
+        case.path, config=settings, dtype=torch.float64, attn_implementation="sdpa", experts_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        model.score.weight.copy_(head_weight(settings.hidden_size))
+        model.score.bias.fill_(0.1)
+    by_index = {index: expected.values[case.predicting(index)] for index in range(len(case.samples))}
+    _, loss = naive_critic(case, by_index)
+    part = CriticPart()
+    for index, sample in enumerate(case.samples):
+        ids = torch.from_numpy(sample.token_ids.astype(np.int64))[None]
+        with torch.set_grad_enabled(index in case.minibatches[0]):
+            values_R = model(input_ids=ids, use_cache=False).logits[0, torch.from_numpy(sample.predicting), 0]
+        part.numbers.append(case.predicting(index))
+        part.values.append(values_R.detach().numpy())
+        if values_R.requires_grad:
+            loss(index, values_R).backward()
+    part.gradients = compare(iter(dict(_stored_gradients(model)).items()), directory / CRITIC_GRADIENTS)
     return part
 
 

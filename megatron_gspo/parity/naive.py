@@ -187,6 +187,11 @@ def _vespo(response: Response, settings: Mapping[str, Any]) -> list[Token]:
     return tokens
 
 
+def _sft(response: Response, settings: Mapping[str, Any]) -> list[Token]:
+    """Maximum likelihood."""
+    return [Token(new) for new in response.new]
+
+
 def _dppo(response: Response, settings: Mapping[str, Any]) -> list[Token]:
     """arXiv 2602.04879."""
     anchor = response.rollout if settings["anchor"] == "engine" else response.old
@@ -215,5 +220,6 @@ FORMULAS: dict[str, Callable[[Response, Mapping[str, Any]], list[Token]]] = {
     "luspo": _luspo,
     "vespo": _vespo,
     "dppo": _dppo,
+    "sft": _sft,
 }
 """By the names of ``algorithm.catalog``."""

@@ -48,6 +48,18 @@ class Choices:
 
 
 @dataclass
+class Values:
+    """A number for each token, and for each response."""
+
+    numbers: list[np.ndarray] = field(default_factory=list)
+    """Token numbers, an array a micro-batch."""
+    of_tokens: list[np.ndarray] = field(default_factory=list)
+    """A loss's gradient in their logprobs, or a correction's weights."""
+    of_responses: dict[Key, float] = field(default_factory=dict)
+    """A loss's parts, whole on every rank; empty of a correction."""
+
+
+@dataclass
 class StepPart:
     """What one rank has of an optimizer step."""
 
@@ -63,8 +75,22 @@ class StepPart:
     """Of this rank's own copy or piece, by Hugging Face name."""
     parameters: dict[str, Difference] | None = None
     """The same after the step."""
+    objectives: dict[str, Values] = field(default_factory=dict)
+    """Of every loss and correction, where they are compared."""
     sent: dict[str, Difference] = field(default_factory=dict)
     """After the step, of the whole tensors that a weight sync would send from this rank."""
+
+
+@dataclass
+class CriticPart:
+    """What a rank has of the critic's step, arrays by micro-batch."""
+
+    numbers: list[np.ndarray] = field(default_factory=list)
+    values: list[np.ndarray] = field(default_factory=list)
+    advantages: list[np.ndarray] = field(default_factory=list)
+    returns: list[np.ndarray] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    gradients: dict[str, Difference] = field(default_factory=dict)
 
 
 @dataclass
@@ -79,6 +105,8 @@ class Part:
     choices: Choices = field(default_factory=Choices)
     """Of the pi_old pass."""
     steps: list[StepPart] = field(default_factory=list)
+    critic: CriticPart | None = None
+    """Where it is compared."""
 
 
 def note(

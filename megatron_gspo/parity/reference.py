@@ -24,10 +24,12 @@ from megatron_gspo.parity.case import (
     Key,
     straddling_old,
 )
+from megatron_gspo.parity.critic import CriticReference, critic_reference
 from megatron_gspo.parity.layouts import Layout
-from megatron_gspo.parity.naive import NaiveTerm, Response, naive_term, naive_weights
+from megatron_gspo.parity.naive import NaiveTerm, naive_term, naive_weights
 from megatron_gspo.parity.naive_adamw import NaiveAdamW, gradient_norm, naive_lr
 from megatron_gspo.parity.naive_metrics import Measured, Metric, naive_metrics
+from megatron_gspo.parity.objectives import Expected, naive_objectives, response_of
 from megatron_gspo.parity.parts import Choices, recorded
 from megatron_gspo.parity.step import build
 from megatron_gspo.parity.tensors import GRADIENTS, PARAMETERS
@@ -76,6 +78,8 @@ class StepReference:
     """Of gradients."""
     weights: set[str] = field(default_factory=set)
     """Of parameters, and of what is no parameter but part of the model: routers' expert biases."""
+    objectives: dict[str, Expected] = field(default_factory=dict)
+    """Every loss and correction, where they are compared."""
     idle: list[str] = field(default_factory=list)
     """Tensors without a gradient: experts that got no token."""
 
@@ -92,6 +96,8 @@ class Reference:
     routing: Routing
     """Of the pi_old pass."""
     steps: list[StepReference]
+    critic: CriticReference | None = None
+    """Where it is compared."""
 
     @property
     def clipped(self) -> np.ndarray:
@@ -122,6 +128,7 @@ def reference_step(case: Case, directory: str) -> Reference:
         ref_logprobs=shards.scattered(case, case.ref, np.nan),
         routing=routing,
         steps=steps,
+        critic=critic_reference(case, learner, Path(directory)) if case.compares_everything else None,
     )
     check_meaning(reference)
     return reference
@@ -148,6 +155,8 @@ class _Steps:
         old = {index: straddling_old(self.case, index, new[index]) for index in members}
         self.case = replace(self.case, old={**self.case.old, **old})
         step = _gradients(self.case, self.policy, members)
+        if self.case.compares_everything:
+            step.objectives = naive_objectives(self.case, step.logprobs, number)
         gradients = dict(self.policy.named_gradients())
         self._describe(step, gradients)
         save_file(gradients, self.directory / GRADIENTS.format(step=number))
@@ -317,13 +326,7 @@ def _gradients(case: Case, policy: Policy, members: list[int]) -> StepReference:
 
 def term_of(case: Case, index: int, new_R: torch.Tensor, weight: float) -> NaiveTerm:
     """A sample's part of the loss by the naive formulas."""
-    response = Response(
-        new=list(new_R.double().unbind()),
-        old=case.old[index].tolist(),
-        ref=case.ref[index].tolist(),
-        rollout=case.samples[index].rollout_logprobs.astype(np.float64).tolist(),
-        advantages=case.advantages(index),
-    )
+    response = response_of(case, index, list(new_R.double().unbind()))
     return naive_term(case.loss, response, case.algorithm.model_dump(), weight, KL_COEF)
 
 

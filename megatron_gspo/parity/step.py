@@ -16,7 +16,9 @@ import torch
 from megatron_gspo.errors import NonFiniteError
 from megatron_gspo.parity import shards
 from megatron_gspo.parity.case import STEPS, Case
+from megatron_gspo.parity.critic import critic_step
 from megatron_gspo.parity.layouts import Layout
+from megatron_gspo.parity.objectives import every_objective
 from megatron_gspo.parity.parts import Choices, Part, StepPart, note, recorded
 from megatron_gspo.parity.tensors import GRADIENTS, PARAMETERS, compare, gradient_copies, parameter_copies
 from megatron_gspo.policy.groups import make_groups
@@ -45,6 +47,8 @@ def layout_step(case: Case, layout: Layout, references: str, fault: Fault | None
         mine = samples[groups.data_rank :: groups.data_size] if groups.is_leader else []
         minibatches = place(mine, learner.config, groups)
         token_shards, routes = old_pass(case, learner, mine, minibatches, part)
+        if case.compares_everything:
+            part.critic = critic_step(case, learner, minibatches, token_shards, Path(references))
         for number, (minibatch, own, routed) in enumerate(zip(minibatches, token_shards, routes, strict=True)):
             part.steps.append(train(case, learner, minibatch, own, routed, number, Path(references)))
             if part.steps[-1].metrics is None:
@@ -105,6 +109,8 @@ def train(
         rows = zip(output.log_ratio_S.tolist(), output.loss_S.tolist(), strict=True)
         step.sequences.update(zip(batch.samples, rows, strict=True))
     step.sequences.pop((-1, -1), None)  # dummies
+    if case.compares_everything:
+        step.objectives = every_objective(case, learner, minibatch, token_shards, outputs, number)
     if routes.replayed is None:
         step.choices = chosen(live, [shards.own_numbers(case, batch, learner.groups) for batch in minibatch.batches])
     step.gradients = gradient_copies(learner.policy, references / GRADIENTS.format(step=number))

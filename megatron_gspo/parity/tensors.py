@@ -11,20 +11,20 @@ from safetensors import safe_open
 from megatron_gspo.hf.weights import take_piece
 from megatron_gspo.parity.parts import Difference
 from megatron_gspo.policy.export import complete_gradients, gradient_of, weight_of
-from megatron_gspo.policy.policy import Policy
+from megatron_gspo.policy.network import Network
 
 GRADIENTS, PARAMETERS = "gradients-{step}.safetensors", "parameters-{step}.safetensors"
 """Of each step, counted from 0, in the reference's directory."""
 
 
-def gradient_copies(policy: Policy, reference: Path) -> dict[str, Difference]:
+def gradient_copies(policy: Network, reference: Path) -> dict[str, Difference]:
     """Every gradient that this rank holds a copy or a piece of. Collective: makes gradients whole over data ranks."""
     for module in policy.modules:
         complete_gradients(module)
     return _copies(policy, gradient_of, reference)
 
 
-def parameter_copies(policy: Policy, reference: Path) -> dict[str, Difference]:
+def parameter_copies(policy: Network, reference: Path) -> dict[str, Difference]:
     """Every parameter that this rank holds a copy or a piece of, from its own memory: no rank speaks for another."""
     return _copies(policy, weight_of, reference)
 
@@ -43,7 +43,7 @@ def compare(tensors: Iterator[tuple[str, torch.Tensor]], reference: Path) -> dic
 
 @torch.no_grad()
 def _copies(
-    policy: Policy, value: Callable[[torch.Tensor], torch.Tensor | None], reference: Path
+    policy: Network, value: Callable[[torch.Tensor], torch.Tensor | None], reference: Path
 ) -> dict[str, Difference]:
     found: dict[str, Difference] = {}
     with safe_open(reference, framework="pt", device="cpu") as file:

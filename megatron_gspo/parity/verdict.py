@@ -13,8 +13,9 @@ from megatron_gspo.parity.naive import distance_to_clipping
 from megatron_gspo.parity.parts import Choices, Difference, Part, StepPart, TokenValues
 from megatron_gspo.parity.reference import Reference, Routing, StepReference
 
-COLUMNS = ("logprobs", "entropy", "ratio", "loss", "metrics", "gradients", "norm", "parameters")
-"""What is compared, in the order of the table. ratio is s_i; loss is the total and each response's part."""
+COLUMNS = ("logprobs", "entropy", "ratio", "loss", "metrics", "gradients", "norm", "parameters", "objectives", "critic")
+"""What is compared, in the order of the table. ratio is s_i; loss is the total and each response's part; "objectives"
+every algorithm's and every correction, over the same passes."""
 
 
 @dataclass
@@ -84,6 +85,8 @@ def judge(row: Row, parts: Sequence[Part], reference: Reference, tolerance: floa
     for number in range(min(len(part.steps) for part in parts)):
         if number == 0 or not row.fails:
             _Step(row, parts, last, reference, number, excused).judge()
+    if reference.critic is not None and not row.fails:
+        _judge_critic(row, parts, last, reference, indices)
     row.columns = {name: worst for name, worst in row.columns.items() if worst.where}
     row.straddling = _straddling(reference, last)
     sharded = len({part.token_rank for part in last}) > 1
@@ -117,6 +120,7 @@ class _Step:
         ties = len(self.row.near_ties)
         self._clips(training)
         self._sequences()
+        self._objectives()
         self._tensors("gradients", [step.gradients for step in self.mine], self.expected.names)
         self._metrics(clipping=len(self.row.near_ties) == ties)
         if all(step.parameters is not None for step in self.mine):
@@ -138,6 +142,23 @@ class _Step:
                 loss.take(_relative(abs(part_of_loss - expected_loss), scale), _label(key))
             total = sum(step.loss for step in column)
             loss.take(_relative(abs(total - self.expected.loss), sum_scale), f"total, {self.name}")
+
+    def _objectives(self) -> None:
+        """Of every loss: its gradient in each logprob, and each response's part; of every correction: its weights."""
+        column = self.row.columns["objectives"]
+        steps = [part.steps[self.number] for part in self.last]
+        if not any(step.objectives for step in steps):  # transformers' row
+            return
+        for name, expected in self.expected.objectives.items():
+            parts = [step.objectives[name] for step in steps if name in step.objectives]
+            scale = float(np.nanmax(np.abs(expected.of_tokens)))
+            for index, error in _token_errors(parts, "of_tokens", expected.of_tokens, self.case, self.indices):
+                column.take(_relative(error, scale), f"{name}, {_label(self.case.keys[index])}, {self.name}")
+            scale = max(map(abs, expected.of_responses.values()), default=0.0)
+            found = {key: value for part in parts for key, value in part.of_responses.items()}
+            for key, value in expected.of_responses.items():
+                error = abs(found.get(key, np.inf) - value)
+                column.take(_relative(error, scale), f"{name}'s loss, {_label(key)}, {self.name}")
 
     def _metrics(self, *, clipping: bool) -> None:
         """On every rank; those of ``clip/`` are not compared where a decision was a near-tie."""
@@ -227,19 +248,52 @@ def _tokens(
     suffix: str = "",
 ) -> None:
     """Logprobs or entropies, a response at a time; each token must have come exactly once."""
+    floor = case.precision.floor * np.nanmax(np.abs(expected))
+    for index, error in _token_errors(parts, name, expected, case, indices):
+        scale = max(np.abs(expected[case.predicting(index)]).max(), floor)
+        row.columns[name].take(_relative(error, scale), _label(case.keys[index]) + suffix)
+
+
+def _token_errors(
+    parts: Sequence[Any], name: str, expected: np.ndarray, case: Case, indices: Sequence[int]
+) -> Iterator[tuple[int, float]]:
+    """By sample, how far its tokens' values are off; infinity where a token has not come exactly once."""
     numbers = _together(parts, "numbers", int)
     seen = np.bincount(numbers, minlength=len(expected))
     values = np.full(len(expected), np.nan)
     values[numbers] = _together(parts, name, float)
-    floor = case.precision.floor * np.nanmax(np.abs(expected))
     for index in indices:
         own = case.predicting(index)
-        error = np.abs(values[own] - expected[own]).max() if (seen[own] == 1).all() else np.inf
-        scale = max(np.abs(expected[own]).max(), floor)
-        row.columns[name].take(_relative(error, scale), _label(case.keys[index]) + suffix)
+        yield index, float(np.abs(values[own] - expected[own]).max()) if (seen[own] == 1).all() else np.inf
 
 
-def _together(parts: Sequence[TokenValues], name: str, kind: type) -> np.ndarray:
+def _judge_critic(
+    row: Row, parts: Sequence[Part], last: Sequence[Part], reference: Reference, indices: Sequence[int]
+) -> None:
+    """Values, advantages and returns of every token; gradients and metrics of every rank."""
+    expected, case, column = reference.critic, reference.case, row.columns["critic"]
+    mine = [part.critic for part in parts if part.critic is not None]
+    if expected is None or not mine:
+        return
+    own = [part.critic for part in last]
+    for name in ("values", "advantages", "returns"):
+        array = getattr(expected, name)
+        if any(getattr(part, name) for part in mine):  # transformers has values alone
+            for index, error in _token_errors(own, name, array, case, indices):
+                column.take(_relative(error, float(np.nanmax(np.abs(array)))), f"{name}, {_label(case.keys[index])}")
+    floor = case.precision.floor * expected.gradient_scale
+    for name in sorted(expected.names ^ {name for part in mine for name in part.gradients}):
+        column.take(float("inf"), f"gradient of {name} (on one side only)")
+    for rank, part in enumerate(mine):
+        for name, difference in part.gradients.items():
+            error = _relative(difference.error, max(difference.scale, floor))
+            column.take(error, f"gradient of {name}, rank {rank}")
+        for name in part.metrics:
+            scale = max(abs(expected.metrics[name]), 1e-3)
+            column.take(_relative(abs(part.metrics[name] - expected.metrics[name]), scale), f"{name}, rank {rank}")
+
+
+def _together(parts: Sequence[Any], name: str, kind: type) -> np.ndarray:
     pieces = [each for part in parts for each in getattr(part, name)]
     return np.concatenate(pieces) if pieces else np.zeros(0, dtype=kind)
 

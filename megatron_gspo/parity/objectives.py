@@ -1,0 +1,162 @@
+"""Every loss and every correction over one forward pass: what each makes of a mini-batch's logprobs.
+
+The gradient of a loss in the logprobs is all that the model's backward takes from it, and that backward is compared
+for one loss; so a layout that holds here, holds for every loss, at the cost of one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from megatron_gspo.algorithm.correction import Correction
+from megatron_gspo.algorithm.importance import correct
+from megatron_gspo.algorithm.objective import objective
+from megatron_gspo.parity import shards
+from megatron_gspo.parity.case import KL_COEF, Case, Key
+from megatron_gspo.parity.naive import FORMULAS, Response, naive_term, naive_weights
+from megatron_gspo.parity.parts import Values
+from megatron_gspo.train.batch import Minibatch, weights_of
+from megatron_gspo.train.learner import Learner
+from megatron_gspo.types import TokenShard, Trained
+
+BAND = {"low": 0.4, "high": 2.5}
+CORRECTIONS = {
+    **{
+        f"{rule} by {level}": Correction(rule=rule, level=level, **BAND)  # type: ignore[arg-type]
+        for rule in ("truncate", "clip", "mask", "drop")
+        for level in ("token", "sequence", "geometric")
+    },
+    "reject by k1": Correction(reject="k1", reject_above=0.8),
+    "reject by k2 of a token": Correction(reject="k2", reject_level="token", reject_above=0.5),
+    "reject by k3": Correction(reject="k3", reject_above=0.5),
+    "veto": Correction(veto=0.1),
+}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The same by the naive formulas."""
+
+    of_tokens: np.ndarray
+    """[tokens] float64; NaN where a token predicts no trained token of this mini-batch."""
+    of_responses: Mapping[Key, float]
+
+
+def algorithms(case: Case) -> Iterator[tuple[str, Case]]:
+    """Every algorithm of the catalog, as the loss of this case."""
+    for name in FORMULAS:
+        yield name, replace(case, loss=name)
+
+
+def every_objective(
+    case: Case,
+    learner: Learner,
+    minibatch: Minibatch,
+    token_shards: Sequence[TokenShard],
+    outputs: Sequence[Trained],
+    number: int,
+) -> dict[str, Values]:
+    """What every loss and correction makes of this rank's tokens of a mini-batch, by name. Collective over the last
+    stage; empty elsewhere."""
+    found: dict[str, Values] = {}
+    lengths = {case.keys[index]: case.samples[index].num_trained for index in case.minibatches[number]}
+    for batch, shard, trained in zip(minibatch.batches, token_shards, outputs, strict=bool(outputs)):
+        own = shard.mask_T.cpu().numpy()
+        numbers = shards.own_numbers(case, batch, learner.groups)[own]
+
+        def note(name: str, values_T: torch.Tensor, own: np.ndarray = own, numbers: np.ndarray = numbers) -> Values:
+            values = found.setdefault(name, Values())
+            values.numbers.append(numbers)
+            values.of_tokens.append(values_T.double().cpu().numpy()[own])
+            return values
+
+        for name, other in algorithms(case):
+            weights = weights_of(lengths, learner.config.model_copy(update={"algorithm": other.algorithm}))
+            weights_S = shard.weights_S.new_tensor([weights.get(key, 0.0) for key in shard.samples])
+            logprobs_T = trained.new_logprobs_T.detach().clone().requires_grad_()
+            output = objective(other.algorithm, shard.replace(weights_S=weights_S), logprobs_T, learner.sequence_sum)
+            (gradient_T,) = torch.autograd.grad(output.loss, logprobs_T)
+            note(name, gradient_T).of_responses.update(zip(shard.samples, output.loss_S.tolist(), strict=True))
+        for name, settings in CORRECTIONS.items():
+            note(name, correct(shard, settings, learner.sequence_sum).weights_T)
+    for values in found.values():
+        values.of_responses.pop((-1, -1), None)  # dummies
+    return found
+
+
+def naive_objectives(case: Case, logprobs: np.ndarray, number: int) -> dict[str, Expected]:
+    """The same of the reference's logprobs ([tokens] float64), a response at a time."""
+    members = case.minibatches[number]
+    expected = {}
+    longest = max(sample.length for sample in case.samples) - 1
+    for name, other in algorithms(case):
+        weights = naive_weights(
+            [case.samples[index].group for index in members],
+            [case.samples[index].num_trained for index in members],
+            other.algorithm.weighting,
+            longest,
+        )
+        gradients, parts = {}, {}
+        for index, weight in zip(members, weights, strict=True):
+            new = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in logprobs[case.predicting(index)]]
+            coef = KL_COEF if other.algorithm.uses_reference else 0.0
+            term = naive_term(name, response_of(other, index, new), other.algorithm.model_dump(), weight, coef)
+            found = torch.autograd.grad(term.loss, new, allow_unused=True)
+            gradients[index] = np.array([0.0 if each is None else float(each) for each in found])
+            parts[case.keys[index]] = float(term.loss.detach())
+        expected[name] = Expected(shards.scattered(case, gradients, np.nan), parts)
+    for name, settings in CORRECTIONS.items():
+        rows = {
+            index: np.array(
+                naive_correction(case.old[index].tolist(), case.samples[index].rollout_logprobs.tolist(), settings)
+            )
+            for index in members
+        }
+        expected[name] = Expected(shards.scattered(case, rows, np.nan), {})
+    return expected
+
+
+def response_of(case: Case, index: int, new: list[torch.Tensor]) -> Response:
+    """A sample as the naive formulas take it; ``new`` are scalars, by trained token."""
+    return Response(
+        new=new,
+        old=case.old[index].tolist(),
+        ref=case.ref[index].tolist(),
+        rollout=case.samples[index].rollout_logprobs.astype(np.float64).tolist(),
+        advantages=case.advantages(index),
+    )
+
+
+def naive_correction(old: Sequence[float], rollout: Sequence[float], settings: Correction) -> list[float]:
+    """The weight of each token of a response, with ratios multiplied out as the rules are written."""
+    rho = [math.exp(a - b) for a, b in zip(old, rollout, strict=True)]
+    levels = {
+        "token": rho,
+        "sequence": [math.exp(min(max(sum(map(math.log, rho)), -20.0), 20.0))] * len(rho),
+        "geometric": [math.prod(each ** (1 / len(rho)) for each in rho)] * len(rho),
+    }
+    estimates = {
+        "k1": [abs(math.log(each)) for each in rho],
+        "k2": [math.log(each) ** 2 / 2 for each in rho],
+        "k3": [each - 1 - math.log(each) for each in rho],
+    }
+    low, high = settings.low, settings.high
+    formulas = {
+        "off": lambda each: 1.0,
+        "truncate": lambda each: min(each, high),
+        "clip": lambda each: min(max(each, low), high),
+        "mask": lambda each: each if low <= each <= high else 0.0,
+        "drop": lambda each: 1.0 if low <= each <= high else 0.0,
+    }
+    weights = [formulas[settings.rule](each) for each in levels[settings.level]]
+    if settings.reject != "off":
+        values = estimates[settings.reject]
+        if settings.reject_level == "sequence":
+            values = [sum(values) / len(values)] * len(values)
+        weights = [0.0 if far > settings.reject_above else w for w, far in zip(weights, values, strict=True)]
+    return [0.0] * len(rho) if any(each < settings.veto for each in rho) else weights
