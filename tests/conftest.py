@@ -50,6 +50,44 @@ TAKE_LONG = (
     "training/test_runs.py::test_r2_takes_the_first_minibatch",
     "training/test_runs.py::test_the_same_configuration_takes_the_same_first_step_at_every_layout",
     "unit/test_bench.py::test_bench_logprobs_prints_every_head",
+    # What the objectives of `parity` show of every loss, by whole steps.
+    "test_every_loss_gives_the_step_of_one_process[g",
+    "test_every_loss_holds_over_tensor_context_and_data_ranks",
+    "test_every_loss_trains_and_gspo_token_takes_gspos_steps",
+    # Of each kind of layout some stay.
+    *(
+        f"test_a_gspo_step_is_that_of_one_process[{layout}]"
+        for layout in (
+            *("PP2", "DP2", "TP2xEP2", "TP2xPP2", "TP2xDP2xEP4", "TP2xPP2xDP2xEP2", "CP4", "TP2xCP2", "CP2xPP2"),
+            *("CP2xDP2", "TP2xCP2xEP2", "CP2xDP2xEP4", "PP2xVPP2", "PP2xVPP2xDP2xEP2", "PP3", "TP2xETP2", "DP2xETP2"),
+        )
+    ),
+    "test_splitting_and_packing_cannot_change_a_step[two-",
+    "test_splitting_and_packing_cannot_change_a_step[four-",
+    "test_splitting_and_packing_cannot_change_a_step[one micro-batch-",
+    "training_forward[DP2-",
+    "training_forward[PP2xVPP2-float32",
+    "training_forward[TP2xCP2-float32",
+    "training_forward[TP2xPP2xEP2-float64",
+    "test_every_shape_of_the_family_is_computed[dense layers between]",
+    "test_every_shape_of_the_family_is_computed[one expert a token]",
+    "test_every_shape_of_the_family_is_computed[tied embeddings]",
+    "gives_the_files_bytes_back[mixture-bfloat16]",
+    "gives_the_files_bytes_back[tied dense-float32]",
+    "that_replays_them[DP2]",
+    "that_replays_them[TP2]",
+    "that_replays_them[TP2xPP2xEP2+recompute]",
+    "a_checkpoint_of_the_same_layout[float32-TP2xEP2]",
+    "a_checkpoint_of_the_same_layout[bfloat16-PP2]",
+    "same_at_another_layout[DP2-TP1]",
+    "same_at_another_layout[TP1-EP2]",
+    "same_at_another_layout[TP2-TP1]",
+    "same_at_another_layout[TP2xEP2-PP2]",
+    "by_their_place_in_the_whole[TP2xETP2-PP3]",
+    "by_their_place_in_the_whole[DP2xETP2-PP2xVPP2]",
+    "training/test_group_work.py::test_two_leaders_give_the_credit_that_one_does[batch]",
+    "training/test_critic_runs.py::test_a_kl_to_the_reference_is_taken_off_rewards_before_credit_is_given[batch]",
+    "training/test_faults.py::test_an_engine_that_becomes_another_one_is_warned_of_or_ends_the_run[warn]",
 )
 """Parts of the names of tests that take more than 15 seconds and have a shorter neighbour: for `make test-slow`."""
 

@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dense-twin", nargs="+", default=[], metavar="HF_DIR", action="extend",
         help="dense models to run every loss on as well, as a control: arms LOSS-dense",
     )  # fmt: skip
+    parser.add_argument(
+        "--sweep", default="", metavar="SETTING=A:B:N",
+        help="each arm at N values from A to B, spaced in the log: where do half of its runs collapse? "
+        "(optimizer.lr=5e-4:3e-3:6)",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, metavar="J", help="cells at a time (default: as many as the cores hold)")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
     parser.set_defaults(watched=lambda options: "the comparison")
@@ -86,6 +91,7 @@ def _request(options: argparse.Namespace) -> Request:
         cold_starts=tuple(word for word in options.cold_start if word not in settings),
         dense_twins=tuple(word for word in options.dense_twin if word not in settings),
         overrides=(*options.overrides, *settings),
+        sweep=options.sweep,
     )
 
 

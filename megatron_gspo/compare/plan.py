@@ -59,6 +59,16 @@ class Request:
     """Hugging Face directories of dense models, run with every loss and without replay."""
     overrides: tuple[str, ...] = ()
     """``section.key=value`` for every cell, ``LOSS:section.key=value`` for those of one loss."""
+    sweep: str = ""
+    """``section.key=first:last:count``: every arm at each of so many values, spaced evenly in the log."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A setting that every arm is run at several values of."""
+
+    setting: str
+    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -68,10 +78,17 @@ class Arm:
     loss: str
     replay: str
     dense: bool = False
+    value: float | None = None
+    """Of the setting that is swept."""
+
+    @property
+    def family(self) -> str:
+        """The arm's name without the value that is swept."""
+        return f"{self.loss}-{'dense' if self.dense else self.replay}"
 
     @property
     def name(self) -> str:
-        return f"{self.loss}-{'dense' if self.dense else self.replay}"
+        return self.family if self.value is None else f"{self.family}-{self.value:g}"
 
 
 @dataclass(frozen=True)
@@ -129,15 +146,37 @@ def make_plan(request: Request) -> Plan:
     base = parse(
         _with_cell_settings(read(request.config)), str(request.config), [*common, f'train.run_dir="{request.out}"']
     )
-    arms = tuple(_arms(request))
+    sweep = parse_sweep(request.sweep)
+    arms = tuple(_arms(request, sweep))
     own = {loss: [_override(text) for text in request.overrides if _loss_of(text) == loss] for loss in request.losses}
     starts = request.cold_starts or (base.model.path,)
     cells = []
     for seed in range(request.first_seed, request.first_seed + request.seeds):
         for arm in arms:
             models = request.dense_twins if arm.dense else starts
-            cells.append(_cell(request.out, base, arm, seed, models[seed % len(models)], own[arm.loss]))
-    return Plan(request.out, base, arms, tuple(cells), _record(request, base, arms, cells), request.config)
+            changes = own[arm.loss] if sweep is None else [*own[arm.loss], f"{sweep.setting}={arm.value!r}"]
+            cells.append(_cell(request.out, base, arm, seed, models[seed % len(models)], changes))
+    return Plan(request.out, base, arms, tuple(cells), _record(request, sweep, base, arms, cells), request.config)
+
+
+def parse_sweep(text: str) -> Sweep | None:
+    """``optimizer.lr=1e-3:4e-3:3`` is 0.001, 0.002 and 0.004, to four digits; None for "". Raises ConfigError."""
+    if not text:
+        return None
+    setting, _, ends = text.partition("=")
+    try:
+        first, last, count = (kind(part) for kind, part in zip((float, float, int), ends.split(":"), strict=True))
+        if not (0 < first < last < float("inf") and 2 <= count <= 50):
+            raise ValueError
+    except ValueError:
+        raise ConfigError(
+            f"--sweep {text}: it must be section.key=FIRST:LAST:COUNT, 0 < FIRST < LAST and 2 to 50 values, as in "
+            f"optimizer.lr=5e-4:3e-3:6"
+        ) from None
+    if setting.strip() in OURS:
+        raise ConfigError(f"--sweep {text}: {setting} is decided by {OURS[setting.strip()]}")
+    values = [float(f"{first * (last / first) ** (i / (count - 1)):.4g}") for i in range(count)]
+    return Sweep(setting.strip(), tuple(values))
 
 
 def check_cells(plan: Plan) -> None:
@@ -179,7 +218,7 @@ def agree(plan: Plan, existing: Mapping[str, Any]) -> None:
 def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
     """What makes two comparisons the same, flat: without seeds, and without what is about this start."""
     flat: dict[str, Any] = {name: record.get(name) for name in ("version", "losses", "replay", "cold_starts")}
-    flat["dense_twins"] = record.get("dense_twins")
+    flat |= {name: record.get(name) for name in ("dense_twins", "sweep")}
     flat |= {name: value for name, value in _all_settings(record).items() if name not in WHERE}
     flat |= {f"{arm['name']}: {key}": value for arm in record.get("arms", ()) for key, value in arm["settings"].items()}
     return flat | {f"versions.{name}": value for name, value in record.get("versions", {}).items()}
@@ -213,15 +252,18 @@ def _check(request: Request) -> None:
             raise ConfigError(f"{text!r}: --losses {','.join(request.losses)} has no {loss}")
         if setting == "model.path" and loss is None and not request.cold_starts:
             continue  # the one cold start
+        if setting and setting == request.sweep.partition("=")[0].strip():
+            raise ConfigError(f"{text!r}: {setting} differs from cell to cell, and is decided by --sweep")
         if setting in OURS:
             raise ConfigError(f"{text!r}: {setting} differs from cell to cell, and is decided by {OURS[setting]}")
 
 
-def _arms(request: Request) -> Iterator[Arm]:
+def _arms(request: Request, sweep: Sweep | None) -> Iterator[Arm]:
     for loss in request.losses:
-        yield from (Arm(loss, mode) for mode in request.replay)
-        if request.dense_twins:
-            yield Arm(loss, "off", dense=True)
+        for value in sweep.values if sweep else (None,):
+            yield from (Arm(loss, mode, value=value) for mode in request.replay)
+            if request.dense_twins:
+                yield Arm(loss, "off", dense=True, value=value)
 
 
 def _cell(out: Path, base: RunConfig, arm: Arm, seed: int, model: str, overrides: Sequence[str]) -> Cell:
@@ -246,7 +288,9 @@ def _cell(out: Path, base: RunConfig, arm: Arm, seed: int, model: str, overrides
         return Cell(arm, seed, model, parse(tree, f"seed {seed}", overrides), out)
 
 
-def _record(request: Request, base: RunConfig, arms: Sequence[Arm], cells: Sequence[Cell]) -> dict[str, Any]:
+def _record(
+    request: Request, sweep: Sweep | None, base: RunConfig, arms: Sequence[Arm], cells: Sequence[Cell]
+) -> dict[str, Any]:
     from megatron_gspo.report.manifest import versions
 
     first = {arm: next(cell.config for cell in cells if cell.arm == arm) for arm in arms}
@@ -259,12 +303,14 @@ def _record(request: Request, base: RunConfig, arms: Sequence[Arm], cells: Seque
         "cold_starts": list(request.cold_starts or (base.model.path,)),
         "dense_twins": list(request.dense_twins),
         "overrides": list(request.overrides),
+        **({"sweep": {"setting": sweep.setting, "values": list(sweep.values)}} if sweep else {}),
         "arms": [
             {
                 "name": arm.name,
                 "loss": arm.loss,
                 "replay": arm.replay,
                 "dense": arm.dense,
+                **({} if arm.value is None else {"family": arm.family, "value": arm.value}),
                 "settings": _settings(first[arm], base),
             }
             for arm in arms

@@ -11,14 +11,15 @@ from typing import Any
 from megatron_gspo.algorithm.comparison import (
     COLLAPSE_WINDOW,
     Mean,
-    collapse_index,
     geometric_mean,
     holm,
     mean_over_seeds,
     sign_flip_p,
 )
 from megatron_gspo.report.comparison.cells import Cell, Comparison
+from megatron_gspo.report.comparison.collapses import collapse_step
 from megatron_gspo.report.comparison.contrasts import Contrast, contrasts
+from megatron_gspo.report.comparison.stability import Stability, stability_of
 
 FINAL_STEPS = 5
 ALPHA = 0.05
@@ -84,6 +85,8 @@ class Analysis:
     results: tuple[Result, ...]
     clipping: tuple[Ratio, ...]
     costs: tuple[Ratio, ...]
+    stability: Stability | None = None
+    """Of a sweep."""
 
     @property
     def tested(self) -> list[Result]:
@@ -93,6 +96,9 @@ class Analysis:
 def analyse(comparison: Comparison) -> Analysis:
     steps = final_steps(comparison)
     values = outcomes(comparison, steps)
+    if comparison.swept:  # one question, and no test for each value of it
+        facts = {arm.name: arm_facts(comparison, arm.name, values) for arm in comparison.arms}
+        return Analysis(steps, values, facts, (), (), (), stability_of(comparison))
     return Analysis(
         final_steps=steps,
         outcomes=values,
@@ -227,17 +233,6 @@ def over_cells(cells: Any, of: Callable[[Cell], float | None]) -> float | None:
     return _mean([value for cell in cells if (value := of(cell)) is not None])
 
 
-def collapse_step(cell: Cell) -> int | None:
-    """The outer step at which the cell's reward had collapsed; None when it never did."""
-    places = [
-        (step, value)
-        for step, value in zip(cell.outer_step, cell.series("reward/mean"), strict=False)
-        if value is not None
-    ]
-    index = collapse_index([value for _, value in places])
-    return None if index is None else places[index][0]
-
-
 def as_json(analysis: Analysis) -> dict[str, Any]:
     """The analysis as JSON values, for programs."""
     return {
@@ -263,6 +258,7 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
         ],
         "clipping": [asdict(ratio) for ratio in analysis.clipping],
         "costs": [asdict(ratio) for ratio in analysis.costs],
+        **({"stability": analysis.stability.as_json()} if analysis.stability else {}),
     }
 
 

@@ -30,6 +30,10 @@ class Arm:
     dense: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Dotted name -> value, where it differs from the base configuration."""
+    family: str = ""
+    """The name without the value that is swept."""
+    value: float | None = None
+    """Of the setting that is swept."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,12 @@ class Comparison:
         return list(self.plan.get("seeds") or [])
 
     @property
+    def swept(self) -> str:
+        """The setting that is swept; "" where none is."""
+        sweep = self.plan.get("sweep")
+        return str(sweep.get("setting") or "") if isinstance(sweep, Mapping) else ""
+
+    @property
     def planned(self) -> int:
         return len(self.arms) * len(self.seeds)
 
@@ -106,7 +116,15 @@ def read(out: Path) -> Comparison:
     plan = _object(out / PLAN)
     try:
         arms = tuple(
-            Arm(arm["name"], arm["loss"], arm["replay"], bool(arm.get("dense")), dict(arm.get("settings") or {}))
+            Arm(
+                name=arm["name"],
+                loss=arm["loss"],
+                replay=arm["replay"],
+                dense=bool(arm.get("dense")),
+                settings=dict(arm.get("settings") or {}),
+                family=str(arm.get("family") or arm["name"]),
+                value=float(arm["value"]) if arm.get("value") is not None else None,
+            )
             for arm in plan["arms"]
         )
         seeds = [int(seed) for seed in plan["seeds"]]

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_gspo.algorithm.comparison import Mean, mean_over_seeds
-from megatron_gspo.report.comparison.analysis import COSTS, Analysis, Ratio, Result, cold_starts, collapse_step
+from megatron_gspo.report.comparison.analysis import COSTS, Analysis, Ratio, Result, cold_starts
 from megatron_gspo.report.comparison.cells import Cell, Comparison, short_names
+from megatron_gspo.report.comparison.collapses import collapse_step
 from megatron_gspo.report.comparison.sentences import p_text, sample, signed, times_text
 from megatron_gspo.report.samples import number
 

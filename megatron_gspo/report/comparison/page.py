@@ -10,9 +10,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from megatron_gspo.report.comparison.analysis import Analysis, analyse, as_json, collapse_step
+from megatron_gspo.report.comparison.analysis import Analysis, analyse, as_json
 from megatron_gspo.report.comparison.cells import Comparison, read, short_names
 from megatron_gspo.report.comparison.charts import sections
+from megatron_gspo.report.comparison.collapses import collapse_step
 from megatron_gspo.report.comparison.sentences import findings, limits, table, times_text
 from megatron_gspo.report.headline import Tile
 from megatron_gspo.report.html import Setting, environment, packed_plotly, settings_table, template, write_page
@@ -74,6 +75,7 @@ def render(comparison: Comparison, analysis: Analysis) -> str:
         arms=[arm.name for arm in comparison.arms],
         arm_rows=arm_rows(comparison, analysis),
         final_steps=analysis.final_steps,
+        stability=analysis.stability,
         contrasts={
             outcome: table([one for one in analysis.results if one.outcome == outcome]) for outcome in analysis.outcomes
         },
@@ -93,7 +95,8 @@ def title(comparison: Comparison) -> str:
     """``grpo and gspo, with replay off, r2 and r3``."""
     losses = listed(dict.fromkeys(arm.loss for arm in comparison.arms))
     replays = listed(dict.fromkeys(arm.replay for arm in comparison.arms if not arm.dense))
-    return f"{losses}, with replay {replays}" if replays else losses
+    swept = f", over {comparison.swept}" if comparison.swept else ""
+    return f"{losses}, with replay {replays}{swept}" if replays else f"{losses}{swept}"
 
 
 def line(comparison: Comparison) -> str:

@@ -34,6 +34,10 @@ class Finding:
 
 def findings(comparison: Comparison, analysis: Analysis) -> list[Finding]:
     """What the comparison shows, the final rewards first."""
+    if analysis.stability is not None:
+        said = [Finding(overall_of_sweep(comparison, analysis))]
+        apart = {ratio.text() + "." for ratio in analysis.stability.ratios if ratio.apart}
+        return said + [Finding(text, text in apart) for text in analysis.stability.sentences()]
     rewards = [result for result in analysis.results if result.outcome == "reward"]
     said = [Finding(sentence(result, analysis), result.verdict in SHOWN) for result in rewards]
     others = [
@@ -44,6 +48,16 @@ def findings(comparison: Comparison, analysis: Analysis) -> list[Finding]:
         accuracy(analysis),
     ]
     return [Finding(overall(analysis)), *said, *(Finding(text) for text in others if text)]
+
+
+def overall_of_sweep(comparison: Comparison, analysis: Analysis) -> str:
+    """What was asked, from how many runs, and what the intervals are."""
+    assert analysis.stability is not None
+    cells = sum(cell.finished for cell in comparison.cells)
+    return (
+        f"Collapse as a function of {analysis.stability.setting}, in {count(cells, 'run')}: a logistic curve in its "
+        f"log by Firth's penalised likelihood; 95% intervals by resampling seeds within cold starts."
+    )
 
 
 def overall(analysis: Analysis) -> str:
@@ -222,6 +236,8 @@ def _scope(comparison: Comparison) -> str:
 
 
 def _settings(comparison: Comparison) -> str:
+    if comparison.swept:
+        return "Intervals speak of these cold starts, and of no others: seeds are resampled within them."
     rate = comparison.setting("optimizer", "lr")
     shown = f" ({rate:g})" if isinstance(rate, (int, float)) else ""
     return f"One learning rate{shown} and one clip range a loss: an arm may do better or worse at others."
