@@ -6,7 +6,8 @@ torch: a loss imports what it computes with when it is called.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import ConfigDict, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
@@ -30,6 +31,18 @@ RANGE = frozenset({"clip_low", "clip_high", "allow_wide_clip"})
 """Settings of a ratio, which configurations of fine-tuning may still have: without effect, since there is none."""
 
 
+class Totals(Protocol):
+    """Numbers of a whole mini-batch, the same on every rank. Collective over the ranks that hold its tokens."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """[n] float64 sums over all ranks."""
+        ...
+
+    def nth_largest(self, values: torch.Tensor, n: int) -> float:
+        """The n-th largest of all ranks' values, [any] float64; minus infinity where there are fewer."""
+        ...
+
+
 class Algorithm(Section):
     """The objective."""
 
@@ -41,6 +54,8 @@ class Algorithm(Section):
     """Whether it learns from responses that an engine draws; otherwise from the completions of its data."""
     clip_settings: ClassVar[tuple[str, str]] = ("clip_low", "clip_high")
     """Names of the settings of its range, where it clips."""
+    needs_reference: ClassVar[bool] = False
+    """Whether ``reference`` must be named: the policy itself would be none."""
     per_token: ClassVar[bool] = True
     """Whether its loss has a term for each token, with an advantage of its own."""
 
@@ -87,6 +102,11 @@ class Algorithm(Section):
     def clip_range(self) -> tuple[float, float] | None:
         """(clip_low, clip_high): the ratio is kept in [1 - clip_low, 1 + clip_high]; None without one."""
         return None
+
+    def prepare(self, shards: Sequence[TokenShard], totals: Totals) -> list[TokenShard]:
+        """Columns that only a whole mini-batch can give, of its micro-batches on this rank; after credit and
+        corrections, before training. Collective over the last stage."""
+        return list(shards)
 
     def loss(self, shard: TokenShard, new_logprobs_T: torch.Tensor, sequence_sum: SequenceSum) -> LossOutput:
         """The loss of one micro-batch: a sum over its responses, complete on every rank (see ``LossOutput``).

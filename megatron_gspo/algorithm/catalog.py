@@ -26,6 +26,9 @@ ALGORITHMS: dict[str, str] = {
     "reinforce++": "megatron_gspo.algorithm.reinforce:ReinforcePlusPlus",
     "reinforce++-baseline": "megatron_gspo.algorithm.reinforce:ReinforcePlusPlusBaseline",
     "rloo": "megatron_gspo.algorithm.reinforce:Rloo",
+    "clip-cov": "megatron_gspo.algorithm.covariance:ClipCov",
+    "kl-cov": "megatron_gspo.algorithm.covariance:KlCov",
+    "distill": "megatron_gspo.algorithm.distill:Distill",
     "sft": "megatron_gspo.algorithm.sft:Sft",
 }
 """Name -> ``module:Class``, imported when it is named."""

@@ -114,6 +114,11 @@ class RunConfig(Section):
                 f"critic.{changed} = {given[changed]!r} has no effect: there is a critic with "
                 f'algorithm.credit = "gae", and it is "{algorithm.credit}"'
             )
+        if algorithm.needs_reference and not algorithm.reference:
+            raise ValueError(
+                f'algorithm.name = "{algorithm.name}" learns from algorithm.reference, and there is none: name the '
+                f"directory of the teacher, a model of the same tokenizer"
+            )
         if self.critic.min_lr > self.critic.lr:
             raise ValueError(f"critic.min_lr = {self.critic.min_lr:g} is above critic.lr = {self.critic.lr:g}")
         if algorithm.draws_responses and self.rollout.group_size < 2 and algorithm.credit not in ALONE:

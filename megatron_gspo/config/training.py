@@ -183,5 +183,7 @@ class CriticConfig(OptimizerConfig):
     distance."""
     normalise: bool = False
     """The head gives values in deviations of the returns that have been seen from their mean (MAPPO)."""
+    epochs: Positive = 1
+    """Times that the critic is trained on each of an outer step's mini-batches, an optimizer step each time."""
     pretraining_steps: Annotated[int, Field(ge=0)] = 0
     """Outer steps at the start in which the critic alone is trained; the policy's weights stay."""

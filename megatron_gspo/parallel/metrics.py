@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 
@@ -28,6 +31,25 @@ def reduce_token_sums(sums: torch.Tensor, *, stage: dist.ProcessGroup) -> torch.
     total = sums.clone()
     dist.all_reduce(total, group=stage)
     return total
+
+
+@dataclass(frozen=True)
+class StageTotals:
+    """``algorithm.base.Totals`` over the ranks of a pipeline stage, each of which holds a slice of the tokens."""
+
+    stage: dist.ProcessGroup
+    device: torch.device
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return reduce_token_sums(values.to(self.device), stage=self.stage)
+
+    def nth_largest(self, values: torch.Tensor, n: int) -> float:
+        """Each rank's n largest are enough."""
+        own = values.topk(min(n, values.numel())).values
+        every = torch.tensor(
+            [value for part in gather_objects(own.tolist(), self.stage) for value in part], dtype=torch.float64
+        )
+        return float(every.topk(n).values[-1]) if n <= every.numel() else -math.inf
 
 
 def heaviest_expert(counts: torch.Tensor, *, stage: dist.ProcessGroup, pipeline: dist.ProcessGroup) -> float:

@@ -77,6 +77,8 @@ class Case:
             settings |= dict.fromkeys(cls.clip_settings, self.clip)
         if "allow_wide_clip" in cls.model_fields:
             settings["allow_wide_clip"] = True
+        if cls.needs_reference:
+            settings["reference"] = self.path
         return make_algorithm(self.loss, **settings)
 
     @property

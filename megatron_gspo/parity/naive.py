@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ class Response:
     rollout: list[float]
     """log mu, the engine's."""
     advantages: list[float]
+    chosen: list[bool] = field(default_factory=list)
+    """Tokens that the algorithm treats apart; empty: none."""
 
     @property
     def log_w(self) -> list[torch.Tensor]:
@@ -187,6 +189,32 @@ def _vespo(response: Response, settings: Mapping[str, Any]) -> list[Token]:
     return tokens
 
 
+def _clip_cov(response: Response, settings: Mapping[str, Any]) -> list[Token]:
+    """arXiv 2505.22617, eq. 11."""
+    marks = response.chosen or [False] * len(response.new)
+    return [
+        Token(0 * log_w if mark else torch.exp(log_w) * a, mark and a < 0, mark and a > 0)
+        for log_w, a, mark in zip(response.log_w, response.advantages, marks, strict=True)
+    ]
+
+
+def _kl_cov(response: Response, settings: Mapping[str, Any]) -> list[Token]:
+    """arXiv 2505.22617, eq. 13."""
+    marks = response.chosen or [False] * len(response.new)
+    return [
+        Token(torch.exp(log_w) * a - (settings["coefficient"] * log_w.abs() if mark else 0.0))
+        for log_w, a, mark in zip(response.log_w, response.advantages, marks, strict=True)
+    ]
+
+
+def _distill(response: Response, settings: Mapping[str, Any]) -> list[Token]:
+    """PPO's term with the teacher's advantage over pi_old."""
+    tokens = []
+    for log_w, ref, old, own in zip(response.log_w, response.ref, response.old, response.advantages, strict=True):
+        tokens.append(_clipped(torch.exp(log_w), ref - old + settings["reward_coef"] * own, settings))
+    return tokens
+
+
 def _sft(response: Response, settings: Mapping[str, Any]) -> list[Token]:
     """Maximum likelihood."""
     return [Token(new) for new in response.new]
@@ -220,6 +248,9 @@ FORMULAS: dict[str, Callable[[Response, Mapping[str, Any]], list[Token]]] = {
     "luspo": _luspo,
     "vespo": _vespo,
     "dppo": _dppo,
+    "clip-cov": _clip_cov,
+    "kl-cov": _kl_cov,
+    "distill": _distill,
     "sft": _sft,
 }
 """By the names of ``algorithm.catalog``."""

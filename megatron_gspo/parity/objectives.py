@@ -14,16 +14,20 @@ import numpy as np
 import torch
 
 from megatron_gspo.algorithm.correction import Correction
+from megatron_gspo.algorithm.covariance import ClipCov, Covariance
 from megatron_gspo.algorithm.importance import correct
 from megatron_gspo.algorithm.objective import objective
+from megatron_gspo.parallel.metrics import StageTotals
 from megatron_gspo.parity import shards
 from megatron_gspo.parity.case import KL_COEF, Case, Key
 from megatron_gspo.parity.naive import FORMULAS, Response, naive_term, naive_weights
 from megatron_gspo.parity.parts import Values
+from megatron_gspo.policy.groups import device
 from megatron_gspo.train.batch import Minibatch, weights_of
 from megatron_gspo.train.learner import Learner
 from megatron_gspo.types import TokenShard, Trained
 
+WIDE = {"clip-cov": {"low": 0.1, "high": 3.0}}
 BAND = {"low": 0.4, "high": 2.5}
 CORRECTIONS = {
     **{
@@ -50,7 +54,10 @@ class Expected:
 def algorithms(case: Case) -> Iterator[tuple[str, Case]]:
     """Every algorithm of the catalog, as the loss of this case."""
     for name in FORMULAS:
-        yield name, replace(case, loss=name)
+        other = replace(case, loss=name)
+        if "share" in type(other.algorithm).model_fields:  # of so few tokens
+            other.__dict__["algorithm"] = other.algorithm.model_copy(update={"share": 0.1, **WIDE.get(name, {})})
+        yield name, other
 
 
 def every_objective(
@@ -65,25 +72,32 @@ def every_objective(
     stage; empty elsewhere."""
     found: dict[str, Values] = {}
     lengths = {case.keys[index]: case.samples[index].num_trained for index in case.minibatches[number]}
-    for batch, shard, trained in zip(minibatch.batches, token_shards, outputs, strict=bool(outputs)):
-        own = shard.mask_T.cpu().numpy()
-        numbers = shards.own_numbers(case, batch, learner.groups)[own]
+    owns = [
+        (shard.mask_T.cpu().numpy(), shards.own_numbers(case, batch, learner.groups))
+        for batch, shard in zip(minibatch.batches, token_shards, strict=bool(outputs))
+    ]
 
-        def note(name: str, values_T: torch.Tensor, own: np.ndarray = own, numbers: np.ndarray = numbers) -> Values:
-            values = found.setdefault(name, Values())
-            values.numbers.append(numbers)
-            values.of_tokens.append(values_T.double().cpu().numpy()[own])
-            return values
+    def note(name: str, micro_batch: int, values_T: torch.Tensor) -> Values:
+        values, (own, numbers) = found.setdefault(name, Values()), owns[micro_batch]
+        values.numbers.append(numbers[own])
+        values.of_tokens.append(values_T.double().cpu().numpy()[own])
+        return values
 
-        for name, other in algorithms(case):
-            weights = weights_of(lengths, learner.config.model_copy(update={"algorithm": other.algorithm}))
-            weights_S = shard.weights_S.new_tensor([weights.get(key, 0.0) for key in shard.samples])
+    for name, other in algorithms(case) if outputs else ():
+        weights = weights_of(lengths, learner.config.model_copy(update={"algorithm": other.algorithm}))
+        weighed = [
+            shard.replace(weights_S=shard.weights_S.new_tensor([weights.get(key, 0.0) for key in shard.samples]))
+            for shard in token_shards
+        ]
+        prepared = other.algorithm.prepare(weighed, StageTotals(learner.groups.tensor_data, device()))
+        for index, (shard, trained) in enumerate(zip(prepared, outputs, strict=True)):
             logprobs_T = trained.new_logprobs_T.detach().clone().requires_grad_()
-            output = objective(other.algorithm, shard.replace(weights_S=weights_S), logprobs_T, learner.sequence_sum)
+            output = objective(other.algorithm, shard, logprobs_T, learner.sequence_sum)
             (gradient_T,) = torch.autograd.grad(output.loss, logprobs_T)
-            note(name, gradient_T).of_responses.update(zip(shard.samples, output.loss_S.tolist(), strict=True))
-        for name, settings in CORRECTIONS.items():
-            note(name, correct(shard, settings, learner.sequence_sum).weights_T)
+            note(name, index, gradient_T).of_responses.update(zip(shard.samples, output.loss_S.tolist(), strict=True))
+    for name, settings in CORRECTIONS.items():
+        for index, shard in enumerate(token_shards):
+            note(name, index, correct(shard, settings, learner.sequence_sum).weights_T)
     for values in found.values():
         values.of_responses.pop((-1, -1), None)  # dummies
     return found
@@ -102,10 +116,11 @@ def naive_objectives(case: Case, logprobs: np.ndarray, number: int) -> dict[str,
             longest,
         )
         gradients, parts = {}, {}
+        chosen = naive_choice(other, members)
         for index, weight in zip(members, weights, strict=True):
             new = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in logprobs[case.predicting(index)]]
             coef = KL_COEF if other.algorithm.uses_reference else 0.0
-            term = naive_term(name, response_of(other, index, new), other.algorithm.model_dump(), weight, coef)
+            term = naive_term(name, response_of(other, index, new, chosen), other.algorithm.model_dump(), weight, coef)
             found = torch.autograd.grad(term.loss, new, allow_unused=True)
             gradients[index] = np.array([0.0 if each is None else float(each) for each in found])
             parts[case.keys[index]] = float(term.loss.detach())
@@ -121,7 +136,9 @@ def naive_objectives(case: Case, logprobs: np.ndarray, number: int) -> dict[str,
     return expected
 
 
-def response_of(case: Case, index: int, new: list[torch.Tensor]) -> Response:
+def response_of(
+    case: Case, index: int, new: list[torch.Tensor], chosen: Mapping[int, list[bool]] | None = None
+) -> Response:
     """A sample as the naive formulas take it; ``new`` are scalars, by trained token."""
     return Response(
         new=new,
@@ -129,7 +146,39 @@ def response_of(case: Case, index: int, new: list[torch.Tensor]) -> Response:
         ref=case.ref[index].tolist(),
         rollout=case.samples[index].rollout_logprobs.astype(np.float64).tolist(),
         advantages=case.advantages(index),
+        chosen=(chosen or {}).get(index, []),
     )
+
+
+def naive_choice(case: Case, members: Sequence[int]) -> dict[int, list[bool]]:
+    """Of Clip-Cov and KL-Cov, which tokens of a mini-batch are chosen, by sorting all of them; {} for others."""
+    if not isinstance(case.algorithm, Covariance):
+        return {}
+    tokens = [
+        (index, place, old, advantage)
+        for index in members
+        for place, old, advantage in zip(
+            case.samples[index].predicting, case.old[index], case.advantages(index), strict=True
+        )
+    ]
+    log_mean, mean = (float(np.mean([token[which] for token in tokens])) for which in (2, 3))
+    ranked = {}
+    for index, place, old, advantage in tokens:
+        covariance = (old - log_mean) * (advantage - mean)
+        if not isinstance(case.algorithm, ClipCov):
+            ranked[index, place] = covariance
+        elif case.algorithm.low < covariance < case.algorithm.high:
+            ranked[index, place] = naive_draw(*case.keys[index], int(place))
+    best = sorted(ranked, key=ranked.__getitem__, reverse=True)[: max(int(case.algorithm.share * len(tokens)), 1)]
+    return {index: [(index, place) in best for place in case.samples[index].predicting] for index in members}
+
+
+def naive_draw(group: int, sample: int, place: int) -> float:
+    """splitmix64's finaliser (Steele, Lea and Flood, 2014) of a token's place, in Python's own integers."""
+    bits = ((group * 1_000_003 + sample) % 2**62 * 1_000_033 + place) % 2**64
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % 2**64
+    return ((bits ^ (bits >> 31)) >> 11) / 2**53
 
 
 def naive_correction(old: Sequence[float], rollout: Sequence[float], settings: Correction) -> list[float]:

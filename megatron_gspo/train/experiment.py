@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_gspo.algorithm.base import make_algorithm
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.model_files import read_json
 from megatron_gspo.rewards.registry import BUILTIN_REWARDS
@@ -93,13 +94,13 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
         _names(
             "algorithm",
             "dual_clip log_clip_low log_clip_high tau_positive tau_negative k_positive lambda_positive k_negative "
-            "lambda_negative max_ratio anchor",
+            "lambda_negative max_ratio anchor share low high coefficient reward_coef",
         ),
     ),
     (
         "the critic is another",
         _always,
-        _names("critic", "path gamma lam lam_alpha value_lam whiten clip_value normalise pretraining_steps"),
+        _names("critic", "path gamma lam lam_alpha value_lam whiten clip_value normalise epochs pretraining_steps"),
     ),
     (
         "every optimizer step of the critic is another",
@@ -194,8 +195,9 @@ def as_trained(config: Mapping[str, Any]) -> dict[str, Any]:
     the algorithm (null), has its default."""
     kept = flat(config)
     known = {"model": {"path": "model"}, "data": {"path": "data"}, "train": {"run_dir": "run"}}
-    known["algorithm"] = {"name": kept.get("algorithm.name", "gspo")}
-    defaults = flat(RunConfig.model_validate(known).model_dump(mode="json"))
+    defaults = RunConfig.model_validate(known).model_dump(mode="json")
+    algorithm = make_algorithm(str(kept.get("algorithm.name", "gspo")))
+    defaults = flat(defaults | {"algorithm": algorithm.model_dump(mode="json")})
     left = {name for name, value in kept.items() if value is None and name.startswith("algorithm.")}
     return defaults | {name: value for name, value in kept.items() if name not in left}
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_gspo.algorithm.importance import Corrected, correct
 from megatron_gspo.parallel.exchange import broadcast_object, gather_objects
-from megatron_gspo.parallel.metrics import reduce_token_sums
+from megatron_gspo.parallel.metrics import StageTotals, reduce_token_sums
 from megatron_gspo.policy.groups import device
 from megatron_gspo.train.batch import Key, weights_of
 from megatron_gspo.train.learner import Learner
@@ -30,10 +30,19 @@ class Settled:
 
 
 def settle(run: Learner, shards: Sequence[TokenShard]) -> Settled:
-    """Corrects the shards of a mini-batch, which hold old logprobs, as ``[correction]`` says. Collective.
+    """Corrects the shards of a mini-batch, which hold old logprobs, as ``[correction]`` says, and lets the algorithm
+    look at the whole of it. Collective.
 
     Shards are empty but on the last stage, whose ranks need them.
     """
+    settled = _corrected(run, shards)
+    if not run.groups.is_last_stage:
+        return settled
+    totals = StageTotals(run.groups.tensor_data, device())
+    return Settled(run.config.algorithm.prepare(settled.shards, totals), settled.metrics)
+
+
+def _corrected(run: Learner, shards: Sequence[TokenShard]) -> Settled:
     settings = run.config.correction
     if settings.bypass:
         return Settled([_held_against_engine(shard) for shard in shards], {})

@@ -17,13 +17,16 @@ from megatron_gspo.types import TokenShard
 
 
 def train_critic(run: Learner, minibatch: Minibatch, shards: Sequence[TokenShard], step: int) -> dict[str, float]:
-    """One optimizer step of the critic on a mini-batch whose shards hold values and returns; its metrics, empty
-    without a critic. Collective."""
+    """``critic.epochs`` optimizer steps of the critic on a mini-batch whose shards hold values and returns; the metrics
+    of the first one, empty without a critic. Collective."""
     if run.critic is None:
         return {}
-    metrics = critic_gradients(run, minibatch, shards)
-    norm, lr = run.critic.step(step, run.config.total_steps)
-    return metrics | {"critic/grad_norm": norm, "critic/lr": lr}
+    found: dict[str, float] = {}
+    for _ in range(run.config.critic.epochs):
+        metrics = critic_gradients(run, minibatch, shards)
+        norm, lr = run.critic.step(step, run.config.total_steps)
+        found = found or metrics | {"critic/grad_norm": norm, "critic/lr": lr}
+    return found
 
 
 def critic_gradients(run: Learner, minibatch: Minibatch, shards: Sequence[TokenShard]) -> dict[str, float]:

@@ -102,6 +102,13 @@ class Columns:
         "advantages_T", Axis.PREDICTION, None, "A_t of a token", of=lambda sample: sample.token_advantages
     )
     advantages_S = Column("advantages_S", Axis.SEQUENCE, None, "A_i of a response", of=lambda sample: sample.advantage)
+    places_T = Column(
+        "places_T",
+        Axis.PREDICTION,
+        torch.int64,
+        "the token's place in its sequence",
+        of=lambda sample: sample.predicting,
+    )
     rewards_T = Column(
         "rewards_T", Axis.PREDICTION, torch.float64, "the reward of a token", of=lambda sample: sample.rewards
     )
@@ -134,6 +141,9 @@ class Columns:
         "returns_T", Axis.PREDICTION, None, "what the critic is trained towards", made_by="credit, after the value pass"
     )
 
+    chosen_T = Column(
+        "chosen_T", Axis.PREDICTION, torch.bool, "tokens that the algorithm treats apart", made_by="its prepare"
+    )
     corrections_T = Column(
         "corrections_T", Axis.PREDICTION, None, "the weight of a token for the engine gap", made_by="the corrections"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -94,9 +95,14 @@ def test_every_algorithm_is_the_formula_of_its_paper(name: str, case: Case, data
     drawn |= {"allow_wide_clip": True, "dual_clip": data.draw(st.sampled_from([None, 1.01, 3.0]))}
     algorithm = make_algorithm(name, **{key: value for key, value in drawn.items() if key in cls.model_fields})
     shard, new_T = case.shard(multiple=4, masked_value=data.draw(st.sampled_from([0.0, float("nan")])))
+    marks = data.draw(st.lists(st.booleans(), min_size=int(shard.mask_T.sum()), max_size=int(shard.mask_T.sum())))
+    shard = shard.replace(chosen_T=torch.zeros_like(shard.mask_T).masked_scatter(shard.mask_T, torch.tensor(marks)))
     output = objective(algorithm, shard, new_T, segment_sum)
-    values = algorithm.model_dump()
-    terms = [naive_term(name, each, values, s.weight, 0.0) for s, each in naive_responses(case, algorithm)]
+    values, rest = algorithm.model_dump(), iter(marks)
+    terms = []
+    for sample, response in naive_responses(case, algorithm):
+        marked = replace(response, chosen=[next(rest) for _ in range(sample.num_trained)])
+        terms.append(naive_term(name, marked, values, sample.weight, 0.0))
     expected = torch.stack([term.loss for term in terms])
     torch.testing.assert_close(output.loss_S, expected.detach(), rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(gradients(output.loss, case), gradients(expected.sum(), case), rtol=1e-10, atol=1e-12)

@@ -52,7 +52,10 @@ def test_the_clip_ranges_are_the_papers_unless_they_are_set() -> None:
 
 def test_every_loss_of_the_catalog_can_be_named() -> None:
     for name in policy_losses():
-        assert parse(tree(algorithm={"name": name})).algorithm.name == name
+        settings = {"name": name} | ({"reference": "teacher"} if name == "distill" else {})
+        assert parse(tree(algorithm=settings)).algorithm.name == name
+    with pytest.raises(ConfigError, match=r"learns from algorithm\.reference, and there is none"):
+        parse(tree(algorithm={"name": "distill"}))
 
 
 @pytest.mark.parametrize("name", ["gspo", "gspo-token"])

@@ -104,7 +104,7 @@ def test_it_trains_on_what_its_own_pass_and_a_correction_of_ones_own_have_made(t
 
 
 def test_a_pass_that_is_none_is_named() -> None:
-    with pytest.raises(ConfigError, match=r'pass "refrence" is none \(known: reference, or module:function'):
+    with pytest.raises(ConfigError, match=r'pass "refrence" is none \(known: reference, values, or module:function'):
         find_pass("refrence")
     with pytest.raises(ConfigError, match=r'pass = "os:refrence": AttributeError'):
         find_pass("os:refrence")

@@ -254,7 +254,8 @@ def test_naive_metrics_are_those_that_a_run_reports_from_sums(loss):
         values_T = torch.zeros(len(shard.mask_T), dtype=torch.float64)
         return values_T.masked_scatter(shard.mask_T, torch.cat(list(values)))
 
-    shard = shard.replace(old_logprobs_T=packed(old), ref_logprobs_T=packed(ref))
+    nothing_T = torch.zeros_like(shard.mask_T)
+    shard = shard.replace(old_logprobs_T=packed(old), ref_logprobs_T=packed(ref), chosen_T=nothing_T)
     entropy = [0.1 + n.detach() ** 2 for n in new]
     algorithm = case.algorithm.model_copy(update={"kl_loss_coef": 0.25})
     output = objective(algorithm, shard, packed(n.detach() for n in new), segment_sum)
