@@ -89,6 +89,11 @@ class Algorithm(Section):
         return self.credit == "gae"
 
     @property
+    def credit_waits(self) -> bool:
+        """Whether advantages need what the passes make."""
+        return self.uses_critic or self.kl_reward_coef > 0
+
+    @property
     def passes(self) -> tuple[str, ...]:
         """The forward passes that it needs beside pi_old's: names of ``train/passes.py``, or ``module:function``."""
         needed = {"reference": self.uses_reference, "values": self.uses_critic}

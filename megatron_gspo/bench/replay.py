@@ -33,8 +33,8 @@ from megatron_gspo.rollout.routes import decode_routes
 from megatron_gspo.train.batch import Minibatch, place
 from megatron_gspo.train.context import Run
 from megatron_gspo.train.engine_gate import make_gate
-from megatron_gspo.train.routes import deal_routes, engine_mismatch
-from megatron_gspo.train.step import engine_routes, pi_old_pass, routing_metrics, train_minibatch
+from megatron_gspo.train.routing import deal_routes, open_routing, routing_metrics
+from megatron_gspo.train.step import pi_old_pass, train_minibatch
 from megatron_gspo.types import RouteShape, Sample
 
 PER = 100_000
@@ -206,13 +206,12 @@ def time_steps(settings: Settings) -> dict[str, Any]:
 def take_step(run: Run, minibatches: list[Minibatch]) -> None:
     """``train.step.outer_step`` from placed samples to the last mini-batch's metrics."""
     samples = [sample for minibatch in minibatches for part in minibatch.samples for sample in part]
-    engine = engine_routes(run, samples, minibatches, 0)
-    shards, routes = pi_old_pass(run, minibatches, engine)
-    if engine is not None:
-        engine_mismatch(engine, routes, minibatches, run.groups)
+    routing = open_routing(run, samples, minibatches, 0)
+    minibatches = pi_old_pass(run, minibatches, routing)
+    routing.mismatch(run, minibatches)
     for index, minibatch in enumerate(minibatches):
-        *_, live = train_minibatch(run, minibatch, shards[index], routes[index], index)
-        routing_metrics(run, minibatch, routes[index], live, 1)
+        trained, _, live = train_minibatch(run, minibatch, index)
+        routing_metrics(run, trained, live, 1)
 
 
 def with_replay(run: Run, replay: dict[str, Any]) -> Run:

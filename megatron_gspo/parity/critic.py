@@ -71,26 +71,18 @@ def head_weight(hidden: int) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------------ a layout
 
 
-def critic_step(
-    case: Case,
-    learner: Learner,
-    minibatches: Sequence[Minibatch],
-    token_shards: list[list[TokenShard]],
-    references: Path,
-) -> CriticPart:
+def critic_step(case: Case, learner: Learner, minibatches: Sequence[Minibatch], references: Path) -> CriticPart:
     """A layout's critic, up to the gradients of the first mini-batch. Collective."""
     config = with_critic(learner.config)
     critic = Critic(config, learner.groups)
     disturb_head(critic)
     learner = replace(learner, config=config, critic=critic)
-    batches = [batch for minibatch in minibatches for batch in minibatch.batches]
-    made = iter(value_pass(learner, batches))
-    valued = [[shard | next(made) for shard in own] for own in token_shards]
-    credited = give_credit(learner, minibatches, valued)
+    made = iter(value_pass(learner, [batch for minibatch in minibatches for batch in minibatch.batches]))
+    valued = [each.with_shards([shard | next(made) for shard in each.shards]) for each in minibatches]
+    credited = give_credit(learner, valued)
     part = CriticPart(metrics=credited.metrics)
-    moved = [_moved(case, shard) for own in credited.shards[:1] for shard in own]
-    for minibatch, own_shards in zip(minibatches, credited.shards, strict=True):
-        for batch, shard in zip(minibatch.batches, own_shards, strict=bool(own_shards)):
+    for minibatch in credited.minibatches:
+        for batch, shard in zip(minibatch.batches, minibatch.shards, strict=bool(minibatch.shards)):
             own = shard.mask_T.cpu().numpy()
             part.numbers.append(shards.own_numbers(case, batch, learner.groups)[own])
             for values, column in (
@@ -99,7 +91,8 @@ def critic_step(
                 (part.returns, shard.returns_T),
             ):
                 values.append(column.double().cpu().numpy()[own])
-    part.metrics |= critic_gradients(learner, minibatches[0], moved)
+    first = credited.minibatches[0]
+    part.metrics |= critic_gradients(learner, first.with_shards([_moved(case, shard) for shard in first.shards]))
     part.gradients = gradient_copies(critic, references / GRADIENTS)
     return part
 

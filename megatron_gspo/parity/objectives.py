@@ -25,7 +25,6 @@ from megatron_gspo.parity.parts import Values
 from megatron_gspo.policy.groups import device
 from megatron_gspo.train.batch import Minibatch, weights_of
 from megatron_gspo.train.learner import Learner
-from megatron_gspo.types import TokenShard, Trained
 
 WIDE = {"clip-cov": {"low": 0.1, "high": 3.0}}
 BAND = {"low": 0.4, "high": 2.5}
@@ -64,8 +63,6 @@ def every_objective(
     case: Case,
     learner: Learner,
     minibatch: Minibatch,
-    token_shards: Sequence[TokenShard],
-    outputs: Sequence[Trained],
     number: int,
 ) -> dict[str, Values]:
     """What every loss and correction makes of this rank's tokens of a mini-batch, by name. Collective over the last
@@ -74,7 +71,7 @@ def every_objective(
     lengths = {case.keys[index]: case.samples[index].num_trained for index in case.minibatches[number]}
     owns = [
         (shard.mask_T.cpu().numpy(), shards.own_numbers(case, batch, learner.groups))
-        for batch, shard in zip(minibatch.batches, token_shards, strict=bool(outputs))
+        for batch, shard in zip(minibatch.batches, minibatch.shards, strict=bool(minibatch.shards))
     ]
 
     def note(name: str, micro_batch: int, values_T: torch.Tensor) -> Values:
@@ -83,20 +80,20 @@ def every_objective(
         values.of_tokens.append(values_T.double().cpu().numpy()[own])
         return values
 
-    for name, other in algorithms(case) if outputs else ():
+    for name, other in algorithms(case) if minibatch.shards else ():
         weights = weights_of(lengths, learner.config.model_copy(update={"algorithm": other.algorithm}))
         weighed = [
             shard.replace(weights_S=shard.weights_S.new_tensor([weights.get(key, 0.0) for key in shard.samples]))
-            for shard in token_shards
+            for shard in minibatch.shards
         ]
         prepared = other.algorithm.prepare(weighed, StageTotals(learner.groups.tensor_data, device()))
-        for index, (shard, trained) in enumerate(zip(prepared, outputs, strict=True)):
+        for index, (shard, trained) in enumerate(zip(prepared, minibatch.trained, strict=True)):
             logprobs_T = trained.new_logprobs_T.detach().clone().requires_grad_()
             output = objective(other.algorithm, shard, logprobs_T, learner.sequence_sum)
             (gradient_T,) = torch.autograd.grad(output.loss, logprobs_T)
             note(name, index, gradient_T).of_responses.update(zip(shard.samples, output.loss_S.tolist(), strict=True))
     for name, settings in CORRECTIONS.items():
-        for index, shard in enumerate(token_shards):
+        for index, shard in enumerate(minibatch.shards):
             note(name, index, correct(shard, settings, learner.sequence_sum).weights_T)
     for values in found.values():
         values.of_responses.pop((-1, -1), None)  # dummies

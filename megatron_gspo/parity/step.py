@@ -27,8 +27,8 @@ from megatron_gspo.policy.routes import record_routes
 from megatron_gspo.train import step as training
 from megatron_gspo.train.batch import Minibatch, place
 from megatron_gspo.train.learner import Learner, build_learner
-from megatron_gspo.train.replay import MinibatchRoutes
-from megatron_gspo.types import RouteShard, Sample, TokenShard
+from megatron_gspo.train.routing import open_routing
+from megatron_gspo.types import RouteShard, Sample
 
 Fault = Callable[[], AbstractContextManager[object]]
 """Makes a context that each rank enters around its whole step. For tests: the check must be able to fail."""
@@ -46,11 +46,11 @@ def layout_step(case: Case, layout: Layout, references: str, fault: Fault | None
         samples = shards.routed_samples(case, learner.policy.shape.routes)
         mine = samples[groups.data_rank :: groups.data_size] if groups.is_leader else []
         minibatches = place(mine, learner.config, groups)
-        token_shards, routes = old_pass(case, learner, mine, minibatches, part)
+        minibatches = old_pass(case, learner, mine, minibatches, part)
         if case.compares_everything:
-            part.critic = critic_step(case, learner, minibatches, token_shards, Path(references))
-        for number, (minibatch, own, routed) in enumerate(zip(minibatches, token_shards, routes, strict=True)):
-            part.steps.append(train(case, learner, minibatch, own, routed, number, Path(references)))
+            part.critic = critic_step(case, learner, minibatches, Path(references))
+        for number, minibatch in enumerate(minibatches):
+            part.steps.append(train(case, learner, minibatch, number, Path(references)))
             if part.steps[-1].metrics is None:
                 break
     return part
@@ -76,42 +76,38 @@ def disturb(reference: Policy) -> None:
 
 def old_pass(
     case: Case, learner: Learner, mine: Sequence[Sample], minibatches: list[Minibatch], part: Part
-) -> tuple[list[list[TokenShard]], list[MinibatchRoutes]]:
+) -> list[Minibatch]:
     """The forward passes of pi_old and the reference, with the routers' choices; returns what training takes."""
-    engine = training.engine_routes(learner, mine, minibatches, 0)
+    routing = open_routing(learner, mine, minibatches, 0)
     with record_routes(learner.policy.chunks) as routers:
-        token_shards, routes = training.pi_old_pass(learner, minibatches, engine)
+        minibatches = training.pi_old_pass(learner, minibatches, routing)
     batches = [batch for minibatch in minibatches for batch in minibatch.batches]
     part.choices = recorded(routers, [shards.own_numbers(case, batch, learner.groups) for batch in batches])
-    for minibatch, own in zip(minibatches, token_shards, strict=True):
-        for index, (batch, shard) in enumerate(zip(minibatch.batches, own, strict=bool(own))):
+    prepared = []
+    for minibatch in minibatches:
+        own = []
+        for batch, shard in zip(minibatch.batches, minibatch.shards, strict=bool(minibatch.shards)):
             note(case, batch, learner.groups, part.old_pass, shard.old_logprobs_T)
             note(case, batch, learner.groups, part.ref_pass, shard.ref_logprobs_T)
-            own[index] = shards.with_old_logprobs(case, batch, shard, learner.groups)
-    return token_shards, routes
+            own.append(shards.with_old_logprobs(case, batch, shard, learner.groups))
+        prepared.append(minibatch.with_shards(own))
+    return prepared
 
 
-def train(
-    case: Case,
-    learner: Learner,
-    minibatch: Minibatch,
-    token_shards: list[TokenShard],
-    routes: MinibatchRoutes,
-    number: int,
-    references: Path,
-) -> StepPart:
+def train(case: Case, learner: Learner, minibatch: Minibatch, number: int, references: Path) -> StepPart:
     """An optimizer step; its tensors are compared between the gradients and the step, and after it."""
     step = StepPart()
-    outputs, sums, live = training.minibatch_gradients(learner, minibatch, token_shards, routes)
-    for batch, (logprobs_T, entropy_T, output) in zip(minibatch.batches, outputs, strict=bool(outputs)):
+    minibatch, sums, live = training.minibatch_gradients(learner, minibatch)
+    of_each = zip(minibatch.batches, minibatch.trained, strict=bool(minibatch.trained))
+    for batch, (logprobs_T, entropy_T, output) in of_each:
         note(case, batch, learner.groups, step.training, logprobs_T, entropy_T, output)
         step.loss += float(output.loss.detach())
         rows = zip(output.log_ratio_S.tolist(), output.loss_S.tolist(), strict=True)
         step.sequences.update(zip(batch.samples, rows, strict=True))
     step.sequences.pop((-1, -1), None)  # dummies
     if case.compares_everything:
-        step.objectives = every_objective(case, learner, minibatch, token_shards, outputs, number)
-    if routes.replayed is None:
+        step.objectives = every_objective(case, learner, minibatch, number)
+    if minibatch.routes.replayed is None:
         step.choices = chosen(live, [shards.own_numbers(case, batch, learner.groups) for batch in minibatch.batches])
     step.gradients = gradient_copies(learner.policy, references / GRADIENTS.format(step=number))
     try:

@@ -6,7 +6,7 @@ so that the pi_old pass and the training pass run over exactly the same tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,15 +18,25 @@ from megatron_gspo.algorithm.weights import response_weights
 from megatron_gspo.config import RunConfig
 from megatron_gspo.parallel.exchange import broadcast_object, exchange, gather_objects, together
 from megatron_gspo.policy.groups import Groups, device
-from megatron_gspo.types import PackedBatch, PlacedSample, Sample
+from megatron_gspo.types import PackedBatch, PlacedSample, RouteShard, Sample, TokenShard, Trained
 
 Key = tuple[int, int]
 """(group, sample) of a response."""
 
 
 @dataclass(frozen=True)
+class MinibatchRoutes:
+    """The routes of one mini-batch, a ``RouteShard`` a micro-batch: this rank's layers and tokens."""
+
+    old: Sequence[RouteShard] = ()
+    """What routers would choose by themselves in the pi_old pass; what they did choose in it, without R3."""
+    replayed: Sequence[RouteShard] | None = None
+    """What routers are made to choose in training; None: they choose for themselves."""
+
+
+@dataclass(frozen=True)
 class Minibatch:
-    """One rank's share of a mini-batch."""
+    """One rank's share of a mini-batch, as far as the outer step has come with it."""
 
     batches: tuple[PackedBatch, ...]
     """Its micro-batches; as many as on every other data-parallel rank."""
@@ -34,6 +44,15 @@ class Minibatch:
     """What each micro-batch holds; empty for a dummy. Routes are there on the leader alone."""
     tokens: int
     """Tokens of the whole mini-batch, over all data-parallel ranks."""
+    shards: tuple[TokenShard, ...] = ()
+    """By micro-batch, this rank's tokens with the columns that the passes have made; empty but on the last stage."""
+    routes: MinibatchRoutes = MinibatchRoutes()
+    """After the pi_old pass."""
+    trained: tuple[Trained, ...] = ()
+    """By micro-batch, what training gave; empty but on the last stage."""
+
+    def with_shards(self, shards: Iterable[TokenShard]) -> Minibatch:
+        return replace(self, shards=tuple(shards))
 
 
 def place(mine: Sequence[Sample], config: RunConfig, groups: Groups) -> list[Minibatch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -20,37 +21,36 @@ from megatron_gspo.train.batch import Key, Minibatch
 from megatron_gspo.train.learner import Learner
 from megatron_gspo.types import PackedBatch, TokenShard
 
-Shards = list[list[TokenShard]]
-"""By mini-batch and micro-batch; empty but on the last stage."""
-
 
 @dataclass(frozen=True)
 class Credited:
-    """An outer step's shards with the advantages that they are trained with."""
+    """An outer step's mini-batches with the advantages that they are trained with."""
 
-    shards: Shards
+    minibatches: list[Minibatch]
     metrics: dict[str, float]
     """On every rank."""
 
 
-def give_credit(run: Learner, minibatches: Sequence[Minibatch], shards: Shards) -> Credited:
+def give_credit(run: Learner, minibatches: list[Minibatch]) -> Credited:
     """Advantages where they need what the passes have made: ``algorithm.kl_reward_coef`` and a critic. Collective."""
     algorithm = run.config.algorithm
-    if not (algorithm.uses_critic or algorithm.kl_reward_coef):
-        return Credited(shards, {})
+    if not algorithm.credit_waits:
+        return Credited(minibatches, {})
     error: Exception | None = None
-    credited = Credited(shards, {})
+    shards, metrics = [shard for minibatch in minibatches for shard in minibatch.shards], None
     if run.groups.is_last_stage:
         try:
-            credited = _by_values(run, minibatches, shards) if algorithm.uses_critic else _by_response(run, shards)
+            batches = [batch for minibatch in minibatches for batch in minibatch.batches]
+            shards, metrics = _by_values(run, batches, shards) if algorithm.uses_critic else _by_response(run, shards)
         except NonFiniteError as caught:  # on every rank of the stage
             error = caught
     agree(error, run.groups.world)
-    metrics = broadcast_object(credited.metrics, run.groups.last_stage_rank, run.groups.pipeline)
+    told: dict[str, float] = broadcast_object(metrics, run.groups.last_stage_rank, run.groups.pipeline)
     if run.critic is not None and run.config.critic.normalise:
-        run.critic.scale.update(metrics["critic/returns"], metrics["critic/returns_squared"])
-        credited = Credited(_in_units_of_the_head(run, credited.shards), metrics)
-    return Credited(credited.shards, metrics)
+        run.critic.scale.update(told["critic/returns"], told["critic/returns_squared"])
+        shards = _in_units_of_the_head(run, shards)
+    rest = iter(shards)
+    return Credited([each.with_shards(islice(rest, len(each.shards))) for each in minibatches], told)
 
 
 def token_rewards(run: Learner, shard: TokenShard) -> torch.Tensor:
@@ -66,10 +66,10 @@ def token_rewards(run: Learner, shard: TokenShard) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------- by response
 
 
-def _by_response(run: Learner, shards: Shards) -> Credited:
+def _by_response(run: Learner, shards: Sequence[TokenShard]) -> tuple[list[TokenShard], dict[str, float]]:
     """The algorithm's credit over rewards less the KL of each whole response. Collective over the last stage."""
     mine: dict[Key, tuple[float, float, int]] = {}
-    for shard in _flat(shards):
+    for shard in shards:
         given_T, kept_T = torch.where(shard.mask_T, shard.rewards_T.double(), 0.0), token_rewards(run, shard)
         penalty_S = run.sequence_sum(given_T - kept_T, shard.sequence_T, shard.num_sequences)
         rows = zip(shard.rewards_S.tolist(), penalty_S.tolist(), shard.lengths_S.tolist(), strict=True)
@@ -84,10 +84,8 @@ def _by_response(run: Learner, shards: Shards) -> Credited:
     given = credit_by_response(run.config.algorithm.credit, rewards, lengths)
     advantage_of = {key: float(a) for group, keys in groups.items() for key, a in zip(keys, given[group], strict=True)}
     penalties = [penalty for _, penalty, _ in every.values()]
-    return Credited(
-        [[_with_advantages(shard, advantage_of) for shard in own] for own in shards],
-        {"reward/kl_penalty": float(np.mean(penalties))} if penalties else {},
-    )
+    metrics = {"reward/kl_penalty": float(np.mean(penalties))} if penalties else {}
+    return [_with_advantages(shard, advantage_of) for shard in shards], metrics
 
 
 def _with_advantages(shard: TokenShard, advantage_of: dict[Key, float]) -> TokenShard:
@@ -107,16 +105,15 @@ class _Chain:
     returns_T: torch.Tensor
 
 
-def _by_values(run: Learner, minibatches: Sequence[Minibatch], shards: Shards) -> Credited:
+def _by_values(
+    run: Learner, batches: Sequence[PackedBatch], shards: Sequence[TokenShard]
+) -> tuple[list[TokenShard], dict[str, float]]:
     """GAE over the critic's values. Collective over the last stage."""
-    batches = [batch for minibatch in minibatches for batch in minibatch.batches]
-    flat = _flat(shards)
-    chains = [_chain(run, batch, shard) for batch, shard in zip(batches, flat, strict=True)]
-    _check_finite(run, flat, chains)
-    metrics = _metrics(run, flat, chains)
-    mean, std = _moments(run, flat, chains) if run.config.critic.whiten else (0.0, 1.0)
-    credited = iter([_with_chain(run, shard, chain, mean, std) for shard, chain in zip(flat, chains, strict=True)])
-    return Credited([[next(credited) for _ in own] for own in shards], metrics)
+    chains = [_chain(run, batch, shard) for batch, shard in zip(batches, shards, strict=True)]
+    _check_finite(run, shards, chains)
+    mean, std = _moments(run, shards, chains) if run.config.critic.whiten else (0.0, 1.0)
+    credited = [_with_chain(run, shard, chain, mean, std) for shard, chain in zip(shards, chains, strict=True)]
+    return credited, _metrics(run, shards, chains)
 
 
 def _chain(run: Learner, batch: PackedBatch, shard: TokenShard) -> _Chain:
@@ -170,15 +167,15 @@ def _with_chain(run: Learner, shard: TokenShard, chain: _Chain, mean: float, std
     )
 
 
-def _in_units_of_the_head(run: Learner, shards: Shards) -> Shards:
+def _in_units_of_the_head(run: Learner, shards: Sequence[TokenShard]) -> list[TokenShard]:
     """Values and returns as the head is to give them, by the moments as they are now."""
     assert run.critic is not None
     mean, std = run.critic.scale.mean, run.critic.scale.std
 
-    def scaled(shard: TokenShard) -> TokenShard:
-        return shard.replace(values_T=(shard.values_T - mean) / std, returns_T=(shard.returns_T - mean) / std)
-
-    return [[scaled(shard) for shard in own] for own in shards]
+    return [
+        shard.replace(values_T=(shard.values_T - mean) / std, returns_T=(shard.returns_T - mean) / std)
+        for shard in shards
+    ]
 
 
 def _metrics(run: Learner, shards: Sequence[TokenShard], chains: Sequence[_Chain]) -> dict[str, float]:
@@ -220,7 +217,3 @@ def _sums(
         counted_T = shard.mask_T & expand(shard.weights_S > 0, shard.sequence_T)
         parts.append(torch.where(counted_T, torch.stack(rows(shard, chain)), 0.0).sum(dim=1))
     return reduce_token_sums(torch.stack(parts).sum(dim=0).to(device()), stage=run.groups.tensor_data).tolist()
-
-
-def _flat(shards: Shards) -> list[TokenShard]:
-    return [shard for own in shards for shard in own]

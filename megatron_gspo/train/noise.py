@@ -18,7 +18,7 @@ from megatron_gspo.train.context import Run
 from megatron_gspo.types import TokenShard
 
 
-def measure_noise(run: Run, minibatch: Minibatch, shards: Sequence[TokenShard], outer_step: int) -> dict[str, float]:
+def measure_noise(run: Run, minibatch: Minibatch, outer_step: int) -> dict[str, float]:
     """``noise/*`` of one mini-batch, before it is trained on; empty between measurements. Collective."""
     every = run.config.train.noise_floor_every
     if not every or outer_step % every:
@@ -30,17 +30,17 @@ def measure_noise(run: Run, minibatch: Minibatch, shards: Sequence[TokenShard], 
         shard = shard_tokens(batch, run.groups.shard)
         means |= _mean_logprobs(run, shard, logprobs_T)
     differences = []
-    for shard, old_T in zip(shards, _routed_live(run, minibatch, shards), strict=True):
+    for shard, old_T in zip(minibatch.shards, _routed_live(run, minibatch), strict=True):
         for key, mean in _mean_logprobs(run, shard, old_T).items():
             differences.append(means[key] - mean)
     return _reduce(run, differences)
 
 
-def _routed_live(run: Run, minibatch: Minibatch, shards: Sequence[TokenShard]) -> list[torch.Tensor]:
+def _routed_live(run: Run, minibatch: Minibatch) -> list[torch.Tensor]:
     """Old logprobs of the mini-batch as it is packed, under the routes that the policy chooses for itself."""
     if run.config.replay.mode == "r3":  # the engine's were replayed, and the difference would be the engine's
         return [logprobs_T for logprobs_T, _ in run.policy.logprobs(minibatch.batches)]
-    return [shard.old_logprobs_T for shard in shards]
+    return [shard.old_logprobs_T for shard in minibatch.shards]
 
 
 def _mean_logprobs(run: Run, shard: TokenShard, logprobs_T: torch.Tensor) -> dict[tuple[int, int], float]:

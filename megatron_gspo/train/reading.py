@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +12,14 @@ from megatron_gspo.parallel.exchange import broadcast_object, exchange, gather_p
 from megatron_gspo.policy.groups import device
 from megatron_gspo.train.batch import Key, Minibatch
 from megatron_gspo.train.context import Run
-from megatron_gspo.types import RolloutGroup, RolloutRecord, Sample, TokenShard, Trained
+from megatron_gspo.types import RolloutGroup, RolloutRecord, Sample, TokenShard
 
 
 @dataclass(frozen=True)
 class _Measured:
     ratio: float
     clipped: bool
+    advantage: float
     old_logprobs: list[float]
     new_logprobs: list[float]
 
@@ -27,8 +27,6 @@ class _Measured:
 def read_samples(
     run: Run,
     minibatches: Sequence[Minibatch],
-    shards: Sequence[Sequence[TokenShard]],
-    outputs: Sequence[Sequence[Trained]],
     groups: Mapping[int, RolloutGroup],
     samples: Sequence[Sample],
 ) -> list[RolloutRecord]:
@@ -46,7 +44,7 @@ def read_samples(
     chosen = broadcast_object(spread(sorted(groups), wanted), 0, run.groups.world)
     measured: dict[Key, _Measured] | None = None
     if run.groups.is_last_stage:
-        measured = _of_all_replicas(run, _measure(run, minibatches, shards, outputs, chosen))
+        measured = _of_all_replicas(run, _measure(run, minibatches, chosen))
     if run.groups.data_rank != 0:
         return []
     measured = broadcast_object(measured, run.groups.last_stage_leader_rank, run.groups.replica)
@@ -74,22 +72,22 @@ def _of_all_replicas(run: Run, mine: dict[Key, _Measured]) -> dict[Key, _Measure
 def _measure(
     run: Run,
     minibatches: Sequence[Minibatch],
-    shards: Sequence[Sequence[TokenShard]],
-    outputs: Sequence[Sequence[Trained]],
     chosen: Collection[int],
 ) -> dict[Key, _Measured]:
     """On the last stage: puts the micro-batches that hold a response of a chosen group together from the ranks'
     tokens."""
     measured: dict[Key, _Measured] = {}
     batches = [batch for minibatch in minibatches for batch in minibatch.batches]
-    of_each = zip(batches, itertools.chain(*shards), itertools.chain(*outputs), strict=True)
+    shards = [shard for minibatch in minibatches for shard in minibatch.shards]
+    outputs = [trained for minibatch in minibatches for trained in minibatch.trained]
+    of_each = zip(batches, shards, outputs, strict=True)
     for batch, shard, (new_T, _, output) in of_each:
         if not any(group in chosen for group, _ in shard.samples):
             continue
         old, new, clipped = (
             unshard_tokens(gather_pieces(piece_T, run.groups.token), batch.cu_seqlens, run.groups.shard).cpu()
             for piece_T in (
-                shard.old_logprobs_T,
+                shard.trainer_logprobs_T if TokenShard.trainer_logprobs_T in shard else shard.old_logprobs_T,
                 new_T,
                 output.clipped_low_T | output.clipped_high_T,
             )
@@ -101,6 +99,7 @@ def _measure(
                 measured[key] = _Measured(
                     ratio=float(output.log_ratio_S[index].double().exp()),  # an infinity, where math.exp would raise
                     clipped=bool(clipped[own].any()),
+                    advantage=float(shard.advantages_S[index]),
                     old_logprobs=old[own].tolist(),
                     new_logprobs=new[own].tolist(),
                 )
@@ -116,7 +115,7 @@ def _record(run: Run, group: RolloutGroup, sample: Sample, measured: _Measured) 
         response=rollout.text,
         tokens=token_texts(run.tokenizer, sample.token_ids[sample.trained].tolist()),
         reward=sample.reward,
-        advantage=sample.advantage,
+        advantage=measured.advantage if run.config.algorithm.credit_waits else sample.advantage,
         finish_reason=rollout.finish_reason,
         ratio=measured.ratio,
         clipped=measured.clipped,

@@ -12,7 +12,7 @@ from megatron_gspo.algorithm.importance import Corrected, correct
 from megatron_gspo.parallel.exchange import broadcast_object, gather_objects
 from megatron_gspo.parallel.metrics import StageTotals, reduce_token_sums
 from megatron_gspo.policy.groups import device
-from megatron_gspo.train.batch import Key, weights_of
+from megatron_gspo.train.batch import Key, Minibatch, weights_of
 from megatron_gspo.train.learner import Learner
 from megatron_gspo.types import TokenShard
 
@@ -22,40 +22,36 @@ SUMS = ("tokens", "weight", "weight_squared", "left_out", "out_of_band", "rho_sq
 
 @dataclass(frozen=True)
 class Settled:
-    """A mini-batch's shards with the weights that its tokens are trained with."""
+    """A mini-batch with the weights that its tokens are trained with."""
 
-    shards: list[TokenShard]
+    minibatch: Minibatch
     metrics: dict[str, float]
     """``correction/*``; on every rank."""
 
 
-def settle(run: Learner, shards: Sequence[TokenShard]) -> Settled:
-    """Corrects the shards of a mini-batch, which hold old logprobs, as ``[correction]`` says, and lets the algorithm
-    look at the whole of it. Collective.
+def settle(run: Learner, minibatch: Minibatch) -> Settled:
+    """Corrects the tokens of a mini-batch, which hold old logprobs, as ``[correction]`` says, and lets the algorithm
+    look at the whole of it. Collective."""
+    metrics, shards = None, list(minibatch.shards)
+    if run.groups.is_last_stage:
+        metrics, shards = _corrected(run, shards)
+        shards = run.config.algorithm.prepare(shards, StageTotals(run.groups.tensor_data, device()))
+    if run.config.correction.weighs:
+        metrics = broadcast_object(metrics, run.groups.last_stage_rank, run.groups.pipeline)
+    return Settled(minibatch.with_shards(shards), metrics or {})
 
-    Shards are empty but on the last stage, whose ranks need them.
-    """
-    settled = _corrected(run, shards)
-    if not run.groups.is_last_stage:
-        return settled
-    totals = StageTotals(run.groups.tensor_data, device())
-    return Settled(run.config.algorithm.prepare(settled.shards, totals), settled.metrics)
 
-
-def _corrected(run: Learner, shards: Sequence[TokenShard]) -> Settled:
+def _corrected(run: Learner, shards: list[TokenShard]) -> tuple[dict[str, float], list[TokenShard]]:
+    """On the last stage. Collective there."""
     settings = run.config.correction
     if settings.bypass:
-        return Settled([_held_against_engine(shard) for shard in shards], {})
+        return {}, [_held_against_engine(shard) for shard in shards]
     if not settings.weighs:
-        return Settled(list(shards), {})
-    if not run.groups.is_last_stage:
-        return Settled([], broadcast_object(None, run.groups.last_stage_rank, run.groups.pipeline))
+        return {}, shards
     corrected = [correct(shard, settings, run.sequence_sum) for shard in shards]
     metrics = _metrics(run, shards, corrected)
     settled = [_with_weights(run, shard, each) for shard, each in zip(shards, corrected, strict=True)]
-    if settings.denominator == "shrink":
-        settled = _shrunk(run, settled)
-    return Settled(settled, broadcast_object(metrics, run.groups.last_stage_rank, run.groups.pipeline))
+    return metrics, _shrunk(run, settled) if settings.denominator == "shrink" else settled
 
 
 def _held_against_engine(shard: TokenShard) -> TokenShard:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 
-import numpy as np
 import torch
 
 from megatron_gspo.algorithm.metrics import MetricSums, finish, minibatch_sums
@@ -30,14 +31,12 @@ from megatron_gspo.train.noise import measure_noise
 from megatron_gspo.train.passes import find_pass
 from megatron_gspo.train.progress import SKIPPED
 from megatron_gspo.train.reading import read_samples
-from megatron_gspo.train.replay import Dealt, MinibatchRoutes, routes_of_old_pass, routes_of_training
-from megatron_gspo.train.routes import changes_between, check_coverage, coverage, deal_routes, engine_mismatch
+from megatron_gspo.train.routing import Routing, open_routing, routing_metrics
 from megatron_gspo.train.settle import settle
 from megatron_gspo.train.values import train_critic
 from megatron_gspo.types import (
     RolloutRecord,
     RouteShard,
-    Sample,
     StepReport,
     TokenShard,
     Trained,
@@ -63,28 +62,26 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
     if not minibatches:
         return [skip_step(run, number, first_step, summary, clock)], []
     with clock("logprobs"):
-        engine = engine_routes(run, collected.samples, minibatches, number)
-        shards, routes = pi_old_pass(run, minibatches, engine)
-        credited = give_credit(run, minibatches, shards)
-        shards, summary = credited.shards, summary | credited.metrics
-        if engine is not None:
-            summary |= engine_mismatch(engine, routes, minibatches, run.groups)
-        summary |= measure_noise(run, minibatches[0], shards[0], number)
-    reports, trained = [], []
-    run.notes.extend(run.gate.check(shards, run.groups, number))
+        routing = open_routing(run, collected.samples, minibatches, number)
+        minibatches = pi_old_pass(run, minibatches, routing)
+        credited = give_credit(run, minibatches)
+        minibatches, summary = credited.minibatches, summary | credited.metrics
+        summary |= routing.mismatch(run, minibatches) | measure_noise(run, minibatches[0], number)
+    reports, done = [], []
+    run.notes.extend(run.gate.check([each.shards for each in minibatches], run.groups, number))
     with clock("train"):
         for index, minibatch in enumerate(minibatches):
-            settled = settle(run, shards[index])
             step, frozen = first_step + index, number < run.config.critic.pretraining_steps
-            outputs, metrics, live = train_minibatch(run, minibatch, settled.shards, routes[index], step, frozen=frozen)
-            metrics |= train_critic(run, minibatch, settled.shards, step)
-            metrics |= settled.metrics | routing_metrics(run, minibatch, routes[index], live, number)
+            settled = settle(run, minibatch)
+            trained, metrics, live = train_minibatch(run, settled.minibatch, step, frozen=frozen)
+            metrics |= train_critic(run, settled.minibatch, step)
+            metrics |= settled.metrics | routing_metrics(run, trained, live, number)
             reports.append(StepReport(step, number, index, summary | {SKIPPED: 0.0} | metrics))
-            trained.append(outputs)
+            done.append(trained)
     with clock("sync"):
         run.push(number + 1)
     reports[-1].metrics |= clock.metrics(sum(minibatch.tokens for minibatch in minibatches))
-    return reports, read_samples(run, minibatches, shards, trained, collected.groups, collected.samples)
+    return reports, read_samples(run, done, collected.groups, collected.samples)
 
 
 def skip_step(run: Run, number: int, first_step: int, summary: Mapping[str, float], clock: Clock) -> StepReport:
@@ -112,18 +109,15 @@ def _kinds(summary: Mapping[str, float]) -> str:
     return ", ".join(f"{count:g} {kind.replace('_', ' ')}" for kind, count in counts.items() if count)
 
 
-def pi_old_pass(
-    run: Learner, minibatches: Sequence[Minibatch], engine: Dealt | None = None
-) -> tuple[list[list[TokenShard]], list[MinibatchRoutes]]:
-    """Old logprobs, and what the algorithm's other passes make, of every micro-batch, as the shards that this rank
-    stores; and its routes.
+def pi_old_pass(run: Learner, minibatches: Sequence[Minibatch], routing: Routing) -> list[Minibatch]:
+    """The mini-batches with old logprobs, with what the algorithm's other passes make, and with the routes that
+    training replays. Collective.
 
     A forward pass of its own over exactly the micro-batches that are trained on: the first mini-batch's ratios are
-    then exactly 1 because two evaluations agree, and not because one was copied. Shards are empty but on the last
-    stage; every rank has the routes of its own layers. Collective.
+    then exactly 1 because two evaluations agree, and not because one was copied.
     """
     batches = [batch for minibatch in minibatches for batch in minibatch.batches]
-    with run.policy.replay.replay(routes_of_old_pass(run.config.replay.mode, engine)) as live:
+    with run.policy.replay.replay(routing.of_old_pass()) as live:
         old = run.policy.logprobs(batches)
     made = [find_pass(name)(run, batches) for name in run.config.algorithm.passes]
     error, shards = None, []
@@ -132,36 +126,28 @@ def pi_old_pass(
         error = error or non_finite_error(old_T, shard, "pi_old")
         shards.append(functools.reduce(operator.or_, columns, shard))
     agree(error, run.groups.world)
-    sizes = [len(minibatch.batches) for minibatch in minibatches]
-    routes = routes_of_training(run.config.replay.mode, sizes, live, engine)
-    return [shards[end - size : end] for size, end in zip(sizes, np.cumsum(sizes), strict=True)], routes
+    routes = routing.of_training([len(minibatch.batches) for minibatch in minibatches], live)
+    rest = iter(shards)
+    return [
+        replace(minibatch, shards=tuple(islice(rest, len(minibatch.batches))), routes=own)
+        for minibatch, own in zip(minibatches, routes, strict=True)
+    ]
 
 
 def train_minibatch(
-    run: Learner,
-    minibatch: Minibatch,
-    shards: Sequence[TokenShard],
-    routes: MinibatchRoutes,
-    step: int,
-    *,
-    frozen: bool = False,
-) -> tuple[list[Trained], dict[str, float], list[RouteShard]]:
-    """One optimizer step; returns what each micro-batch gave, the metrics, and what this rank's routers would have
-    chosen by themselves. ``frozen``: nothing is differentiated, and the weights stay. Collective."""
-    outputs, sums, live = minibatch_gradients(run, minibatch, shards, routes, frozen=frozen)
+    run: Learner, minibatch: Minibatch, step: int, *, frozen: bool = False
+) -> tuple[Minibatch, dict[str, float], list[RouteShard]]:
+    """One optimizer step; returns the mini-batch with what each micro-batch gave, the metrics, and what this rank's
+    routers would have chosen by themselves. ``frozen``: nothing is differentiated, and the weights stay. Collective."""
+    trained, sums, live = minibatch_gradients(run, minibatch, frozen=frozen)
     if frozen:
-        return outputs, minibatch_metrics(run, sums) | {"grad_norm": 0.0, "lr": 0.0}, live
-    return outputs, take_step(run, sums, step), live
+        return trained, minibatch_metrics(run, sums) | {"grad_norm": 0.0, "lr": 0.0}, live
+    return trained, take_step(run, sums, step), live
 
 
 def minibatch_gradients(
-    run: Learner,
-    minibatch: Minibatch,
-    shards: Sequence[TokenShard],
-    routes: MinibatchRoutes,
-    *,
-    frozen: bool = False,
-) -> tuple[list[Trained], MetricSums, list[RouteShard]]:
+    run: Learner, minibatch: Minibatch, *, frozen: bool = False
+) -> tuple[Minibatch, MetricSums, list[RouteShard]]:
     """``train_minibatch`` up to the optimizer, with this rank's part of the metrics' sums. Collective.
 
     Raises NonFiniteError on every rank when a logprob of a response is not finite.
@@ -173,50 +159,23 @@ def minibatch_gradients(
 
     def loss_of(index: int, new_logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
         nonlocal sums, error
-        shard = shards[index]
+        shard = minibatch.shards[index]
         output = objective(algorithm, shard, new_logprobs_T, run.sequence_sum, opsm)
         error = error or non_finite_error(new_logprobs_T, shard, "pi_theta")
         sums = sums + minibatch_sums(shard, output, entropy_T, new_logprobs_T)
         outputs.append(Trained(new_logprobs_T.detach(), entropy_T.detach(), output))
         return output.loss
 
-    with run.policy.replay.replay(routes.replayed) as live:
+    with run.policy.replay.replay(minibatch.routes.replayed) as live:
         (run.policy.evaluate if frozen else run.policy.gradients)(minibatch.batches, loss_of)
     agree(error, run.groups.world)  # before the optimizer moves
-    return outputs, sums, live
+    return replace(minibatch, trained=tuple(outputs)), sums, live
 
 
 def take_step(run: Learner, sums: MetricSums, step: int) -> dict[str, float]:
     """Moves the weights by the accumulated gradients; returns the mini-batch's metrics on every rank. Collective."""
     grad_norm, lr = run.policy.step(step, run.config.total_steps)
     return minibatch_metrics(run, sums) | {"grad_norm": grad_norm, "lr": lr}
-
-
-def engine_routes(
-    run: Learner, samples: Sequence[Sample], minibatches: Sequence[Minibatch], number: int
-) -> Dealt | None:
-    """This rank's part of the engine's routes; None in an outer step that did not ask for them. Collective.
-
-    Raises ReplayError when they are to be replayed and cover too few tokens.
-    """
-    settings = run.config.replay
-    if not settings.asks_for_routes(number):
-        return None
-    if settings.mode == "r3":
-        check_coverage(samples, settings.min_coverage, run.groups)
-    return deal_routes(minibatches, run.policy.shape.routes, run.policy.replay.layers, run.groups)
-
-
-def routing_metrics(
-    run: Run, minibatch: Minibatch, routes: MinibatchRoutes, live: Sequence[RouteShard], number: int
-) -> dict[str, float]:
-    """``route/drift*`` and ``replay/coverage`` of one mini-batch; on every rank. Collective."""
-    metrics: dict[str, float] = {}
-    if run.policy.shape.num_experts and run.config.replay.measures_drift(number):
-        metrics |= changes_between("route/drift", routes.old, live, minibatch.batches, run.groups)
-    if routes.replayed is not None:
-        metrics["replay/coverage"] = coverage(routes.replayed, minibatch.batches, run.groups)
-    return metrics
 
 
 def minibatch_metrics(run: Learner, sums: MetricSums) -> dict[str, float]:

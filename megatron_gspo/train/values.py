@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from megatron_gspo.algorithm.gae import value_loss
@@ -13,23 +11,22 @@ from megatron_gspo.parallel.metrics import reduce_token_sums
 from megatron_gspo.policy.groups import device
 from megatron_gspo.train.batch import Minibatch
 from megatron_gspo.train.learner import Learner
-from megatron_gspo.types import TokenShard
 
 
-def train_critic(run: Learner, minibatch: Minibatch, shards: Sequence[TokenShard], step: int) -> dict[str, float]:
+def train_critic(run: Learner, minibatch: Minibatch, step: int) -> dict[str, float]:
     """``critic.epochs`` optimizer steps of the critic on a mini-batch whose shards hold values and returns; the metrics
     of the first one, empty without a critic. Collective."""
     if run.critic is None:
         return {}
     found: dict[str, float] = {}
     for _ in range(run.config.critic.epochs):
-        metrics = critic_gradients(run, minibatch, shards)
+        metrics = critic_gradients(run, minibatch)
         norm, lr = run.critic.step(step, run.config.total_steps)
         found = found or metrics | {"critic/grad_norm": norm, "critic/lr": lr}
     return found
 
 
-def critic_gradients(run: Learner, minibatch: Minibatch, shards: Sequence[TokenShard]) -> dict[str, float]:
+def critic_gradients(run: Learner, minibatch: Minibatch) -> dict[str, float]:
     """``train_critic`` up to the optimizer: ``critic/loss`` and ``critic/clip_frac``, on every rank. Collective."""
     assert run.critic is not None
     clip = run.config.critic.clip_value or None
@@ -38,7 +35,7 @@ def critic_gradients(run: Learner, minibatch: Minibatch, shards: Sequence[TokenS
 
     def loss_of(index: int, values_T: torch.Tensor) -> torch.Tensor:
         nonlocal tokens, loss
-        shard = shards[index]
+        shard = minibatch.shards[index]
         output = value_loss(shard, values_T, clip, run.sequence_sum)
         counted_T = shard.mask_T & expand(shard.weights_S > 0, shard.sequence_T)
         tokens = tokens + torch.stack([counted_T.sum(), (output.clipped_T & counted_T).sum()]).double()

@@ -43,7 +43,7 @@ class Sample:
     token_rewards: np.ndarray | None = None
     """[R] float64 where the reward gives one a token; None: ``reward`` comes with the last trained token."""
     routes: np.ndarray | None = None
-    """``Rollout.routes``; on the data-parallel leader alone, which deals them out (``train.routes``)."""
+    """``Rollout.routes``; on the data-parallel leader alone, which deals them out (``train.routing``)."""
 
     @classmethod
     def of_response(cls, prompt_ids: np.ndarray, response_ids: np.ndarray, **rest: Any) -> Self:

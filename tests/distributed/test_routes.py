@@ -81,7 +81,7 @@ def deal(parallel: dict[str, int]) -> Dealt:
     from megatron_gspo.config import parse
     from megatron_gspo.policy.groups import make_groups
     from megatron_gspo.train.batch import place
-    from megatron_gspo.train.routes import deal_routes
+    from megatron_gspo.train.routing import deal_routes
 
     tree = {
         "model": {"path": "unused"},
@@ -147,7 +147,7 @@ def test_each_rank_gets_the_routes_of_its_own_layers_and_tokens(ranks: RankPool,
 def covered(least: float) -> None:
     from megatron_gspo.config import ParallelConfig
     from megatron_gspo.policy.groups import make_groups
-    from megatron_gspo.train.routes import check_coverage
+    from megatron_gspo.train.routing import check_coverage
 
     groups = make_groups(ParallelConfig())
     mine = [s for s in SAMPLES if s.group % 2 == dist.get_rank()]
@@ -171,7 +171,7 @@ def compared() -> tuple[dict[str, float], float]:
     from megatron_gspo.algorithm.packing import pack
     from megatron_gspo.config import ParallelConfig
     from megatron_gspo.policy.groups import make_groups
-    from megatron_gspo.train.routes import changes_between, coverage
+    from megatron_gspo.train.routing import changes_between, coverage
 
     groups = make_groups(ParallelConfig(pipeline=2))
     ids, rest = np.zeros(2), {"rollout_logprobs": np.zeros(2), "advantage": 1.0, "token_advantages": np.ones(2)}

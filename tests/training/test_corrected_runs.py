@@ -20,6 +20,7 @@ from megatron_gspo.train.batch import place
 from megatron_gspo.train.collect import collect_rollouts, score
 from megatron_gspo.train.context import build_run, load_inputs
 from megatron_gspo.train.loop import train
+from megatron_gspo.train.routing import Routing
 from megatron_gspo.train.settle import settle
 from megatron_gspo.train.step import pi_old_pass
 from megatron_gspo.types import Sample
@@ -106,19 +107,19 @@ def losses_of_both(config: RunConfig) -> tuple[float, float, float]:
     survivors, dropped = collect_rollouts(run, dict(enumerate(run.prompts.prompts[:4])), 0)
     samples = score(run, survivors, dropped).samples
     minibatches = place(samples, config, run.groups)
-    shards, _ = pi_old_pass(run, minibatches)
-    settled = settle(run, shards[0])
+    minibatches = pi_old_pass(run, minibatches, Routing("off"))
+    settled = settle(run, minibatches[0])
     kept = {}
-    for minibatch, own in zip(minibatches, shards, strict=True):
-        for batch, shard in zip(minibatch.batches, settle(run, own).shards, strict=True):
+    for minibatch in minibatches:
+        for batch, shard in zip(minibatch.batches, settle(run, minibatch).minibatch.shards, strict=True):
             for index, key in enumerate(batch.samples):
                 kept[key] = shard.mask_T[batch.mask_T & (batch.sequence_T == index)].numpy()
     kept = {key: mask for part in gather_objects(kept, run.groups.world) for key, mask in part.items()}
     reduced = place([s for s in (without(s, kept[s.group, s.sample]) for s in samples) if s], config, run.groups)
-    plain, _ = pi_old_pass(run, reduced)
+    plain = pi_old_pass(run, reduced, Routing("off"))
     return (
-        total(run, settled.shards),
-        total(run, plain[0]),
+        total(run, settled.minibatch.shards),
+        total(run, plain[0].shards),
         settled.metrics["correction/masked_tokens"],
     )
 

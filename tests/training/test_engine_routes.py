@@ -16,8 +16,8 @@ from megatron_gspo.policy.groups import make_groups
 from megatron_gspo.train.batch import place
 from megatron_gspo.train.collect import Collected, collect_rollouts, score
 from megatron_gspo.train.context import Run, build_run, load_inputs
-from megatron_gspo.train.routes import changes_between, coverage
-from megatron_gspo.train.step import engine_routes, outer_step, pi_old_pass
+from megatron_gspo.train.routing import changes_between, coverage, open_routing
+from megatron_gspo.train.step import outer_step, pi_old_pass
 from tests.pool import RankError, RankPool
 from tests.training.conftest import MakeConfig
 from tests.training.test_runs import metrics_of, train
@@ -50,15 +50,16 @@ def see(config: RunConfig) -> Seen:
     minibatches = place(collected.samples, config, run.groups)
     batches = [batch for minibatch in minibatches for batch in minibatch.batches]
     samples = list(chain.from_iterable(part for minibatch in minibatches for part in minibatch.samples))
-    dealt = engine_routes(run, collected.samples, minibatches, 0)
-    assert dealt is not None
-    shards, routes = pi_old_pass(run, minibatches, dealt)
-    asked, own = list(chain.from_iterable(dealt)), [shard for minibatch in routes for shard in minibatch.old]
+    routing = open_routing(run, collected.samples, minibatches, 0)
+    assert routing.engine is not None
+    minibatches = pi_old_pass(run, minibatches, routing)
+    asked = list(chain.from_iterable(routing.engine))
+    own = [shard for minibatch in minibatches for shard in minibatch.routes.old]
     differ = [
         ((a.experts_LTK != b.experts_LTK).any(dim=-1) & a.present_T).sum() for a, b in zip(asked, own, strict=True)
     ]
     errors = [0.0]
-    for shard in chain.from_iterable(shards):
+    for shard in chain.from_iterable(minibatch.shards for minibatch in minibatches):
         assert shard.old_logprobs_T is not None
         errors += (shard.old_logprobs_T - shard.rollout_logprobs_T)[shard.mask_T].abs().tolist()
     return Seen(
@@ -157,6 +158,5 @@ def lenient(config: RunConfig) -> list[float]:
     run, collected = start(config)
     samples = [s if s.sample else replace(s, routes=None) for s in collected.samples]
     minibatches = place(samples, config, run.groups)
-    dealt = engine_routes(run, samples, minibatches, 0)
-    shards, _ = pi_old_pass(run, minibatches, dealt)
-    return [float(s.old_logprobs_T.sum()) for s in chain.from_iterable(shards) if s.old_logprobs_T is not None]
+    minibatches = pi_old_pass(run, minibatches, open_routing(run, samples, minibatches, 0))
+    return [float(shard.old_logprobs_T.sum()) for minibatch in minibatches for shard in minibatch.shards]

@@ -27,6 +27,7 @@ from megatron_gspo.train.collect import collect_rollouts, score
 from megatron_gspo.train.context import Run, build_run, load_inputs
 from megatron_gspo.train.loop import train as train_with
 from megatron_gspo.train.noise import measure_noise
+from megatron_gspo.train.routing import Routing
 from megatron_gspo.train.step import outer_step, pi_old_pass
 from tests.pool import RankError, RankPool
 from tests.training.conftest import QUICKSTART, MakeConfig
@@ -272,12 +273,12 @@ def noise_at_equal_and_at_moved_weights(config: RunConfig) -> tuple[dict[str, fl
     run = _run(config)
     survivors, dropped = collect_rollouts(run, dict(enumerate(run.prompts.prompts[: config.train.prompts_per_step])), 0)
     minibatches = place(score(run, survivors, dropped).samples, config, run.groups)
-    shards, _ = pi_old_pass(run, minibatches)
-    floor = measure_noise(run, minibatches[0], shards[0], 0)
+    first = pi_old_pass(run, minibatches, Routing("off"))[0]
+    floor = measure_noise(run, first, 0)
     with torch.no_grad():
         for parameter in run.policy.chunks[0].parameters():
             parameter.mul_(1.01)
-    return floor, measure_noise(run, minibatches[0], shards[0], 0)
+    return floor, measure_noise(run, first, 0)
 
 
 def test_a_run_is_the_same_whichever_way_its_weights_travel(

@@ -1,4 +1,4 @@
-"""The engine's routes: from the leader that holds them to the ranks that replay them, and what they say of the engine.
+"""The routers' choices of an outer step: what the passes replay, and what they say of the engine and of the updates.
 
 A leader fetches a response with its routes and sends both to the leader that trains on it (``train.batch.place``). From
 there each rank of the replica gets the routes of its own layers and its own tokens, and nothing else.
@@ -7,6 +7,8 @@ there each rank of the replica gets the routes of its own layers and its own tok
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -18,9 +20,83 @@ from megatron_gspo.errors import ReplayError
 from megatron_gspo.parallel.exchange import gather_objects, scatter_bytes
 from megatron_gspo.parallel.metrics import reduce_route_changes
 from megatron_gspo.policy.groups import Groups, device
-from megatron_gspo.train.batch import Minibatch
-from megatron_gspo.train.replay import Dealt, MinibatchRoutes
+from megatron_gspo.train.batch import Minibatch, MinibatchRoutes
+from megatron_gspo.train.learner import Learner
 from megatron_gspo.types import PackedBatch, RouteShape, RouteShard, Sample, Shard
+
+Dealt = Sequence[Sequence[RouteShard]]
+"""The engine's routes of an outer step, by mini-batch and micro-batch: this rank's layers and tokens."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which routes the passes of one outer step replay. Under "r2" training replays what the pi_old pass chose; under
+    "r3" both replay what the engine chose; "off": routers choose for themselves."""
+
+    mode: str
+    """``replay.mode``."""
+    engine: Dealt | None = None
+    """None in an outer step that did not ask for them."""
+
+    def of_old_pass(self) -> list[RouteShard] | None:
+        """What the pi_old pass replays. Raises ReplayError when R3 has no routes of the engine."""
+        if self.mode != "r3":
+            return None
+        if self.engine is None:
+            raise ReplayError('replay.mode = "r3", and the responses of this outer step came without routes')
+        return list(chain.from_iterable(self.engine))
+
+    def of_training(self, sizes: Sequence[int], live: Sequence[RouteShard]) -> list[MinibatchRoutes]:
+        """By mini-batch.
+
+        Args:
+            sizes: micro-batches of each mini-batch.
+            live: what routers would have chosen in the pi_old pass, over all of them.
+        """
+        rest = iter(live)
+        olds = [list(islice(rest, size)) for size in sizes]
+        replayed: Sequence[Sequence[RouteShard] | None] = [None] * len(olds)
+        if self.mode != "off":
+            replayed = olds if self.mode == "r2" else self.engine or []
+        return [MinibatchRoutes(own, routes) for own, routes in zip(olds, replayed, strict=True)]
+
+    def mismatch(self, run: Learner, minibatches: Sequence[Minibatch]) -> dict[str, float]:
+        """``route/engine_mismatch*``: the engine's routes and the trainer's own in the pi_old pass; empty without the
+        engine's. Collective."""
+        if self.engine is None:
+            return {}
+        asked = [shard for part in self.engine for shard in part]
+        own = [shard for minibatch in minibatches for shard in minibatch.routes.old]
+        batches = [batch for minibatch in minibatches for batch in minibatch.batches]
+        return changes_between("route/engine_mismatch", asked, own, batches, run.groups)
+
+
+def open_routing(run: Learner, samples: Sequence[Sample], minibatches: Sequence[Minibatch], outer_step: int) -> Routing:
+    """The routing of an outer step, with this rank's part of the engine's routes where they were asked for. Collective.
+
+    Raises ReplayError when they are to be replayed and cover too few tokens.
+    """
+    settings = run.config.replay
+    if not settings.asks_for_routes(outer_step):
+        return Routing(settings.mode)
+    if settings.mode == "r3":
+        check_coverage(samples, settings.min_coverage, run.groups)
+    return Routing(
+        settings.mode, deal_routes(minibatches, run.policy.shape.routes, run.policy.replay.layers, run.groups)
+    )
+
+
+def routing_metrics(
+    run: Learner, minibatch: Minibatch, live: Sequence[RouteShard], outer_step: int
+) -> dict[str, float]:
+    """``route/drift*`` and ``replay/coverage`` of one mini-batch, whose routers would have chosen ``live`` in
+    training; on every rank. Collective."""
+    metrics: dict[str, float] = {}
+    if run.policy.shape.num_experts and run.config.replay.measures_drift(outer_step):
+        metrics |= changes_between("route/drift", minibatch.routes.old, live, minibatch.batches, run.groups)
+    if minibatch.routes.replayed is not None:
+        metrics["replay/coverage"] = coverage(minibatch.routes.replayed, minibatch.batches, run.groups)
+    return metrics
 
 
 def deal_routes(
@@ -103,16 +179,6 @@ def changes_between(
         return {}
     by_layer = {f"{name}/layer_{layer:02d}": share for layer, share in shares.items()}
     return {name: sum(shares.values()) / len(shares), f"{name}_tokens": tokens} | by_layer
-
-
-def engine_mismatch(
-    engine: Dealt, routes: Sequence[MinibatchRoutes], minibatches: Sequence[Minibatch], groups: Groups
-) -> dict[str, float]:
-    """``route/engine_mismatch*``: the engine's routes and the trainer's own in the pi_old pass. Collective."""
-    asked = [shard for part in engine for shard in part]
-    own = [shard for minibatch in routes for shard in minibatch.old]
-    batches = [batch for minibatch in minibatches for batch in minibatch.batches]
-    return changes_between("route/engine_mismatch", asked, own, batches, groups)
 
 
 def coverage(routes: Sequence[RouteShard], batches: Sequence[PackedBatch], groups: Groups) -> float:
