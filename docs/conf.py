@@ -20,7 +20,7 @@ apidoc_modules = [
     {
         "path": "../megatron_gspo",
         "destination": "api",
-        "exclude_patterns": ["**/sglang_server.py", "**/__main__.py"],  # the server's lives in another environment
+        "exclude_patterns": ["**/sglang/server.py", "**/__main__.py"],  # the server's lives in another environment
         "separate_modules": True,
         "module_first": True,
     }

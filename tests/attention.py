@@ -54,8 +54,8 @@ def attention_of_ranks(kernel: Callable[..., Any], dtype: torch.dtype, context: 
     The gathered keys and values are the ranks' rows end to end, so autograd sums the ranks' parts of a gradient as the
     reduce-scatter of ``parallel.context`` does.
     """
-    from megatron_gspo.algorithm.packing import unshard_tokens, zigzag_positions
-    from megatron_gspo.policy.attention import query_runs
+    from megatron_gspo.batching.packing import unshard_tokens, zigzag_positions
+    from megatron_gspo.megatron.attention import query_runs
     from megatron_gspo.types import Shard
 
     lengths = padded(context)

@@ -15,7 +15,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-PRELOAD = ["megatron_gspo.train.loop", "transformers.models.auto.tokenization_auto", "tests.pool"]
+PRELOAD = ["megatron_gspo.runs.loop", "transformers.models.auto.tokenization_auto", "tests.pool"]
 
 
 class RankError(AssertionError):
@@ -76,7 +76,7 @@ def _serve(
     import torch
     import torch.distributed as dist
 
-    from megatron_gspo.policy import cpu
+    from megatron_gspo.megatron import cpu
 
     torch.set_num_threads(1)
     cpu.install()

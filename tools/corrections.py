@@ -22,8 +22,8 @@ from megatron_gspo.algorithm.base import make_algorithm
 from megatron_gspo.algorithm.correction import Correction
 from megatron_gspo.algorithm.importance import correct
 from megatron_gspo.algorithm.objective import objective
-from megatron_gspo.algorithm.packing import pack, shard_tokens
 from megatron_gspo.algorithm.ratios import segment_sum
+from megatron_gspo.batching.packing import pack, shard_tokens
 from megatron_gspo.types import PlacedSample, Shard
 
 VOCABULARY, LENGTH = 5, 4

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_gspo.algorithm.packing import shard_positions
 from megatron_gspo.algorithm.ratios import expand
+from megatron_gspo.batching.packing import shard_positions
 from megatron_gspo.errors import BatchError
 from megatron_gspo.types import PackedBatch, RouteShape, RouteShard, Sample, Shard
 

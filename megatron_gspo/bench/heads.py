@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_gspo.megatron.megatron_logprobs import megatron_logprobs
 from megatron_gspo.parallel import logprobs as fused
-from megatron_gspo.policy.megatron_logprobs import megatron_logprobs
 
 Backward = Callable[[], None]
 

@@ -13,7 +13,7 @@ from torch.distributed.launcher.api import elastic_launch
 
 from megatron_gspo.errors import MegatronGspoError
 from megatron_gspo.quiet import ENVIRONMENT
-from megatron_gspo.train.launch import ranks_here
+from megatron_gspo.runs.launch import ranks_here
 
 
 def on_ranks(ranks: int, threads: int, function: Callable[..., Any], *arguments: Any) -> dict[int, Any]:

@@ -20,7 +20,7 @@ from megatron_gspo.bench.launch import on_ranks
 from megatron_gspo.bench.measure import Clock, PeakMemory, Spread, available_bytes, machine
 from megatron_gspo.config import ParallelConfig
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.policy.groups import device, make_groups, start_distributed
+from megatron_gspo.megatron.groups import device, make_groups, start_distributed
 from megatron_gspo.quiet import mute
 from megatron_gspo.types import DTYPES
 

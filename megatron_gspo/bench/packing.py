@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_gspo.algorithm.planning import ATTENTION_COST, Plan, plan_microbatches
+from megatron_gspo.batching.planning import ATTENTION_COST, Plan, plan_microbatches
 from megatron_gspo.bench.measure import Spread, machine
 
 Lengths = npt.NDArray[np.int64]

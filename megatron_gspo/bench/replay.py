@@ -20,18 +20,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_gspo.algorithm.packing import pack
+from megatron_gspo.batching.packing import pack
 from megatron_gspo.bench.launch import on_ranks
 from megatron_gspo.bench.measure import Spread, machine
 from megatron_gspo.config import ParallelConfig, RunConfig, parse
+from megatron_gspo.megatron.groups import Groups, make_groups, start_distributed
+from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.parallel.exchange import exchange
 from megatron_gspo.parallel.sequence import ShardedSequenceSum
-from megatron_gspo.policy.groups import Groups, make_groups, start_distributed
-from megatron_gspo.policy.policy import Policy
 from megatron_gspo.quiet import mute
-from megatron_gspo.rollout.routes import decode_routes
+from megatron_gspo.rollout.sglang.routes import decode_routes
+from megatron_gspo.train.assembly import Run
 from megatron_gspo.train.batch import Minibatch, place
-from megatron_gspo.train.context import Run
 from megatron_gspo.train.engine_gate import make_gate
 from megatron_gspo.train.routing import deal_routes, open_routing, routing_metrics
 from megatron_gspo.train.step import pi_old_pass, train_minibatch

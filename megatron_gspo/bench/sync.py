@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from megatron_gspo.bench.measure import PeakMemory, Spread, machine
 from megatron_gspo.config import RolloutConfig, SyncConfig
 from megatron_gspo.hf.checkpoint import SINGLE, buckets
-from megatron_gspo.rollout.launcher import LocalServers
+from megatron_gspo.rollout.sglang.launcher import LocalServers
+from megatron_gspo.runs.waiting import starting_servers
 from megatron_gspo.sync.base import METHODS, WeightSync, make_weight_sync
 from megatron_gspo.sync.peers import Peers
-from megatron_gspo.train.waiting import starting_servers
 from megatron_gspo.types import ServerAccess
 
 AIM = 0.7

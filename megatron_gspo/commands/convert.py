@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_gspo.convert.logits import LogitsRow
     from megatron_gspo.convert.run import Show
-    from megatron_gspo.policy.groups import Groups
+    from megatron_gspo.megatron.groups import Groups
 
 SUMMARY = "convert checkpoints between Hugging Face directories and Megatron distributed ones"
 EXAMPLE = "megatron-gspo convert Qwen3-30B-A3B Qwen3-30B-A3B-megatron"
@@ -168,14 +168,14 @@ def _sentence(report: dict[str, object]) -> str:
 
 def join_world() -> Groups:
     """The groups of torchrun's world, or of this process alone; on the CPU."""
-    from megatron_gspo.train.rank import world_of_torchrun
+    from megatron_gspo.runs.rank import world_of_torchrun
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything could find a GPU: files are all there is
     if world_of_torchrun() is None:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ |= alone
     from megatron_gspo.config import ParallelConfig
-    from megatron_gspo.policy.groups import make_groups, start_distributed
+    from megatron_gspo.megatron.groups import make_groups, start_distributed
 
     start_distributed()
     return make_groups(ParallelConfig())

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_gspo.train.examine import Examination, Questions
-    from megatron_gspo.train.subject import Subject
+    from megatron_gspo.evaluation.examine import Examination, Questions
+    from megatron_gspo.evaluation.subject import Subject
 
 SUMMARY = "measure a policy on held-out prompts: avg@k and pass@k with 95% intervals"
 EXAMPLE = "megatron-gspo eval runs/quickstart --checkpoint latest --samples 8"
@@ -56,10 +56,10 @@ def evaluate(options: argparse.Namespace) -> str:
     import time
     from datetime import UTC, datetime
 
+    from megatron_gspo.evaluation.examine import examine, read_questions
+    from megatron_gspo.evaluation.lengths import fitting
+    from megatron_gspo.evaluation.subject import exported
     from megatron_gspo.report.evaluation import EvaluationDirectory, fingerprint, format_result
-    from megatron_gspo.train.examine import examine, read_questions
-    from megatron_gspo.train.lengths import fitting
-    from megatron_gspo.train.subject import exported
 
     subject = find_subject(options)
     check_subject(subject)
@@ -89,8 +89,8 @@ def evaluate(options: argparse.Namespace) -> str:
 def find_subject(options: argparse.Namespace) -> Subject:
     """What the arguments name, told by what lies at the path. Raises UserError."""
     from megatron_gspo.errors import ConfigError, DataError
+    from megatron_gspo.evaluation.subject import of_configuration, of_model, of_run
     from megatron_gspo.report.rundir import RunDirectory
-    from megatron_gspo.train.subject import of_configuration, of_model, of_run
 
     path, overrides = options.subject, settings(options)
     is_run = path.is_dir() and (path / "config.toml").is_file()
@@ -123,7 +123,7 @@ def settings(options: argparse.Namespace) -> list[str]:
     import json
 
     from megatron_gspo.errors import ConfigError
-    from megatron_gspo.train.subject import WHOLE_FILE
+    from megatron_gspo.evaluation.subject import WHOLE_FILE
 
     if options.greedy and (options.samples or 1) > 1:
         raise ConfigError(f"--samples {options.samples} with --greedy: the responses to a prompt would all be the same")

@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
 
     from megatron_gspo.parity.layouts import choose_layouts
     from megatron_gspo.quiet import mute
-    from megatron_gspo.train.rank import world_of_torchrun
+    from megatron_gspo.runs.rank import world_of_torchrun
 
     mute()
     config = _config(options.target)

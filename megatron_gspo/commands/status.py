@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
 def look(path: Path) -> dict[str, Any]:
     """The summary of a run; while it goes on, with what its servers say now. Raises DataError if it is no run."""
     from megatron_gspo.report.status import summarise
-    from megatron_gspo.rollout.probe import find_key, probe
+    from megatron_gspo.rollout.sglang.probe import find_key, probe
 
     summary = summarise(path)
     if summary["status"] == "running":

@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
     from megatron_gspo.config.inputs import check_inputs
 
     config = load(options.config, options.overrides)
-    from megatron_gspo.train.rank import run_rank, world_of_torchrun
+    from megatron_gspo.runs.rank import run_rank, world_of_torchrun
 
     world = world_of_torchrun()
     check_inputs(config, options.config)
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
 
         return run_rank(config, RunRecorder)
     from megatron_gspo.report.text import count
-    from megatron_gspo.train.launch import check_before_start, launch
+    from megatron_gspo.runs.launch import check_before_start, launch
 
     check_before_start(config)
     ranks = config.parallel.world_size()

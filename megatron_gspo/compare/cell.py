@@ -26,10 +26,10 @@ from megatron_gspo.storage import writing
 from megatron_gspo.supervise import die_with_parent
 
 PRELOAD = [
-    "megatron_gspo.train.loop",
-    "megatron_gspo.train.launch",
+    "megatron_gspo.runs.loop",
+    "megatron_gspo.runs.launch",
     "megatron_gspo.report.recorder",
-    "megatron_gspo.rollout.sglang_client",
+    "megatron_gspo.rollout.sglang.client",
     "megatron_gspo.sync.tensor",
     "transformers.models.auto.tokenization_auto",
     "megatron_gspo.compare.cell",
@@ -86,7 +86,7 @@ def train(config: RunConfig) -> int:
     """Trains in this process where one rank is enough, else in ranks that it starts; returns the exit status."""
     ranks = config.parallel.world_size()
     if ranks > 1:
-        from megatron_gspo.train.launch import launch
+        from megatron_gspo.runs.launch import launch
 
         with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
             file.write(dump(config))
@@ -96,7 +96,7 @@ def train(config: RunConfig) -> int:
 
     from megatron_gspo.parallel.rendezvous import keep_to_loopback, private_store
     from megatron_gspo.report.recorder import RunRecorder
-    from megatron_gspo.train.rank import run_rank
+    from megatron_gspo.runs.rank import run_rank
 
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     os.environ.update(alone)

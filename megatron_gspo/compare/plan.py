@@ -182,8 +182,8 @@ def parse_sweep(text: str) -> Sweep | None:
 def check_cells(plan: Plan) -> None:
     """Reads what the cells will read, as ``train`` does before it starts: each model once an arm. Raises UserError."""
     from megatron_gspo.config.inputs import check_inputs
-    from megatron_gspo.rollout.launcher import find_server_python
-    from megatron_gspo.train.launch import check_before_start
+    from megatron_gspo.rollout.sglang.launcher import find_server_python
+    from megatron_gspo.runs.launch import check_before_start
 
     for cell in {(cell.arm, cell.cold_start): cell for cell in plan.cells}.values():
         with _named(cell.arm.name):

@@ -9,7 +9,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from megatron_gspo.algorithm.base import ALONE, Algorithm, make_algorithm
 from megatron_gspo.algorithm.correction import Correction
-from megatron_gspo.algorithm.planning import padded_length
+from megatron_gspo.batching.planning import padded_length
 from megatron_gspo.config.layout import ParallelConfig
 from megatron_gspo.config.rollouts import EvalConfig, ReplayConfig, RewardConfig, RolloutConfig, SyncConfig
 from megatron_gspo.config.training import CriticConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

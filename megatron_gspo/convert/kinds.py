@@ -8,7 +8,7 @@ from typing import Literal
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.elsewhere import what_is_there
 from megatron_gspo.hf.names import INDEX, SINGLE, holds_weights
-from megatron_gspo.policy.checkpoint_files import HEADER, METADATA, read_header
+from megatron_gspo.megatron.checkpoint_files import HEADER, METADATA, read_header
 
 Kind = Literal["hugging-face", "megatron"]
 

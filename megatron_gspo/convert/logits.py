@@ -21,10 +21,10 @@ from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import write_shards
 from megatron_gspo.hf.directory import copy_companions, name_shards, write_index
+from megatron_gspo.megatron.groups import Groups, make_groups
+from megatron_gspo.megatron.logits import logits_of
+from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.parallel.exchange import broadcast_object, together
-from megatron_gspo.policy.groups import Groups, make_groups
-from megatron_gspo.policy.logits import logits_of
-from megatron_gspo.policy.policy import Policy
 
 SHARD_BYTES = 1024**3
 

@@ -19,10 +19,10 @@ from megatron_gspo.convert.kinds import check_replaceable, kind_of
 from megatron_gspo.convert.sources import MegatronSource, open_source
 from megatron_gspo.convert.workplace import PARTIAL, Watch, Workplace
 from megatron_gspo.errors import ConfigError, WriteError
+from megatron_gspo.megatron.checkpoint import plain
+from megatron_gspo.megatron.checkpoint_files import REPLACED, sync, verify
+from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.parallel.exchange import broadcast_object, gather_objects, together
-from megatron_gspo.policy.checkpoint import plain
-from megatron_gspo.policy.checkpoint_files import REPLACED, sync, verify
-from megatron_gspo.policy.groups import Groups
 from megatron_gspo.storage import claiming, writing
 
 HASHERS = 2

@@ -17,11 +17,11 @@ from megatron_gspo.hf.elsewhere import other_names, some
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.names import INDEX
 from megatron_gspo.hf.stream import TensorInfo
-from megatron_gspo.policy.checkpoint import header_of_model
-from megatron_gspo.policy.checkpoint_files import HEADER
-from megatron_gspo.policy.checkpoint_stream import DistributedReader
-from megatron_gspo.policy.groups import Groups
-from megatron_gspo.policy.places import Place, Places, find_places
+from megatron_gspo.megatron.checkpoint import header_of_model
+from megatron_gspo.megatron.checkpoint_files import HEADER
+from megatron_gspo.megatron.checkpoint_stream import DistributedReader
+from megatron_gspo.megatron.groups import Groups
+from megatron_gspo.megatron.places import Place, Places, find_places
 
 REPEATED = "repeated"
 """In a converted checkpoint's header: {name: the tensor that it repeats}, of a stored head that is tied."""

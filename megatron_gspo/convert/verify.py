@@ -14,8 +14,8 @@ from megatron_gspo.convert.kinds import home_of_config, kind_of
 from megatron_gspo.convert.run import Show
 from megatron_gspo.convert.sources import MegatronSource, Model, StoredTensors
 from megatron_gspo.errors import WeightError
+from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.parallel.exchange import gather_objects, together
-from megatron_gspo.policy.groups import Groups
 
 Side = StoredTensors | MegatronSource
 

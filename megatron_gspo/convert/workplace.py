@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_gspo.convert.kinds import holds_checkpoint
 from megatron_gspo.errors import ConfigError, WeightError
-from megatron_gspo.policy.checkpoint_files import REPLACED, FileEntry, describe, put_in_place, sync
+from megatron_gspo.megatron.checkpoint_files import REPLACED, FileEntry, describe, put_in_place, sync
 
 PARTIAL = ".partial"
 JOURNAL = ".journal"

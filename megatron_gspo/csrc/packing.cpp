@@ -282,7 +282,7 @@ py::tuple plan(const py::array_t<int64_t, py::array::c_style | py::array::forcec
 }  // namespace
 
 PYBIND11_MODULE(_packing, module) {
-  module.doc() = "Balanced packing of sequences into micro-batches; see megatron_gspo.algorithm.planning.";
+  module.doc() = "Balanced packing of sequences into micro-batches; see megatron_gspo.batching.planning.";
   module.def("plan", &plan, py::arg("lengths"), py::arg("token_budget"), py::arg("num_ranks"), py::arg("multiple_of"),
              py::arg("attention_cost"));
 }

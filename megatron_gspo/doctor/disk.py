@@ -12,7 +12,7 @@ from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.estimate import ITEM_BYTES
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.machine import gib
-from megatron_gspo.policy.checkpoint_files import latest_in
+from megatron_gspo.megatron.checkpoint_files import latest_in
 from megatron_gspo.report.rundir import is_replaceable
 
 

@@ -13,7 +13,7 @@ from megatron_gspo.doctor.machine import gib
 from megatron_gspo.doctor.nodes import check_ranks
 from megatron_gspo.errors import UserError
 from megatron_gspo.report.text import count
-from megatron_gspo.rollout.launcher import find_server_python
+from megatron_gspo.rollout.sglang.launcher import find_server_python
 from megatron_gspo.versions import TRAINER, installed, untested, untested_here
 
 ASK_VERSION = "from importlib.metadata import version; print(version('sglang'))"

@@ -1,8 +1,9 @@
 """What a rank will hold, in bytes, from the configuration alone: the whole sum, term by term.
 
 Weights, gradients and optimizer state are counted exactly. Activations and logprobs are a count of the tensors that
-autograd keeps for the layers of ``policy.spec`` and ``parallel.logprobs``; what they miss is small against them. A rank
-also needs its process (Python, torch and Megatron on a CPU; context and NCCL buffers on a GPU), which is not in here.
+autograd keeps for the layers of ``megatron.spec`` and ``parallel.logprobs``; what they miss is small against them. A
+rank also needs its process (Python, torch and Megatron on a CPU; context and NCCL buffers on a GPU), which is not in
+here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from megatron_gspo.algorithm.planning import padded_length
+from megatron_gspo.batching.planning import padded_length
 from megatron_gspo.config import ParallelConfig, RunConfig
 from megatron_gspo.doctor.tensors import Tensor, elements_of_stage, stage_of
 from megatron_gspo.hf.family import ModelShape

@@ -7,7 +7,7 @@ from megatron_gspo.doctor.estimate import ITEM_BYTES, Estimate, worst_stage
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.machine import gib
 from megatron_gspo.report.text import count
-from megatron_gspo.rollout.launcher import GPU_SHARE, cpu_cache_tokens
+from megatron_gspo.rollout.sglang.launcher import GPU_SHARE, cpu_cache_tokens
 
 TIGHT = 0.85
 """Share of the free memory above which an estimate is too near to it."""

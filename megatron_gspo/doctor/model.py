@@ -18,7 +18,7 @@ from megatron_gspo.hf.directory import check_companions
 from megatron_gspo.hf.elsewhere import other_names, some
 from megatron_gspo.hf.layout import check_layout as check_layout_of
 from megatron_gspo.hf.layout import check_recompute, check_replay
-from megatron_gspo.policy.checkpoint_files import is_distributed, read_header
+from megatron_gspo.megatron.checkpoint_files import is_distributed, read_header
 from megatron_gspo.report.text import count
 
 

@@ -18,7 +18,8 @@ def nodes_of(block: int, ranks: int, per_node: int) -> int:
 def check_nodes(facts: Facts) -> list[Check]:
     """Nothing on one node. On several: groups whose collectives stand in every layer, and cross the network.
 
-    Ranks are in the order tensor, context, data, pipeline; those of experts expert_tensor, expert (``policy.groups``).
+    Ranks are in the order tensor, context, data, pipeline; those of experts expert_tensor, expert
+    (``megatron.groups``).
     """
     ranks, per_node, nodes = facts.ranks, facts.ranks_per_node, facts.nodes
     if nodes == 1:

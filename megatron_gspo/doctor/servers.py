@@ -16,8 +16,8 @@ from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.lengths import fit_into, kept_positions
 from megatron_gspo.errors import MegatronGspoError
 from megatron_gspo.hf.catalog import read_config
-from megatron_gspo.rollout.launcher import free_ports
-from megatron_gspo.rollout.probe import get
+from megatron_gspo.rollout.sglang.launcher import free_ports
+from megatron_gspo.rollout.sglang.probe import get
 from megatron_gspo.train.models import check_engine, first_difference
 from megatron_gspo.versions import untested
 

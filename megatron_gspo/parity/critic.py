@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 from megatron_gspo.algorithm.base import make_algorithm
 from megatron_gspo.config import CriticConfig, RunConfig
+from megatron_gspo.megatron.critic import Critic
 from megatron_gspo.parity import shards
 from megatron_gspo.parity.case import Case
 from megatron_gspo.parity.naive import naive_weights
 from megatron_gspo.parity.parts import CriticPart
 from megatron_gspo.parity.tensors import gradient_copies
-from megatron_gspo.policy.critic import Critic
 from megatron_gspo.train.batch import Minibatch
 from megatron_gspo.train.credit import give_credit
 from megatron_gspo.train.learner import Learner

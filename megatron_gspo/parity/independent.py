@@ -23,7 +23,7 @@ def transformers_step(reference: Reference, directory: str) -> Part:
     """Logprobs of all responses, and the first mini-batch's entropies, ratios, loss and gradients by transformers, in
     the case's dtype.
 
-    For a process of its own: imported under ``policy.cpu``'s stand-ins, transformers leaves rotary angles unset.
+    For a process of its own: imported under ``megatron.cpu``'s stand-ins, transformers leaves rotary angles unset.
     """
     case, part, step = reference.case, Part(), StepPart()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

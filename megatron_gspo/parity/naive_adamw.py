@@ -1,7 +1,7 @@
 """AdamW once more, one tensor at a time, in float64 and in one process: what the product's optimizer is held against.
 
 Written from arXiv 1711.05101 (algorithm 2) and, for clipping, ``torch.nn.utils.clip_grad_norm_``; shares nothing with
-``megatron_gspo.policy``. What decays is told by Hugging Face names, not by shapes.
+``megatron_gspo.megatron``. What decays is told by Hugging Face names, not by shapes.
 """
 
 from __future__ import annotations

@@ -17,12 +17,12 @@ from megatron_gspo.algorithm.correction import Correction
 from megatron_gspo.algorithm.covariance import ClipCov, Covariance
 from megatron_gspo.algorithm.importance import correct
 from megatron_gspo.algorithm.objective import objective
-from megatron_gspo.parallel.metrics import StageTotals
+from megatron_gspo.megatron.groups import device
+from megatron_gspo.parallel.sums import StageTotals
 from megatron_gspo.parity import shards
 from megatron_gspo.parity.case import KL_COEF, Case, Key
 from megatron_gspo.parity.naive import FORMULAS, Response, naive_term, naive_weights
 from megatron_gspo.parity.parts import Values
-from megatron_gspo.policy.groups import device
 from megatron_gspo.train.batch import Minibatch, weights_of
 from megatron_gspo.train.learner import Learner
 

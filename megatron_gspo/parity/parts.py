@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from megatron_gspo.megatron.groups import Groups
+from megatron_gspo.megatron.recorded_routes import Routes
 from megatron_gspo.parity import shards
 from megatron_gspo.parity.case import Case, Key
-from megatron_gspo.policy.groups import Groups
-from megatron_gspo.policy.routes import Routes
 from megatron_gspo.types import LossOutput, PackedBatch
 
 

@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_gspo.errors import BatchError
+from megatron_gspo.megatron.model import load_weights
+from megatron_gspo.megatron.policy import Policy
+from megatron_gspo.megatron.recorded_routes import record_routes
 from megatron_gspo.parity import shards
 from megatron_gspo.parity.case import (
     BETAS,
@@ -33,9 +36,6 @@ from megatron_gspo.parity.objectives import Expected, naive_objectives, response
 from megatron_gspo.parity.parts import Choices, recorded
 from megatron_gspo.parity.step import build
 from megatron_gspo.parity.tensors import GRADIENTS, PARAMETERS
-from megatron_gspo.policy.model import load_weights
-from megatron_gspo.policy.policy import Policy
-from megatron_gspo.policy.routes import record_routes
 from megatron_gspo.train.learner import Learner
 from megatron_gspo.types import RouteShard
 

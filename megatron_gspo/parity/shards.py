@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from megatron_gspo.algorithm import packing
+from megatron_gspo.batching import packing
+from megatron_gspo.megatron.groups import Groups, device
+from megatron_gspo.megatron.policy import Policy
+from megatron_gspo.megatron.replay import route_dtype
 from megatron_gspo.parity.case import Case
-from megatron_gspo.policy.groups import Groups, device
-from megatron_gspo.policy.policy import Policy
-from megatron_gspo.policy.replay import route_dtype
 from megatron_gspo.types import PackedBatch, RouteShape, RouteShard, Sample, TokenShard
 
 

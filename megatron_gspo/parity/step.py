@@ -14,6 +14,9 @@ import numpy as np
 import torch
 
 from megatron_gspo.errors import NonFiniteError
+from megatron_gspo.megatron.groups import make_groups
+from megatron_gspo.megatron.policy import Policy
+from megatron_gspo.megatron.recorded_routes import record_routes
 from megatron_gspo.parity import shards
 from megatron_gspo.parity.case import STEPS, Case
 from megatron_gspo.parity.critic import critic_step
@@ -21,9 +24,6 @@ from megatron_gspo.parity.layouts import Layout
 from megatron_gspo.parity.objectives import every_objective
 from megatron_gspo.parity.parts import Choices, Part, StepPart, note, recorded
 from megatron_gspo.parity.tensors import GRADIENTS, PARAMETERS, compare, gradient_copies, parameter_copies
-from megatron_gspo.policy.groups import make_groups
-from megatron_gspo.policy.policy import Policy
-from megatron_gspo.policy.routes import record_routes
 from megatron_gspo.train import step as training
 from megatron_gspo.train.batch import Minibatch, place
 from megatron_gspo.train.learner import Learner, build_learner

@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 
 from megatron_gspo.hf.weights import take_piece
+from megatron_gspo.megatron.export import complete_gradients, gradient_of, weight_of
+from megatron_gspo.megatron.network import Network
 from megatron_gspo.parity.parts import Difference
-from megatron_gspo.policy.export import complete_gradients, gradient_of, weight_of
-from megatron_gspo.policy.network import Network
 
 GRADIENTS, PARAMETERS = "gradients-{step}.safetensors", "parameters-{step}.safetensors"
 """Of each step, counted from 0, in the reference's directory."""

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_gspo.megatron.groups import start_distributed
 from megatron_gspo.parallel.exchange import agree, broadcast_object, gather_objects
 from megatron_gspo.parity.ranks import LocalRanks
-from megatron_gspo.policy.groups import start_distributed
 
 PIECE = 1 << 26
 """Bytes of a file that a broadcast carries."""

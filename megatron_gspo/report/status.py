@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import WeightError
-from megatron_gspo.policy.checkpoint_files import latest_in
+from megatron_gspo.megatron.checkpoint_files import latest_in
 from megatron_gspo.report.liveness import silence, state
 from megatron_gspo.report.metrics import (
     INITIAL,
@@ -109,7 +109,7 @@ def warnings(lines: list[Record], config: RunConfig | None) -> list[str]:
 
 
 def last_checkpoint(run: RunDirectory) -> str | None:
-    """Name of the checkpoint that ``train.resume`` continues from; None when there is none, or none can be told."""
+    """Name of the checkpoint that ``runs.resume`` continues from; None when there is none, or none can be told."""
     try:
         latest = latest_in(run.checkpoints)
     except WeightError:

@@ -64,7 +64,7 @@ class Engine(Protocol):
         """Draws ``sampling.group_size`` responses for each prompt: groups in the order of ``prompts``, by sample.
 
         Every response is validated. Truncated, aborted and mixed-version ones are returned and told apart by their
-        fields (``rollout.policy.apply_policies`` handles them). Raises EngineUnavailableError when a server is gone,
+        fields (``rollout.survivors.apply_policies`` handles them). Raises EngineUnavailableError when a server is gone,
         EngineReplyError when a reply breaks the contract or comes from other weights than ``weight_version``, and
         RolloutError when a server refuses a request.
         """
@@ -92,8 +92,8 @@ class EngineEntry:
 
 ENGINES = {
     "sglang": EngineEntry(
-        "megatron_gspo.rollout.sglang_client:SGLangEngine",
-        "megatron_gspo.rollout.launcher:LocalServers",
+        "megatron_gspo.rollout.sglang.client:SGLangEngine",
+        "megatron_gspo.rollout.sglang.launcher:LocalServers",
         # 0.5.23, srt/models/qwen2_moe.py and qwen3_moe.py: at equal weights logprobs were up to 2.6 off.
         without_dense_layers=frozenset({"Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"}),
         # srt/models/olmoe.py: renormalize=False; at equal weights logprobs were up to 1.5 off.

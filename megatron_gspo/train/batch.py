@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from megatron_gspo.algorithm.packing import check_batch, check_vocabulary, dummy_batch, pack
-from megatron_gspo.algorithm.planning import Plan, padded_length, plan_microbatches
 from megatron_gspo.algorithm.weights import response_weights
+from megatron_gspo.batching.packing import check_batch, check_vocabulary, dummy_batch, pack
+from megatron_gspo.batching.planning import Plan, padded_length, plan_microbatches
 from megatron_gspo.config import RunConfig
+from megatron_gspo.megatron.groups import Groups, device
 from megatron_gspo.parallel.exchange import broadcast_object, exchange, gather_objects, together
-from megatron_gspo.policy.groups import Groups, device
 from megatron_gspo.types import PackedBatch, PlacedSample, RouteShard, Sample, TokenShard, Trained
 
 Key = tuple[int, int]

@@ -14,13 +14,13 @@ import numpy as np
 from megatron_gspo.algorithm.advantages import BY_GROUP, credit_by_response, is_zero_variance, token_group_advantages
 from megatron_gspo.algorithm.base import ALONE, Algorithm, Credit
 from megatron_gspo.algorithm.metrics import rollout_metrics
+from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.parallel.exchange import agree, gather_objects, together
-from megatron_gspo.policy.groups import Groups
 from megatron_gspo.rewards.scoring import GroupRewards, score_now
 from megatron_gspo.rollout.engine import Sampling
-from megatron_gspo.rollout.policy import Dropped, apply_policies, shape_overlong, zero_truncated
+from megatron_gspo.rollout.survivors import Dropped, apply_policies, shape_overlong, zero_truncated
+from megatron_gspo.train.assembly import Run
 from megatron_gspo.train.clock import Clock
-from megatron_gspo.train.context import Run
 from megatron_gspo.train.draw import skip_notes, take_usable
 from megatron_gspo.train.survey import judge_drawn
 from megatron_gspo.types import (

@@ -11,12 +11,12 @@ import torch
 
 from megatron_gspo.algorithm.advantages import credit_by_response
 from megatron_gspo.algorithm.gae import generalised_advantages, lambdas
-from megatron_gspo.algorithm.packing import shard_positions, unshard_tokens
 from megatron_gspo.algorithm.ratios import expand
+from megatron_gspo.batching.packing import shard_positions, unshard_tokens
 from megatron_gspo.errors import NonFiniteError
+from megatron_gspo.megatron.groups import device
 from megatron_gspo.parallel.exchange import agree, broadcast_object, gather_objects, gather_pieces
-from megatron_gspo.parallel.metrics import reduce_token_sums
-from megatron_gspo.policy.groups import device
+from megatron_gspo.parallel.sums import reduce_token_sums
 from megatron_gspo.train.batch import Key, Minibatch
 from megatron_gspo.train.learner import Learner
 from megatron_gspo.types import PackedBatch, TokenShard

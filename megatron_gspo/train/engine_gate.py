@@ -10,9 +10,9 @@ import torch
 from megatron_gspo.algorithm.metrics import ENGINE_SUMS, engine_gap_sums
 from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import EngineMismatchError
+from megatron_gspo.megatron.groups import Groups, device
 from megatron_gspo.parallel.exchange import broadcast_object
-from megatron_gspo.parallel.metrics import reduce_token_sums
-from megatron_gspo.policy.groups import Groups, device
+from megatron_gspo.parallel.sums import reduce_token_sums
 from megatron_gspo.types import TokenShard
 
 

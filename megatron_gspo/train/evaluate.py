@@ -9,7 +9,7 @@ import numpy as np
 from megatron_gspo.algorithm.evaluation import estimates
 from megatron_gspo.parallel.exchange import agree, gather_objects
 from megatron_gspo.rewards.scoring import guarded
-from megatron_gspo.train.context import Run
+from megatron_gspo.train.assembly import Run
 from megatron_gspo.train.grade import evaluation_sampling, grade
 
 

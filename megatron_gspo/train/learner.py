@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_gspo.config import RunConfig
+from megatron_gspo.megatron.critic import Critic
+from megatron_gspo.megatron.groups import Groups
+from megatron_gspo.megatron.network import Network
+from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.parallel.sequence import ShardedSequenceSum
-from megatron_gspo.policy.critic import Critic
-from megatron_gspo.policy.groups import Groups
-from megatron_gspo.policy.network import Network
-from megatron_gspo.policy.policy import Policy
 
 
 @dataclass(frozen=True)

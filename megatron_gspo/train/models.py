@@ -16,9 +16,9 @@ from megatron_gspo.hf.directory import check_companions
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.hf.layout import check_layout, check_positions
 from megatron_gspo.hf.names import holds_weights
-from megatron_gspo.policy.checkpoint_files import is_distributed
+from megatron_gspo.megatron.checkpoint_files import is_distributed
 from megatron_gspo.rollout.engine import ENGINES
-from megatron_gspo.rollout.probe import probe
+from megatron_gspo.rollout.sglang.probe import probe
 from megatron_gspo.train.passes import find_pass
 
 TOLD_APART_BY = ("architectures", "vocab_size", "num_hidden_layers", "hidden_size", "num_experts")

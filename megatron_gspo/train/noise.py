@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 
 from megatron_gspo.algorithm.metrics import noise_floor
-from megatron_gspo.algorithm.packing import shard_tokens
 from megatron_gspo.algorithm.ratios import masked_log_ratio, sequence_log_ratio
+from megatron_gspo.batching.packing import shard_tokens
 from megatron_gspo.parallel.exchange import broadcast_object, gather_objects
+from megatron_gspo.train.assembly import Run
 from megatron_gspo.train.batch import Minibatch, pack_on_device
-from megatron_gspo.train.context import Run
 from megatron_gspo.types import TokenShard
 
 

@@ -6,12 +6,12 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_gspo.algorithm.packing import unshard_tokens
+from megatron_gspo.batching.packing import unshard_tokens
 from megatron_gspo.data.tokenizer import token_texts
+from megatron_gspo.megatron.groups import device
 from megatron_gspo.parallel.exchange import broadcast_object, exchange, gather_pieces
-from megatron_gspo.policy.groups import device
+from megatron_gspo.train.assembly import Run
 from megatron_gspo.train.batch import Key, Minibatch
-from megatron_gspo.train.context import Run
 from megatron_gspo.types import RolloutGroup, RolloutRecord, Sample, TokenShard
 
 

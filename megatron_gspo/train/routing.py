@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_gspo.algorithm.packing import shard_positions
 from megatron_gspo.algorithm.routing import counted_tokens, cut, cut_size, lay_out, pasted, route_changes
+from megatron_gspo.batching.packing import shard_positions
 from megatron_gspo.errors import ReplayError
+from megatron_gspo.megatron.groups import Groups, device
 from megatron_gspo.parallel.exchange import gather_objects, scatter_bytes
-from megatron_gspo.parallel.metrics import reduce_route_changes
-from megatron_gspo.policy.groups import Groups, device
+from megatron_gspo.parallel.sums import reduce_route_changes
 from megatron_gspo.train.batch import Minibatch, MinibatchRoutes
 from megatron_gspo.train.learner import Learner
 from megatron_gspo.types import PackedBatch, RouteShape, RouteShard, Sample, Shard

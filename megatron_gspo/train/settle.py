@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from megatron_gspo.algorithm.importance import Corrected, correct
+from megatron_gspo.megatron.groups import device
 from megatron_gspo.parallel.exchange import broadcast_object, gather_objects
-from megatron_gspo.parallel.metrics import StageTotals, reduce_token_sums
-from megatron_gspo.policy.groups import device
+from megatron_gspo.parallel.sums import StageTotals, reduce_token_sums
 from megatron_gspo.train.batch import Key, Minibatch, weights_of
 from megatron_gspo.train.learner import Learner
 from megatron_gspo.types import TokenShard

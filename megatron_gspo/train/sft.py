@@ -9,19 +9,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_gspo.algorithm.packing import shard_tokens
+from megatron_gspo.batching.packing import shard_tokens
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.formats import Paths
 from megatron_gspo.data.prompts import Completion, CompletionSet, load_completions
 from megatron_gspo.data.tokenizer import open_tokenizer
 from megatron_gspo.errors import NonFiniteError
+from megatron_gspo.megatron.groups import Groups
+from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.parallel.exchange import broadcast_object, gather_objects
 from megatron_gspo.parallel.sequence import ShardedSequenceSum
-from megatron_gspo.policy.groups import Groups
-from megatron_gspo.policy.policy import Policy
+from megatron_gspo.train.assembly import describe_looked
 from megatron_gspo.train.batch import Minibatch, check_tokens, place
 from megatron_gspo.train.clock import Clock
-from megatron_gspo.train.context import describe_looked
 from megatron_gspo.train.draw import skip_notes, take_usable
 from megatron_gspo.train.models import check_models
 from megatron_gspo.train.progress import Progress, seed_generators

@@ -16,15 +16,15 @@ import torch
 
 from megatron_gspo.algorithm.metrics import MetricSums, finish, minibatch_sums
 from megatron_gspo.algorithm.objective import find_non_finite, objective
-from megatron_gspo.algorithm.packing import shard_tokens
+from megatron_gspo.batching.packing import shard_tokens
 from megatron_gspo.errors import NonFiniteError, RolloutError
+from megatron_gspo.megatron.groups import device
 from megatron_gspo.parallel.exchange import agree, broadcast_object
-from megatron_gspo.parallel.metrics import heaviest_expert, reduce_metric_sums
-from megatron_gspo.policy.groups import device
+from megatron_gspo.parallel.sums import heaviest_expert, reduce_metric_sums
+from megatron_gspo.train.assembly import Run
 from megatron_gspo.train.batch import Minibatch, check_tokens, place
 from megatron_gspo.train.clock import Clock
 from megatron_gspo.train.collect import collect, summarise
-from megatron_gspo.train.context import Run
 from megatron_gspo.train.credit import give_credit
 from megatron_gspo.train.learner import Learner
 from megatron_gspo.train.noise import measure_noise

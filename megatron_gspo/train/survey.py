@@ -18,8 +18,8 @@ from megatron_gspo.rewards.registry import Reward
 from megatron_gspo.types import Prompt
 
 if TYPE_CHECKING:  # an evaluation by itself needs no Megatron
-    from megatron_gspo.policy.groups import Groups
-    from megatron_gspo.train.context import Inputs
+    from megatron_gspo.megatron.groups import Groups
+    from megatron_gspo.train.assembly import Inputs
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import torch
 
 from megatron_gspo.algorithm.gae import value_loss
 from megatron_gspo.algorithm.ratios import expand
+from megatron_gspo.megatron.groups import device
 from megatron_gspo.parallel.exchange import broadcast_object
-from megatron_gspo.parallel.metrics import reduce_token_sums
-from megatron_gspo.policy.groups import device
+from megatron_gspo.parallel.sums import reduce_token_sums
 from megatron_gspo.train.batch import Minibatch
 from megatron_gspo.train.learner import Learner
 

@@ -132,7 +132,7 @@ class PackedBatch(Columns):
 class Shard:
     """Which of a micro-batch's tokens a rank stores; by default all of them.
 
-    The T positions are dealt to the context ranks in zigzag order (``algorithm.packing.zigzag_positions``), and a
+    The T positions are dealt to the context ranks in zigzag order (``batching.packing.zigzag_positions``), and a
     context rank's share is cut into one contiguous slice a tensor rank.
 
     >>> Shard(tensor_size=2, context_size=4).size

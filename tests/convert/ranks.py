@@ -44,15 +44,15 @@ def convert_rank(source: Path, destination: Path, options: dict[str, Any]) -> An
     from megatron_gspo.config import ParallelConfig
     from megatron_gspo.convert.run import Options, Show
     from megatron_gspo.convert.run import convert as run
-    from megatron_gspo.policy.groups import make_groups
+    from megatron_gspo.megatron.groups import make_groups
 
     return run(source, destination, Options(**options), make_groups(ParallelConfig()), Show())
 
 
 def make_policy(path: Path, parallel: dict[str, int], dtype: str) -> Any:
     from megatron_gspo import config
-    from megatron_gspo.policy.groups import make_groups
-    from megatron_gspo.policy.policy import Policy
+    from megatron_gspo.megatron.groups import make_groups
+    from megatron_gspo.megatron.policy import Policy
 
     tree = {
         "model": {"path": str(path), "dtype": dtype},
@@ -71,7 +71,7 @@ def weights_rank(path: Path, parallel: dict[str, int], dtype: str) -> Tensors:
 
 def save_rank(path: Path, parallel: dict[str, int], dtype: str, directory: Path) -> None:
     """Loads at a layout and writes what training writes."""
-    from megatron_gspo.policy.checkpoint import save_checkpoint
+    from megatron_gspo.megatron.checkpoint import save_checkpoint
 
     models = {"policy": make_policy(path, parallel, dtype)}
     save_checkpoint(models, directory, {"config": {"model": {"path": str(path)}}})
@@ -81,7 +81,7 @@ def verify_rank(first: Path, second: Path) -> Any:
     from megatron_gspo.config import ParallelConfig
     from megatron_gspo.convert.run import Show
     from megatron_gspo.convert.verify import verify_tensors
-    from megatron_gspo.policy.groups import make_groups
+    from megatron_gspo.megatron.groups import make_groups
 
     return verify_tensors(first, second, None, make_groups(ParallelConfig()), Show())
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_gspo.errors import WeightError
-from megatron_gspo.policy.checkpoint_stream import MOST_OPEN, BlockWriter, DistributedReader, write_description
+from megatron_gspo.megatron.checkpoint_stream import MOST_OPEN, BlockWriter, DistributedReader, write_description
 from tests.convert.ranks import convert, convert_rank, tensors_of
 from tests.convert.test_interruptions import SMALL, damage
 from tests.pool import RankError, RankPool

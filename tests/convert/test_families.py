@@ -67,8 +67,8 @@ def add_predicting_layer(path: Path, dtype: torch.dtype) -> None:
 
 def pass_on(path: Path, parallel: dict[str, int], directory: Path) -> tuple[Tensors, np.ndarray]:
     """Loads a checkpoint at a layout and writes what training writes; what it holds, and its logits."""
-    from megatron_gspo.policy.checkpoint import save_checkpoint
-    from megatron_gspo.policy.logits import logits_of
+    from megatron_gspo.megatron.checkpoint import save_checkpoint
+    from megatron_gspo.megatron.logits import logits_of
 
     policy = make_policy(path, parallel, "float32")
     save_checkpoint({"policy": policy}, directory, {"config": {"model": {"path": str(path)}}})

@@ -51,11 +51,11 @@ def killed_rank(source: Path, destination: Path, options: dict[str, Any], target
 
 
 POINTS = {
-    "in a file": ("megatron_gspo.policy.checkpoint_stream:BlockWriter.tensor", 20),
+    "in a file": ("megatron_gspo.megatron.checkpoint_stream:BlockWriter.tensor", 20),
     "before a file is noted": ("megatron_gspo.convert.workplace:Workplace.finish", 3),
     "before the description": ("megatron_gspo.convert.jobs:write_description", 1),
     "before the header": ("megatron_gspo.convert.jobs:write_header", 1),
-    "between two renames": ("megatron_gspo.policy.checkpoint_files:_move_in", 1),
+    "between two renames": ("megatron_gspo.megatron.checkpoint_files:_move_in", 1),
 }
 
 

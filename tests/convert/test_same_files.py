@@ -51,8 +51,8 @@ def source(tiny: Path, tmp_path: Path) -> Path:
 
 def save_every_way(source: Path, root: Path) -> None:
     """What training writes at its end, what it exports meanwhile, and a checkpoint of its own."""
-    from megatron_gspo.policy.checkpoint import save_checkpoint
-    from megatron_gspo.train import save
+    from megatron_gspo.megatron.checkpoint import save_checkpoint
+    from megatron_gspo.runs import save
 
     policy = make_policy(source, {}, "bfloat16")
     with mock.patch.object(save, "SHARD_BYTES", SMALL):
@@ -146,7 +146,7 @@ def notes_of_conversion(source: Path, destination: Path) -> list[str]:
     from megatron_gspo.config import ParallelConfig
     from megatron_gspo.convert.run import Options, Show
     from megatron_gspo.convert.run import convert as run
-    from megatron_gspo.policy.groups import make_groups
+    from megatron_gspo.megatron.groups import make_groups
 
     notes: list[str] = []
     run(source, destination, Options(), make_groups(ParallelConfig()), Show(note=notes.append))

@@ -13,7 +13,7 @@ import torch
 def around_steps(change: Callable[[Any, int], None], after: Callable[[Any, int], None] | None = None) -> Any:
     """Calls ``change`` with the optimizer and the number of steps that it has taken before each step, and ``after``
     behind it."""
-    from megatron_gspo.policy.optimizer import Optimizer
+    from megatron_gspo.megatron.optimizer import Optimizer
 
     step, taken = Optimizer.step, [0]
 
@@ -96,7 +96,7 @@ def data_rank_1_keeps_its_old_weights() -> Iterator[None]:
 @contextmanager
 def knowing_models() -> Iterator[None]:
     """The optimizer keeps the models that it was made for as ``models``."""
-    from megatron_gspo.policy.optimizer import Optimizer
+    from megatron_gspo.megatron.optimizer import Optimizer
 
     init = Optimizer.__init__
 
@@ -111,9 +111,9 @@ def knowing_models() -> Iterator[None]:
 @contextmanager
 def expert_weights_are_not_gathered() -> Iterator[None]:
     """After a step, each data rank has moved its own shard of the experts' bucket alone."""
-    from megatron_gspo.policy import policy
+    from megatron_gspo.megatron import network
 
-    build = policy.wrap_ddp
+    build = network.wrap_ddp
 
     def wrap(model: Any, groups: Any) -> Any:
         wrapped = build(model, groups)
@@ -121,7 +121,7 @@ def expert_weights_are_not_gathered() -> Iterator[None]:
             group.start_param_sync = lambda *args, **kwargs: None
         return wrapped
 
-    with mock.patch.object(policy, "wrap_ddp", wrap):
+    with mock.patch.object(network, "wrap_ddp", wrap):
         yield
 
 
@@ -148,16 +148,16 @@ def bias_correction_begins_anew() -> Iterator[None]:
 
 @contextmanager
 def the_schedule_is_one_step_ahead() -> Iterator[None]:
-    from megatron_gspo.policy import policy
+    from megatron_gspo.megatron import network
 
-    rate = policy.learning_rate
-    with mock.patch.object(policy, "learning_rate", lambda config, step, total: rate(config, step + 1, total)):
+    rate = network.learning_rate
+    with mock.patch.object(network, "learning_rate", lambda config, step, total: rate(config, step + 1, total)):
         yield
 
 
 @contextmanager
 def betas_are_swapped() -> Iterator[None]:
-    from megatron_gspo.policy import optimizer
+    from megatron_gspo.megatron import optimizer
 
     settings = optimizer.MegatronOptimizerConfig
 
@@ -184,7 +184,7 @@ def eps_is_added_before_the_bias_correction() -> Iterator[None]:
 @contextmanager
 def a_sync_sends_the_weights_before_the_last_step() -> Iterator[None]:
     """What goes to the engine is a copy that is made too early; every rank's own weights are right."""
-    from megatron_gspo.policy.policy import Policy
+    from megatron_gspo.megatron.policy import Policy
 
     step, weights = Policy.step, Policy.weights
     early: list[Any] = []

@@ -47,7 +47,7 @@ def the_clip_range_is_wider() -> Iterator[None]:
 
 @contextmanager
 def a_micro_batch_gives_no_gradient() -> Iterator[None]:
-    from megatron_gspo.policy.policy import Policy
+    from megatron_gspo.megatron.policy import Policy
 
     gradients = Policy.gradients
 
@@ -113,7 +113,7 @@ def metrics_of_tokens_stay_on_their_data_rank() -> Iterator[None]:
 
 @contextmanager
 def quantiles_are_of_one_data_rank() -> Iterator[None]:
-    from megatron_gspo.parallel import metrics
+    from megatron_gspo.parallel import sums as metrics
 
     with mock.patch.object(metrics, "_concatenate", side_effect=lambda values, group: values):
         yield
@@ -121,7 +121,7 @@ def quantiles_are_of_one_data_rank() -> Iterator[None]:
 
 @contextmanager
 def entropy_is_at_temperature_1() -> Iterator[None]:
-    from megatron_gspo.policy.heads import LogprobHead
+    from megatron_gspo.megatron.heads import LogprobHead
 
     head = LogprobHead.__call__
 
@@ -167,7 +167,7 @@ def masks_are_shifted() -> Iterator[None]:
 
 @contextmanager
 def token_slices_begin_one_late() -> Iterator[None]:
-    from megatron_gspo.algorithm import packing
+    from megatron_gspo.batching import packing
 
     shard_tokens = packing.shard_tokens
 
@@ -181,7 +181,7 @@ def token_slices_begin_one_late() -> Iterator[None]:
 
 @contextmanager
 def reference_logprobs_come_one_token_late() -> Iterator[None]:
-    from megatron_gspo.policy.policy import Policy
+    from megatron_gspo.megatron.policy import Policy
 
     logprobs = Policy.logprobs
 
@@ -195,9 +195,9 @@ def reference_logprobs_come_one_token_late() -> Iterator[None]:
 
 def dropping(tensor: str) -> Any:
     """Loads everything but a tensor, which stays zero."""
-    from megatron_gspo.policy import policy
+    from megatron_gspo.megatron import network
 
-    load = policy.load_weights
+    load = network.load_weights
 
     def drop(model: Any, family: Any, reader: Any) -> None:
         load(model, family, reader)
@@ -205,7 +205,7 @@ def dropping(tensor: str) -> Any:
             if tensor in named.hf_names:
                 parameter.data.zero_()
 
-    return mock.patch.object(policy, "load_weights", drop)
+    return mock.patch.object(network, "load_weights", drop)
 
 
 @contextmanager
@@ -235,7 +235,7 @@ def a_rank_raises() -> Iterator[None]:
 
 @contextmanager
 def gradients_are_averaged_over_data_ranks() -> Iterator[None]:
-    from megatron_gspo.policy import optimizer
+    from megatron_gspo.megatron import optimizer
 
     ddp = optimizer.DistributedDataParallel
 
@@ -249,9 +249,9 @@ def gradients_are_averaged_over_data_ranks() -> Iterator[None]:
 
 @contextmanager
 def expert_gradients_stay_on_their_data_rank() -> Iterator[None]:
-    from megatron_gspo.policy import policy
+    from megatron_gspo.megatron import network
 
-    build = policy.wrap_ddp
+    build = network.wrap_ddp
 
     def wrap(model: Any, groups: Any) -> Any:
         wrapped = build(model, groups)
@@ -259,13 +259,13 @@ def expert_gradients_stay_on_their_data_rank() -> Iterator[None]:
             group.start_grad_sync = lambda *args, **kwargs: None
         return wrapped
 
-    with mock.patch.object(policy, "wrap_ddp", wrap):
+    with mock.patch.object(network, "wrap_ddp", wrap):
         yield
 
 
 def after_marking(change: Callable[[Any, Any], None]) -> Any:
     """Does something to each parameter and its rule after a model's parameters were marked."""
-    from megatron_gspo.policy import model
+    from megatron_gspo.megatron import model
 
     mark = model._mark_parameters
 
@@ -310,16 +310,16 @@ def everything_is_marked_a_shard() -> Iterator[None]:
 
 def after_reductions(change: Callable[[Any], None]) -> Any:
     """Does something to each chunk under DDP when its gradients are complete."""
-    from megatron_gspo.policy import policy
+    from megatron_gspo.megatron import network
 
-    finalize = policy.finalize_model_grads
+    finalize = network.finalize_model_grads
 
     def other(modules: Any, *args: Any, **kwargs: Any) -> None:
         finalize(modules, *args, **kwargs)
         for module in modules:
             change(module.module)
 
-    return mock.patch.object(policy, "finalize_model_grads", other)
+    return mock.patch.object(network, "finalize_model_grads", other)
 
 
 @contextmanager
@@ -359,16 +359,16 @@ def key_gradients_stay_on_their_context_rank() -> Iterator[None]:
 @contextmanager
 def gradients_are_summed_over_data_ranks_only() -> Iterator[None]:
     """Context ranks keep what their own tokens gave to the parameters that they all hold."""
-    from megatron_gspo.policy import policy
+    from megatron_gspo.megatron import network
 
-    build = policy.wrap_ddp
+    build = network.wrap_ddp
 
     def wrap(model: Any, groups: Any) -> Any:
         collection = copy(groups.megatron)
         collection.dp_cp = collection.intra_dp_cp = collection.dp
         return build(model, replace(groups, megatron=collection))
 
-    with mock.patch.object(policy, "wrap_ddp", wrap):
+    with mock.patch.object(network, "wrap_ddp", wrap):
         yield
 
 

@@ -189,8 +189,8 @@ def run_step(case: Case, parallel: dict[str, int], plan: Plan, fault: Callable[[
     """One rank's part of ``train``."""
     from megatron_gspo.algorithm.metrics import MetricSums, finish, minibatch_sums
     from megatron_gspo.algorithm.objective import objective
-    from megatron_gspo.parallel.metrics import reduce_metric_sums
     from megatron_gspo.parallel.sequence import ShardedSequenceSum
+    from megatron_gspo.parallel.sums import reduce_metric_sums
 
     sums = MetricSums.zeros()
     with exact_router() if case.exact else nullcontext(), (fault or nullcontext)():
@@ -224,8 +224,8 @@ def run_step(case: Case, parallel: dict[str, int], plan: Plan, fault: Callable[[
 def make_policy(case: Case, parallel: dict[str, int]) -> tuple[Any, Any]:
     """(Policy, Groups) of a case on this rank."""
     from megatron_gspo import config
-    from megatron_gspo.policy.groups import make_groups
-    from megatron_gspo.policy.policy import Policy
+    from megatron_gspo.megatron.groups import make_groups
+    from megatron_gspo.megatron.policy import Policy
 
     tree = {
         "model": {
@@ -248,7 +248,7 @@ def make_policy(case: Case, parallel: dict[str, int]) -> tuple[Any, Any]:
 
 def pack_samples(case: Case, indices: Sequence[int], shard: Shard) -> PackedBatch:
     """Samples packed for that many tensor and context ranks."""
-    from megatron_gspo.algorithm import packing
+    from megatron_gspo.batching import packing
 
     dtype = torch.float64 if case.dtype == "float64" else torch.float32
     ranks = {"tensor": shard.tensor_size, "context": shard.context_size}
@@ -259,7 +259,7 @@ def pack_samples(case: Case, indices: Sequence[int], shard: Shard) -> PackedBatc
 
 def with_old_logprobs(case: Case, batch: PackedBatch, place: Shard) -> TokenShard:
     """This rank's shard, with the case's old (and reference) log-probabilities laid over its tokens."""
-    from megatron_gspo.algorithm.packing import shard_positions, shard_tokens
+    from megatron_gspo.batching.packing import shard_positions, shard_tokens
 
     index_of = {(s.group, s.sample): i for i, s in enumerate(case.samples)}
     shard = shard_tokens(batch, place)
@@ -296,7 +296,7 @@ def note(
     output: Any,
 ) -> None:
     """Records a micro-batch's results, on the first token rank of the last stage."""
-    from megatron_gspo.algorithm.packing import unshard_tokens
+    from megatron_gspo.batching.packing import unshard_tokens
     from megatron_gspo.parallel.exchange import gather_pieces
 
     pieces = [gather_pieces(piece.detach(), groups.token) for piece in (logprobs_T, entropy_T)]

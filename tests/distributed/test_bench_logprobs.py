@@ -18,7 +18,7 @@ def outputs_and_gradients(ranks: int) -> dict[str, dict[str, np.ndarray]]:
     """By head: this rank's logprobs and gradients, in float64."""
     from megatron_gspo.bench.heads import HEADS, Problem
     from megatron_gspo.config import ParallelConfig
-    from megatron_gspo.policy.groups import make_groups
+    from megatron_gspo.megatron.groups import make_groups
 
     group = make_groups(ParallelConfig(tensor=ranks)).tensor
     found = {}
@@ -51,7 +51,7 @@ def samples(heads: list[str], **sizes: Any) -> dict[str, Any]:
     from megatron_gspo.bench.heads import Problem
     from megatron_gspo.bench.logprobs import measure
     from megatron_gspo.config import ParallelConfig
-    from megatron_gspo.policy.groups import make_groups
+    from megatron_gspo.megatron.groups import make_groups
 
     group = make_groups(ParallelConfig(tensor=1)).tensor
     device = torch.device("cpu")

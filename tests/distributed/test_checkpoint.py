@@ -116,7 +116,7 @@ def policy_of(case: Case, parallel: dict[str, int]) -> Iterator[Any]:
 
 def update(policy: Any, case: Case, plan: steps.Plan) -> None:
     """One step on the policy-gradient loss without ratios: nothing is clipped, so every step has gradients."""
-    from megatron_gspo.algorithm.packing import shard_tokens
+    from megatron_gspo.batching.packing import shard_tokens
 
     groups = policy.groups
     batches = [steps.pack_samples(case, part, groups.shard) for part in plan[groups.data_rank]]
@@ -130,7 +130,7 @@ def weights_of(policy: Any) -> dict[str, np.ndarray]:
 
 
 def train_and_save(case: Case, parallel: dict[str, int], plan: steps.Plan, directory: Path) -> Trained:
-    from megatron_gspo.policy.checkpoint import save_checkpoint
+    from megatron_gspo.megatron.checkpoint import save_checkpoint
 
     with policy_of(case, parallel) as policy:
         for _ in range(UPDATES):
@@ -142,7 +142,7 @@ def train_and_save(case: Case, parallel: dict[str, int], plan: steps.Plan, direc
 
 
 def load_and_train(case: Case, parallel: dict[str, int], plan: steps.Plan, directory: Path) -> Trained:
-    from megatron_gspo.policy.checkpoint import load_checkpoint
+    from megatron_gspo.megatron.checkpoint import load_checkpoint
 
     with policy_of(case, parallel) as policy:
         extra = load_checkpoint({"policy": policy}, directory)
@@ -238,7 +238,7 @@ def test_float32_state_gives_the_next_step_of_another_layout_to_its_own_precisio
 
 def count_steps(case: Case, parallel: dict[str, int], plan: steps.Plan, directory: Path) -> list[list[float]]:
     """Counters of every parameter after loading, and after one more step; whether two of them share memory."""
-    from megatron_gspo.policy.checkpoint import load_checkpoint
+    from megatron_gspo.megatron.checkpoint import load_checkpoint
 
     with policy_of(case, parallel) as policy:
         load_checkpoint({"policy": policy}, directory)
@@ -260,7 +260,7 @@ def test_every_parameter_counts_its_own_steps_after_loading(ranks: RankPool, sav
 
 
 def load_with_other_settings(case: Case, parallel: dict[str, int], directory: Path) -> Any:
-    from megatron_gspo.policy.checkpoint import load_checkpoint
+    from megatron_gspo.megatron.checkpoint import load_checkpoint
 
     with policy_of(case, parallel) as policy:
         load_checkpoint({"policy": policy}, directory)
@@ -276,7 +276,7 @@ def test_optimizer_settings_are_those_of_the_configuration(ranks: RankPool, save
 
 
 def save_untrained(case: Case, parallel: dict[str, int], directory: Path) -> Trained:
-    from megatron_gspo.policy.checkpoint import save_checkpoint
+    from megatron_gspo.megatron.checkpoint import save_checkpoint
 
     with policy_of(case, parallel) as policy:
         save_checkpoint({"policy": policy}, directory, {})
@@ -297,7 +297,7 @@ def test_a_policy_saves_before_its_first_step_and_the_saving_moves_nothing(
 
 
 def load_weights_alone(case: Case, parallel: dict[str, int], directory: Path) -> Trained:
-    from megatron_gspo.policy.checkpoint import load_checkpoint
+    from megatron_gspo.megatron.checkpoint import load_checkpoint
 
     with policy_of(case, parallel) as policy:
         policy.optimizer = None  # as trainable=False leaves it
@@ -316,8 +316,8 @@ def test_a_policy_that_is_not_trained_loads_the_weights(ranks: RankPool, saved: 
 
 def save_twice_and_die(case: Case, parallel: dict[str, int], root: Path, at: str) -> None:
     """A second save is killed at a point of it, on every rank."""
-    from megatron_gspo.policy import checkpoint_files, checkpoint_write
-    from megatron_gspo.policy.checkpoint import save_checkpoint
+    from megatron_gspo.megatron import checkpoint_files, checkpoint_write
+    from megatron_gspo.megatron.checkpoint import save_checkpoint
 
     def die(*args: Any, **kwargs: Any) -> None:
         if at == "within a file":
@@ -340,7 +340,7 @@ def save_twice_and_die(case: Case, parallel: dict[str, int], root: Path, at: str
 def test_a_kill_while_saving_leaves_the_checkpoint_before_it_and_no_half_one(
     ranks: RankPool, path: str, tmp_path: Path, at: str
 ) -> None:
-    from megatron_gspo.policy.checkpoint_files import checkpoints_in, clear_leftovers, latest_in
+    from megatron_gspo.megatron.checkpoint_files import checkpoints_in, clear_leftovers, latest_in
 
     case = case_of(path)
     with pytest.raises(RankError, match="the process died"):
@@ -356,8 +356,8 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before_it_and_no_half_one(
 def save_with_little_room(case: Case, parallel: dict[str, int], root: Path, full: str, background: bool) -> list[str]:
     """What each save says: the first while a file of more than 64 KB cannot be written where ``full`` says."""
     from megatron_gspo.errors import WriteError
-    from megatron_gspo.policy import checkpoint_write
-    from megatron_gspo.policy.checkpoint import begin_save, save_checkpoint
+    from megatron_gspo.megatron import checkpoint_write
+    from megatron_gspo.megatron.checkpoint import begin_save, save_checkpoint
 
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     said = []
@@ -400,8 +400,8 @@ def test_a_disk_that_is_full_on_one_rank_is_one_error_on_all_and_the_next_save_s
 
 def save_while_training(case: Case, parallel: dict[str, int], plan: steps.Plan, directory: Path) -> Trained:
     """Training moves every weight and moment before a byte of the checkpoint is written."""
-    from megatron_gspo.policy import checkpoint_write
-    from megatron_gspo.policy.checkpoint import begin_save
+    from megatron_gspo.megatron import checkpoint_write
+    from megatron_gspo.megatron.checkpoint import begin_save
 
     trained = threading.Event()
     write = checkpoint_write._write_file
@@ -437,7 +437,7 @@ def addresses_of_host_tensors(case: Case) -> list[bool]:
     """Whether a live tensor, and one that nobody else has, keep their memory on their way into a file."""
     import torch
 
-    from megatron_gspo.policy.checkpoint_write import _on_host, address
+    from megatron_gspo.megatron.checkpoint_write import _on_host, address
 
     live, own = torch.ones(3), torch.ones(3)
     _, _, (_, tensors) = _on_host(("file", "key", ([], [(None, live), (None, own)])), {address(live)})
@@ -450,11 +450,12 @@ def test_what_training_changes_is_copied_and_what_is_a_copy_is_not_copied_again(
 
 def refusal(case: Case, parallel: dict[str, int], directory: Path, saving: bool) -> str:
     from megatron_gspo.errors import WeightError, WriteError
-    from megatron_gspo.policy.checkpoint import load_checkpoint, save_checkpoint
+    from megatron_gspo.megatron.checkpoint import load_checkpoint, save_checkpoint
 
     with policy_of(case, parallel) as policy:
         try:
-            save_checkpoint({"policy": policy}, directory, {}) if saving else load_checkpoint(policy, directory)
+            models = {"policy": policy}
+            save_checkpoint(models, directory, {}) if saving else load_checkpoint(models, directory)
         except (WeightError, WriteError) as error:
             return str(error)
     return "no error"
@@ -547,7 +548,7 @@ def put_into(directory: Path, place: str, payload: bytes) -> None:
     """Puts bytes where a checkpoint holds some of that kind; every hash is that of what is there then."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-    from megatron_gspo.policy import checkpoint_files as files
+    from megatron_gspo.megatron import checkpoint_files as files
 
     if place == "common.pt":
         (directory / place).write_bytes(payload)

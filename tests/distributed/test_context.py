@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 
 
 def sdpa(context: int) -> Arrays:
-    from megatron_gspo.policy.attention import Sdpa
+    from megatron_gspo.megatron.attention import Sdpa
 
     return attention_of_ranks(Sdpa, torch.float64, context)
 
@@ -53,7 +53,7 @@ def varlen_by_definition(
 def varlen(context: int) -> Arrays:
     from torch.nn.attention import varlen as module
 
-    from megatron_gspo.policy.attention import Varlen
+    from megatron_gspo.megatron.attention import Varlen
 
     with mock.patch.object(module, "varlen_attn", varlen_by_definition):
         return attention_of_ranks(Varlen, torch.float64, context)
@@ -77,7 +77,7 @@ def test_the_variable_length_kernel_is_told_which_keys_each_run_of_queries_sees(
 def placed_tokens(parallel: dict[str, int], budget: int) -> list[list[int]]:
     """The tokens of each micro-batch, with padding, of twelve responses of five tokens that the first leader drew."""
     from megatron_gspo.config import parse
-    from megatron_gspo.policy.groups import make_groups
+    from megatron_gspo.megatron.groups import make_groups
     from megatron_gspo.train.batch import place
 
     tree = {
@@ -112,8 +112,8 @@ def test_the_token_budget_counts_what_context_parallelism_fills_up_and_its_ranks
 def fine_tuned(path: str, parallel: dict[str, int]) -> dict[str, float]:
     """The metrics of one supervised step."""
     from megatron_gspo.config import parse
-    from megatron_gspo.policy.groups import make_groups
-    from megatron_gspo.policy.policy import Policy
+    from megatron_gspo.megatron.groups import make_groups
+    from megatron_gspo.megatron.policy import Policy
     from megatron_gspo.train.batch import place
     from megatron_gspo.train.sft import supervised_step
 
@@ -143,7 +143,7 @@ def groups_of_a_rank(parallel: dict[str, int]) -> dict[str, list[int]]:
     import torch.distributed as dist
 
     from megatron_gspo.config import ParallelConfig
-    from megatron_gspo.policy.groups import make_groups
+    from megatron_gspo.megatron.groups import make_groups
 
     groups = make_groups(ParallelConfig(**parallel))
     names = ("tensor", "context", "token", "data", "data_context", "replica", "tensor_data", "pipeline")

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from megatron_gspo import config
 from megatron_gspo.hf.catalog import read_model
+from megatron_gspo.megatron.groups import make_groups
+from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.parity.check import Settings, compare_layout, compare_transformers, make_reference
 from megatron_gspo.parity.layouts import parse_layout
 from megatron_gspo.parity.models import make_model
 from megatron_gspo.parity.ranks import LocalRanks
 from megatron_gspo.parity.tensors import PARAMETERS
-from megatron_gspo.policy.groups import make_groups
-from megatron_gspo.policy.policy import Policy
-from megatron_gspo.train.context import expected_names
-from megatron_gspo.train.save import save_hugging_face
+from megatron_gspo.runs.save import save_hugging_face
+from megatron_gspo.train.assembly import expected_names
 from tests.pool import RankPool
 
 pytestmark = pytest.mark.distributed

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_gspo.algorithm.base import make_algorithm
 from megatron_gspo.config import RewardConfig, RolloutConfig
 from megatron_gspo.rewards import Reward, Stopped, resolve_reward
-from megatron_gspo.rollout.policy import Dropped
+from megatron_gspo.rollout.survivors import Dropped
 from megatron_gspo.train.collect import score, summarise
 from megatron_gspo.types import Prompt, Rollout
 from tests.pool import RankPool

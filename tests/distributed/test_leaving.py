@@ -7,7 +7,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from megatron_gspo.train.rank import leave_world
+from megatron_gspo.runs.rank import leave_world
 from tests.pool import RankPool
 
 

@@ -95,7 +95,7 @@ def logprob_gradients_stay_local() -> Iterator[None]:
 @contextmanager
 def megatron_averages_over_data_ranks() -> Iterator[None]:
     """DDP built without ``calculate_per_token_loss``: it divides a loss that is normalised already."""
-    from megatron_gspo.policy import optimizer
+    from megatron_gspo.megatron import optimizer
 
     ddp = optimizer.DistributedDataParallel
 
@@ -110,23 +110,23 @@ def megatron_averages_over_data_ranks() -> Iterator[None]:
 @contextmanager
 def megatron_averages_over_micro_batches() -> Iterator[None]:
     """The schedule divides by the number of micro-batches."""
-    from megatron_gspo.policy import policy
+    from megatron_gspo.megatron import network
 
-    build = policy.wrap_ddp
+    build = network.wrap_ddp
 
     def wrap(model: Any, groups: Any) -> Any:
         wrapped = build(model, groups)
         model.config.calculate_per_token_loss = False
         return wrapped
 
-    with mock.patch.object(policy, "wrap_ddp", wrap):
+    with mock.patch.object(network, "wrap_ddp", wrap):
         yield
 
 
 @contextmanager
 def after_marking(change: Callable[[Any, Any], None]) -> Iterator[None]:
     """``change(parameter, named)`` for every parameter, after the product has marked them."""
-    from megatron_gspo.policy import model
+    from megatron_gspo.megatron import model
 
     mark = model._mark_parameters
 
@@ -213,14 +213,14 @@ def tied_stages_keep_their_own_gradients() -> Iterator[None]:
 @contextmanager
 def padding_rows_take_probability() -> Iterator[None]:
     """The vocabulary's padding rows are not masked."""
-    from megatron_gspo.policy import model
+    from megatron_gspo.megatron import heads
 
-    logprobs = model.vocab_parallel_logprobs
+    logprobs = heads.vocab_parallel_logprobs
 
     def unmasked(*args: Any, vocab_size: int, **kwargs: Any) -> Any:
         return logprobs(*args, vocab_size=vocab_size + 1, **kwargs)
 
-    with mock.patch.object(model, "vocab_parallel_logprobs", unmasked):
+    with mock.patch.object(heads, "vocab_parallel_logprobs", unmasked):
         yield
 
 
@@ -246,8 +246,8 @@ def megatron_multiplies_by_context_ranks() -> Iterator[None]:
 @contextmanager
 def the_zigzag_turns_one_position_late() -> Iterator[None]:
     """``<=`` for ``<`` where the front chunk ends, wherever positions are dealt out."""
-    from megatron_gspo.algorithm import packing
-    from megatron_gspo.policy import attention, model
+    from megatron_gspo.batching import packing
+    from megatron_gspo.megatron import attention, model
 
     right = packing.zigzag_positions
 
@@ -267,7 +267,7 @@ def the_zigzag_turns_one_position_late() -> Iterator[None]:
 @contextmanager
 def labels_are_dealt_out_one_rank_off() -> Iterator[None]:
     """The model's tokens are the next context rank's; attention and shards are right."""
-    from megatron_gspo.policy import model
+    from megatron_gspo.megatron import model
 
     right = model.zigzag_positions
     with mock.patch.object(model, "zigzag_positions", lambda cu, n, rank: right(cu, n, (rank + 1) % n)):
@@ -305,16 +305,16 @@ def sequence_sums_are_over_tensor_ranks_only() -> Iterator[None]:
 @contextmanager
 def gradients_are_summed_over_data_ranks_only() -> Iterator[None]:
     """Context ranks keep what their own tokens gave to the parameters that they all hold."""
-    from megatron_gspo.policy import policy
+    from megatron_gspo.megatron import network
 
-    build = policy.wrap_ddp
+    build = network.wrap_ddp
 
     def wrap(model: Any, groups: Any) -> Any:
         collection = copy(groups.megatron)
         collection.dp_cp = collection.intra_dp_cp = collection.dp
         return build(model, replace(groups, megatron=collection))
 
-    with mock.patch.object(policy, "wrap_ddp", wrap):
+    with mock.patch.object(network, "wrap_ddp", wrap):
         yield
 
 

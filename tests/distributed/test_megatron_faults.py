@@ -185,7 +185,7 @@ def test_no_familys_checkpoint_can_ask_for_another_loss(ranks: RankPool, make: M
 @contextmanager
 def the_auxiliary_loss_is_inherited() -> Iterator[None]:
     """What config.json says of an auxiliary loss is done, as in supervised pretraining."""
-    from megatron_gspo.policy import model
+    from megatron_gspo.megatron import model
 
     settings = model._moe_settings
 
@@ -198,7 +198,7 @@ def the_auxiliary_loss_is_inherited() -> Iterator[None]:
 
 @contextmanager
 def and_not_refused() -> Iterator[None]:
-    from megatron_gspo.policy import replay
+    from megatron_gspo.megatron import replay
 
     with the_auxiliary_loss_is_inherited(), mock.patch.object(replay, "refuse_unreplayable", return_value=None):
         yield
@@ -308,7 +308,7 @@ def same_groups(parallel: dict[str, int]) -> dict[str, bool]:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_gspo import config
-    from megatron_gspo.policy.groups import make_groups
+    from megatron_gspo.megatron.groups import make_groups
 
     settings = config.parse(
         {"model": {"path": "unused"}, "data": {"path": "unused"}, "train": {"run_dir": "nowhere"}, "parallel": parallel}
@@ -376,7 +376,7 @@ def test_padding_and_dummies_are_in_no_count_of_a_router(ranks: RankPool, make: 
 @contextmanager
 def experts_are_sent_as_they_lie() -> Iterator[None]:
     """Pieces of an expert are not gathered over expert-tensor ranks."""
-    from megatron_gspo.policy import export
+    from megatron_gspo.megatron import export
 
     with mock.patch.object(export, "gather_pieces", lambda piece, group: [piece]):
         yield

@@ -20,8 +20,8 @@ import torch
 from megatron.core.transformer.moe.router_replay import RouterReplay
 
 from megatron_gspo.errors import ConfigError, ReplayError
+from megatron_gspo.megatron.replay import Replay
 from megatron_gspo.parity.check import compare_transformers
-from megatron_gspo.policy.replay import Replay
 from megatron_gspo.types import RouteShard
 from tests import oracle
 from tests.distributed import steps
@@ -286,16 +286,16 @@ def a_router_is_sinkhorn() -> Iterator[None]:
 
 @contextmanager
 def routes_are_dealt_one_token_late() -> Iterator[None]:
-    from megatron_gspo.train import routes
+    from megatron_gspo.train import routing
 
-    lay_out = routes.lay_out
+    lay_out = routing.lay_out
 
     def late(*args: Any) -> Any:
         experts_TLK, present_T = lay_out(*args)
         experts_TLK[present_T] = np.roll(experts_TLK[present_T], 1, axis=0)
         return experts_TLK, present_T
 
-    with mock.patch.object(routes, "lay_out", late):
+    with mock.patch.object(routing, "lay_out", late):
         yield
 
 

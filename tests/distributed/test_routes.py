@@ -77,9 +77,9 @@ class Dealt:
 
 
 def deal(parallel: dict[str, int]) -> Dealt:
-    from megatron_gspo.algorithm.packing import shard_positions
+    from megatron_gspo.batching.packing import shard_positions
     from megatron_gspo.config import parse
-    from megatron_gspo.policy.groups import make_groups
+    from megatron_gspo.megatron.groups import make_groups
     from megatron_gspo.train.batch import place
     from megatron_gspo.train.routing import deal_routes
 
@@ -146,7 +146,7 @@ def test_each_rank_gets_the_routes_of_its_own_layers_and_tokens(ranks: RankPool,
 
 def covered(least: float) -> None:
     from megatron_gspo.config import ParallelConfig
-    from megatron_gspo.policy.groups import make_groups
+    from megatron_gspo.megatron.groups import make_groups
     from megatron_gspo.train.routing import check_coverage
 
     groups = make_groups(ParallelConfig())
@@ -168,9 +168,9 @@ def test_too_few_routes_stop_the_step_with_the_counts_over_all_leaders(ranks: Ra
 
 def compared() -> tuple[dict[str, float], float]:
     """Two passes on TP1 x PP2 x DP2, of four tokens a data rank: what differs depends on rank and layer."""
-    from megatron_gspo.algorithm.packing import pack
+    from megatron_gspo.batching.packing import pack
     from megatron_gspo.config import ParallelConfig
-    from megatron_gspo.policy.groups import make_groups
+    from megatron_gspo.megatron.groups import make_groups
     from megatron_gspo.train.routing import changes_between, coverage
 
     groups = make_groups(ParallelConfig(pipeline=2))

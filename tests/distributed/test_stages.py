@@ -85,7 +85,7 @@ def test_micro_batches_that_are_no_multiple_of_the_stages_are_refused(ranks: Ran
 @contextmanager
 def virtual_stages_are_numbered_rank_by_rank() -> Iterator[None]:
     """Stage 1 is taken to be the first rank's second piece, not the second rank's first."""
-    from megatron_gspo.policy import model
+    from megatron_gspo.megatron import model
 
     def contiguous(config: Any, vp_stage: int, pp_rank: int) -> int:
         return pp_rank * config.virtual_pipeline_model_parallel_size + vp_stage  # a layer a stage
@@ -129,7 +129,7 @@ def test_a_fault_of_a_layout_shows_in_the_step(
 def placed(case: Case, parallel: dict[str, int], budget: int) -> list[tuple[int, ...]]:
     """The samples of each micro-batch of a mini-batch, as the trainer plans it from one rank's rollouts."""
     from megatron_gspo import config
-    from megatron_gspo.policy.groups import make_groups
+    from megatron_gspo.megatron.groups import make_groups
     from megatron_gspo.train.batch import place
 
     train = {"run_dir": "nowhere", "prompts_per_step": 4, "minibatches": 1, "microbatch_tokens": budget}

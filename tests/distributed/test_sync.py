@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from megatron_gspo.config import SyncConfig
 from megatron_gspo.sync.base import make_weight_sync
-from megatron_gspo.train.context import make_peers
+from megatron_gspo.train.assembly import make_peers
 from tests import oracle
 from tests.distributed import steps
 from tests.distributed.steps import LAYOUTS, Case

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_gspo.errors import WeightError
-from megatron_gspo.policy import checkpoint_files as files
+from megatron_gspo.megatron import checkpoint_files as files
 from tests.fuzz.mutations import (
     BYTE_MUTATIONS,
     HANG_S,

@@ -37,7 +37,7 @@ def _in_a_process(environment: dict[str, str], function: Callable[..., T], args:
 
 
 def _as_the_only_rank(function: Callable[..., T], args: tuple[Any, ...]) -> T:
-    from megatron_gspo.policy.groups import start_distributed
+    from megatron_gspo.megatron.groups import start_distributed
 
     start_distributed(timeout_s=120)
     try:

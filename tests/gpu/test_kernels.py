@@ -109,7 +109,7 @@ TOLERANCES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e
 def test_sdpa_of_all_ranks_is_the_attention_of_each_sequence_alone(
     dtype: torch.dtype, tolerance: float, context: int
 ) -> None:
-    from megatron_gspo.policy.attention import Sdpa
+    from megatron_gspo.megatron.attention import Sdpa
 
     actual = attention_of_ranks(Sdpa, dtype, context, "cuda")
     assert norm_error(actual, naive_attention(dtype, padded(context))) < tolerance
@@ -117,7 +117,7 @@ def test_sdpa_of_all_ranks_is_the_attention_of_each_sequence_alone(
 
 @pytest.mark.parametrize("context", [1, 2])
 def test_torchs_variable_length_kernel_agrees_with_sdpa(context: int) -> None:
-    from megatron_gspo.policy.attention import Sdpa, Varlen
+    from megatron_gspo.megatron.attention import Sdpa, Varlen
 
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("flash attention needs compute capability 8.0")
@@ -131,7 +131,7 @@ def transformer_engine_attention(world: dist.ProcessGroup) -> Arrays:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megatron_gspo.policy.attention import core_attention
+    from megatron_gspo.megatron.attention import core_attention
 
     config = megatron_config(torch.bfloat16)
     attention = core_attention(config)(
@@ -149,7 +149,7 @@ def transformer_engine_attention(world: dist.ProcessGroup) -> Arrays:
 
 
 def test_transformer_engines_attention_agrees_with_sdpa(world: dist.ProcessGroup) -> None:
-    from megatron_gspo.policy.attention import Sdpa, attention_kernel
+    from megatron_gspo.megatron.attention import Sdpa, attention_kernel
 
     if attention_kernel(megatron_config(torch.bfloat16)) != "transformer_engine":
         pytest.skip("Transformer Engine is not installed")
@@ -173,7 +173,7 @@ def naive_norm(dtype: torch.dtype) -> Arrays:
 
 
 def norm_on_cuda(dtype: torch.dtype) -> Arrays:
-    from megatron_gspo.policy.spec import RMSNorm
+    from megatron_gspo.megatron.spec import RMSNorm
 
     x, weight, grad = (tensor.cuda() for tensor in norm_inputs(dtype))
     norm = RMSNorm(megatron_config(dtype), hidden_size=x.shape[1], eps=1e-6)

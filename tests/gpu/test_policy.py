@@ -45,8 +45,8 @@ class Taken:
 def take_step(case: Case, deterministic: bool = False) -> Taken:
     """Logprobs, gradients and one update, on whatever device this process has."""
     from megatron_gspo.algorithm.objective import objective
+    from megatron_gspo.megatron.groups import device
     from megatron_gspo.parallel.sequence import ShardedSequenceSum
-    from megatron_gspo.policy.groups import device
 
     policy, groups = deterministic_policy(case) if deterministic else steps.make_policy(case, {})
     packed = [steps.pack_samples(case, part, Shard()) for part in PLAN]
@@ -74,8 +74,8 @@ def arrays(tensors: Any) -> Weights:
 
 def deterministic_policy(case: Case) -> tuple[Any, Any]:
     """(Policy, Groups) of a run under ``train.deterministic``."""
-    from megatron_gspo.policy.policy import Policy
-    from megatron_gspo.train.loop import set_determinism
+    from megatron_gspo.megatron.policy import Policy
+    from megatron_gspo.runs.loop import set_determinism
 
     policy, groups = steps.make_policy(case, {})
     train = policy.config.train.model_copy(update={"deterministic": True})

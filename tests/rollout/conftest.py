@@ -13,7 +13,7 @@ import torch
 
 from megatron_gspo.config import RolloutConfig, SyncConfig
 from megatron_gspo.errors import DependencyError
-from megatron_gspo.rollout.launcher import LocalServers, find_server_python
+from megatron_gspo.rollout.sglang.launcher import LocalServers, find_server_python
 from megatron_gspo.sync.base import make_weight_sync
 from megatron_gspo.sync.peers import Peers
 from tests.rollout.models import save_tiny_model, tensors_of

@@ -23,8 +23,8 @@ from megatron_gspo.errors import (
     RolloutError,
     SyncError,
 )
-from megatron_gspo.rollout import sglang_client
 from megatron_gspo.rollout.engine import Sampling, make_engine
+from megatron_gspo.rollout.sglang import client as sglang_client
 from megatron_gspo.sync.servers import Servers
 from megatron_gspo.types import OPEN, Prompt, Rollout, ServerAccess
 from tests.rollout.cases import REQUEST, SAMPLING, STOP, prompt, reply

@@ -12,7 +12,7 @@ from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.family import ModelShape
-from megatron_gspo.rollout.launcher import LocalServers
+from megatron_gspo.rollout.sglang.launcher import LocalServers
 from megatron_gspo.sync.base import METHODS, make_weight_sync
 from megatron_gspo.sync.head import HEAD, with_head
 from megatron_gspo.sync.peers import Peers

@@ -20,15 +20,16 @@ import pytest
 from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
-from megatron_gspo.rollout import launcher, sglang_server
-from megatron_gspo.rollout.launcher import (
+from megatron_gspo.rollout.sglang import launcher
+from megatron_gspo.rollout.sglang import server as sglang_server
+from megatron_gspo.rollout.sglang.launcher import (
     LocalServers,
     find_server_python,
     free_ports,
     server_arguments,
     server_environment,
 )
-from megatron_gspo.rollout.probe import find_key
+from megatron_gspo.rollout.sglang.probe import find_key
 
 HEALTHY = """
 import http.server, os, signal, subprocess, sys, time
@@ -174,7 +175,7 @@ def test_a_server_ends_with_its_parent_even_when_it_is_killed(tmp_path: Path) ->
     checkout = Path(launcher.__file__).resolve().parents[2]
     script.write_text(
         f"import os, sys, time, threading; sys.path.insert(0, {str(checkout)!r})\n"
-        "from megatron_gspo.rollout.sglang_server import die_with\n"
+        "from megatron_gspo.rollout.sglang.server import die_with\n"
         "threading.Thread(target=die_with, args=(int(os.environ['MEGATRON_GSPO_PARENT_PID']),), daemon=True).start()\n"
         "time.sleep(600)\n"
     )
@@ -201,7 +202,9 @@ def test_the_python_of_the_server_is_found_in_the_documented_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(launcher.SERVER_PYTHON, raising=False)
-    monkeypatch.setattr(launcher, "__file__", str(tmp_path / "checkout" / "megatron_gspo" / "rollout" / "launcher.py"))
+    monkeypatch.setattr(
+        launcher, "__file__", str(tmp_path / "checkout" / "megatron_gspo" / "rollout" / "sglang" / "launcher.py")
+    )
     with pytest.raises(DependencyError, match="make install"):
         find_server_python()
     for root in (tmp_path / "checkout", tmp_path):

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gspo.rollout import launcher, sglang_server
+from megatron_gspo.rollout.sglang import launcher
+from megatron_gspo.rollout.sglang import server as sglang_server
 from tests.rollout.test_launcher import HEALTHY, fake_python
 
-ROOT = Path(launcher.__file__).parents[2]
+ROOT = Path(launcher.__file__).parents[3]
 LEAVES = f"""
 import _multiprocessing, mmap, os, socket, sys, tempfile, threading
 sys.path.insert(0, {str(ROOT)!r})
-from megatron_gspo.rollout.sglang_server import PARENT, die_with
+from megatron_gspo.rollout.sglang.server import PARENT, die_with
 threading.Thread(target=die_with, args=(int(os.environ[PARENT]),), daemon=True).start()
 name = f"mgspo-test-{{os.getpid()}}"
 with open("/dev/shm/" + name, "wb+") as segment:
@@ -37,7 +38,7 @@ unix.bind(tempfile.mktemp())
 PARENT = """
 import os, signal, sys, time
 from megatron_gspo.config import RolloutConfig
-from megatron_gspo.rollout.launcher import LocalServers
+from megatron_gspo.rollout.sglang.launcher import LocalServers
 config = RolloutConfig(server_python=sys.argv[1], local_servers=2)
 try:
     with LocalServers(config, "model", sys.argv[2], device="cpu", dtype="float32") as servers:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import RolloutError
-from megatron_gspo.rollout.policy import Dropped, apply_policies, shape_overlong, zero_truncated
+from megatron_gspo.rollout.survivors import Dropped, apply_policies, shape_overlong, zero_truncated
 from tests.rollout.cases import rollout
 
 

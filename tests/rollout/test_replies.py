@@ -9,8 +9,8 @@ import torch
 
 from megatron_gspo.errors import EngineReplyError
 from megatron_gspo.rollout.engine import Sampling, rollout_seed
-from megatron_gspo.rollout.sglang_reply import generation_request, parse_generation
-from megatron_gspo.rollout.sglang_server import murmur_hash32
+from megatron_gspo.rollout.sglang.reply import generation_request, parse_generation
+from megatron_gspo.rollout.sglang.server import murmur_hash32
 from megatron_gspo.types import Rollout
 from tests.rollout.cases import REQUEST, SAMPLING, STOP, prompt, reply
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_gspo.errors import EngineReplyError
-from megatron_gspo.rollout.routes import ROWS_AT_A_TIME, decode_routes
-from megatron_gspo.rollout.sglang_reply import generation_request, parse_generation
+from megatron_gspo.rollout.sglang.reply import generation_request, parse_generation
+from megatron_gspo.rollout.sglang.routes import ROWS_AT_A_TIME, decode_routes
 from megatron_gspo.types import Rollout, RouteShape
 from tests.rollout.cases import REQUEST, SAMPLING, STOP, prompt, reply
 

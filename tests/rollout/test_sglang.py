@@ -26,7 +26,7 @@ from megatron_gspo.data.prompts import load_prompts
 from megatron_gspo.data.tokenizer import load_tokenizer
 from megatron_gspo.errors import EngineReplyError, EngineUnavailableError, RolloutError, SyncError
 from megatron_gspo.rollout.engine import Sampling, make_engine
-from megatron_gspo.rollout.probe import get
+from megatron_gspo.rollout.sglang.probe import get
 from megatron_gspo.sync.base import make_weight_sync
 from megatron_gspo.sync.peers import Peers
 from megatron_gspo.sync.servers import Servers
@@ -318,7 +318,7 @@ def test_an_over_long_prompt_is_refused_in_the_servers_words(server: str) -> Non
 PARENT = """
 import sys, time
 from megatron_gspo.config import RolloutConfig
-from megatron_gspo.rollout.launcher import LocalServers
+from megatron_gspo.rollout.sglang.launcher import LocalServers
 with LocalServers(RolloutConfig(), sys.argv[1], sys.argv[2], device="cpu", dtype="float32", key="") as servers:
     print(servers.urls[0], servers._servers[0]._process.pid, flush=True)
     time.sleep(600)

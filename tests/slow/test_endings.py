@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from megatron_gspo.report.status import summarise
-from megatron_gspo.rollout.sglang_server import shared_memory
+from megatron_gspo.rollout.sglang.server import shared_memory
 from tests.rollout.conftest import require_sglang
 from tests.training.conftest import QUICKSTART, ROOT
 

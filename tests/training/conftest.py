@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_gspo.config import RunConfig, load
-from megatron_gspo.rollout.launcher import LocalServers
+from megatron_gspo.rollout.sglang.launcher import LocalServers
 from tests.pool import RankPool
 from tests.rollout.conftest import require_sglang
 

@@ -94,7 +94,7 @@ def slow_train(config: RunConfig) -> None:
     """A run whose exports take longer than its steps: the files of one are written while the next step runs."""
     import time
 
-    from megatron_gspo.train import save
+    from megatron_gspo.runs import save
 
     genuine = save.write_shards
 
@@ -123,8 +123,8 @@ def test_exports_hold_the_weights_of_their_step(ranks: RankPool, quickstart: Pat
 
 def stopped_after_one(config: RunConfig) -> None:
     """The same run, which writes its weights after the first step and waits until they are there."""
-    from megatron_gspo.train.checkpoints import Checkpoints
-    from megatron_gspo.train.save import save_hugging_face
+    from megatron_gspo.runs.checkpoints import Checkpoints
+    from megatron_gspo.runs.save import save_hugging_face
 
     genuine = Checkpoints.after_step
 
@@ -153,7 +153,7 @@ def test_a_disk_that_fills_up_under_an_export_is_said(
 
 
 def train_on_a_full_disk(config: RunConfig) -> None:
-    from megatron_gspo.train import save
+    from megatron_gspo.runs import save
 
     with mock.patch.object(save, "write_shards", mock.Mock(side_effect=OSError(28, "No space left on device"))):
         train(config)

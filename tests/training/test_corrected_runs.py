@@ -13,13 +13,13 @@ import pytest
 
 from megatron_gspo.algorithm.objective import objective
 from megatron_gspo.config import RunConfig, load
+from megatron_gspo.megatron.groups import make_groups, start_distributed
 from megatron_gspo.parallel.exchange import gather_objects
-from megatron_gspo.policy.groups import make_groups, start_distributed
 from megatron_gspo.report.recorder import RunRecorder
+from megatron_gspo.runs.loop import train
+from megatron_gspo.train.assembly import build_run, load_inputs
 from megatron_gspo.train.batch import place
 from megatron_gspo.train.collect import collect_rollouts, score
-from megatron_gspo.train.context import build_run, load_inputs
-from megatron_gspo.train.loop import train
 from megatron_gspo.train.routing import Routing
 from megatron_gspo.train.settle import settle
 from megatron_gspo.train.step import pi_old_pass

@@ -24,8 +24,8 @@ from megatron_gspo.doctor.estimate import estimate
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.tensors import tensors_of
 from megatron_gspo.hf.catalog import read_model
-from megatron_gspo.policy.groups import make_groups
-from megatron_gspo.policy.policy import Policy
+from megatron_gspo.megatron.groups import make_groups
+from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.train.batch import pack_on_device
 from megatron_gspo.types import PlacedSample
 from tests.oracle import make_tiny_qwen3, make_tiny_qwen3_moe

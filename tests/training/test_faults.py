@@ -24,11 +24,11 @@ import pytest
 
 from megatron_gspo.config import load
 from megatron_gspo.errors import MegatronGspoError, UserError
-from megatron_gspo.policy import checkpoint_files
+from megatron_gspo.megatron import checkpoint_files
 from megatron_gspo.report import rundir
 from megatron_gspo.report.recorder import RunRecorder
 from megatron_gspo.report.status import summarise
-from megatron_gspo.train.loop import train
+from megatron_gspo.runs.loop import train
 from tests.pool import RankPool
 from tests.training.conftest import QUICKSTART, ROOT
 from tests.training.stand_in import StandIn

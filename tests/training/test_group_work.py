@@ -11,7 +11,7 @@ import pytest
 
 from megatron_gspo.config import load
 from megatron_gspo.report.recorder import RunRecorder
-from megatron_gspo.train.loop import train
+from megatron_gspo.runs.loop import train
 from tests.pool import RankPool
 from tests.training.conftest import QUICKSTART
 from tests.training.stand_in import StandIn

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from megatron_gspo.train.launch import what_is_left
+from megatron_gspo.runs.launch import what_is_left
 from tests.training.conftest import QUICKSTART, ROOT
 
 LATER_S = (0.0, 0.05, 0.3, 1.0, 2.5, 5.0)

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_gspo.calls import call
 from megatron_gspo.parallel.rendezvous import STORE, exposed_store, is_loopback, keep_to_loopback, private_store
-from megatron_gspo.rollout.probe import find_key
+from megatron_gspo.rollout.sglang.probe import find_key
 from tests.rollout.conftest import require_sglang
 from tests.training.conftest import QUICKSTART
 

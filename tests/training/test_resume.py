@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from megatron_gspo.config import RunConfig, load
-from megatron_gspo.policy import checkpoint_files
+from megatron_gspo.megatron import checkpoint_files
 from megatron_gspo.report.status import summarise
-from megatron_gspo.train.rank import STOPPED
+from megatron_gspo.runs.rank import STOPPED
 from tests.pool import RankError, RankPool
 from tests.training.conftest import QUICKSTART, ROOT
 from tests.training.test_runs import metrics_of, responses_of, train, weights_of

@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from megatron_gspo.config import RunConfig, load
 from megatron_gspo.errors import DataError, EngineReplyError, RewardError, WeightError
-from megatron_gspo.policy.groups import make_groups
-from megatron_gspo.policy.policy import Policy
+from megatron_gspo.megatron.groups import make_groups
+from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.report.metrics import METRICS, PLACE, row_of
 from megatron_gspo.report.recorder import RunRecorder
+from megatron_gspo.runs.loop import train as train_with
 from megatron_gspo.sync.base import METHODS
+from megatron_gspo.train.assembly import Run, build_run, load_inputs
 from megatron_gspo.train.batch import place
 from megatron_gspo.train.collect import collect_rollouts, score
-from megatron_gspo.train.context import Run, build_run, load_inputs
-from megatron_gspo.train.loop import train as train_with
 from megatron_gspo.train.noise import measure_noise
 from megatron_gspo.train.routing import Routing
 from megatron_gspo.train.step import outer_step, pi_old_pass
@@ -209,7 +209,7 @@ def test_what_a_run_leaves_behind_loads_in_transformers_and_gives_the_same_logpr
 
 def logprobs_of(config: RunConfig, path: str, tokens: list[int]) -> np.ndarray:
     """The trainer's logprobs of a token sequence under the weights at ``path``, on one rank."""
-    from megatron_gspo.algorithm.packing import pack
+    from megatron_gspo.batching.packing import pack
     from megatron_gspo.types import PlacedSample
 
     single = config.model_copy(update={"parallel": type(config.parallel)()})

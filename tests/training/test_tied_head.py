@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_gspo.config import load
+from megatron_gspo.evaluation.examine import send
 from megatron_gspo.sync.head import EMBEDDING, HEAD
-from megatron_gspo.train.examine import send
 from megatron_gspo.types import OPEN
 from tests import oracle
 from tests.pool import RankPool

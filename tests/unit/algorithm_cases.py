@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from megatron_gspo.algorithm.packing import pack, shard_tokens
+from megatron_gspo.batching.packing import pack, shard_tokens
 from megatron_gspo.types import PlacedSample, Shard, TokenShard
 
 

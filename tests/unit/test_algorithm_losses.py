@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from megatron_gspo.algorithm.base import Algorithm, algorithm_class, make_algorithm
 from megatron_gspo.algorithm.catalog import policy_losses
 from megatron_gspo.algorithm.objective import find_non_finite, objective
-from megatron_gspo.algorithm.packing import dummy_batch, shard_tokens
 from megatron_gspo.algorithm.ratios import segment_sum
+from megatron_gspo.batching.packing import dummy_batch, shard_tokens
 from megatron_gspo.errors import BatchError, ConfigError
 from megatron_gspo.parity.naive import Response, naive_term
 from megatron_gspo.types import LossOutput, PlacedSample, Shard, TokenShard

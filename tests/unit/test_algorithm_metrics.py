@@ -23,8 +23,8 @@ from megatron_gspo.algorithm.metrics import (
     noise_floor,
     rollout_metrics,
 )
-from megatron_gspo.algorithm.packing import dummy_batch, shard_tokens
 from megatron_gspo.algorithm.ratios import segment_sum
+from megatron_gspo.batching.packing import dummy_batch, shard_tokens
 from megatron_gspo.report.metrics import clean
 from megatron_gspo.types import LossOutput, Shard, TokenShard
 from tests.oracle import naive_loss

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gspo.algorithm.packing import (
+from megatron_gspo.batching.packing import (
     check_batch,
     check_vocabulary,
     dummy_batch,

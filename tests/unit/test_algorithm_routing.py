@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_gspo.algorithm.packing import dummy_batch, pack, shard_positions
 from megatron_gspo.algorithm.routing import counted_tokens, cut, cut_size, lay_out, pasted, route_changes
+from megatron_gspo.batching.packing import dummy_batch, pack, shard_positions
 from megatron_gspo.errors import BatchError
 from megatron_gspo.types import PlacedSample, RouteShape, RouteShard, Shard
 

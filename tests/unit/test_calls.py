@@ -14,7 +14,7 @@ import pytest
 
 from megatron_gspo.calls import OverlongReplyError, call
 from megatron_gspo.errors import SyncError
-from megatron_gspo.rollout.probe import probe
+from megatron_gspo.rollout.sglang.probe import probe
 from megatron_gspo.sync.servers import NoAnswerError, Servers
 
 Talk = Callable[[socket.socket, bytes], None]

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_gspo.errors import WeightError
-from megatron_gspo.policy import checkpoint_files as files
+from megatron_gspo.megatron import checkpoint_files as files
 
 
 def make(root: Path, number: int, **extra: Any) -> Path:

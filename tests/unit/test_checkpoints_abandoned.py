@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_gspo.train.checkpoints import Checkpoints
-from megatron_gspo.train.save import Exports
+from megatron_gspo.runs.checkpoints import Checkpoints
+from megatron_gspo.runs.save import Exports
 
 
 class OnItsWay:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_gspo.algorithm.packing import check_batch, dummy_batch, pack, shard_tokens, unshard_tokens
+from megatron_gspo.batching.packing import check_batch, dummy_batch, pack, shard_tokens, unshard_tokens
 from megatron_gspo.errors import BatchError
 from megatron_gspo.types import (
     Axis,

@@ -10,7 +10,7 @@ import torch
 
 from megatron_gspo.algorithm.base import make_algorithm
 from megatron_gspo.algorithm.covariance import drawn_numbers
-from megatron_gspo.algorithm.packing import pack, shard_tokens
+from megatron_gspo.batching.packing import pack, shard_tokens
 from megatron_gspo.parity.case import Case, random_samples
 from megatron_gspo.parity.objectives import naive_choice, naive_draw
 from megatron_gspo.types import Shard, TokenShard

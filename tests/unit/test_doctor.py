@@ -25,7 +25,7 @@ from megatron_gspo.doctor.machine import Machine
 from megatron_gspo.doctor.tensors import stage_of, tensors_of
 from megatron_gspo.errors import DependencyError
 from megatron_gspo.hf.catalog import read_model
-from megatron_gspo.train.rank import run_rank
+from megatron_gspo.runs.rank import run_rank
 from megatron_gspo.versions import TESTED, untested, untested_here
 from tests.unit.doctor_cases import ROOT, Case
 
@@ -162,8 +162,8 @@ def test_versions_that_are_missing_or_no_versions_are_untested() -> None:
 
 
 def test_a_run_starts_with_a_warning_of_untested_versions_from_its_first_rank(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("megatron_gspo.train.rank.untested_here", lambda: ["torch 3.0 was not tested"])
-    monkeypatch.setitem(sys.modules, "megatron_gspo.train.loop", mock.Mock())
+    monkeypatch.setattr("megatron_gspo.runs.rank.untested_here", lambda: ["torch 3.0 was not tested"])
+    monkeypatch.setitem(sys.modules, "megatron_gspo.runs.loop", mock.Mock())
     for rank, said in (("0", "warning: torch 3.0 was not tested\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         assert run_rank(mock.Mock(), mock.Mock()) == 0

@@ -13,14 +13,14 @@ from report_runs import make_config
 
 from megatron_gspo.cli import main
 from megatron_gspo.errors import ConfigError, EngineUnavailableError, RewardError
+from megatron_gspo.evaluation.examine import check_served, read_questions
+from megatron_gspo.evaluation.lengths import fitting
+from megatron_gspo.evaluation.subject import Subject, of_model, of_run
 from megatron_gspo.report.evaluation import EvaluationDirectory, fingerprint, statistics
 from megatron_gspo.report.rundir import RunDirectory
 from megatron_gspo.rewards.registry import Reward
-from megatron_gspo.rollout.probe import ServerState
-from megatron_gspo.train.examine import check_served, read_questions
+from megatron_gspo.rollout.sglang.probe import ServerState
 from megatron_gspo.train.grade import evaluation_sampling, grade
-from megatron_gspo.train.lengths import fitting
-from megatron_gspo.train.subject import Subject, of_model, of_run
 from megatron_gspo.types import FinishReason, Prompt, Rollout
 from tests.unit.doctor_cases import prepare
 

@@ -11,19 +11,19 @@ from megatron_gspo.algorithm.base import algorithm_class
 from megatron_gspo.algorithm.catalog import ALGORITHMS, policy_losses
 from megatron_gspo.algorithm.metrics import finish, minibatch_sums
 from megatron_gspo.algorithm.objective import objective
-from megatron_gspo.algorithm.packing import pack, shard_tokens
-from megatron_gspo.algorithm.planning import padded_length, plan_microbatches
 from megatron_gspo.algorithm.ratios import segment_sum
 from megatron_gspo.algorithm.weights import response_weights
+from megatron_gspo.batching.packing import pack, shard_tokens
+from megatron_gspo.batching.planning import padded_length, plan_microbatches
 from megatron_gspo.config import parse
 from megatron_gspo.errors import ConfigError
+from megatron_gspo.megatron.optimizer import learning_rate
 from megatron_gspo.parity.case import STEPS, TOTAL_STEPS, Case, random_samples, straddling_old
 from megatron_gspo.parity.layouts import ALL, AXES, Layout, choose_layouts, layout_of, parse_layout
 from megatron_gspo.parity.models import cut_model
 from megatron_gspo.parity.naive import FORMULAS, Response, naive_term, naive_weights
 from megatron_gspo.parity.naive_adamw import NaiveAdamW, decays, gradient_norm, naive_lr
 from megatron_gspo.parity.naive_metrics import Measured, naive_metrics
-from megatron_gspo.policy.optimizer import learning_rate
 from megatron_gspo.types import Shard
 from tests import oracle
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_gspo.algorithm.planning import ATTENTION_COST, plan_microbatches
+from megatron_gspo.batching.planning import ATTENTION_COST, plan_microbatches
 from megatron_gspo.bench.packing import MIXES
 from megatron_gspo.errors import BatchError, DependencyError
 
@@ -234,7 +234,7 @@ def test_a_missing_extension_says_how_to_build_it(monkeypatch):
 
 def test_another_process_makes_the_same_plan():
     code = (
-        "from megatron_gspo.algorithm.planning import plan_microbatches as plan;"
+        "from megatron_gspo.batching.planning import plan_microbatches as plan;"
         "p = plan([5, 9, 2, 9, 7, 5, 1] * 30, token_budget=40, num_ranks=4);"
         "print(p.rank_S.tolist(), p.microbatch_S.tolist())"
     )

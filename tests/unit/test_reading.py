@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_gspo.algorithm.base import make_algorithm
-from megatron_gspo.algorithm.packing import pack, shard_tokens
 from megatron_gspo.algorithm.ratios import segment_sum
+from megatron_gspo.batching.packing import pack, shard_tokens
 from megatron_gspo.train.batch import Minibatch
 from megatron_gspo.train.reading import _measure
 from megatron_gspo.types import PlacedSample, Shard, Trained

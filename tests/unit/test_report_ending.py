@@ -15,7 +15,7 @@ from megatron_gspo.report.console import ConsoleSink
 from megatron_gspo.report.ending import ending
 from megatron_gspo.report.recorder import RunRecorder
 from megatron_gspo.report.rundir import RunDirectory
-from megatron_gspo.train.waiting import starting_servers
+from megatron_gspo.runs.waiting import starting_servers
 from megatron_gspo.types import StepReport
 
 
@@ -88,7 +88,7 @@ def test_the_time_before_the_first_step_is_no_part_of_the_eta(tmp_path: Path, mo
 
 def test_starting_servers_is_said_before_it_takes_its_time_and_how_long_it_took_after(monkeypatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("megatron_gspo.train.waiting.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("megatron_gspo.runs.waiting.time.monotonic", lambda: now[0])
     said: list[str] = []
     config = make_config(Path("run"), rollout={"local_servers": 2}).rollout
     with starting_servers(config, "cpu", said.append):

@@ -13,10 +13,10 @@ from megatron_gspo.config import RunConfig
 from megatron_gspo.config.reference import algorithms_with, settings
 from megatron_gspo.data.cursor import PromptCursor
 from megatron_gspo.errors import ConfigError, DataError, WeightError
-from megatron_gspo.policy import checkpoint_files as files
-from megatron_gspo.train.experiment import RULES, TABLE, contents, files_digest, flat
+from megatron_gspo.megatron import checkpoint_files as files
+from megatron_gspo.runs.experiment import RULES, TABLE, contents, files_digest, flat
+from megatron_gspo.runs.resume import CONTENTS, _find
 from megatron_gspo.train.progress import Progress, fingerprint
-from megatron_gspo.train.resume import CONTENTS, _find
 
 PROMPTS = {"data.path": "a" * 16, "data.eval_path": "b" * 16}
 VERSIONS = {"torch": "2.13.0"}

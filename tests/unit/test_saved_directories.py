@@ -15,8 +15,8 @@ from megatron_gspo.errors import ConfigError, WeightError
 from megatron_gspo.hf import directory as written
 from megatron_gspo.hf.checkpoint import HfReader, write_shards
 from megatron_gspo.hf.directory import copy_companions, name_shards, name_stop_tokens, tensor_bytes, write_index
-from megatron_gspo.policy.checkpoint_files import HEADER, METADATA
-from megatron_gspo.policy.checkpoint_write import COMMON
+from megatron_gspo.megatron.checkpoint_files import HEADER, METADATA
+from megatron_gspo.megatron.checkpoint_write import COMMON
 
 BESIDE = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),

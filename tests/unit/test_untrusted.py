@@ -24,7 +24,7 @@ from megatron_gspo.errors import ConfigError, DataError, UserError, WeightError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import INDEX, SINGLE, HfReader, write_shards
 from megatron_gspo.hf.directory import check_companions, copy_companions
-from megatron_gspo.policy.checkpoint_files import HEADER, METADATA, latest_in, read_header
+from megatron_gspo.megatron.checkpoint_files import HEADER, METADATA, latest_in, read_header
 from megatron_gspo.untrusted import MOST_DEPTH, MOST_DIGITS, leads_out, parse_json
 from tests.unit.doctor_cases import Case, prepare
 

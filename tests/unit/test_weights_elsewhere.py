@@ -275,10 +275,10 @@ def test_servers_start_empty_where_experts_are_stacked(case: Case) -> None:
 
 
 def test_an_evaluation_sends_stacked_experts_to_a_server_of_its_own_and_refuses_those_of_others(case: Case) -> None:
-    from megatron_gspo.train.examine import read_questions
-    from megatron_gspo.train.lengths import fitting
+    from megatron_gspo.evaluation.examine import read_questions
+    from megatron_gspo.evaluation.lengths import fitting
+    from megatron_gspo.evaluation.subject import of_model
     from megatron_gspo.train.models import served
-    from megatron_gspo.train.subject import of_model
 
     rewrite(case.model, stack)
     asked = [f'data.eval_path="{case.root}/eval.jsonl"', 'reward.function="exact"']

@@ -1,0 +1,1 @@
+"""Samples to micro-batches: what goes where, and how it is laid out and cut."""

@@ -1,0 +1,1 @@
+"""``megatron-gspo eval``: responses of any checkpoint, and what they score."""

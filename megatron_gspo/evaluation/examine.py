@@ -1,0 +1,172 @@
+"""An evaluation by itself: servers that hold the subject, responses, grades. No trainer ranks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_gspo.calls import SERVER_KEY
+from megatron_gspo.config import RunConfig
+from megatron_gspo.data.prompts import PromptSet
+from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer, response_text
+from megatron_gspo.errors import ConfigError, EngineUnavailableError
+from megatron_gspo.evaluation.lengths import check_room, read_prompts
+from megatron_gspo.evaluation.subject import Subject
+from megatron_gspo.hf.catalog import read_model
+from megatron_gspo.hf.checkpoint import HfReader
+from megatron_gspo.hf.family import ModelShape
+from megatron_gspo.rewards.registry import Reward, resolve_reward
+from megatron_gspo.rewards.scoring import guarded
+from megatron_gspo.rollout.engine import Progress, Sampling, local_servers, make_engine
+from megatron_gspo.rollout.sglang.probe import ServerState, probe
+from megatron_gspo.runs.waiting import starting_servers
+from megatron_gspo.sync.base import NamedTensor, make_weight_sync
+from megatron_gspo.sync.gap import in_dtype
+from megatron_gspo.sync.head import HEAD, with_head
+from megatron_gspo.sync.peers import Peers
+from megatron_gspo.train.grade import Graded, evaluation_sampling, grade
+from megatron_gspo.train.models import check_engine, engine_holds_head, served, unread
+from megatron_gspo.train.survey import usable_questions
+from megatron_gspo.types import ServerAccess
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked, and how the answers are judged."""
+
+    tokenizer: Tokenizer
+    prompts: PromptSet
+    reward: Reward
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The answers."""
+
+    graded: list[Graded]
+    engine_version: str
+    servers: tuple[str, ...]
+    """URLs that the configuration named; empty when servers were started for this."""
+    note: str | None
+    """What could not be made sure of."""
+
+
+def read_questions(subject: Subject, *, greedy: bool) -> Questions:
+    """Reads prompts and finds the reward, before anything is started or written. Raises UserError."""
+    config = subject.config
+    directory = subject.model or Path(config.model.path)
+    _, shape = read_model(directory)
+    check_engine(config.rollout.engine, directory, shape)
+    if config.rollout.servers and (problem := unread(config.rollout.engine, directory, shape)):
+        raise ConfigError(
+            f"{directory}: {problem}, so that servers that were started from it compute something else; let one be "
+            f"started here, which is sent the weights: rollout.servers=[]"
+        )
+    tokenizer = open_tokenizer(config, directory)
+    prompts = read_prompts(config, tokenizer)
+    check_room(config, directory, prompts)
+    seeded = config.rollout.is_seeded(on_gpu=torch.cuda.is_available())
+    sampling = evaluation_sampling(config, tokenizer.stop_ids, seeded=seeded, greedy=greedy)
+    reward = resolve_reward(config.reward)
+    return Questions(tokenizer, usable_questions(config, prompts, reward, tokenizer), reward, sampling)
+
+
+def examine(
+    subject: Subject, questions: Questions, logs: Path, *, phase: Callable[[str], None], progress: Progress
+) -> Examination:
+    """Asks every question of ``subject.model``. ``phase`` hears what happens now, ``progress`` each group that arrives.
+
+    Servers are those of ``rollout.servers`` when they hold this model, else local ones for the length of this.
+    Raises ConfigError, RolloutError and RewardError.
+    """
+    config, model = subject.config, subject.model
+    assert model is not None, "a checkpoint is exported first"
+    _, shape = read_model(model)
+    with _servers(config, model, shape, logs, phase) as (urls, key, note):
+        phase(f"drawing {len(questions.prompts)} x {questions.sampling.group_size} responses")
+        decode = response_text(questions.tokenizer, special_tokens=config.reward.special_tokens)
+        engine = make_engine(urls, config.rollout, vocab_size=shape.vocab_size, decode=decode, access=ServerAccess(key))
+        with guarded(questions.reward):
+            graded = asyncio.run(
+                grade(
+                    engine,
+                    questions.reward,
+                    questions.prompts.prompts,
+                    questions.sampling,
+                    weight_version=0,
+                    progress=progress,
+                )
+            )
+    return Examination(graded, engine.version, config.rollout.servers, note)
+
+
+@contextlib.contextmanager
+def _servers(
+    config: RunConfig, model: Path, shape: ModelShape, logs: Path, phase: Callable[[str], None]
+) -> Iterator[tuple[tuple[str, ...], str, str | None]]:
+    """URLs of servers that hold ``model`` as weight version 0, their key, and what could not be made sure of."""
+    if config.rollout.servers:
+        key = os.environ.get(SERVER_KEY, "")
+        yield config.rollout.servers, key, check_served(probe(config.rollout.servers, timeout_s=10.0, key=key), model)
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    servers = local_servers(config.rollout)(
+        served(config, model),
+        model,
+        logs,
+        device=device,
+        dtype=config.rollout.engine_dtype or config.model.dtype,
+        seed=config.train.seed,
+    )
+    with contextlib.ExitStack() as stack:
+        with starting_servers(config.rollout, device, phase):
+            stack.enter_context(servers)
+        if unread(config.rollout.engine, model, shape):
+            send(config, model, servers.urls, ServerAccess(servers.key))
+        yield servers.urls, servers.key, None
+
+
+def send(config: RunConfig, model: Path, urls: Sequence[str], access: ServerAccess) -> None:
+    """Puts the weights in ``model`` onto servers, as version 0. Raises SyncError or WeightError."""
+    family, shape = read_model(model)
+    reader = HfReader(model)
+    names = [name for name in reader.names() if not (shape.tied_embeddings and name == HEAD)]
+    tensors: Iterator[NamedTensor] = ((name, reader.read(name)) for name in names)
+    if engine_holds_head(config.rollout.engine, shape):
+        tensors, names = with_head(tensors), [*names, HEAD]
+    if config.rollout.engine_dtype:
+        tensors = in_dtype(tensors, getattr(torch, config.rollout.engine_dtype), family.bias_names(shape))
+    settings = config.sync.model_copy(update={"method": "tensor"})
+    sync = make_weight_sync(settings, urls, Peers(), model_path=model, expected_names=names, access=access)
+    try:
+        sync.push(tensors, 0)
+    finally:
+        sync.close()
+
+
+def check_served(states: list[ServerState], model: Path) -> str | None:
+    """Refuses servers that hold other weights than those in ``model``; returns what cannot be known, if anything.
+
+    Weight version 0 says that no trainer has pushed others since the server started. Raises EngineUnavailableError for
+    one that does not answer, ConfigError for one that holds something else.
+    """
+    note = None
+    for state in states:
+        if state.error is not None or state.model_path is None:
+            raise EngineUnavailableError(f"{state.url} cannot be asked what it serves: {state.error}")
+        served = Path(state.model_path)
+        if state.weight_version != "0" or (served.exists() and served.resolve() != model.resolve()):
+            raise ConfigError(
+                f"{state.url} serves {served}, weights of version {state.weight_version}, and {model}, version 0, is "
+                f"to be evaluated: start it with that and --weight-version 0, or let one be started: rollout.servers=[]"
+            )
+        if not served.exists():
+            note = f"{state.url} serves {served}, which is not on this machine: that it is {model} was not checked"
+    return note

@@ -1,0 +1,79 @@
+"""The policy's weights and gradients in Hugging Face names, streamed: one gather over tensor ranks per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_gspo.hf.family import Family
+from megatron_gspo.hf.weights import put_together
+from megatron_gspo.megatron.model import PolicyModel
+from megatron_gspo.parallel.exchange import gather_pieces
+
+EMBEDDING = ("model.embed_tokens.weight",)
+
+
+def weight_of(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.data
+
+
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
+    """The accumulated gradient, in DDP's buffer; whole only after ``complete_gradients``. A buffer has none."""
+    if not isinstance(parameter, torch.nn.Parameter):
+        return None
+    return parameter.main_grad  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def stream_tensors(
+    chunks: Sequence[PolicyModel],
+    family: Family,
+    value: Callable[[torch.Tensor], torch.Tensor | None] = weight_of,
+    *,
+    copies: bool = True,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, CPU tensor) on the rank that owns each tensor, nothing elsewhere; every rank must exhaust it.
+
+    The owner is the first of the ranks that hold the same parameter: tensor rank 0 of context and data rank 0 of its
+    pipeline stage, and for an expert, rank 0 of those that hold the same expert. Without ``copies``, what lies whole on
+    the CPU comes as a view of live memory.
+    """
+    for chunk in chunks:
+        yield from _stream_chunk(chunk, family, value, copies)
+
+
+def _stream_chunk(
+    model: PolicyModel, family: Family, value: Callable[[torch.Tensor], torch.Tensor | None], copies: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    groups = model.groups
+    for parameter, named in model.rules(family):
+        if model.shape.tied_embeddings and named.hf_names == EMBEDDING and not model.pre_process:
+            continue  # the tied head of a last stage is the embedding of the first
+        expert = named.rule.is_expert
+        tensor = groups.megatron.expt_tp if expert else groups.tensor
+        replicas = groups.expert_data if expert else groups.data_context
+        mine = value(parameter)
+        if replicas.rank() != 0 or mine is None:
+            continue  # every tensor rank of a replica skips the same ones
+        for name, piece in zip(named.hf_names, named.rule.split(mine), strict=True):
+            pieces = [piece] if named.rule.cut == "whole" else gather_pieces(piece, tensor)
+            whole = put_together(pieces, named.rule.cut, model.shape.vocab_size)
+            if tensor.rank() == 0:
+                yield name, whole.to("cpu", copy=copies).contiguous()
+
+
+@torch.no_grad()
+def complete_gradients(ddp: DistributedDataParallel) -> None:
+    """Makes every rank's gradient buffers whole.
+
+    The distributed optimizer leaves each data-parallel rank with the reduced gradients of its own share of a bucket
+    and unreduced ones elsewhere; an all-gather of the shares puts the rest right.
+    """
+    for group in (*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups):
+        ranks = group.intra_distributed_optimizer_instance_group
+        for bucket in group.buckets:
+            share = bucket.grad_data.view(ranks.size(), -1)[ranks.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, share, group=ranks)

@@ -1,0 +1,221 @@
+"""A Megatron model over ranks: passes through a head, gradients, optimizer steps, and its weights as a stream.
+
+A policy (``megatron.policy``) and a critic (``megatron.critic``) are one, each with a head of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_gspo.config import OptimizerConfig, RunConfig
+from megatron_gspo.errors import BatchError
+from megatron_gspo.hf.checkpoint import HfReader
+from megatron_gspo.hf.family import Family, ModelShape
+from megatron_gspo.hf.layout import check_layout, check_recompute
+from megatron_gspo.megatron.checkpoint import load_weights_of
+from megatron_gspo.megatron.checkpoint_files import is_distributed
+from megatron_gspo.megatron.export import complete_gradients, gradient_of, stream_tensors
+from megatron_gspo.megatron.groups import Groups
+from megatron_gspo.megatron.heads import Head
+from megatron_gspo.megatron.load import ExpertLoad
+from megatron_gspo.megatron.model import build_chunks, load_weights
+from megatron_gspo.megatron.optimizer import Optimizer, learning_rate, wrap_ddp
+from megatron_gspo.megatron.pipeline import stage_communicator
+from megatron_gspo.megatron.replay import Replay
+from megatron_gspo.parallel.exchange import together
+from megatron_gspo.types import PackedBatch
+
+Objective = Callable[..., torch.Tensor]
+"""(micro-batch index, each row [T_local] that the head gives) -> scalar: the micro-batch's part of the mini-batch's
+globally normalised loss. Called on the last pipeline stage only; must not raise (other ranks would wait)."""
+
+
+class Network:
+    """This rank's share of a model, and the collective operations on the whole.
+
+    ``chunks`` are its virtual pipeline stages in the model's order (one, without virtual stages); ``modules`` are the
+    same as they are run, under DDP where the model is trained.
+
+    Every method is collective: all ranks of the layout call it with the same number of micro-batches.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        groups: Groups,
+        directory: Path,
+        model: tuple[Family, ModelShape],
+        head: Head,
+        optimizer: OptimizerConfig | None,
+        *,
+        valued: bool = False,
+    ) -> None:
+        """Builds the model and loads this rank's weights from ``directory``.
+
+        Args:
+            head: what a pass gives, unless it names another.
+            optimizer: its settings; None for a model that is not trained.
+            valued: whether it has the parameters of a value head, in the place of those over the vocabulary.
+        Raises:
+            ConfigError, LayoutError or WeightError.
+        """
+        self.config, self.groups, self.head, self.valued = config, groups, head, valued
+        self.family, self.shape = model
+        check_layout(config.parallel, self.shape)
+        check_recompute(config.model, self.shape)
+        self.chunks = build_chunks(
+            config.model,
+            config.parallel,
+            self.family,
+            self.shape,
+            groups,
+            deterministic=config.train.deterministic,
+            valued=valued,
+        )
+        self.optimizer: Optimizer | None = None
+        self.replay = Replay(self.chunks, groups.world)
+        self._load(directory)
+        self.expert_load = ExpertLoad(self.chunks)
+        self.modules: Sequence[torch.nn.Module] = self.chunks
+        if optimizer is not None:
+            self.modules = [wrap_ddp(chunk, groups) for chunk in self.chunks]
+            self.optimizer = Optimizer(optimizer, self.modules, groups)
+            self.chunks[0].config.finalize_model_grads_func = _finalize_gradients
+        for module in self.modules:
+            module.train()
+
+    @torch.no_grad()
+    def outputs(self, batches: Sequence[PackedBatch], head: Head | None = None) -> list[torch.Tensor]:
+        """What the head gives of each micro-batch, the tokens of ``groups.shard``; empty but on the last stage."""
+        results: list[torch.Tensor] = []
+
+        def keep(index: int, output: torch.Tensor) -> torch.Tensor:
+            results.append(output)
+            return output.new_zeros(())
+
+        self._run(batches, keep, head or self.head, forward_only=True)
+        return results
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[PackedBatch], objective: Objective) -> None:
+        """Calls the objective as ``gradients`` does, and differentiates nothing."""
+        self.expert_load.start()
+        self._run(batches, lambda index, output: objective(index, *output), self.head, forward_only=True)
+
+    def gradients(self, batches: Sequence[PackedBatch], objective: Objective) -> None:
+        """Accumulates the gradient of the sum of the objective over micro-batches and data-parallel ranks.
+
+        The objective is the same number on every rank of ``groups.token``, each of which differentiates it by its own
+        tokens; the parts meet in Megatron's reductions.
+
+        What Megatron would scale is not scaled: with ``calculate_per_token_loss`` the schedule divides by no
+        micro-batch count and multiplies by no context size, DDP divides by no data-parallel size, and
+        ``_finalize_gradients`` names no token count to divide by. So a loss that is normalised over the whole
+        mini-batch gives the gradient of one process.
+        """
+        for module in self.modules:
+            module.zero_grad_buffer()  # type: ignore[operator]
+        self._trained().megatron.zero_grad()
+        self.expert_load.start()
+        self._run(batches, lambda index, output: objective(index, *output), self.head, forward_only=False)
+
+    def step(self, step: int, total_steps: int) -> tuple[float, float]:
+        """One optimizer step on the accumulated gradients; returns (gradient norm before clipping, learning rate)."""
+        optimizer = self._trained()
+        lr = learning_rate(optimizer.config, step, total_steps)
+        return optimizer.step(lr), lr
+
+    def weights(self, *, copies: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """The model in Hugging Face names, one tensor at a time, each on the one rank that owns it.
+
+        Every rank must exhaust the iterator: making a tensor gathers it over tensor ranks. ``copies = False`` is for
+        who is done with a tensor before the next optimizer step, which moves what is a view on a CPU.
+        """
+        return stream_tensors(self.chunks, self.family, copies=copies)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside its tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what ``state_dict`` gave."""
+
+    def names(self) -> set[str]:
+        """Hugging Face names of what this rank holds a share of."""
+        named = (rule for chunk in self.chunks for _, rule in chunk.rules(self.family))
+        return {name for rule in named for name in rule.hf_names}
+
+    def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The accumulated gradients in Hugging Face names, streamed as ``weights`` is."""
+        for module in self.modules:
+            complete_gradients(module)
+        return stream_tensors(self.chunks, self.family, gradient_of)
+
+    def _load(self, directory: Path) -> None:
+        """Fills the chunks from safetensors, or from a distributed checkpoint beside ``config.json``. Collective."""
+        if is_distributed(directory):
+            load_weights_of(self, directory)
+            return
+        together(lambda: self._read(HfReader(directory)), self.groups.world)  # what is wrong may be so on one stage
+
+    def _read(self, reader: HfReader) -> None:
+        for chunk in self.chunks:
+            load_weights(chunk, self.family, reader)
+
+    def _trained(self) -> Optimizer:
+        assert self.optimizer is not None, "this model was built without an optimizer"
+        return self.optimizer
+
+    def _run(
+        self,
+        batches: Sequence[PackedBatch],
+        loss: Callable[[int, torch.Tensor], torch.Tensor],
+        head: Head,
+        *,
+        forward_only: bool,
+    ) -> None:
+        """``loss``: (micro-batch index, what the head gives of it) -> scalar; called on the last stage only."""
+        if len(batches) % self.config.parallel.microbatch_multiple:
+            raise BatchError(
+                f"{len(batches)} micro-batches over parallel.pipeline = {self.config.parallel.pipeline} with virtual "
+                f"stages: their number must be a multiple of the stages; fill up with dummy_batch"
+            )
+
+        def forward_step(
+            stream: Iterator[tuple[int, PackedBatch]], module: torch.nn.Module
+        ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, float]]]]:
+            index, batch = next(stream)
+            self.replay.at(index, backward=False)
+            output = module(batch, head)
+            if output.requires_grad:  # called when the backward of this micro-batch begins, before any recompute in it
+                output.register_hook(lambda _: self.replay.at(index, backward=True))
+
+            def loss_of(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+                return loss(index, output), torch.zeros((), dtype=torch.int), {}
+
+            return output, loss_of
+
+        tokens = [batch.num_tokens // self.groups.shard.size for batch in batches]
+        with self.replay.running(tokens, backward=not forward_only):
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(enumerate(batches)) for _ in self.modules],
+                model=list(self.modules),
+                num_microbatches=len(batches),
+                seq_length=0,  # StageCommunicator knows the shapes
+                micro_batch_size=1,
+                forward_only=forward_only,
+                pg_collection=self.groups.megatron,
+                p2p_communicator=stage_communicator(self.groups, self.chunks[0].config, batches),
+            )
+
+
+def _finalize_gradients(modules: list[torch.nn.Module], num_tokens: object = None, **kwargs: object) -> None:
+    """Megatron's reductions without its division by a token count: the loss is normalised already."""
+    finalize_model_grads(modules, None, **kwargs)

@@ -1,0 +1,1 @@
+"""All that knows SGLang: its servers, its protocol, what it returns."""

@@ -1,0 +1,377 @@
+"""SGLang servers on this machine, started with a run and gone with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from http.client import HTTPException
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Literal, Self
+from urllib.parse import urlsplit
+
+import psutil
+
+from megatron_gspo.calls import SERVER_KEY
+from megatron_gspo.config import RolloutConfig
+from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
+from megatron_gspo.parallel.rendezvous import INTERFACES
+from megatron_gspo.rollout.sglang.probe import KEY_FILE, get
+from megatron_gspo.rollout.sglang.server import FILES, remove, shared_memory
+from megatron_gspo.storage import writing
+from megatron_gspo.supervise import remove_afterwards
+
+Device = Literal["cpu", "cuda"]
+
+SERVER_PYTHON = "MEGATRON_GSPO_SGLANG_PYTHON"
+SERVER_SCRIPT = Path(__file__).with_name("server.py")
+GRACE_S = {"cpu": 1.0, "cuda": 30.0}
+"""Seconds between asking servers to stop and killing them. SGLang takes 10 to stop by itself, which a CPU server has no
+reason to; a scheduler that is killed while it holds device memory may leave it held."""
+POLL_S = 0.25
+LONGEST_TMPDIR = 50
+"""Bytes of a directory in which a server's own is made."""
+CAUSE = re.compile(r"(\w*(Error|Exception)|error)\b(:|$)")
+"""In the line of a log that says why a program ended."""
+GPU_SHARE = 0.4
+"""Of a GPU's memory that a local server takes; the trainer has the rest."""
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class LocalServers:
+    """Starts ``config.local_servers`` servers, waits until all are healthy, and stops them on exit.
+
+    A server also ends by itself, within a second, when this process is gone (even killed). ``urls`` is set on entry;
+    logs go to ``log_dir/sglang-0.log`` and so on. They answer only requests with ``key``, but for questions after
+    their health: a random one unless it is given ("" asks for none). It lies in ``log_dir/key`` meanwhile, for this
+    user's eyes alone. Raises DependencyError without an environment that holds sglang,
+    EngineUnavailableError with what the log says of it when a server dies or is not healthy in time.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        model_path: str | Path,
+        log_dir: str | Path,
+        *,
+        device: Device,
+        dtype: str,
+        seed: int = 0,
+        routes: bool = False,
+        key: str | None = None,
+    ) -> None:
+        self.urls: tuple[str, ...] = ()
+        self.key = secrets.token_urlsafe(32) if key is None else key
+        self._config = config
+        self._model_path = Path(model_path)
+        self._log_dir = Path(log_dir)
+        self._device: Device = device
+        self._dtype = dtype
+        self._seed = seed
+        self._routes = routes
+        self._servers: list[_Server] = []
+
+    def __enter__(self) -> Self:
+        python = find_server_python(self._config.server_python)
+        with writing(self._log_dir):
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+            write_key(self._log_dir / KEY_FILE, self.key)
+        ports = free_ports(self._config.local_servers)
+        try:
+            for index, port in enumerate(ports):
+                arguments = server_arguments(
+                    self._config,
+                    self._model_path,
+                    port,
+                    device=self._device,
+                    dtype=self._dtype,
+                    seed=self._seed + index,
+                    gpu=index,
+                    routes=self._routes,
+                )
+                log = self._log_dir / f"sglang-{index}.log"
+                self._servers.append(
+                    _Server(python, arguments, f"http://127.0.0.1:{port}", log, self._device, self.key)
+                )
+            deadline = time.monotonic() + self._config.server_start_s
+            for server in self._servers:
+                server.wait_until_healthy(deadline)
+        except BaseException:
+            self.stop()
+            raise
+        self.urls = tuple(server.url for server in self._servers)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def check(self) -> None:
+        """Raises EngineUnavailableError when a server has died, or its port is another program's."""
+        for server in self._servers:
+            server.check()
+
+    def stop(self) -> None:
+        """Ends every process of every server: asks, waits ``GRACE_S``, kills. Safe to call again."""
+        for server in self._servers:
+            server.terminate()
+        deadline = time.monotonic() + GRACE_S[self._device]
+        for server in self._servers:
+            server.stop(deadline)
+        self._servers.clear()
+        with contextlib.suppress(OSError):
+            (self._log_dir / KEY_FILE).unlink(missing_ok=True)
+
+
+class _Server:
+    """One server: a process group of its own (HTTP server, scheduler, detokenizer)."""
+
+    def __init__(self, python: Path, arguments: list[str], url: str, log: Path, device: Device, key: str) -> None:
+        self.url = url
+        self._key = key
+        self._answered = False
+        self._log_path = log
+        self._shared: set[str] = set()
+        with writing(log):
+            self._log: IO[bytes] = log.open("wb")
+        self._files = private_files()
+        try:
+            self._process = subprocess.Popen(
+                [
+                    str(python),
+                    "-P",
+                    str(SERVER_SCRIPT),
+                    *arguments,
+                ],  # -P: this directory's modules are not the server's
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                env=server_environment(os.environ, device, key) | {"TMPDIR": self._files, FILES: self._files},
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._log.close()
+            remove((), self._files)
+            raise ConfigError(f"{python} cannot be run: {error}; see rollout.server_python") from None
+
+    def wait_until_healthy(self, deadline: float) -> None:
+        while not self._healthy():
+            self.check()
+            if time.monotonic() > deadline:
+                raise EngineUnavailableError(
+                    f"{self.url} was not healthy within rollout.server_start_s; {self._log_tail()}"
+                )
+            time.sleep(POLL_S)
+        self.check()  # whoever bound the port first is healthy too
+        self._shared = shared_memory(self._process.pid)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Keeps what the start has made out of the server's garbage collections.
+
+        On a CPU every flush of its cache is a collection, two a weight sync: 0.4 s each over all that was imported,
+        3 ms frozen. SGLang 0.5.23 asks itself for this at its start, at times before it listens.
+        """
+        with contextlib.suppress(OSError, HTTPException):  # it only saves time
+            get(f"{self.url}/freeze_gc", timeout_s=5, key=self._key)
+
+    def check(self) -> None:
+        status = self._process.poll()
+        if status is not None:
+            raise EngineUnavailableError(f"the rollout server of {self.url} exited with {status}; {self._log_tail()}")
+        if self._answered and not self._listens():
+            raise EngineUnavailableError(
+                f"{self.url} is answered by a program that is not the server started here (process group "
+                f"{self._process.pid}): something else has taken its port, and would be sent weights and prompts"
+            )
+
+    def _listens(self) -> bool:
+        """Whether a process of this server's own holds the port."""
+        port = urlsplit(self.url).port
+        for member in _group_members(self._process.pid):
+            with contextlib.suppress(psutil.Error):
+                sockets = psutil.Process(member).net_connections("tcp")
+                if any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets):
+                    return True
+        return False
+
+    def terminate(self) -> None:
+        self._shared |= shared_memory(self._process.pid)
+        self._process.terminate()
+
+    def stop(self, deadline: float) -> None:
+        group = self._process.pid
+        while _group_members(group) and time.monotonic() < deadline:
+            self._process.poll()  # reaps it
+            time.sleep(POLL_S)
+        while _group_members(group):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+            time.sleep(POLL_S)
+        self._process.wait()
+        self._log.close()
+        remove(self._shared, self._files)
+
+    def _healthy(self) -> bool:
+        try:
+            get(f"{self.url}/health_generate", timeout_s=5)
+        except (OSError, HTTPException):
+            return False
+        self._answered = True
+        return True
+
+    def _log_tail(self) -> str:
+        return f"its log {self._log_path}: {last_words(self._log_path.read_text(errors='replace'))}"
+
+
+def private_files() -> str:
+    """A new directory for one server's temporary files. Its path is short: that of a UNIX socket has 107 bytes."""
+    place = tempfile.gettempdir()
+    if len(os.fsencode(place)) > LONGEST_TMPDIR and os.access("/tmp", os.W_OK):
+        place = "/tmp"
+    directory = tempfile.mkdtemp(prefix="mgspo-server-", dir=place)  # 0700
+    remove_afterwards(directory)
+    return directory
+
+
+def server_arguments(
+    config: RolloutConfig,
+    model_path: str | Path,
+    port: int,
+    *,
+    device: Device,
+    dtype: str,
+    seed: int = 0,
+    gpu: int = 0,
+    routes: bool = False,
+) -> list[str]:
+    """SGLang's command line for one server; ``config.server_args`` come last and win.
+
+    ``routes``: the server keeps the experts of each token, and sends them with the responses that ask for them.
+
+    Weights start as version 0. Without a tokenizer: token ids go in and come out.
+    """
+    arguments = {
+        "--model-path": str(model_path),
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--device": device,
+        "--dtype": "float32" if dtype == "float64" else dtype,  # the engine has no float64
+        "--weight-version": "0",
+        "--random-seed": str(seed),
+    }
+    flags = ["--skip-tokenizer-init", "--skip-server-warmup"]
+    if routes:
+        flags.append("--enable-return-routed-experts")
+    if config.is_seeded(on_gpu=device == "cuda"):
+        flags.append("--enable-deterministic-inference")
+    if device == "cpu":
+        arguments |= {
+            "--attention-backend": "torch_native",
+            "--sampling-backend": "pytorch",
+            "--grammar-backend": "none",
+            "--max-running-requests": "64",
+            "--max-total-tokens": str(cpu_cache_tokens(config)),
+            # --max-total-tokens is what bounds it. The share is of what was free before the weights were read: a small
+            # one fails when other processes take memory meanwhile.
+            "--mem-fraction-static": "0.5",
+        }
+        # --sleep-on-idle: an idle scheduler polls, and takes a whole core from the trainer.
+        flags += ["--disable-cuda-graph", "--disable-overlap-schedule", "--sleep-on-idle"]
+    else:
+        arguments |= {
+            "--base-gpu-id": str(gpu),
+            "--mem-fraction-static": str(GPU_SHARE),
+        }  # the trainer shares the device
+    return [word for pair in arguments.items() for word in pair] + flags + list(config.server_args)
+
+
+def cpu_cache_tokens(config: RolloutConfig) -> int:
+    """Tokens whose keys and values a local CPU server keeps: for 16 of the longest sequences, at least 16,384."""
+    return max(16384, 16 * (config.max_prompt_tokens + config.max_response_tokens))
+
+
+def server_environment(environment: Mapping[str, str], device: Device, key: str = "") -> dict[str, str]:
+    """Its environment variables: its parent, its key (which a command line would show to everybody), one thread on a
+    CPU, and nothing of torchrun's or this Python's."""
+    drop = {*TORCHRUN_VARIABLES, "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    kept = {key: value for key, value in environment.items() if key not in drop and not key.startswith("TORCHELASTIC")}
+    kept["MEGATRON_GSPO_PARENT_PID"] = str(os.getpid())
+    kept[SERVER_KEY] = key
+    kept = dict.fromkeys(INTERFACES, "lo") | kept  # it serves this machine alone
+    if device == "cpu":
+        kept["OMP_NUM_THREADS"] = "1"  # before torch is imported: its threads spin, 10 to 30 times slower on few cores
+    return kept
+
+
+def write_key(path: Path, key: str) -> None:
+    """Puts the key where ``status`` finds it, in a file that no other user can read."""
+    path.unlink(missing_ok=True)  # of servers that were killed
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(key)
+
+
+def find_server_python(configured: str = "") -> Path:
+    """The Python that holds sglang: the setting, the environment variable, or ``.venv-sglang`` here or in the checkout.
+
+    Raises ConfigError when a named one does not exist, DependencyError when none is found.
+    """
+    for source, value in (("rollout.server_python", configured), (f"${SERVER_PYTHON}", os.environ.get(SERVER_PYTHON))):
+        if value:
+            if not Path(value).is_file():
+                raise ConfigError(f"{source} = {value}: no such file; it is the Python of the environment with sglang")
+            return Path(value)
+    checkout = Path(__file__).resolve().parents[3]
+    candidates = [root / ".venv-sglang" / "bin" / "python" for root in (Path.cwd(), checkout)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise DependencyError(
+        f"no environment with sglang at {' or '.join(map(str, dict.fromkeys(candidates)))}: run `make install` in the "
+        f"checkout, set rollout.server_python or ${SERVER_PYTHON}, or name running servers in rollout.servers"
+    )
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct free ports below the usual ephemeral range: a server binds its port only after some 20 seconds, and no
+    outgoing connection may take it meanwhile."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(20000, 32000), 200):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise EngineUnavailableError(f"found {len(ports)} of {count} free ports in 20000-31999 on 127.0.0.1")
+
+
+def last_words(log: str) -> str:
+    """The line of a log that says why its program ended: the last one that names an error, else the last one."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    causes = [line for line in lines if CAUSE.search(line)]
+    return (causes or lines or ["(empty)"])[-1][:500]
+
+
+def _group_members(group: int) -> list[int]:
+    """Living processes of a process group (a zombie has nothing left to stop)."""
+    members = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if process.info["status"] != psutil.STATUS_ZOMBIE and os.getpgid(process.pid) == group:
+                members.append(process.pid)
+        except ProcessLookupError:
+            continue
+    return members

@@ -1,0 +1,201 @@
+"""SGLang's ``/generate``: the request of one response, and the validation of its reply. Pure functions, no HTTP."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from typing import Any
+
+import numpy as np
+
+from megatron_gspo.errors import EngineReplyError
+from megatron_gspo.rollout.engine import Decode, Sampling, rollout_seed
+from megatron_gspo.rollout.sglang.routes import decode_routes
+from megatron_gspo.types import OPEN, Prompt, Rollout, ServerAccess, is_of_another_run
+
+LOGPROB_EPSILON = 1e-6
+"""A logprob may exceed 0 by this much: rounding of a log-softmax."""
+LOWEST = math.log(float(np.finfo(np.float32).smallest_subnormal)) - 1
+"""A token whose logprob is below this (-104) has probability 0 in float32, in which every engine samples: it was not
+drawn. A greedy one may have any that is finite."""
+LEAST_FINITE = float(np.finfo(np.float32).min)
+"""A logprob below this is -inf where it is kept."""
+TOKEN_BYTES = 256
+"""Of JSON for each token of a response, at most: its id, its logprob with the id once more, and room to spare."""
+FRAME_BYTES = 2**20
+"""Of JSON around the tokens, at most."""
+
+
+def generation_request(prompt: Prompt, sample: int, sampling: Sampling) -> dict[str, Any]:
+    """The body of POST ``/generate`` for one response, but for its ``rid``."""
+    parameters: dict[str, Any] = {
+        "temperature": 0.0 if sampling.greedy else sampling.temperature,
+        "max_new_tokens": sampling.max_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+    }
+    if sampling.seed is not None:
+        parameters["sampling_seed"] = rollout_seed(sampling.seed, sampling.outer_step, prompt.id, sample, prompt.visit)
+    request = {"input_ids": list(prompt.token_ids), "sampling_params": parameters, "return_logprob": True}
+    return request | ({"return_routed_experts": True} if sampling.routes else {})
+
+
+def new_request_id() -> str:
+    """What a reply must bear as its ``id``: no other request has it, of this run or of anybody's."""
+    return uuid.uuid4().hex
+
+
+def most_reply_bytes(prompt: Prompt, sampling: Sampling) -> int:
+    """The longest sound reply to ``generation_request``: what is longer was not asked for."""
+    size = FRAME_BYTES + TOKEN_BYTES * sampling.max_tokens
+    if sampling.routes:  # int32 in base64
+        tokens = len(prompt.token_ids) + sampling.max_tokens
+        size += tokens * len(sampling.routes.moe_layers) * sampling.routes.top_k * 6
+    return size
+
+
+def parse_generation(
+    reply: Any,
+    prompt: Prompt,
+    sample: int,
+    sampling: Sampling,
+    *,
+    vocab_size: int,
+    weight_version: int,
+    request_id: str,
+    decode: Decode | None = None,
+    access: ServerAccess = OPEN,
+) -> Rollout:
+    """One validated response from a decoded reply.
+
+    Raises EngineReplyError, with the values, unless the reply holds: ``request_id``; token ids in [0, vocab_size), one
+    logprob <= 0 for each and for the same id, above ``LOWEST`` (finite where sampling is greedy); a known finish reason
+    that fits the tokens (the stop token at the end and nowhere else; exactly ``max_tokens`` when cut); counts that
+    agree; ``weight_version`` by its name in ``access``; and, when they were asked for, routes (``decode_routes``). A
+    response of mixed versions has none: a retraction computes the cache of its first tokens again, routes with it,
+    under weights that their logprobs are not from. Nor has an aborted one.
+    """
+    try:
+        meta = reply["meta_info"]
+        _require(
+            meta["id"] == request_id,
+            f"the reply is that of request {shorten(meta['id'])}, and {request_id} was sent",
+        )
+        ids = _token_ids(reply["output_ids"], vocab_size)
+        logprobs = _logprobs(meta["output_token_logprobs"], ids, LEAST_FINITE if sampling.greedy else LOWEST)
+        _check_counts(meta, prompt, ids)
+        finish_reason = _finish_reason(meta["finish_reason"], ids, sampling)
+        versions = _weight_versions(meta, weight_version, access)
+        routes = None
+        if sampling.routes and len(versions) == 1 and finish_reason != "abort":
+            routes = decode_routes(meta.get("routed_experts"), len(prompt.token_ids) + len(ids), sampling.routes)
+    except EngineReplyError as error:
+        raise EngineReplyError(f"prompt {prompt.id!r}, sample {sample}: {error}") from None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise EngineReplyError(
+            f"prompt {prompt.id!r}, sample {sample}: not a reply of /generate "
+            f"({type(error).__name__}: {error}): {shorten(reply)}"
+        ) from None
+    return Rollout(
+        prompt=prompt,
+        sample=sample,
+        response_ids=np.asarray(ids, dtype=np.int32),
+        rollout_logprobs=np.asarray(logprobs, dtype=np.float32),
+        finish_reason=finish_reason,  # type: ignore[arg-type]  # checked against the three names
+        weight_versions=versions,
+        text=decode(ids) if decode else "",
+        routes=routes,
+    )
+
+
+def shorten(value: Any, limit: int = 300) -> str:
+    """The value's text, cut to what fits in an error message."""
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except (RecursionError, ValueError) as error:  # nested without end, or an integer of thousands of digits
+        text = f"a {type(value).__name__} that cannot be shown ({error})"
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise EngineReplyError(message)
+
+
+def _token_ids(ids: Any, vocab_size: int) -> list[int]:
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise EngineReplyError(f"output_ids are not integers: {shorten(ids)}")
+    outside = [i for i in ids if not 0 <= i < vocab_size]
+    _require(not outside, f"output_ids outside the vocabulary [0, {vocab_size}): {outside[:5]}")
+    return ids
+
+
+def _logprobs(entries: Any, ids: list[int], lowest: float) -> list[float]:
+    _require(isinstance(entries, list), f"output_token_logprobs are not a list: {shorten(entries)}")
+    _require(len(entries) == len(ids), f"{len(entries)} logprobs for {len(ids)} tokens")
+    for position, (token, (logprob, logprob_token, *_)) in enumerate(zip(ids, entries, strict=True)):
+        _require(
+            type(logprob_token) is int and token == logprob_token,
+            f"token {position} is {token}, but its logprob is that of token {shorten(logprob_token)}",
+        )
+        _require(
+            type(logprob) in (float, int) and lowest <= logprob <= LOGPROB_EPSILON,  # False for NaN
+            f"the logprob of token {position} (id {token}) is {shorten(logprob)}, none of a token that was drawn: it "
+            f"lies in [{lowest:.4g}, 0]",
+        )
+    return [float(entry[0]) for entry in entries]
+
+
+def _check_counts(meta: dict[str, Any], prompt: Prompt, ids: list[int]) -> None:
+    for key, count in (("prompt_tokens", len(prompt.token_ids)), ("completion_tokens", len(ids))):
+        same = type(meta[key]) is int and meta[key] == count
+        _require(same, f"{key} is {shorten(meta[key])}, but {count} tokens were sent or received")
+
+
+def _finish_reason(reason: Any, ids: list[int], sampling: Sampling) -> str:
+    kind = reason["type"]
+    stops = sampling.stop_token_ids
+    _require(kind in ("stop", "length", "abort"), f"unknown finish reason {shorten(reason)}")
+    _require(len(ids) <= sampling.max_tokens, f"{len(ids)} tokens, more than max_tokens = {sampling.max_tokens}")
+    body = ids[:-1] if kind == "stop" else ids
+    early = [position for position, token in enumerate(body) if token in stops]
+    _require(not early, f"stop token at position {early[:1]} of {len(ids)}, but generation went on to {kind!r}")
+    if kind == "stop":
+        matched = reason["matched"]
+        _require(
+            matched in stops,
+            f"the server stopped at {matched!r}, which is not in stop_token_ids {list(stops)}: the model's own "
+            f"end-of-sequence tokens must be among them",
+        )
+        _require(bool(ids) and ids[-1] == matched, f"stopped at token {matched}, but the response ends in {ids[-3:]}")
+    if kind == "length":
+        _require(
+            len(ids) == sampling.max_tokens,
+            f"cut at {len(ids)} tokens, before max_tokens = {sampling.max_tokens}: the server's context or token pool "
+            f"is too small",
+        )
+    return str(kind)
+
+
+def _weight_versions(meta: dict[str, Any], expected: int, access: ServerAccess) -> tuple[int, ...]:
+    """Distinct versions in the order of the tokens; one that is not ``expected`` must share the response with it."""
+    names = [span["version"] for span in meta.get("weight_versions") or ()] or [meta["weight_version"]]
+    known = [access.version_of(name) for name in names]
+    versions = tuple(dict.fromkeys(version for version in known if version is not None))
+    own = access.version_name(expected)
+    if any(is_of_another_run(name, own) for name in names):
+        raise EngineReplyError(
+            f"another run is using the server: it holds weights of version {shorten(names)}, and {own!r} were sent: "
+            f"give each run servers of its own"
+        )
+    if None in known:
+        raise EngineReplyError(
+            f"weight version {shorten(names)} is none of this run's ({own!r} was expected): "
+            f"no sync has reached the server, one failed halfway, or somebody else has started it again or given it "
+            f"weights"
+        )
+    _require(
+        expected in versions,
+        f"answered with weights of version {', '.join(map(str, versions))}, expected {expected}: "
+        f"the server missed a weight sync",
+    )
+    return versions

@@ -1,0 +1,354 @@
+"""Runs one SGLang server; on a machine without CUDA it first answers what SGLang asks of an accelerator.
+
+Executed by path with the Python of the environment that holds sglang, where megatron_gspo is not installed:
+
+    .venv-sglang/bin/python megatron_gspo/rollout/sglang/server.py --model-path DIR --port 30000 ...
+
+The arguments are SGLang's own (``rollout.sglang.launcher.server_arguments`` writes them). Its scheduler and detokenizer
+are spawned processes that import this file again, so the stand-ins are installed at import, not under ``__main__``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import torch
+
+CPU_ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "1",  # selects SGLang's CPU platform
+    "OMP_NUM_THREADS": "1",  # threads of three processes spinning on few cores: 10 to 30 times slower when unset
+    "TORCHDYNAMO_DISABLE": "1",  # the sampler is torch.compiled, and compiling it takes longer than running it
+}
+PARENT = "MEGATRON_GSPO_PARENT_PID"
+KEY = "MEGATRON_GSPO_SERVER_KEY"
+FILES = "MEGATRON_GSPO_SERVER_FILES"
+"""Environment variable: a server's own directory of temporary files, which goes with it."""
+SHARED = "/dev/shm/"
+
+
+def serve(arguments: list[str]) -> None:
+    """Serves until it is told to stop."""
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    if key := os.environ.pop(KEY, ""):
+        keep_from_log(key)
+        arguments = [*arguments, f"--api-key={key}"]  # of this call, not of the process: those everybody can read
+    server_args = prepare_server_args(arguments)
+    try:
+        run_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def keep_from_log(key: str) -> None:
+    """Has the server's log, which shows every setting, show another key than its own."""
+    from sglang.srt.entrypoints import engine
+
+    shown = engine._server_args_for_logging
+    engine._server_args_for_logging = lambda server_args: {
+        name: "..." if value == key else value for name, value in shown(server_args).items()
+    }
+
+
+def die_with(parent: int) -> None:
+    """Kills this server's process group within a second of ``parent`` going away, however it went, and removes what
+    only an orderly end would."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    group = os.getpgrp()
+    left = shared_memory(group)
+    for member in members(group):
+        if member != os.getpid():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member, signal.SIGKILL)
+    remove(left, os.environ.get(FILES))
+    os.killpg(group, signal.SIGKILL)
+
+
+def members(group: int) -> list[int]:
+    """Processes of a process group; zombies among them."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(int(name)) == group:
+                found.append(int(name))
+    return found
+
+
+def shared_memory(group: int) -> set[str]:
+    """Files of /dev/shm that processes of a group have mapped or open: segments and semaphores, which nobody removes
+    when they are killed. (Not what lies in directories there: weights on their way are not the server's.)
+
+    Told by their inodes: a semaphore is made under another name than it gets.
+    """
+    inodes = set()
+    for member in members(group):
+        with contextlib.suppress(OSError):  # it has ended
+            with open(f"/proc/{member}/maps", errors="replace") as maps:
+                inodes |= {int(line.split()[4]) for line in maps if SHARED in line}
+            for name in os.listdir(f"/proc/{member}/fd"):
+                with contextlib.suppress(OSError):
+                    if os.readlink(f"/proc/{member}/fd/{name}").startswith(SHARED):
+                        inodes.add(os.stat(f"/proc/{member}/fd/{name}").st_ino)
+    try:
+        return {entry.path for entry in os.scandir(SHARED) if entry.inode() in inodes and not entry.is_dir()}
+    except OSError:  # there is none on this machine
+        return set()
+
+
+def remove(left: Iterable[str], directory: str | None) -> None:
+    """Removes shared memory, and the directory of temporary files."""
+    for path in left:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    if directory:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def listen_on_loopback() -> None:
+    """Has torch's store listen where its address says, if that is loopback: by itself it listens on every interface."""
+    rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")
+    plain = rendezvous.TCPStore
+
+    def store(*, host_name: str, port: int, is_master: bool, **settings: Any) -> Any:
+        if not (is_master and host_name.startswith("127.")):
+            return plain(host_name=host_name, port=port, is_master=is_master, **settings)
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host_name, port))
+            listener.listen(128)
+            settings |= {"master_listen_fd": listener.fileno(), "multi_tenant": False}
+            made = plain(host_name=host_name, port=port, is_master=True, **settings)
+            listener.detach()  # the store closes it
+        return made
+
+    rendezvous.TCPStore = store
+
+
+def install_cpu_stand_ins() -> None:
+    """Installs every entry of ``STAND_INS``."""
+    for install in STAND_INS:
+        install()
+
+
+def _torchvision_operators() -> None:
+    """torchvision's wheel is a CUDA build: its import registers fake kernels for operators that it then lacks."""
+    import torch
+
+    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def _sgl_kernel() -> None:
+    """sgl_kernel has no CPU wheel. Its names are imported unconditionally and never called: they raise if they are."""
+    module = types.ModuleType("sgl_kernel")
+    module.__path__ = []  # a package, so that ``import sgl_kernel.x`` fails as for any missing submodule
+
+    def missing(name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def call(*args: object, **kwargs: object) -> object:
+            raise RuntimeError(f"sgl_kernel.{name} was called, and there is no sgl_kernel for this CPU")
+
+        return call
+
+    module.__getattr__ = missing  # type: ignore[method-assign]
+    sys.modules["sgl_kernel"] = module
+
+
+def _pinned_memory() -> None:
+    """Capturing routed experts registers its host buffer with the CUDA runtime."""
+    import torch
+
+    success = types.SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0)
+    torch.cuda.cudart = lambda: success
+
+
+def _deterministic_attention() -> None:
+    """``sampling_seed`` needs deterministic inference, which does not list torch_native (one thread is repeatable)."""
+    from sglang.srt.arg_groups import choices
+
+    choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES.append("torch_native")
+
+
+def _batch_invariance() -> None:
+    """Deterministic inference replaces operators by Triton kernels; on a CPU they stay as they are."""
+    from sglang.srt import batch_invariant_ops
+
+    batch_invariant_ops.enable_batch_invariant_mode = lambda *args, **kwargs: None
+
+
+def _seeded_hash() -> None:
+    """The seeded sampler's hash is a Triton kernel, or an operator of sgl_kernel on a CPU: here it is torch."""
+    import torch
+
+    torch.library.define("sgl_kernel::murmur_hash32_cpu", "(Tensor seed, Tensor positions, Tensor columns) -> Tensor")
+    torch.library.impl("sgl_kernel::murmur_hash32_cpu", "CPU", murmur_hash32)
+
+
+def _shared_expert_gate() -> None:
+    """Qwen2-MoE adds its gated shared expert by a Triton kernel."""
+    import torch
+    from sglang.kernels.ops.elementwise import elementwise
+
+    def add(hidden_TH: torch.Tensor, gate_H: torch.Tensor, shared_TH: torch.Tensor, output_TH: torch.Tensor) -> None:
+        output_TH.addcmul_(torch.sigmoid(hidden_TH @ gate_H).unsqueeze(1), shared_TH)
+
+    elementwise.fused_gate_sigmoid_mul_add = add
+
+
+def _attention_by_length() -> None:
+    """SGLang's attention in torch takes one sequence at a time, which is most of what a small model costs."""
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend as Backend
+
+    extend, decode = Backend._run_sdpa_forward_extend, Backend._run_sdpa_forward_decode
+    Backend._run_sdpa_forward_extend = _where_it_applies(attend_extend, extend, causal=True)
+    Backend._run_sdpa_forward_decode = _where_it_applies(attend_decode, decode, causal=False)
+
+
+def _where_it_applies(
+    grouped: Callable[..., torch.Tensor], one_by_one: Callable[..., torch.Tensor], *, causal: bool
+) -> Callable[..., torch.Tensor]:
+    """``grouped`` for a decoder's self-attention; ``one_by_one`` with an encoder or a sliding window."""
+
+    def attend(self: object, *tensors: Any, **options: Any) -> torch.Tensor:
+        without_encoder = tensors[-1] is None and not options["is_cross_attn"]
+        if without_encoder and options["causal"] is causal and options["sliding_window_size"] is None:
+            return grouped(*tensors[:-1], scale=options["scaling"], enable_gqa=options["enable_gqa"])
+        return one_by_one(self, *tensors, **options)
+
+    return attend
+
+
+def attend_decode(
+    query_NHD: torch.Tensor,
+    output_NHD: torch.Tensor,
+    keys_CHD: torch.Tensor,
+    values_CHD: torch.Tensor,
+    place_RL: torch.Tensor,
+    request_N: torch.Tensor,
+    length_N: torch.Tensor,
+    **options: Any,
+) -> torch.Tensor:
+    """Attention of one new token a sequence to the whole sequence, sequences of equal length in one call.
+
+    Args:
+        query_NHD: [sequences, heads, dimension]. ``output_NHD``, of the same shape, is filled.
+        keys_CHD: [cache rows, key-value heads, dimension]; ``values_CHD`` has the same shape.
+        place_RL: [requests, positions], cache rows of each request's tokens.
+        request_N: [sequences], the request of each.
+        length_N: [sequences], tokens of each, the new one included.
+    """
+    from torch.nn.functional import scaled_dot_product_attention
+
+    for length in length_N.unique().tolist():
+        rows_G = (length_N == length).nonzero().squeeze(1)
+        place_GL = place_RL[request_N[rows_G], :length]
+        keys, values = (cache[place_GL].transpose(1, 2).to(query_NHD.dtype) for cache in (keys_CHD, values_CHD))
+        out = scaled_dot_product_attention(query_NHD[rows_G].unsqueeze(2), keys, values, **options)
+        output_NHD[rows_G] = out.squeeze(2)
+    return output_NHD
+
+
+def attend_extend(
+    query_THD: torch.Tensor,
+    output_THD: torch.Tensor,
+    keys_CHD: torch.Tensor,
+    values_CHD: torch.Tensor,
+    place_RL: torch.Tensor,
+    request_N: torch.Tensor,
+    length_N: torch.Tensor,
+    prefix_N: torch.Tensor,
+    new_N: torch.Tensor,
+    **options: Any,
+) -> torch.Tensor:
+    """Causal attention of the last ``new_N`` tokens of each sequence, which stand one after the other in
+    ``query_THD``, sequences of equal prefix and length in one call. Arguments otherwise as in ``attend_decode``."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    start_N = new_N.cumsum(0) - new_N
+    for prefix, new in torch.stack([prefix_N, new_N], dim=1).unique(dim=0).tolist():
+        rows_G = ((prefix_N == prefix) & (new_N == new)).nonzero().squeeze(1)
+        tokens_GE = start_N[rows_G].unsqueeze(1) + torch.arange(new)
+        place_GL = place_RL[request_N[rows_G], : prefix + new]
+        keys, values = (cache[place_GL].transpose(1, 2).to(query_THD.dtype) for cache in (keys_CHD, values_CHD))
+        query = query_THD.new_zeros(len(rows_G), query_THD.shape[1], prefix + new, query_THD.shape[2])
+        query[:, :, prefix:] = query_THD[tokens_GE].transpose(1, 2)
+        out = scaled_dot_product_attention(query, keys, values, is_causal=True, **options)
+        output_THD[tokens_GE] = out[:, :, prefix:].transpose(1, 2)
+    return output_THD
+
+
+STAND_INS = (
+    _torchvision_operators,
+    _sgl_kernel,
+    _pinned_memory,
+    _shared_expert_gate,
+    _attention_by_length,
+    # Seeded sampling:
+    _deterministic_attention,
+    _batch_invariance,
+    _seeded_hash,
+)
+
+
+def murmur_hash32(seed_N: torch.Tensor, positions_N: torch.Tensor, columns_M: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3 (x86, 32 bits) of the 16 bytes (seed 64, position 32, column 32): [N, M] uint32.
+
+    Integer products wrap modulo 2**64, which leaves the low 32 bits right.
+    """
+    import torch
+
+    low = 0xFFFFFFFF
+    seed_N1 = seed_N.to(torch.int64)[:, None]
+    position_N1 = positions_N.to(torch.int64)[:, None]
+
+    def rotate(x: torch.Tensor, bits: int) -> torch.Tensor:
+        return ((x << bits) | (x >> (32 - bits))) & low
+
+    h = torch.zeros_like(seed_N1)
+    for block in (seed_N1 & low, (seed_N1 >> 32) & low, position_N1 & low, columns_M.to(torch.int64) & low):
+        k = rotate(block * 0xCC9E2D51 & low, 15) * 0x1B873593 & low
+        h = (rotate(h ^ k, 13) * 5 + 0xE6546B64) & low
+    h = h ^ 16
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h = (h ^ (h >> shift)) * factor & low
+    return (h ^ (h >> 16)).to(torch.uint32)
+
+
+def _without_cuda() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+if __name__ in ("__main__", "__mp_main__"):  # the server, or a process that it spawned
+    listen_on_loopback()
+
+if __name__ in ("__main__", "__mp_main__") and _without_cuda():
+    for name, value in CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    install_cpu_stand_ins()
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is a local directory
+    if PARENT in os.environ:
+        threading.Thread(target=die_with, args=(int(os.environ[PARENT]),), daemon=True).start()
+    serve(sys.argv[1:])

@@ -1,0 +1,131 @@
+"""One rank of a run: its failure becomes one line, said once, and an exit status."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+import traceback
+from typing import TYPE_CHECKING
+
+from megatron_gspo.config import RunConfig
+from megatron_gspo.errors import ConfigError, MegatronGspoError, RunStopped, UserError
+from megatron_gspo.limits import allow_open_files, explain
+from megatron_gspo.quiet import mute
+from megatron_gspo.supervise import INTERRUPTED, first_to_say, was_interrupted
+from megatron_gspo.versions import untested_here
+
+if TYPE_CHECKING:
+    from megatron_gspo.runs.recording import MakeRecorder
+
+STOPPED = os.EX_TEMPFAIL
+"""Exit status (75) of a run that SIGTERM stopped after saving: queue it again with train.resume = true."""
+FIRST_RANKS_TURN_S = 1.0
+"""Seconds by which the first rank goes before the others in saying what failed."""
+ANOTHER_IS_MISSING = re.compile("Connection (closed by|reset by) peer|Broken pipe|gloo/transport", re.IGNORECASE)
+"""In the text of a failed collective: another rank has ended, and what that one says is the reason."""
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def world_of_torchrun() -> int | None:
+    """Ranks of the world that this process is one of, by torchrun's variables; None without ``RANK``.
+
+    Raises ConfigError when they contradict themselves: a ``RANK`` that something else has set, perhaps.
+    """
+    if "RANK" not in os.environ:
+        return None
+    found = {name: os.environ.get(name) for name in TORCHRUN}
+    rank, world = found["RANK"] or "", found["WORLD_SIZE"] or ""
+    if None in found.values() or not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        shown = ", ".join(f"{name} = {value!r}" for name, value in found.items())
+        raise ConfigError(f"{shown} are not torchrun's: unset RANK to start the ranks here, or start with torchrun")
+    return int(world)
+
+
+def run_rank(config: RunConfig, make_recorder: MakeRecorder) -> int:
+    """Trains as one rank; returns the process's exit status."""
+    mute()
+    if too_few := allow_open_files():
+        raise ConfigError(too_few)
+    if os.environ["RANK"] == "0":
+        from megatron_gspo.parallel.rendezvous import exposed_store
+
+        for line in filter(None, (*untested_here(), exposed_store())):
+            print(f"warning: {line}", file=sys.stderr)
+    from megatron_gspo.runs.loop import train
+
+    try:
+        train(config, make_recorder)
+        leave_world()
+    except BaseException as error:
+        return _said(error)
+    return 0
+
+
+def _said(error: BaseException) -> int:
+    """The exit status of a run that has raised, which is said, once for all ranks."""
+    if was_interrupted() or isinstance(error, KeyboardInterrupt):  # the launcher says so
+        return INTERRUPTED
+    if isinstance(error, RunStopped):
+        _say_once(str(error))
+        return STOPPED
+    if isinstance(error, MegatronGspoError):
+        _show_the_unforeseen(error)
+        _say_once(f"error: {_line(error)}")
+        return 2 if isinstance(error, UserError) else 1
+    if words := explain(error):
+        _say_once(f"error: rank {os.environ['RANK']}: {words}")
+        return 1
+    if ANOTHER_IS_MISSING.search(str(error)):
+        time.sleep(FIRST_RANKS_TURN_S)
+    told = "".join(traceback.format_exception(error))
+    _say_once(f"{told}error: rank {os.environ['RANK']}: {type(error).__name__}: {_line(error)}")
+    return 1
+
+
+def leave_world() -> None:
+    """Ends the process groups of a run that is done, with their threads: those of gloo let go of tensors, for which
+    they ask for the interpreter's lock, and abort the process when there is no interpreter left."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()  # none is still waiting for another's last words
+        dist.destroy_process_group()
+
+
+def _say_once(text: str) -> None:
+    """Prints a failure unless another rank has: one that the ranks agree on strikes all of them, another only one,
+    and the rest then fail because it is missing."""
+    if os.environ["RANK"] != "0":
+        time.sleep(FIRST_RANKS_TURN_S)
+    if _is_first("failure"):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _show_the_unforeseen(error: MegatronGspoError) -> None:
+    """Prints the traceback of what is none of our errors, and which ``parallel.exchange.agree`` has wrapped in one."""
+    cause = error.__cause__
+    if cause and explain(cause):
+        return
+    if type(error) is MegatronGspoError and cause and not isinstance(cause, OSError) and _is_first("traceback"):
+        print("".join(traceback.format_exception(cause)), end="", file=sys.stderr, flush=True)
+
+
+def _is_first(key: str) -> bool:
+    """Whether no other rank has asked before."""
+    if (first := first_to_say(key)) is not None:
+        return first
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add(f"megatron_gspo/{key}", 1) == 1
+    except RuntimeError:  # the store went with the rank that held it
+        return True
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())

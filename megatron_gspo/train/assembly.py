@@ -1,0 +1,239 @@
+"""What a run is made of, and how it is put together from a configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_gspo.config import RunConfig
+from megatron_gspo.data.cursor import PromptCursor
+from megatron_gspo.data.formats import Paths
+from megatron_gspo.data.prompts import CompletionSet, PromptSet, load_prompts
+from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer, response_text, turn_end_fix, turn_end_problem
+from megatron_gspo.errors import DataError
+from megatron_gspo.hf.carried import carried_names
+from megatron_gspo.hf.checkpoint import HfReader
+from megatron_gspo.megatron.checkpoint_files import is_distributed
+from megatron_gspo.megatron.groups import Groups
+from megatron_gspo.megatron.policy import Policy
+from megatron_gspo.parallel.exchange import agree, gather_objects
+from megatron_gspo.rewards.references import ReferenceCheck
+from megatron_gspo.rewards.registry import Reward, resolve_reward
+from megatron_gspo.rollout.engine import Engine, Sampling, make_engine
+from megatron_gspo.sync.base import WeightSync, make_weight_sync
+from megatron_gspo.sync.gap import in_dtype, with_router_noise
+from megatron_gspo.sync.head import HEAD, with_head
+from megatron_gspo.sync.peers import Peers
+from megatron_gspo.train.engine_gate import EngineGate, make_gate
+from megatron_gspo.train.learner import Learner, build_learner
+from megatron_gspo.train.models import check_models, check_served, engine_holds_head
+from megatron_gspo.train.progress import fingerprint
+from megatron_gspo.types import OPEN, ServerAccess
+
+
+@dataclass(frozen=True)
+class Run(Learner):
+    """One rank's view of a reinforcement-learning run; what changes lies in ``policy``, ``cursor`` and the servers."""
+
+    tokenizer: Tokenizer
+    prompts: PromptSet
+    eval_prompts: PromptSet | None
+    cursor: PromptCursor
+    engine: Engine
+    """Over this leader's share of the servers."""
+    sync: WeightSync
+    reward: Reward
+    gate: EngineGate
+    references: ReferenceCheck | None = None
+    """What is known of reference answers; None when nobody looked."""
+    notes: list[str] = field(default_factory=list)
+    """What the recorder is to say after the step."""
+
+    @property
+    def seeded(self) -> bool:
+        """Whether rollouts are drawn from seeds."""
+        return self.config.rollout.is_seeded(on_gpu=torch.cuda.is_available())
+
+    def push(self, version: int) -> None:
+        """Puts the policy's weights onto the servers as ``version``, with the engine gap that is asked for. Collective.
+
+        Raises SyncError.
+        """
+        weights, config = self.policy.weights(copies=False), self.config
+        if engine_holds_head(config.rollout.engine, self.policy.shape):
+            weights = with_head(weights)
+        if config.sync.router_noise:
+            weights = with_router_noise(
+                weights,
+                self.policy.family.router_names(self.policy.shape),
+                relative=config.sync.router_noise,
+                seed=config.train.seed,
+                version=version,
+            )
+        if config.rollout.engine_dtype:
+            kept = self.policy.family.bias_names(self.policy.shape)
+            weights = in_dtype(weights, getattr(torch, config.rollout.engine_dtype), kept)
+        if verified := self.sync.push(weights, version):
+            self.notes.append(verified)
+
+    def sampling(self, outer_step: int) -> Sampling:
+        """How this outer step's responses are drawn."""
+        rollout = self.config.rollout
+        return Sampling(
+            group_size=rollout.group_size,
+            temperature=rollout.temperature,
+            max_tokens=rollout.max_response_tokens,
+            stop_token_ids=self.tokenizer.stop_ids,
+            seed=self.config.train.seed if self.seeded else None,
+            outer_step=outer_step,
+            routes=self.policy.shape.routes if self.config.replay.asks_for_routes(outer_step) else None,
+        )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a reinforcement-learning run reads besides weights."""
+
+    tokenizer: Tokenizer
+    prompts: PromptSet
+    eval_prompts: PromptSet | None
+    reward: Reward
+    chat_template: bool = True
+    """Whether prompts were rendered with the chat template."""
+    references: ReferenceCheck | None = None
+    """As ``Run.references``."""
+
+    def describe(self) -> str:
+        held_out = f", {len(self.eval_prompts)} held out" if self.eval_prompts else ""
+        problem = turn_end_problem(self.tokenizer) if self.chat_template else ""
+        warning = f"; warning: {problem} ({turn_end_fix(self.tokenizer)})" if problem else ""
+        return f"{len(self.prompts)} prompts{held_out}{describe_looked(self.prompts)}{warning}"
+
+    def fingerprints(self) -> dict[str, str]:
+        """Setting -> fingerprint of what was read through it. Reads a long file once more."""
+        sets = {"data.path": self.prompts, "data.eval_path": self.eval_prompts}
+        return {name: loaded.looked.fingerprint() if loaded else fingerprint(()) for name, loaded in sets.items()}
+
+
+def describe_looked(read: PromptSet | CompletionSet) -> str:
+    """ " (1 skipped, first: line 3: ...)", and of a long file how much of it was looked at."""
+    parts = [] if read.looked.whole else [f"{read.looked.rows} rows looked at, the others are when they are drawn"]
+    if read.skipped:
+        parts.append(f"{read.skipped} skipped, first: {read.problems[0]}")
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def load_inputs(config: RunConfig) -> Inputs:
+    """Reads prompts and finds the reward, before anything is started or written. Raises UserError."""
+    check_models(config)
+    tokenizer = open_tokenizer(config)
+    load = functools.partial(
+        load_prompts,
+        tokenizer=tokenizer,
+        format=config.data.format,
+        fields=Paths.named_by(config.data),
+        chat_template=config.data.chat_template,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        skip_bad=config.data.skip_bad,
+    )
+    prompts = load(config.data.path, limit=config.data.limit)
+    if len(prompts) < config.train.prompts_per_step:
+        raise DataError(
+            f"{config.data.path}: {len(prompts)} prompts, fewer than train.prompts_per_step = "
+            f"{config.train.prompts_per_step}: a prompt would be drawn twice in a step"
+        )
+    eval_prompts = load(config.data.eval_path, limit=config.eval.prompts, whole=True) if config.data.eval_path else None
+    return Inputs(tokenizer, prompts, eval_prompts, resolve_reward(config.reward), config.data.chat_template)
+
+
+def build_run(
+    config: RunConfig, groups: Groups, inputs: Inputs, urls: tuple[str, ...], access: ServerAccess = OPEN
+) -> Run:
+    """Loads model and weights and connects to the servers. Collective. Raises UserError for what the user can mend."""
+    learner = build_learner(config, groups)
+    policy = learner.policy
+    run = Run(
+        **vars(learner),
+        tokenizer=inputs.tokenizer,
+        prompts=inputs.prompts,
+        eval_prompts=inputs.eval_prompts,
+        cursor=PromptCursor(len(inputs.prompts), config.train.seed, config.data.shuffle),
+        engine=make_engine(
+            own_servers(urls, groups),
+            config.rollout,
+            vocab_size=policy.shape.vocab_size,
+            decode=response_text(inputs.tokenizer, special_tokens=config.reward.special_tokens),
+            access=access,
+        ),
+        sync=make_weight_sync(
+            config.sync,
+            urls,
+            make_peers(groups),
+            model_path=config.model.path,
+            expected_names=expected_names(config, policy),
+            access=access,
+            shared=bool(config.rollout.servers),
+        ),
+        reward=inputs.reward,
+        gate=make_gate(config),
+        references=inputs.references,
+    )
+    connect(run, own_servers(urls, groups), access)
+    return run
+
+
+def expected_names(config: RunConfig, policy: Policy) -> set[str]:
+    """The tensors that a sync must send: those of the checkpoint, without layers that nothing here computes. A tied
+    head, stored there or not, is sent to an engine that holds one of its own. Collective."""
+    if is_distributed(Path(config.model.path)):
+        names = set().union(*gather_objects(policy.names(), policy.groups.world))
+    else:
+        names = set(HfReader(config.model.path).names())
+        names -= set(carried_names(names, policy.shape))
+    if policy.shape.tied_embeddings:
+        names -= {HEAD}
+    return names | {HEAD} if engine_holds_head(config.rollout.engine, policy.shape) else names
+
+
+def connect(run: Run, urls: Sequence[str], access: ServerAccess) -> None:
+    """Each leader says hello to its servers: one that is down, or of another model, is found before anything is
+    trained. Collective."""
+    error: Exception | None = None
+    if run.groups.is_leader:
+        try:
+            asyncio.run(_enter_and_leave(run.engine))
+            check_served(urls, run.config.model.path, access.key)
+        except Exception as caught:
+            error = caught
+    agree(error, run.groups.world)
+
+
+async def _enter_and_leave(engine: Engine) -> None:
+    async with engine:
+        pass
+
+
+def own_servers(urls: tuple[str, ...], groups: Groups) -> tuple[str, ...]:
+    """The share of the servers that this data-parallel leader draws from; one at least."""
+    return urls[groups.data_rank :: groups.data_size] or (urls[groups.data_rank % len(urls)],)
+
+
+def make_peers(groups: Groups) -> Peers:
+    """All trainer ranks, for weight sync."""
+
+    def receive(tensor: torch.Tensor, source: int) -> None:
+        dist.recv(tensor, source, group=groups.world)
+
+    return Peers(
+        dist.get_rank(),
+        dist.get_world_size(),
+        functools.partial(gather_objects, group=groups.world),
+        send=functools.partial(dist.send, dst=0, group=groups.world),
+        receive=receive,
+    )
