@@ -62,6 +62,7 @@ class ClipCov(Covariance):
     """Covariance below which it may."""
 
     def rank(self, shard: TokenShard, covariances: torch.Tensor) -> torch.Tensor:
+        """A drawn number inside the band, minus infinity outside."""
         inside = (covariances > self.low) & (covariances < self.high)
         return drawn_numbers(shard).masked_fill(~inside, -float("inf"))
 
@@ -84,6 +85,7 @@ class KlCov(Covariance):
     """Weight of |log w_t|."""
 
     def rank(self, shard: TokenShard, covariances: torch.Tensor) -> torch.Tensor:
+        """The covariance."""
         return covariances
 
     def loss(self, shard: TokenShard, new_logprobs_T: torch.Tensor, sequence_sum: SequenceSum) -> LossOutput:

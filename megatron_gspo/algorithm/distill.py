@@ -32,6 +32,7 @@ class Distill(ClippedTokens):
 
     @property
     def uses_reference(self) -> bool:
+        """Always: the teacher."""
         return True
 
     def loss(self, shard: TokenShard, new_logprobs_T: torch.Tensor, sequence_sum: SequenceSum) -> LossOutput:

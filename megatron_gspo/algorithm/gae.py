@@ -119,10 +119,12 @@ class ValueScale:
 
     @property
     def mean(self) -> float:
+        """Of returns so far; 0 before any."""
         return self.first / self.weight if self.weight else 0.0
 
     @property
     def std(self) -> float:
+        """Of returns so far; 1 before any."""
         if not self.weight:
             return 1.0
         return max(self.second / self.weight - self.mean**2, self.SMALLEST**2) ** 0.5

@@ -38,18 +38,22 @@ Rule = Callable[[torch.Tensor, float, float], torch.Tensor]
 
 
 def truncate(log_rho: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """min(rho, high)."""
     return log_rho.clamp(max=math.log(high)).exp()
 
 
 def clip(log_rho: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """rho within [low, high]."""
     return log_rho.clamp(_log(low), math.log(high)).exp()
 
 
 def mask(log_rho: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """rho inside [low, high], 0 outside."""
     return _inside(log_rho, low, high) * truncate(log_rho, low, high)
 
 
 def drop(log_rho: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """1 inside [low, high], 0 outside."""
     return _inside(log_rho, low, high).to(log_rho.dtype)
 
 

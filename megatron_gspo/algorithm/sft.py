@@ -22,10 +22,12 @@ class Sft(Algorithm):
 
     @property
     def uses_reference(self) -> bool:
+        """Never."""
         return False
 
     @property
     def uses_critic(self) -> bool:
+        """Never."""
         return False
 
     @property

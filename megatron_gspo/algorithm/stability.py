@@ -37,6 +37,7 @@ class Half:
 
     @property
     def is_inside(self) -> bool:
+        """Whether it lies among the values that were run."""
         return self.below <= self.value <= self.above
 
 

@@ -57,6 +57,7 @@ class Problem:
 
     @property
     def own_grad_T(self) -> torch.Tensor:
+        """This rank's slice."""
         return self.grad_T.chunk(self.group.size())[self.group.rank()]
 
 

@@ -48,6 +48,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
+        """Median, smallest and largest."""
         return cls(median(values), min(values), max(values))
 
 
@@ -60,6 +61,7 @@ class Clock:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def read(self) -> tuple[float, float]:
+        """Seconds since it was made: (on the wall, of this process's threads)."""
         self._wait()
         return time.perf_counter() - self._wall, time.process_time() - self._cpu
 
@@ -88,6 +90,7 @@ class PeakMemory:
             self._start = _status_bytes("VmRSS", process)
 
     def read(self) -> int:
+        """Most bytes held since it was made, above what there was then."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) - self._start
         return _status_bytes("VmHWM", self._process) - self._start

@@ -18,6 +18,7 @@ BENCHMARKS = ("logprobs", "packing", "replay", "sync", "convert")
 
 
 def add_arguments(parser: Parser) -> None:
+    """The options of the command."""
     modules = {name: import_module(f"megatron_gspo.commands.bench_{name}") for name in BENCHMARKS}
     parser.add_commands("BENCHMARK", {"benchmarks": BENCHMARKS}, modules)
     for benchmark in parser.commands.choices.values():

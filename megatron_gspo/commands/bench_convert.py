@@ -14,12 +14,14 @@ experts per layer), converts it to Megatron's format and back, copies its files 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("--gb", type=float, default=4.0, help="size of the checkpoint, 1e9 bytes (default: 4)")
     parser.add_argument("--directory", type=Path, default=Path("."), help="where to write (default: here)")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     import json
 
     from megatron_gspo.bench import convert

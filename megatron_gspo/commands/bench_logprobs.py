@@ -21,6 +21,7 @@ QUICK: dict[str, Any] = {"tokens": [512], "alone": [], "repetitions": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("--tokens", type=positive, nargs="*", help="micro-batch sizes, over all tensor ranks")
     parser.add_argument("--alone", type=positive, nargs="*", help="sizes at which ours alone runs, once, for its peak")
     parser.add_argument("--ranks", type=positive, nargs="+", help="tensor ranks (default: 1 2; on one GPU: 1)")
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     import json
 
     import torch

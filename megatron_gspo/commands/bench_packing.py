@@ -16,6 +16,7 @@ micro-batches over the lower bound."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument(
         "--sequences", type=positive, default=100_000, help="sequences per mini-batch (default: %(default)s)"
     )
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     import json
 
     from megatron_gspo.bench import packing

@@ -16,6 +16,7 @@ r2 and r3 in turns. On CPU ranks."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument(
         "--tokens", type=positive, default=20_000, help="tokens whose routes move (default: %(default)s)"
     )
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     import json
 
     from megatron_gspo.quiet import mute

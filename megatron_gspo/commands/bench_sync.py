@@ -16,6 +16,7 @@ of float32 by default) and pushes its weights by every method, beside a bare bro
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("--layers", type=positive, default=2, help="layers (default: %(default)s)")
     parser.add_argument("--hidden", type=positive, default=1024, help="hidden size (default: %(default)s)")
     parser.add_argument("--experts", type=positive, default=32, help="experts per layer (default: %(default)s)")
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     import json
 
     import torch

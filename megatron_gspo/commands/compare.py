@@ -23,6 +23,7 @@ STOPPED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="TOML file of what all cells share")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="[LOSS:]section.key=value",
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     from megatron_gspo.quiet import mute
 
     if options.redraw is not None:
@@ -161,6 +163,7 @@ class Progress:
         self._bars.stop()
 
     def say(self, text: str) -> None:
+        """A line above the bar."""
         self._console.print(text, markup=False, soft_wrap=True)
 
     def ended(self, outcome: Outcome) -> None:

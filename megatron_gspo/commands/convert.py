@@ -32,6 +32,7 @@ MOST_GB = 1e6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("source", metavar="SRC", help="Hugging Face directory, or Megatron distributed checkpoint")
     parser.add_argument("destination", metavar="DST", help="directory to write")
     parser.add_argument("--config", metavar="DIR", help="config.json and tokenizer (default: SRC's, or its run's)")
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     import dataclasses
     import json
     import resource

@@ -22,6 +22,7 @@ MORE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("subject", type=Path, metavar="CONFIG|RUN|HF_DIR", help="what to evaluate")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     from megatron_gspo.quiet import apart_from_stdout
 
     with apart_from_stdout() as printed:
@@ -221,6 +223,7 @@ class Progress:
         self._bars.stop()
 
     def phase(self, text: str) -> None:
+        """What is being done now."""
         self._bars.update(self._task, description=text)
         if not self._console.is_terminal:
             print(text, file=sys.stderr, flush=True)
@@ -230,4 +233,5 @@ class Progress:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def advance(self) -> None:
+        """One more response."""
         self._bars.advance(self._task)

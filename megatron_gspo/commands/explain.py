@@ -20,10 +20,12 @@ NARROWEST = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("names", nargs="*", metavar="SECTION[.KEY]", help="setting, or section of settings")
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     from megatron_gspo.config.reference import find
 
     width = max(shutil.get_terminal_size().columns, NARROWEST)

@@ -27,6 +27,7 @@ every one that is not refused), 1 when one does not, 2 for a mistake in what was
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     from megatron_gspo.algorithm.catalog import policy_losses
     from megatron_gspo.parity.models import MODELS
     from megatron_gspo.parity.precision import PRECISIONS
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     import json
 
     from megatron_gspo.parity.layouts import choose_layouts

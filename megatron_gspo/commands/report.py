@@ -11,11 +11,13 @@ DOCS = "docs/metrics.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--out", type=Path, help="file to write (default: report.html in the first run)")
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     from megatron_gspo.report.html import write_report
     from megatron_gspo.storage import claiming
 

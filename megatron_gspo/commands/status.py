@@ -19,6 +19,7 @@ MORE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("path", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--watch", action="store_true", help="go on until the run ends; piped: a line at each change")
     parser.add_argument("--interval", type=_seconds, default=2.0, metavar="SECONDS", help="between looks (default 2)")
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     import json
 
     from megatron_gspo.report.status import format_line, format_status

@@ -13,6 +13,7 @@ MORE = "Starts its own ranks on this machine; under torchrun it is one rank of t
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("config", type=Path, help="TOML file")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     from megatron_gspo.config import load
     from megatron_gspo.config.inputs import check_inputs
 

@@ -88,6 +88,7 @@ class Arm:
 
     @property
     def name(self) -> str:
+        """In directories and on the page."""
         return self.family if self.value is None else f"{self.family}-{self.value:g}"
 
 
@@ -103,10 +104,12 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """In messages."""
         return f"{self.arm.name}, seed {self.seed}"
 
     @property
     def run_dir(self) -> Path:
+        """Where its run writes."""
         return Path(self.config.train.run_dir)
 
     @property
@@ -121,6 +124,7 @@ class Cell:
 
     @property
     def finished(self) -> bool:
+        """Whether its digest is there."""
         return self.digest_file.is_file()
 
 

@@ -36,6 +36,7 @@ class Outcome:
     """Empty when the cell is finished."""
 
     def as_record(self) -> dict[str, Any]:
+        """For ``--json``."""
         return {"arm": self.cell.arm.name, "seed": self.cell.seed, "error": self.error}
 
 
@@ -67,6 +68,7 @@ class Queue:
             return self._cells.pop(next(fitting, 0)) if self._cells else None
 
     def clear(self) -> None:
+        """Leaves nothing to take."""
         with self._lock:
             self._cells.clear()
 
@@ -115,6 +117,7 @@ class Worker(threading.Thread):
         self._process: Any = None
 
     def run(self) -> None:
+        """Takes cells until none is left."""
         try:
             while not self._stopping.asked and (cell := self._queue.take(self._serves)):
                 urls = self._urls or self._serve(cell)

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from megatron_gspo.algorithm.base import Algorithm, algorithm_class
 from megatron_gspo.algorithm.catalog import ALGORITHMS
 from megatron_gspo.config.run import RunConfig
+from megatron_gspo.config.training import OptimizerConfig
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.section import Section
 
@@ -106,8 +107,11 @@ def find(word: str) -> tuple[Setting, ...]:
 
 
 def with_name(name: str) -> tuple[Setting, ...]:
-    """The settings of all sections whose key is ``name``."""
-    return tuple(s for section in RunConfig.model_fields for s in settings(section) if s.name == name)
+    """The settings of all sections whose key is ``name``; without the critic's own optimizer, whose keys are those of
+    ``[optimizer]``."""
+    found = tuple(s for section in RunConfig.model_fields for s in settings(section) if s.name == name)
+    shared = name in OptimizerConfig.model_fields
+    return tuple(s for s in found if not (shared and s.key.startswith("critic.")))
 
 
 def did_you_mean(word: str) -> str:

@@ -76,6 +76,7 @@ class StoredTensors:
         return list(self._names)
 
     def info(self, name: str) -> TensorInfo:
+        """A tensor's name, dtype and shape."""
         return TensorInfo(name, self._reader.dtype(name), self._reader.shape(name))
 
     def read(self, name: str) -> torch.Tensor:
@@ -90,6 +91,7 @@ class StoredTensors:
         return list(self._reader.files())
 
     def release(self) -> None:
+        """Gives up what reading holds."""
         self._reader.release()
         self._held = 0
 
@@ -112,6 +114,7 @@ class HuggingFaceSource(StoredTensors):
         self._names = [*(name for name in stored if name in model.shapes), *self.carried]
 
     def files(self) -> list[Path]:
+        """Every file that holds a tensor."""
         return [self.model.home / "config.json", self.directory / INDEX, *super().files()]
 
     def _check_names(self, stored: set[str], drop_unknown: bool) -> None:
@@ -195,6 +198,7 @@ class MegatronSource:
         return [*self._place_of, *self.carried]
 
     def info(self, name: str) -> TensorInfo:
+        """A tensor's name, dtype and shape."""
         place = self._place_of.get(name)
         if place is None:
             reader = self._carried_reader()
@@ -222,11 +226,13 @@ class MegatronSource:
         return self._carried.reader
 
     def files(self) -> list[Path]:
+        """Every file that holds a block."""
         beside = [self._carried.reader.file_of(name) for name in self.carried] if self._carried.reader else []
         described = [self.model.home / "config.json", self.directory / ".metadata"]
         return [*described, *self.reader.files(), *sorted(set(beside))]
 
     def release(self) -> None:
+        """Closes the files; a later read opens them again."""
         self.reader.close()
         if self._carried.reader is not None:
             self._carried.reader.release()

@@ -48,6 +48,7 @@ class Verdict:
 
     @property
     def held(self) -> bool:
+        """Whether nothing differs."""
         return not self.differences
 
 

@@ -55,6 +55,7 @@ class Workplace:
         return f"{self.path} held another conversion, or of other files: starting over" if found else ""
 
     def unlock(self) -> None:
+        """Lets others work there."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -82,6 +83,7 @@ class Workplace:
         return entry
 
     def discard(self, name: str) -> None:
+        """Removes a file that was begun."""
         self.unfinished(name).unlink(missing_ok=True)
 
     def publish(self) -> None:
@@ -103,6 +105,7 @@ class Watch:
         self._stamps = {path: _stamp(path) for path in sorted(paths)}
 
     def stamps(self) -> dict[str, list[int]]:
+        """Size and time of change of each file."""
         return {str(path): stamp for path, stamp in self._stamps.items()}
 
     def check(self, paths: Iterable[Path] | None = None) -> None:

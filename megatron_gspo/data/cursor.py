@@ -51,6 +51,7 @@ class PromptCursor:
         return {"num_prompts": self.num_prompts, "seed": self.seed, "shuffle": self.shuffle}
 
     def state_dict(self) -> CursorState:
+        """As JSON: what a checkpoint keeps."""
         return CursorState(
             num_prompts=self.num_prompts,
             seed=self.seed,

@@ -188,19 +188,23 @@ class Shards:
         return int(self._ends[-1])
 
     def read(self, index: int) -> Row:
+        """Rows by number over all files."""
         part = int(np.searchsorted(self._ends, index, side="right"))
         row = self._parts[part].read(index - self._first(part))
         return replace(row, file=self._names[part])
 
     def read_all(self) -> Iterator[Row]:
+        """Every row, file by file."""
         for name, part in zip(self._names, self._parts, strict=True):
             for row in part.read_all():
                 yield replace(row, file=name)
 
     def suspects(self) -> list[int]:
+        """Rows that looked wrong."""
         return [self._first(i) + row for i, part in enumerate(self._parts) for row in part.suspects()]
 
     def digest(self) -> str:
+        """Of all files."""
         return hashlib.sha256(" ".join(part.digest() for part in self._parts).encode()).hexdigest()
 
     def _first(self, part: int) -> int:

@@ -14,6 +14,7 @@ class Fingerprint:
         self._digest = hashlib.sha256()
 
     def add(self, row: tuple[Any, ...]) -> None:
+        """Takes one row."""
         self._digest.update(repr(row).encode())
 
     def text(self) -> str:

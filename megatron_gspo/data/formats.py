@@ -126,6 +126,7 @@ class Paths:
 
     @classmethod
     def named_by(cls, config: DataConfig) -> Paths:
+        """As ``[data]`` names fields."""
         return cls(config.prompt_field, config.answer_field, config.completion_field)
 
 

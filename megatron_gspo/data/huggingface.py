@@ -68,23 +68,28 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def longest_token(self) -> int:
+        """Characters of it."""
         return max(map(len, self._hf.get_vocab()), default=1)  # of bytes, an entry has a character each
 
     @property
     def turn_end(self) -> int | None:
+        """The token that ends a turn of the template."""
         token = self._template.turn_end if self._template else None
         return None if token is None else self.token_id(token)
 
     def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
         try:
             return list(self._hf.encode(text, add_special_tokens=False))
         except Exception as error:  # the Rust tokenizers raise bare Exception
             raise DataError(f"the tokenizer cannot encode {short(text)}: {one_line(error)}") from error
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of token ids."""
         return str(self._hf.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False))
 
     def token_id(self, text: str) -> int | None:
+        """Of a token; None where there is none."""
         entry = self._hf.get_vocab().get(text)
         if entry is not None:
             return int(entry)
@@ -95,6 +100,7 @@ class HuggingFaceTokenizer:
         return ids[0] if len(ids) == 1 and ids[0] != self._hf.unk_token_id else None
 
     def render(self, prompt: str | Sequence[ChatMessage], use_chat_template: bool) -> str:
+        """Chat messages by the template."""
         if isinstance(prompt, str) and not (use_chat_template and self._template):
             text = prompt if prompt.startswith(self._begin) else self._begin + prompt
         elif not use_chat_template:

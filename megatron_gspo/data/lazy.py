@@ -24,11 +24,13 @@ class Cache(Generic[T]):
         self._items: OrderedDict[int, T] = OrderedDict()
 
     def get(self, row: int) -> T | None:
+        """What was put; None if it is gone."""
         if row in self._items:
             self._items.move_to_end(row)
         return self._items.get(row)
 
     def put(self, row: int, item: T) -> None:
+        """Keeps it, and lets the oldest go."""
         self._items[row] = item
         self._tokens += self._tokens_of(item)
         while len(self._items) > HELD_ITEMS or (self._tokens > HELD_TOKENS and len(self._items) > 1):

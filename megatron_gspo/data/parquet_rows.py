@@ -60,6 +60,7 @@ class ParquetRows:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, index: int) -> Row:
+        """Rows by number."""
         if not self._from_here:
             return self._read_copy(index)
         group = int(np.searchsorted(self._ends, index, side="right"))
@@ -69,6 +70,7 @@ class ParquetRows:
         return self._row(index + 1, fields)
 
     def read_all(self) -> Iterator[Row]:
+        """Every row, in order."""
         number = 0
         batches = self._file.iter_batches(batch_size=1024)
         while True:
@@ -82,9 +84,11 @@ class ParquetRows:
                 yield self._row(number, fields)
 
     def suspects(self) -> list[int]:
+        """Rows that looked wrong."""
         return []
 
     def digest(self) -> str:
+        """Of the file."""
         return digest(self._path)
 
     def _group(self, group: int) -> pa.Table:

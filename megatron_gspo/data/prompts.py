@@ -373,6 +373,7 @@ class Limit:
             )
 
     def check_tokens(self, tokens: int) -> None:
+        """Raises DataError for a prompt that is too long."""
         if self.tokens is not None and tokens > self.tokens and not self.keep_long:
             raise DataError(
                 f"the {self.what} has {tokens} tokens, {self.setting} is {self.tokens}: raise it, or set "

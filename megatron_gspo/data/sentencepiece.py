@@ -46,15 +46,18 @@ class SentencePieceTokenizer:
 
     @functools.cached_property
     def longest_token(self) -> int:
+        """Characters of it."""
         return max((len(self._sp.id_to_piece(i)) for i in range(len(self))), default=1)
 
     def __len__(self) -> int:
         return int(self._sp.get_piece_size())
 
     def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
         return list(self._sp.encode(text))
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of token ids."""
         pieces = [int(i) for i in ids]
         if skip_special:
             return str(self._sp.decode(pieces))
@@ -69,6 +72,7 @@ class SentencePieceTokenizer:
         return "".join([*spans, str(self._sp.decode(text))])
 
     def token_id(self, text: str) -> int | None:
+        """Of a piece; None where there is none."""
         piece = int(self._sp.piece_to_id(text))
         if self._sp.id_to_piece(piece) == text:  # another piece is the unknown one
             return piece
@@ -85,6 +89,7 @@ class SentencePieceTokenizer:
         return not any(is_kind(piece) for is_kind in special)
 
     def render(self, prompt: str | Sequence[ChatMessage], use_chat_template: bool) -> str:
+        """It has no chat template."""
         if isinstance(prompt, str):
             return prompt
         raise DataError("the prompt is chat messages, but a SentencePiece model has no chat template")

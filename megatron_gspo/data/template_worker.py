@@ -34,6 +34,7 @@ class Generation(jinja2.ext.Extension):
     tags = {"generation"}  # noqa: RUF012  as Jinja has it
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """The block that marks generated text."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
@@ -99,6 +100,7 @@ def serve(requests: BinaryIO, replies: BinaryIO, limit_s: float, most_characters
 
 
 def main(limit_s: float, memory_bytes: int, most_characters: int) -> None:
+    """Renders what standard input asks for until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle; it closes our input
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})

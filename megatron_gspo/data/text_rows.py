@@ -58,6 +58,7 @@ class TextRows:
         return len(self._index.starts)
 
     def read(self, index: int) -> Row:
+        """Rows by number."""
         start, end = int(self._index.starts[index]), int(self._index.ends[index])
         numbers = self._index.numbers
         number = index + 1 if numbers is None else int(numbers[index])
@@ -69,12 +70,15 @@ class TextRows:
         return self._parse(number, text)
 
     def read_all(self) -> Iterator[Row]:
+        """Every row, in order."""
         return map(self.read, range(len(self)))
 
     def suspects(self) -> list[int]:
+        """Rows that looked wrong."""
         return [] if self._index.suspects is None else self._index.suspects.tolist()
 
     def digest(self) -> str:
+        """Of the file."""
         return digest(self._source)
 
 

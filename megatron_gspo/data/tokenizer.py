@@ -47,7 +47,8 @@ class Tokenizer(Protocol):
         """Token ids of exactly this text; nothing is added in front or behind. Raises DataError."""
         ...
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of token ids."""
 
     def token_id(self, text: str) -> int | None:
         """The one token that this text is; None when it is none, or several."""

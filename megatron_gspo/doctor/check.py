@@ -34,10 +34,12 @@ class Check:
     """The fact for whose absence nothing was looked at; filled in by ``examine``."""
 
     def as_record(self) -> dict[str, str]:
+        """For ``--json``."""
         return {"name": self.name, "status": self.status, "detail": self.detail, "fix": self.fix}
 
 
 def ok(detail: str) -> Check:
+    """A finding that is as it should be."""
     return Check("ok", detail)
 
 
@@ -132,6 +134,7 @@ def summary(checks: Sequence[Check]) -> str:
 
 
 def first_error(checks: Sequence[Check]) -> Check | None:
+    """The first that is an error; None without one."""
     return next((check for check in checks if check.status == "error"), None)
 
 

@@ -38,6 +38,7 @@ def check_prompts(facts: Facts) -> list[Check]:
 
 
 def check_eval_prompts(facts: Facts) -> Check:
+    """The held-out prompts, read as an evaluation reads them."""
     config = facts.config
     path, every, wanted = config.data.eval_path, config.eval.every, config.eval.prompts
     if facts.supervised:

@@ -42,6 +42,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
+        """Bytes of all of it."""
         return sum(vars(self).values())
 
 
@@ -141,6 +142,7 @@ class LayerBytes:
 
     @classmethod
     def of(cls, model: ModelShape, parallel: ParallelConfig, item: int, is_moe: bool) -> LayerBytes:
+        """A layer of a model at a layout; ``item`` is the bytes of an activation."""
         hidden, dim, ranks = model.hidden_size, model.head_dim, parallel.tensor
         q, k = model.num_attention_heads * dim, model.num_query_groups * dim
         wide = max(4, item)

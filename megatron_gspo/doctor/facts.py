@@ -75,6 +75,7 @@ class Facts:
 
     @fact
     def config(self) -> RunConfig:
+        """The validated configuration."""
         return load(self._path, self._overrides)
 
     @fact
@@ -88,32 +89,39 @@ class Facts:
 
     @fact
     def machine(self) -> Machine:
+        """This machine."""
         return look_at_machine()
 
     @fact
     def model(self) -> tuple[Family, ModelShape]:
+        """Family and shape of the policy."""
         return read_model(self.config.model.path)
 
     @property
     def family(self) -> Family:
+        """Of the policy."""
         family: Family = self.model[0]
         return family
 
     @property
     def shape(self) -> ModelShape:
+        """Of the policy."""
         shape: ModelShape = self.model[1]
         return shape
 
     @fact
     def reader(self) -> HfReader:
+        """Of its safetensors."""
         return HfReader(self.config.model.path)
 
     @fact
     def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor of the policy, by the tables of its family."""
         return tuple(tensors_of(self.family, self.shape))
 
     @fact
     def ranks(self) -> int:
+        """Ranks of the layout on this machine or under its launcher."""
         return self.asked_ranks or self.config.parallel.world_size()
 
     @fact
@@ -125,6 +133,7 @@ class Facts:
 
     @property
     def nodes(self) -> int:
+        """Machines that the ranks fill."""
         return ceil(self.ranks / self.ranks_per_node)
 
     @fact
@@ -136,10 +145,12 @@ class Facts:
 
     @fact
     def tokenizer(self) -> Tokenizer:
+        """That of ``model.path``."""
         return open_tokenizer(self.config)
 
     @property
     def supervised(self) -> bool:
+        """Whether the run fine-tunes."""
         return not self.config.algorithm.draws_responses
 
     @property
@@ -154,6 +165,7 @@ class Facts:
         return self.read_prompts(self.config.data.path, self.config.data.limit)
 
     def read_prompts(self, path: str, limit: int | None) -> PromptSet | CompletionSet:
+        """Reads the training prompts, or completions."""
         data, rollout = self.config.data, self.config.rollout
         read: Callable[..., PromptSet | CompletionSet] = load_prompts
         if self.supervised:

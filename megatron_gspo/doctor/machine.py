@@ -13,6 +13,8 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Machine:
+    """What this machine has."""
+
     cores: int
     """Processors that this process may run on."""
     free_memory: int
@@ -22,10 +24,12 @@ class Machine:
 
     @property
     def device(self) -> str:
+        """``cuda`` or ``cpu``."""
         return "cuda" if self.gpus else "cpu"
 
 
 def look_at_machine() -> Machine:
+    """Asks torch and the system."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -23,6 +23,7 @@ from megatron_gspo.report.text import count
 
 
 def check_configuration(facts: Facts) -> Check:
+    """Which algorithm, for how many steps."""
     config = facts.config
     return ok(f"{config.algorithm.name}, {config.train.outer_steps} outer steps, {config.total_steps} optimizer steps")
 

@@ -43,6 +43,7 @@ class Server:
 
 
 def check_servers(facts: Facts) -> list[Check]:
+    """Whether each named server answers, with which model and version."""
     rollout = facts.config.rollout
     if facts.supervised:
         return [ok("supervised fine-tuning needs none")]

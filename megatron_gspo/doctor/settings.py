@@ -71,6 +71,7 @@ def check_settings(facts: Facts) -> list[Check]:
 
 
 def inert(facts: Facts) -> Iterator[Check]:
+    """Settings that have no effect beside the others."""
     config = facts.config
     for names, when, why in INERT:
         named = [name for name in names if _is_named(config, name)]
@@ -79,6 +80,7 @@ def inert(facts: Facts) -> Iterator[Check]:
 
 
 def positions(facts: Facts) -> Iterator[Check]:
+    """Whether prompt and response fit into the positions of the model."""
     rollout, limit = facts.config.rollout, _positions(facts)
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     if limit is None:
@@ -99,6 +101,7 @@ def positions(facts: Facts) -> Iterator[Check]:
 
 
 def warmup(facts: Facts) -> Iterator[Check]:
+    """Whether the warm-up leaves steps at the full rate."""
     steps, total = facts.config.optimizer.warmup_steps, facts.config.total_steps
     if steps > LONG_WARMUP * total:
         yield warning(
@@ -152,6 +155,7 @@ def reference(facts: Facts) -> Iterator[Check]:
 
 
 def precision(facts: Facts) -> Iterator[Check]:
+    """Whether the dtype is one for this machine."""
     dtype = facts.config.model.dtype
     if dtype == "float64" and facts.machine.gpus:
         yield warning(
@@ -166,6 +170,7 @@ def precision(facts: Facts) -> Iterator[Check]:
 
 
 def extras(facts: Facts) -> Iterator[Check]:
+    """Whether the packages of optional sinks are there."""
     import importlib.util
 
     if facts.config.train.wandb and importlib.util.find_spec("wandb") is None:
@@ -176,6 +181,7 @@ def extras(facts: Facts) -> Iterator[Check]:
 
 
 def several_machines(facts: Facts) -> Iterator[Check]:
+    """What runs over several machines need besides."""
     config, spread = facts.config, facts.nodes > 1
     if spread and not facts.supervised and not config.rollout.servers:
         yield error(

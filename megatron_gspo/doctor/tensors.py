@@ -96,6 +96,7 @@ class Elements:
 
     @property
     def total(self) -> int:
+        """Of both kinds."""
         return self.dense + self.expert
 
 

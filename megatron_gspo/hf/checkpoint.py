@@ -46,6 +46,7 @@ class HfReader:
         self._scales = {name for name in scales if self._stored(name.removesuffix(fp8.SCALE)) == fp8.STORED}
 
     def names(self) -> tuple[str, ...]:
+        """Of all tensors, scales of fp8 left out."""
         return tuple(name for name in self._files if name not in self._scales)
 
     def stacked(self) -> tuple[str, ...]:

@@ -111,6 +111,7 @@ def name_stop_tokens(directory: Path, stop_ids: Sequence[int]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Writes it indented, with a line's end."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

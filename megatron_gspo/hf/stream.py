@@ -37,6 +37,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its data."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -57,6 +58,7 @@ class StreamWriter:
         self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
+        """Ends the file."""
         self._file.close()
         if self._coming:
             raise WeightError(f"{self._path}: {self._coming[-1].name} was announced and never came")

@@ -55,10 +55,12 @@ class WeightRule:
 
     @property
     def is_expert(self) -> bool:
+        """Whether there is one of it for each expert."""
         return "{expert}" in self.megatron
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
+        """Matches its Megatron names."""
         text = re.escape(self.megatron)
         return re.compile(text.replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"(?P<expert>\d+)"))
 

@@ -132,6 +132,7 @@ def clear_leftovers(root: Path) -> None:
 
 
 def make_empty(directory: Path) -> None:
+    """An empty directory at that place."""
     if directory.exists():
         shutil.rmtree(directory)
     directory.mkdir(parents=True)

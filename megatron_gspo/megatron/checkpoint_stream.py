@@ -63,6 +63,7 @@ class DistributedReader:
         self._by_place: dict[str, dict[tuple[Size, Size], ChunkStorageMetadata]] = {}
 
     def close(self) -> None:
+        """Closes the files."""
         for file in self._open.values():
             file.close()
         self._open.clear()
@@ -73,9 +74,11 @@ class DistributedReader:
         return {key for key, entry in self._metadata.state_dict_metadata.items() if _is_tensor(entry)}
 
     def dtype(self, key: str) -> torch.dtype:
+        """Of a tensor."""
         return self._tensor(key).properties.dtype
 
     def shape(self, key: str) -> Size:
+        """Of a whole tensor."""
         return tuple(self._tensor(key).size)
 
     def files(self) -> list[Path]:
@@ -198,6 +201,7 @@ class BlockWriter:
         self._note(key, None, (), start)
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
     def _note(self, key: str, offset: Size | None, size: Size, start: int) -> None:

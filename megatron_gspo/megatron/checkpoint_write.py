@@ -152,6 +152,7 @@ def _on_host(bucket: Any, live: Collection[int]) -> Any:
 
 
 def address(tensor: torch.Tensor) -> int:
+    """Of a tensor's storage."""
     return tensor.untyped_storage().data_ptr()
 
 

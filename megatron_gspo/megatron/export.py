@@ -17,6 +17,7 @@ EMBEDDING = ("model.embed_tokens.weight",)
 
 
 def weight_of(parameter: torch.Tensor) -> torch.Tensor:
+    """The live tensor."""
     return parameter.data
 
 

@@ -52,10 +52,12 @@ class Groups:
 
     @property
     def data_rank(self) -> int:
+        """Of this replica among all."""
         return self.data.rank()
 
     @property
     def data_size(self) -> int:
+        """Replicas."""
         return self.data.size()
 
     @property
@@ -70,10 +72,12 @@ class Groups:
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether it has the embedding."""
         return self.pipeline.rank() == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether it has the head."""
         return self.pipeline.rank() == self.pipeline.size() - 1
 
     @property

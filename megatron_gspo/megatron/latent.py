@@ -28,6 +28,7 @@ class DuplicatedLinear(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Megatron's form: (output, bias)."""
         return torch.nn.functional.linear(x, self.weight), None
 
 

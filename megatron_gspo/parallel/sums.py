@@ -41,6 +41,7 @@ class StageTotals:
     device: torch.device
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """[n] float64 sums over the stage."""
         return reduce_token_sums(values.to(self.device), stage=self.stage)
 
     def nth_largest(self, values: torch.Tensor, n: int) -> float:

@@ -61,6 +61,7 @@ class Case:
 
     @property
     def precision(self) -> Precision:
+        """What its dtype is held to."""
         return PRECISIONS[self.dtype]
 
     @property
@@ -83,6 +84,7 @@ class Case:
 
     @property
     def loss_dtype(self) -> torch.dtype:
+        """Of advantages, weights and ratios."""
         return torch.float64 if self.dtype == "float64" else torch.float32
 
     @property
@@ -92,10 +94,12 @@ class Case:
 
     @cached_property
     def keys(self) -> tuple[Key, ...]:
+        """(group, sample) of each."""
         return tuple((sample.group, sample.sample) for sample in self.samples)
 
     @cached_property
     def index_of(self) -> dict[Key, int]:
+        """Key -> index."""
         return {key: index for index, key in enumerate(self.keys)}
 
     @cached_property
@@ -105,6 +109,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
+        """Of all samples."""
         return int(self.starts[-1])
 
     @cached_property

@@ -58,11 +58,20 @@ class Settings:
 class Ranks(Protocol):
     """``ranks.LocalRanks`` or ``world.WorldRanks``."""
 
-    def refusal(self, ranks: int) -> str: ...
-    def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]: ...
-    def once(self, function: Callable[..., Any], *args: Any) -> Any: ...
-    def directory(self) -> AbstractContextManager[str]: ...
-    def share(self, directory: str) -> None: ...
+    def refusal(self, ranks: int) -> str:
+        """Why a layout of so many ranks cannot run; empty when it can."""
+
+    def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Calls a function on every rank; results in rank order."""
+
+    def once(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls a function on a world of one rank."""
+
+    def directory(self) -> AbstractContextManager[str]:
+        """A directory for files that all ranks read."""
+
+    def share(self, directory: str) -> None:
+        """Brings a directory to every machine."""
 
 
 def check(

@@ -31,6 +31,7 @@ class Response:
 
     @property
     def log_w(self) -> list[torch.Tensor]:
+        """log w_t by token."""
         return [new - old for new, old in zip(self.new, self.old, strict=True)]
 
     @property
@@ -64,6 +65,7 @@ class NaiveTerm:
 
     @property
     def clipped(self) -> list[bool]:
+        """By token: on the clipped branch."""
         return [low or high for low, high in zip(self.low, self.high, strict=True)]
 
 

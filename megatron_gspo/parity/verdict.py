@@ -28,6 +28,7 @@ class Worst:
     tolerance: float = 0.0
 
     def take(self, error: float, where: str) -> None:
+        """Keeps the larger error."""
         if error > self.error or not self.where:
             self.error, self.where = error, where
 
@@ -56,6 +57,7 @@ class Row:
 
     @property
     def fails(self) -> bool:
+        """Whether a column is beyond its tolerance, or a decision fell otherwise."""
         too_far = any(not worst.error <= worst.tolerance for worst in self.columns.values())
         return too_far or bool(self.clip_flips or self.route_flips)
 

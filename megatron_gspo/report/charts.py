@@ -14,6 +14,8 @@ from megatron_gspo.report.metrics import LAYER, row_of
 
 @dataclass(frozen=True)
 class Curve:
+    """A metric in a chart."""
+
     metric: str
     label: str
     markers: bool = False
@@ -24,6 +26,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
+    """A picture with its curves and how to read them."""
+
     title: str
     unit: str
     """Title of the y axis."""
@@ -39,6 +43,8 @@ class Chart:
 
 @dataclass(frozen=True)
 class Section:
+    """A question, and the charts that answer it."""
+
     question: str
     """What its charts answer; their heading."""
     charts: tuple[Chart, ...]

@@ -26,6 +26,8 @@ Formatter = Callable[[float], str]
 
 @dataclass(frozen=True)
 class Column:
+    """A column of the table on the terminal."""
+
     title: str
     width: int
     metric: str
@@ -127,12 +129,14 @@ class ConsoleSink:
             self._console.print(Text(line))
 
     def write(self, report: StepReport) -> None:
+        """Prints an outer step's row."""
         place = {"step": report.step, "outer_step": report.outer_step, "minibatch": report.minibatch}
         self._pending.append(place | clean(report.metrics))
         if report.outer_step == INITIAL or self._ends_a_line(report):
             self._flush()
 
     def close(self) -> None:
+        """Ends the table."""
         if self._pending:
             self._flush()
         if self._status is not None:

@@ -17,6 +17,8 @@ from megatron_gspo.report.text import duration
 
 @dataclass(frozen=True)
 class State:
+    """How a run stands, in a word and a sentence."""
+
     word: str
     """finished, failed, stopped, killed, running, silent, or unknown (without a manifest)."""
     sentence: str
@@ -24,6 +26,8 @@ class State:
 
 @dataclass(frozen=True)
 class Tile:
+    """A number to glance at."""
+
     name: str
     value: str
     note: str

@@ -92,6 +92,8 @@ def versions(run: RunDirectory) -> dict[str, str]:
 
 
 class Setting(NamedTuple):
+    """A row of the table of settings."""
+
     name: str
     values: list[str]
     """One a run; "-" where a run has none."""

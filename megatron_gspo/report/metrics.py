@@ -25,6 +25,8 @@ WINDOW = 10
 
 @dataclass(frozen=True)
 class Metric:
+    """What a number is: unit, meaning, and what to look for."""
+
     unit: str
     meaning: str = ""
     """One sentence or two, in the Markdown of docs/metrics.md."""

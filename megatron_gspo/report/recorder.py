@@ -32,13 +32,16 @@ class Continued(Protocol):
     """A checkpoint that a run goes on from."""
 
     @property
-    def directory(self) -> Path: ...
+    def directory(self) -> Path:
+        """The checkpoint."""
 
     @property
-    def changes(self) -> dict[str, tuple[Any, Any]]: ...
+    def changes(self) -> dict[str, tuple[Any, Any]]:
+        """Setting -> (then, now)."""
 
     @property
-    def outer_steps(self) -> int: ...
+    def outer_steps(self) -> int:
+        """That it has done."""
 
 
 class RunRecorder:

@@ -81,34 +81,42 @@ class RunDirectory:
 
     @property
     def config_file(self) -> Path:
+        """The resolved configuration."""
         return self.path / "config.toml"
 
     @property
     def manifest_file(self) -> Path:
+        """Versions, machine, starts."""
         return self.path / "manifest.json"
 
     @property
     def metrics_file(self) -> Path:
+        """A line an optimizer step."""
         return self.path / "metrics.jsonl"
 
     @property
     def rollouts(self) -> Path:
+        """Responses kept for reading."""
         return self.path / "rollouts"
 
     @property
     def checkpoints(self) -> Path:
+        """Of the run, and ``latest``."""
         return self.path / "checkpoints"
 
     @property
     def tensorboard(self) -> Path:
+        """TensorBoard events."""
         return self.path / "tensorboard"
 
     @property
     def report_file(self) -> Path:
+        """The page."""
         return self.path / "report.html"
 
     @property
     def lock_file(self) -> Path:
+        """Held while a run writes here."""
         return self.path / ".lock"
 
     def lock(self) -> TextIO:
@@ -220,6 +228,7 @@ class MetricsWriter:
         self._file.flush()
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
 class MetricSink(Protocol):
     """Takes each optimizer step's report, in order, on the reporting rank."""
 
-    def write(self, report: StepReport) -> None: ...
+    def write(self, report: StepReport) -> None:
+        """Takes one line."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Writes what is left."""
 
 
 class Fanout:
@@ -24,9 +26,11 @@ class Fanout:
         self._sinks = tuple(sinks)
 
     def write(self, report: StepReport) -> None:
+        """Hands a line to every sink."""
         for sink in self._sinks:
             sink.write(report)
 
     def close(self) -> None:
+        """Closes every sink."""
         for sink in self._sinks:
             sink.close()

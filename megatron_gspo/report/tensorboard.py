@@ -43,12 +43,14 @@ class TensorBoardSink:
             self._add(Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, report: StepReport) -> None:
+        """Writes a line as scalars."""
         event = self._event(wall_time=time.time(), step=report.step)
         for name, value in clean(report.metrics).items():
             event.summary.MergeFrom(self._scalar(name, value))
         self._add(event)
 
     def close(self) -> None:
+        """Closes the event file."""
         self._records.close()
 
     def _add(self, event: Any) -> None:

@@ -48,9 +48,11 @@ class WandbSink:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, report: StepReport) -> None:
+        """Logs a line."""
         self._run.log({"step": report.step, "outer_step": report.outer_step, **clean(report.metrics)})
 
     def close(self) -> None:
+        """Ends the run there."""
         self._run.finish()
 
 

@@ -53,6 +53,7 @@ class Value:
 
     @classmethod
     def of(cls, exact: Fraction) -> Value:
+        """From what an expression gave."""
         if max(exact.numerator.bit_length(), exact.denominator.bit_length()) > MAX_BITS:
             raise UnreadableError
         whole = exact.denominator == 1

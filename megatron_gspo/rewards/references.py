@@ -124,6 +124,7 @@ class ReferenceCheck:
         return found is not None and found.fatal
 
     def key(self, prompt: Prompt) -> str:
+        """What a reference is known by."""
         known_by = prompt.answer if self._builtin else repr((prompt.answer, prompt.metadata))
         return hashlib.blake2b(known_by.encode(errors="surrogatepass"), digest_size=12).hexdigest()
 

@@ -33,6 +33,8 @@ _MATHEMATICS = {r"\frac", r"\sqrt", r"\pi", r"\log", r"\ln", r"\binom", r"\sin",
 
 @dataclass(frozen=True)
 class Token:
+    """A piece of a mathematical text."""
+
     kind: str
     """number, word, command (one that is no mathematics), end (of a line or a sentence), or the symbol itself: one of
     ``+-*/^!(){}``, a command of mathematics, ``=``, ``<``, ``:`` (between numbers), ``,`` and so on."""

@@ -18,6 +18,7 @@ STARTING_S = 120.0
 
 
 def main(limit_s: float, memory_bytes: int) -> None:
+    """Answers questions from standard input until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle; it closes our input
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})

@@ -32,6 +32,7 @@ class Dropped:
 
     @property
     def responses(self) -> int:
+        """All of them, whatever the reason."""
         return self.aborted + self.empty + self.mixed_version + self.truncated + self.lonely
 
 

@@ -18,17 +18,23 @@ from megatron_gspo.types import RolloutRecord, StepReport
 class Recorder(Protocol):
     """Entered for the length of a run; leaving it with an exception records a failure."""
 
-    def engine(self, description: Mapping[str, Any]) -> None: ...
+    def engine(self, description: Mapping[str, Any]) -> None:
+        """What the engine says of itself."""
 
-    def phase(self, text: str) -> None: ...
+    def phase(self, text: str) -> None:
+        """What is being done now."""
 
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        """A line for whoever watches."""
 
-    def initial(self, metrics: Mapping[str, float]) -> None: ...
+    def initial(self, metrics: Mapping[str, float]) -> None:
+        """Metrics before the first step."""
 
-    def steps(self, reports: Sequence[StepReport]) -> None: ...
+    def steps(self, reports: Sequence[StepReport]) -> None:
+        """Reports of optimizer steps."""
 
-    def rollouts(self, outer_step: int, records: Sequence[RolloutRecord]) -> None: ...
+    def rollouts(self, outer_step: int, records: Sequence[RolloutRecord]) -> None:
+        """Responses kept for reading."""
 
     def __enter__(self) -> Self: ...
 
@@ -72,15 +78,19 @@ class Agreed:
         self.phase, self.note = recorder.phase, recorder.note
 
     def engine(self, description: Mapping[str, Any]) -> None:
+        """As ``Recorder.engine``."""
         together(lambda: self._recorder.engine(description), self._world)
 
     def initial(self, metrics: Mapping[str, float]) -> None:
+        """As ``Recorder.initial``; a failure reaches all ranks."""
         together(lambda: self._recorder.initial(metrics), self._world)
 
     def steps(self, reports: Sequence[StepReport]) -> None:
+        """As ``Recorder.steps``; a failure reaches all ranks."""
         together(lambda: self._recorder.steps(reports), self._world)
 
     def rollouts(self, outer_step: int, records: Sequence[RolloutRecord]) -> None:
+        """As ``Recorder.rollouts``; a failure reaches all ranks."""
         together(lambda: self._recorder.rollouts(outer_step, records), self._world)
 
     def __enter__(self) -> Self:

@@ -47,6 +47,7 @@ class Resumption:
 
     @property
     def outer_steps(self) -> int:
+        """That it has done."""
         return int(self.extra["outer_step"])
 
     def describe(self) -> str:

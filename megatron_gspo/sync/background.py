@@ -37,6 +37,7 @@ class Pump(Generic[T]):
         self._done = start(self._run)
 
     def put(self, item: T) -> None:
+        """Hands over one item; raises what the thread has raised."""
         self._items.put(item)
 
     def close(self) -> None:

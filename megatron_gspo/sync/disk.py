@@ -40,6 +40,7 @@ class DiskSync(BucketSync):
     _files = 0
 
     def close(self) -> None:
+        """Removes what was written."""
         if self._directory is not None:
             self._directory.cleanup()
             os.close(self._lock)

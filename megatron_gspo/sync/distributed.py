@@ -35,6 +35,7 @@ class DistributedSync(BucketSync):
         self._buffers = Buffers()
 
     def close(self) -> None:
+        """Leaves the groups."""
         self._buffers = Buffers()
         if self._group is not None:
             self._group.close()

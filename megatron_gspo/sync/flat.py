@@ -49,6 +49,7 @@ class Buffers:
         return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,))
 
     def give(self, data: torch.Tensor) -> None:
+        """Takes a buffer back."""
         self._free.put(data.untyped_storage())
 
 

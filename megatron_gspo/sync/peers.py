@@ -37,6 +37,7 @@ class Peers:
 
     @property
     def lead(self) -> bool:
+        """Whether this rank talks to servers."""
         return self.rank == 0
 
     def together(self, action: Callable[[], T]) -> list[T]:

@@ -88,6 +88,7 @@ class Servers:
         self.post(f"/flush_cache?timeout={IDLE_S}")
 
     def set_version(self, version: str) -> None:
+        """Names the version of what they hold."""
         self.post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
     def check_version(self, version: str) -> None:

@@ -110,6 +110,7 @@ class Inputs:
     """As ``Run.references``."""
 
     def describe(self) -> str:
+        """One line."""
         held_out = f", {len(self.eval_prompts)} held out" if self.eval_prompts else ""
         problem = turn_end_problem(self.tokenizer) if self.chat_template else ""
         warning = f"; warning: {problem} ({turn_end_fix(self.tokenizer)})" if problem else ""

@@ -52,6 +52,7 @@ class Minibatch:
     """By micro-batch, what training gave; empty but on the last stage."""
 
     def with_shards(self, shards: Iterable[TokenShard]) -> Minibatch:
+        """With other shards."""
         return replace(self, shards=tuple(shards))
 
 

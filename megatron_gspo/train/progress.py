@@ -49,6 +49,7 @@ class Progress:
         self.empty_steps = self.empty_steps + 1 if skipped else 0
 
     def state_dict(self) -> dict[str, Any]:
+        """As JSON: what a checkpoint keeps."""
         return {
             "outer_step": self.outer_steps,
             "optimizer_step": self.optimizer_steps,

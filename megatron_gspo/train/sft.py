@@ -36,9 +36,11 @@ class Examples:
 
     @property
     def completions(self) -> Sequence[Completion]:
+        """In the order of the file."""
         return self.loaded.completions
 
     def describe(self) -> str:
+        """One line."""
         return f"{len(self.loaded)} examples{describe_looked(self.loaded)}"
 
     def fingerprints(self) -> dict[str, str]:

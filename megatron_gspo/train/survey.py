@@ -58,6 +58,7 @@ def survey_references(config: RunConfig, inputs: Inputs, groups: Groups) -> tupl
 
 
 def make_check(config: RunConfig, reward: Reward, tokenizer: Tokenizer) -> ReferenceCheck:
+    """What references are held against, as the configuration asks."""
     limit, seed = config.reward.check_references, config.train.seed
     return ReferenceCheck(reward, tokenizer.encode, tokenizer.eos_id, limit=limit, seed=seed)
 

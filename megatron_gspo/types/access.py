@@ -9,7 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ServerAccess:
-    """What a run and its rollout servers share, and no bystander has."""
+    """What a run and its rollout servers share, and no bystander has.
+
+    >>> access = ServerAccess(key="secret", run="4f1c09ab")
+    >>> access.version_name(7), access.version_of("7-4f1c09ab"), access.version_of("7")
+    ('7-4f1c09ab', 7, None)
+    """
 
     key: str = field(default="", repr=False)
     """Sent with every request as ``Authorization: Bearer KEY``; none when empty."""

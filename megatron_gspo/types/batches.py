@@ -82,7 +82,14 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class PlacedSample(Sample):
-    """A sample in its mini-batch."""
+    """A sample in its mini-batch.
+
+    >>> tokens, zero = np.array([5, 6, 7], dtype=np.int32), np.zeros(1)
+    >>> Sample.of_response(
+    ...     tokens[:2], tokens[2:], group=0, sample=0, rollout_logprobs=zero, advantage=0.0, token_advantages=zero
+    ... ).placed(0.125).weight
+    0.125
+    """
 
     weight: float
     """Its share of the mini-batch: 1 / (P * G_p) unless an aggregation says otherwise (``algorithm.weights``)."""
@@ -155,4 +162,8 @@ class TokenShard(Columns):
 
     Per-token columns hold the rank's own T_local = T / (context x tensor) positions, in the order in which the model's
     outputs come; per-sequence columns are whole on every rank. On one rank a shard is the batch.
+
+    >>> shard = TokenShard({TokenShard.mask_T: torch.tensor([True, False])}, samples=((0, 0),))
+    >>> shard.replace(old_logprobs_T=torch.tensor([-0.5, 0.0])).old_logprobs_T.tolist()
+    [-0.5, 0.0]
     """

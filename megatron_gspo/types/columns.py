@@ -21,6 +21,7 @@ class Axis(Enum):
 
     @property
     def per_token(self) -> bool:
+        """Whether there is a value for each token."""
         return self is not Axis.SEQUENCE
 
 
@@ -52,6 +53,7 @@ class Column:
 
     @property
     def shape_suffix(self) -> str:
+        """``T`` or ``S``: the end of its name."""
         return self.name.rpartition("_")[2]
 
     def __post_init__(self) -> None:
@@ -183,6 +185,7 @@ class Columns:
 
     @property
     def num_sequences(self) -> int:
+        """S."""
         return len(self.samples)
 
     @property

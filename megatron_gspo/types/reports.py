@@ -11,7 +11,11 @@ from megatron_gspo.errors import BatchError
 
 @dataclass
 class StepReport:
-    """One optimizer step, as a line of ``metrics.jsonl``."""
+    """One optimizer step, as a line of ``metrics.jsonl``.
+
+    >>> StepReport(step=5, outer_step=1, minibatch=1, metrics={"loss": -0.25}).as_record()
+    {'step': 5, 'outer_step': 1, 'minibatch': 1, 'loss': -0.25}
+    """
 
     step: int
     """Optimizer steps taken before this one, from 0."""
@@ -22,12 +26,18 @@ class StepReport:
     """Metric name (docs/metrics.md) -> value."""
 
     def as_record(self) -> dict[str, float]:
+        """A line of ``metrics.jsonl``."""
         return {"step": self.step, "outer_step": self.outer_step, "minibatch": self.minibatch, **self.metrics}
 
 
 @dataclass(frozen=True)
 class RolloutRecord:
-    """One response to read, as the trainer saw it; a line of ``rollouts/outer_*.jsonl``."""
+    """One response to read, as the trainer saw it; a line of ``rollouts/outer_*.jsonl``.
+
+    >>> record = RolloutRecord("line-1", 0, "7+5=", "12", ("1", "2"), 1.0, 0.5, "stop", old_logprobs=(-0.25, -0.5))
+    >>> record.as_record()["old_logprobs"]
+    [-0.25, -0.5]
+    """
 
     prompt_id: str
     sample: int

@@ -12,7 +12,11 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, rendered and tokenized."""
+    """One prompt, rendered and tokenized.
+
+    >>> Prompt(id="line-1", text="7+5=", token_ids=(9, 2, 7, 4), answer="12").visit
+    0
+    """
 
     id: str
     """Unique within its file; the seed of a rollout is derived from it."""
@@ -30,7 +34,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response of the inference engine, validated on arrival."""
+    """One response of the inference engine, validated on arrival.
+
+    >>> prompt = Prompt("line-1", "7+5=", (9, 2, 7, 4), "12")
+    >>> rollout = Rollout(
+    ...     prompt, sample=0, response_ids=np.array([3, 4, 1], dtype=np.int32),
+    ...     rollout_logprobs=np.array([-0.1, -0.2, -0.1], dtype=np.float32), finish_reason="stop", weight_versions=(4,),
+    ...     text="12")
+    >>> rollout.truncated, len(rollout.response_ids)
+    (False, 3)
+    """
 
     prompt: Prompt
     sample: int
@@ -53,12 +66,20 @@ class Rollout:
 
     @property
     def truncated(self) -> bool:
+        """Whether the length limit cut it."""
         return self.finish_reason == "length"
 
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """The surviving responses of one prompt, with their rewards."""
+    """The surviving responses of one prompt, with their rewards.
+
+    >>> prompt = Prompt("line-1", "7+5=", (9, 2, 7, 4), "12")
+    >>> ids, logprobs = np.array([3, 4], dtype=np.int32), np.zeros(2, dtype=np.float32)
+    >>> rollouts = tuple(Rollout(prompt, sample, ids, logprobs, "length", (4,)) for sample in range(2))
+    >>> RolloutGroup(prompt, rollouts, rewards_G=np.array([1.0, 0.0])).rewards_G.mean()
+    np.float64(0.5)
+    """
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]

@@ -11,7 +11,11 @@ import torch
 
 @dataclass(frozen=True)
 class RouteShape:
-    """What the routes of a mixture-of-experts model look like."""
+    """What the routes of a mixture-of-experts model look like.
+
+    >>> RouteShape(moe_layers=(False, True), top_k=8, num_experts=128).dtype
+    dtype('uint8')
+    """
 
     moe_layers: tuple[bool, ...]
     """[L]: which of the hidden layers are mixtures of experts."""
@@ -26,7 +30,14 @@ class RouteShape:
 
 @dataclass(frozen=True)
 class RouteShard:
-    """The experts of one micro-batch's tokens, as far as one rank's routers choose them: its own layers and tokens."""
+    """The experts of one micro-batch's tokens, as far as one rank's routers choose them: its own layers and tokens.
+
+    One layer, two tokens, two experts each; the last token has no route:
+
+    >>> experts = torch.tensor([[[3, 1], [0, 0]]], dtype=torch.uint8)
+    >>> RouteShard((1,), experts, torch.tensor([True, False])).experts_LTK.shape
+    torch.Size([1, 2, 2])
+    """
 
     layers: tuple[int, ...]
     """Of this rank's MoE layers, their numbers over all stages and dense layers, from 0; ascending."""

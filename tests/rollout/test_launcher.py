@@ -172,7 +172,7 @@ def test_a_port_that_changes_hands_during_the_run_is_noticed_by_check(tmp_path: 
 
 def test_a_server_ends_with_its_parent_even_when_it_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "orphan.py"
-    checkout = Path(launcher.__file__).resolve().parents[2]
+    checkout = Path(launcher.__file__).resolve().parents[3]
     script.write_text(
         f"import os, sys, time, threading; sys.path.insert(0, {str(checkout)!r})\n"
         "from megatron_gspo.rollout.sglang.server import die_with\n"

@@ -102,7 +102,7 @@ def test_lines_are_as_wide_as_the_terminal_and_no_word_is_lost(width, capsys, mo
         ("optimiser.lr", "no setting 'optimiser.lr' (did you mean optimizer.lr?)"),
         ("algorithm.lr", "no setting 'algorithm.lr' (keys of algorithm: name, aggregation, credit, "),
         ("grop_size", "no setting 'grop_size' (did you mean rollout.group_size?)"),
-        ("learning_rate", "no setting 'learning_rate' (did you mean optimizer.lr?)"),
+        ("learning_rate", "no setting 'learning_rate' (did you mean optimizer.lr or critic.lr?)"),
         ("clip", "did you mean algorithm.clip_low, algorithm.clip_high, algorithm.allow_wide_clip or "),
         ("timeout_s", "3 sections have timeout_s: name one of rollout.timeout_s, sync.timeout_s or reward.timeout_s"),
         ("xyzzy", "no setting 'xyzzy' (sections: model, data, train, "),

@@ -79,6 +79,8 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Analysis:
+    """All numbers of a comparison."""
+
     final_steps: int
     outcomes: dict[str, Values]
     arms: dict[str, dict[str, Any]]
@@ -90,10 +92,12 @@ class Analysis:
 
     @property
     def tested(self) -> list[Result]:
+        """Differences in final reward that were tested."""
         return [result for result in self.results if result.outcome == "reward" and result.p is not None]
 
 
 def analyse(comparison: Comparison) -> Analysis:
+    """From the cells to the numbers."""
     steps = final_steps(comparison)
     values = outcomes(comparison, steps)
     if comparison.swept:  # one question, and no test for each value of it
@@ -230,6 +234,7 @@ def over_seeds(comparison: Comparison, arm: str, of_seed: Mapping[int, float]) -
 
 
 def over_cells(cells: Any, of: Callable[[Cell], float | None]) -> float | None:
+    """The mean of what cells give."""
     return _mean([value for cell in cells if (value := of(cell)) is not None])
 
 

@@ -49,6 +49,7 @@ class Cell:
 
     @property
     def finished(self) -> bool:
+        """Whether it ended well, with a step."""
         return self.status == "finished" and bool(self.outer_step)
 
     @property
@@ -61,9 +62,11 @@ class Cell:
         return [value for value in self.series(metric) if value is not None]
 
     def series(self, metric: str) -> list[float | None]:
+        """The metric by outer step; None where it was not measured."""
         return list((self.digest.get("series") or {}).get(metric) or [])
 
     def by_minibatch(self, metric: str) -> list[float | None]:
+        """The metric by mini-batch, mean over outer steps."""
         return list((self.digest.get("by_minibatch") or {}).get(metric) or [])
 
     def measured(self, name: str) -> float | None:
@@ -82,6 +85,7 @@ class Comparison:
 
     @property
     def seeds(self) -> list[int]:
+        """That the plan names."""
         return list(self.plan.get("seeds") or [])
 
     @property
@@ -92,10 +96,12 @@ class Comparison:
 
     @property
     def planned(self) -> int:
+        """Cells in all."""
         return len(self.arms) * len(self.seeds)
 
     @property
     def failed(self) -> list[Cell]:
+        """Cells that did not end well."""
         return [cell for cell in self.cells if not cell.finished]
 
     def of(self, arm: str) -> dict[int, Cell]:

@@ -232,6 +232,7 @@ def row(comparison: Comparison, result: Result) -> dict[str, Any]:
 
 
 def ratio_charts(analysis: Analysis) -> list[dict[str, Any] | None]:
+    """How many times as much one loss clips as another."""
     names = {"clip/frac_tokens": "tokens", "clip/frac_sequences": "sequences"}
     rows = [
         _ratio_row(ratio, analysis, f"{ratio.name}, {names[ratio.metric]}") for ratio in analysis.clipping if ratio.mean
@@ -285,6 +286,7 @@ def quantile_chart(comparison: Comparison) -> dict[str, Any] | None:
 
 
 def clip_range(loss: str, cells: Sequence[Cell]) -> list[float] | None:
+    """Of a loss that clips s_i; None of others."""
     from megatron_gspo.algorithm.catalog import find
 
     if find(loss).clips != "responses":

@@ -27,9 +27,11 @@ class Contrast:
 
     @property
     def arms(self) -> tuple[str, ...]:
+        """All arms of it."""
         return self.plus + self.minus
 
     def value(self, of: Callable[[str], float]) -> float:
+        """Its value from each arm's."""
         return sum(map(of, self.plus)) - sum(map(of, self.minus))
 
 

@@ -114,6 +114,7 @@ def ratios(what: str, found: Sequence[Ratio]) -> str:
 
 
 def ratio_text(ratio: Ratio) -> str:
+    """A ratio with its interval."""
     zero = f", {count(ratio.left_out, 'seed')} with a 0 left out" if ratio.left_out else ""
     if ratio.mean is None:
         return f"{ratio.name} has no value{zero}"
@@ -131,6 +132,7 @@ def accuracy(analysis: Analysis) -> str:
 
 
 def collapses(comparison: Comparison, analysis: Analysis) -> str:
+    """Which arms have cells that collapsed."""
     fallen = {name: facts["collapsed"] for name, facts in analysis.arms.items() if facts["collapsed"]}
     definition = "five-step mean reward under half of its peak"
     finished = sum(facts["finished"] for facts in analysis.arms.values())
@@ -261,16 +263,19 @@ def _dense(comparison: Comparison) -> str:
 
 
 def sample(mean: Mean) -> str:
+    """From how many seeds and cold starts."""
     return f"{count(mean.seeds, 'seed')} from {count(mean.cold_starts, 'cold start')}"
 
 
 def p_text(result: Result) -> str:
+    """Of the test, before and after correction."""
     if result.p is None or result.p_holm is None:
         return "not tested"
     return f"sign-flip p {p_value(result.p)}, {p_value(result.p_holm)} after Holm"
 
 
 def p_value(p: float) -> str:
+    """With as many digits as it is worth."""
     return f"= {p:.2g}" if p >= 1e-4 else "< 0.0001"
 
 
@@ -281,10 +286,12 @@ def signed(value: float, digits: int = 3) -> str:
 
 
 def interval(mean: Mean) -> str:
+    """Both ends, signed."""
     return f"{signed(mean.low or 0.0)} to {signed(mean.high or 0.0)}"
 
 
 def ratio_interval(mean: Mean) -> str:
+    """Both ends, as factors."""
     if mean.low is None or mean.high is None:
         return "one seed"
     return f"{times_text(mean.low)} to {times_text(mean.high)}"

@@ -49,26 +49,32 @@ class Ratio:
 
     @property
     def apart(self) -> bool:
+        """Whether the interval leaves 1 out."""
         return not self.low <= 1 <= self.high
 
     def text(self) -> str:
+        """One clause with the interval."""
         verdict = "apart" if self.apart else "no difference shown"
         return f"{self.name}: {self.value:.3g} times ({self.low:.3g} to {self.high:.3g}): {verdict}"
 
 
 @dataclass(frozen=True)
 class Stability:
+    """What a sweep says of all arms."""
+
     setting: str
     families: tuple[Family, ...]
     ratios: tuple[Ratio, ...]
 
     def as_json(self) -> dict[str, Any]:
+        """As JSON values."""
         families = [asdict(family) | {"text": family.text()} for family in self.families]
         for family in families:
             family["half"] = {n: v if math.isfinite(v) else None for n, v in family["half"].items()}
         return {"setting": self.setting, "families": families, "ratios": [asdict(ratio) for ratio in self.ratios]}
 
     def sentences(self) -> list[str]:
+        """A sentence an arm, and one a ratio."""
         said = [f"{family.name}: {family.text()}, of {self.setting}." for family in self.families]
         return said + [f"{ratio.text()}." for ratio in self.ratios]
 
@@ -88,6 +94,7 @@ class Stability:
 
     @property
     def values(self) -> list[float]:
+        """Of the setting, ascending."""
         return sorted({value for family in self.families for value, _, _ in family.counts})
 
 
