@@ -1,4 +1,4 @@
-"""One HTTP request to a server, bounded in time and in bytes."""
+"""One HTTP request to a server, bounded in time and in bytes; and work in a thread of its own."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import contextlib
 import http.client
 import socket
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 from urllib.parse import urlsplit
 
 SERVER_KEY = "MEGATRON_GSPO_SERVER_KEY"
@@ -16,6 +18,7 @@ SERVER_KEY = "MEGATRON_GSPO_SERVER_KEY"
 MOST_BYTES = 16 * 2**20
 """Of the answer to a question about a server; its settings take some ten thousand."""
 _CHUNK = 2**20
+T = TypeVar("T")
 
 
 class OverlongReplyError(http.client.HTTPException):
@@ -29,6 +32,20 @@ class Reply:
     status: int
     """Of HTTP. A redirect is one too: it is not followed."""
     body: bytes
+
+
+def start(action: Callable[[], T]) -> Future[T]:
+    """Runs ``action`` in a daemon thread: one that hangs in a transfer does not keep the process from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def refusal(status: int) -> str:

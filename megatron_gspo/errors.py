@@ -58,6 +58,10 @@ class SyncError(MegatronGspoError, RuntimeError):
     """A weight sync did not leave the servers at the version that was sent."""
 
 
+class NoAnswerError(SyncError):
+    """A server that is gone, or was silent for too long."""
+
+
 class RewardError(MegatronGspoError, ValueError):
     """A reward function raised, timed out, or returned something outside [0, 1]."""
 

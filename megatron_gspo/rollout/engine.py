@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -71,12 +72,79 @@ class Engine(Protocol):
         ...
 
 
+class Control(Protocol):
+    """The engine's other face: the weights of every server, and their version. Used by one trainer rank.
+
+    Each call is of all servers. A refusal, or a server that is gone (NoAnswerError), is a SyncError naming it.
+    """
+
+    urls: tuple[str, ...]
+
+    def flush_when_idle(self) -> None:
+        """Empties prefix caches; a server that still generates is waited for, and then refuses."""
+        ...
+
+    def set_version(self, version: str) -> None:
+        """Names the version of what they hold."""
+        ...
+
+    def check_version(self, version: str) -> None:
+        """Raises SyncError unless every server reports ``version``."""
+        ...
+
+    def infos(self) -> list[dict[str, Any]]:
+        """Each server's settings."""
+        ...
+
+    def tensor_ranks(self) -> tuple[int, ...]:
+        """Tensor-parallel ranks of each server."""
+        ...
+
+    def begin_update(self) -> None:
+        """Opens an update session, which takes tensors until ``end_update``."""
+        ...
+
+    def end_update(self) -> None:
+        """Closes the session."""
+        ...
+
+    def post_tensors(self, payload: bytes) -> None:
+        """One bucket of named tensors, pickled and in base64, in an open session."""
+        ...
+
+    def update_from_disk(self, directory: str) -> None:
+        """Loads a Hugging Face directory that the servers can read."""
+        ...
+
+    def join(self, group: str, address: str, port: int, world_size: int, backend: str) -> list[Future[str]]:
+        """Begins to take every server's ranks, from rank 1 on, into a group with a store at (address, port)."""
+        ...
+
+    def receive(self, group: str, layout: Mapping[str, Any], patience_s: float) -> list[Future[str]]:
+        """Begins to receive one flat bucket of tensors from the group's rank 0."""
+        ...
+
+    def leave(self, group: str) -> list[Future[str]]:
+        """Begins to take the servers out of a group."""
+        ...
+
+    def overwrite(self) -> None:
+        """Puts random numbers in the place of the weights."""
+        ...
+
+    def checksums(self) -> list[list[dict[str, str]]]:
+        """Of each server and each of its tensor-parallel ranks: parameter -> hash of its bytes."""
+        ...
+
+
 @dataclass(frozen=True)
 class EngineEntry:
     """An engine by name; each field is ``module:class``, imported on use."""
 
     engine: str
     """Called with (urls, rollout_config, vocab_size=..., decode=..., access=...)."""
+    control: str
+    """A ``Control``; called with (urls, timeout_s, key)."""
     servers: str
     """A context manager that starts servers on this machine; called as ``sglang``'s ``LocalServers``."""
     without_dense_layers: frozenset[str] = frozenset()
@@ -93,6 +161,7 @@ class EngineEntry:
 ENGINES = {
     "sglang": EngineEntry(
         "megatron_gspo.rollout.sglang.client:SGLangEngine",
+        "megatron_gspo.rollout.sglang.control:Servers",
         "megatron_gspo.rollout.sglang.launcher:LocalServers",
         # 0.5.23, srt/models/qwen2_moe.py and qwen3_moe.py: at equal weights logprobs were up to 2.6 off.
         without_dense_layers=frozenset({"Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"}),
@@ -131,6 +200,12 @@ def make_engine(
     make = _resolve(ENGINES[config.engine].engine)
     engine: Engine = make(urls, config, vocab_size=vocab_size, decode=decode, access=access)
     return engine
+
+
+def make_control(engine: str, urls: Sequence[str], timeout_s: float, key: str = "") -> Control:
+    """The control of an engine's servers. Raises SyncError when there is none."""
+    control: Control = _resolve(ENGINES[engine].control)(urls, timeout_s, key)
+    return control
 
 
 def local_servers(config: RolloutConfig) -> Any:

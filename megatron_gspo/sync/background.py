@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from queue import Queue
 from typing import Generic, TypeVar
 
+from megatron_gspo.calls import start
+
 T = TypeVar("T")
-
-
-def start(action: Callable[[], T]) -> Future[T]:
-    """Runs ``action`` in a daemon thread: one that hangs in a transfer does not keep the process from ending."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 class Pump(Generic[T]):

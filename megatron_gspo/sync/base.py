@@ -11,10 +11,10 @@ from typing import Protocol, TypeVar
 import torch
 
 from megatron_gspo.config import SyncConfig
-from megatron_gspo.errors import SyncError
+from megatron_gspo.errors import NoAnswerError, SyncError
 from megatron_gspo.hf.checkpoint import HfReader, buckets
+from megatron_gspo.rollout.engine import make_control
 from megatron_gspo.sync.peers import Peers
-from megatron_gspo.sync.servers import NoAnswerError, Servers
 from megatron_gspo.sync.verify import Reset
 from megatron_gspo.types import OPEN, ServerAccess
 
@@ -59,6 +59,7 @@ def make_weight_sync(
     expected_names: Collection[str] | None = None,
     access: ServerAccess = OPEN,
     shared: bool = False,
+    engine: str = "sglang",
 ) -> WeightSync:
     """The configured method.
 
@@ -67,11 +68,12 @@ def make_weight_sync(
     safetensors files. A server ignores a tensor whose name it does not know, and keeps the old weights of one that it
     is not sent; neither is an error to it.
 
-    ``shared``: the servers may run as another user, who must be able to read the files of "disk".
+    ``shared``: the servers may run as another user, who must be able to read the files of "disk". ``engine``: whose
+    servers they are.
     """
     module, _, name = METHODS[config.method].partition(":")
     sync: BucketSync = getattr(importlib.import_module(module), name)(
-        config, urls, peers, model_path, expected_names, access
+        config, urls, peers, model_path, expected_names, access, engine
     )
     sync.shared = shared
     return sync
@@ -100,11 +102,12 @@ class BucketSync:
         model_path: str | Path,
         expected_names: Collection[str] | None,
         access: ServerAccess = OPEN,
+        engine: str = "sglang",
     ) -> None:
         self.config = config
         self.peers = peers
         self.access = access
-        self.servers = Servers(urls, config.timeout_s, access.key)
+        self.servers = make_control(engine, urls, config.timeout_s, access.key)
         self.model_path = Path(model_path)
         self.expected_names = frozenset(HfReader(model_path).names() if expected_names is None else expected_names)
 

@@ -75,9 +75,7 @@ class DiskSync(BucketSync):
         index = Path(place) / "model.safetensors.index.json"
         with self._refusals():
             self._write(index, json.dumps({"metadata": {}, "weight_map": weight_map}).encode())
-        # A server that started from no files ("--load-format dummy") would look for these weights in the same way.
-        body = {"model_path": place, "load_format": "auto", "flush_cache": True}
-        self.servers.post("/update_weights_from_disk", body)
+        self.servers.update_from_disk(place)
 
     def _abandon(self) -> None:
         self.close()  # a full disk needs the room

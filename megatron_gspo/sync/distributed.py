@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from megatron_gspo.calls import start
 from megatron_gspo.errors import SyncError
-from megatron_gspo.sync.background import Pump, start
+from megatron_gspo.sync.background import Pump
 from megatron_gspo.sync.base import BucketSync, NamedTensor, Names
 from megatron_gspo.sync.flat import Buffers, FlatBucket, flatten, receive_bucket, receive_header, send_bucket
 from megatron_gspo.sync.group import Backend, ServerGroup
@@ -44,7 +45,7 @@ class DistributedSync(BucketSync):
     def _begin(self) -> str:
         if self._group is None:
             self._group = ServerGroup(self.servers, backend=self._backend(), timeout_s=self.config.timeout_s)
-        self.servers.post("/begin_weight_update", {"selector": "all"})
+        self.servers.begin_update()
         return ""
 
     def _open(self) -> None:
@@ -74,12 +75,12 @@ class DistributedSync(BucketSync):
             send_bucket(self.peers.send, None)
 
     def _finish(self, place: str, sent: list[list[tuple[Names, str]]]) -> None:
-        self.servers.post("/end_weight_update")
+        self.servers.end_update()
 
     def _abandon(self) -> None:
         self.close()
         with contextlib.suppress(SyncError):  # an open session would refuse the next one; it may be closed already
-            self.servers.post("/end_weight_update")
+            self.servers.end_update()
 
     def _receive_all(self, rank: int, hand: threading.Lock) -> None:
         """Passes on what a rank sends. One bucket arrives at a time, whose rank has it and waits for nobody else."""

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, but not marked so
 
-from megatron_gspo.errors import SyncError
+from megatron_gspo.calls import start
+from megatron_gspo.errors import NoAnswerError, SyncError
 from megatron_gspo.parallel.rendezvous import listening_store
-from megatron_gspo.sync.background import start
+from megatron_gspo.rollout.engine import Control
 from megatron_gspo.sync.flat import FlatBucket
-from megatron_gspo.sync.servers import NoAnswerError, Servers
 
 Backend = Literal["gloo", "nccl"]
 JOIN_S = 60.0
@@ -34,7 +34,7 @@ class ServerGroup:
     torch's prefixes in the store, which ``_join`` repeats (SGLang 0.5.23, srt/utils/common.py).
     """
 
-    def __init__(self, servers: Servers, *, backend: Backend, timeout_s: float) -> None:
+    def __init__(self, servers: Control, *, backend: Backend, timeout_s: float) -> None:
         """Joins with every server. Raises SyncError naming the one that does not."""
         self._servers = servers
         self._backend = backend
@@ -48,19 +48,9 @@ class ServerGroup:
         self._address = address
         self._store = listening_store(address, self._world_size, timedelta(seconds=self._join_s))
         self._name = f"megatron-gspo-{self._store.port}"
-        bodies = [
-            {
-                "master_address": address,
-                "master_port": self._store.port,
-                "rank_offset": 1 + sum(ranks[:index]),
-                "world_size": self._world_size,
-                "group_name": self._name,
-                "backend": backend,
-            }
-            for index in range(len(ranks))
-        ]
         joining = start(self._join)
-        self._all_or_none(servers.start("/init_weights_update_group", bodies), joining, self._join_s)
+        posts = servers.join(self._name, address, self._store.port, self._world_size, backend)
+        self._all_or_none(posts, joining, self._join_s)
         self._group = joining.result()
 
     def broadcast(self, bucket: FlatBucket) -> None:
@@ -69,14 +59,7 @@ class ServerGroup:
         Afterwards the group is of no use: ``close`` it.
         """
         data = bucket.data.to(self._device)
-        body = bucket.layout | {
-            "group_name": self._name,
-            "load_format": "flattened_bucket",
-            "flush_cache": False,
-        }
-        posts = self._servers.start(
-            "/update_weights_from_distributed", [body] * len(self._servers.urls), patience_s=3 * GRACE_S
-        )
+        posts = self._servers.receive(self._name, bucket.layout, patience_s=3 * GRACE_S)
         self._all_or_none(posts, start(lambda: self._send(data)), self._timeout_s)
 
     def close(self) -> None:
@@ -135,8 +118,7 @@ class ServerGroup:
         return gone
 
     def _leave(self) -> list[Future[str]]:
-        body = {"group_name": self._name}
-        return self._servers.start("/destroy_weights_update_group", [body] * len(self._servers.urls))
+        return self._servers.leave(self._name)
 
 
 def reachable_address(urls: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ class TensorSync(BucketSync):
     """Every owner posts its tensors, a bucket at a time, to every server."""
 
     def _begin(self) -> str:
-        self.servers.post("/begin_weight_update", {"selector": "all"})
+        self.servers.begin_update()
         return ""
 
     def _send(self, place: str, bucket: list[NamedTensor]) -> None:  # type: ignore[override]  # nothing to report
@@ -24,11 +24,11 @@ class TensorSync(BucketSync):
         self.servers.post_tensors(pybase64.b64encode(pickled(bucket)))
 
     def _finish(self, place: str, sent: list[list[tuple[Names, str]]]) -> None:
-        self.servers.post("/end_weight_update")
+        self.servers.end_update()
 
     def _abandon(self) -> None:
         with contextlib.suppress(SyncError):  # an open session would refuse the next one; it may be closed already
-            self.servers.post("/end_weight_update")
+            self.servers.end_update()
 
 
 def pickled(bucket: list[NamedTensor]) -> bytes:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from megatron_gspo.errors import SyncError
-from megatron_gspo.sync.servers import Servers
+from megatron_gspo.rollout.engine import Control
 
 Checksums = list[dict[str, str]]
 """Of a server's tensor-parallel ranks: parameter, as the server fuses and names them -> hash of its bytes."""
@@ -19,11 +19,11 @@ class Reset:
     parameter that keeps its hash was not reached, and one that was reached in part differs between servers.
     """
 
-    def __init__(self, servers: Servers) -> None:
+    def __init__(self, servers: Control) -> None:
         """Overwrites the weights. Raises SyncError when a server cannot."""
         started = time.monotonic()
         self._servers = servers
-        servers.post("/weights_checker", {"action": "reset_tensors"})
+        servers.overwrite()
         self._before = servers.checksums()
         for url, before in zip(servers.urls, self._before, strict=True):
             check_given(url, before)

@@ -180,6 +180,7 @@ def build_run(
             expected_names=expected_names(config, policy),
             access=access,
             shared=bool(config.rollout.servers),
+            engine=config.rollout.engine,
         ),
         reward=inputs.reward,
         gate=make_gate(config),

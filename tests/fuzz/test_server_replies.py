@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from megatron_gspo.errors import EngineReplyError, RolloutError, SyncError
 from megatron_gspo.rollout.engine import Sampling
 from megatron_gspo.rollout.sglang import client as sglang_client
+from megatron_gspo.rollout.sglang.control import Servers
 from megatron_gspo.rollout.sglang.reply import parse_generation
 from megatron_gspo.rollout.sglang.routes import decode_routes
-from megatron_gspo.sync.servers import Servers
 from megatron_gspo.types import Prompt, Rollout, RouteShape
 from tests.fuzz.mutations import (
     BYTE_MUTATIONS,

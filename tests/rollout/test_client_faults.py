@@ -25,7 +25,7 @@ from megatron_gspo.errors import (
 )
 from megatron_gspo.rollout.engine import Sampling, make_engine
 from megatron_gspo.rollout.sglang import client as sglang_client
-from megatron_gspo.sync.servers import Servers
+from megatron_gspo.rollout.sglang.control import Servers
 from megatron_gspo.types import OPEN, Prompt, Rollout, ServerAccess
 from tests.rollout.cases import REQUEST, SAMPLING, STOP, prompt, reply
 

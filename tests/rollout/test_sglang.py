@@ -26,10 +26,10 @@ from megatron_gspo.data.prompts import load_prompts
 from megatron_gspo.data.tokenizer import load_tokenizer
 from megatron_gspo.errors import EngineReplyError, EngineUnavailableError, RolloutError, SyncError
 from megatron_gspo.rollout.engine import Sampling, make_engine
+from megatron_gspo.rollout.sglang.control import Servers
 from megatron_gspo.rollout.sglang.probe import get
 from megatron_gspo.sync.base import make_weight_sync
 from megatron_gspo.sync.peers import Peers
-from megatron_gspo.sync.servers import Servers
 from megatron_gspo.types import Prompt, Rollout, RouteShape
 from tests.rollout.cases import prompt
 from tests.rollout.conftest import require_sglang, weight_version

@@ -12,9 +12,9 @@ import torch
 from megatron_gspo.config import SyncConfig
 from megatron_gspo.errors import SyncError
 from megatron_gspo.hf.checkpoint import HfReader, buckets
+from megatron_gspo.rollout.sglang.control import Servers
 from megatron_gspo.sync.base import METHODS, NamedTensor, check_names, make_weight_sync, send_all
 from megatron_gspo.sync.peers import Peers
-from megatron_gspo.sync.servers import Servers
 from megatron_gspo.sync.tensor import pickled
 from tests.rollout.ranks import collect_failures
 

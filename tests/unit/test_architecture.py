@@ -31,6 +31,7 @@ LAYERS = [
 
 EXCEPTIONS = {
     ("megatron", "hf"): "models read and write weights through hf's tables of names",
+    ("sync", "rollout"): "a sync reaches servers through the engine's control",
     ("sync", "hf"): "a sync sends what a Hugging Face directory holds, in the same buckets",
 }
 """Edges between siblings, each with its reason."""

@@ -13,9 +13,9 @@ from http.client import HTTPException
 import pytest
 
 from megatron_gspo.calls import OverlongReplyError, call
-from megatron_gspo.errors import SyncError
+from megatron_gspo.errors import NoAnswerError, SyncError
+from megatron_gspo.rollout.sglang.control import Servers
 from megatron_gspo.rollout.sglang.probe import probe
-from megatron_gspo.sync.servers import NoAnswerError, Servers
 
 Talk = Callable[[socket.socket, bytes], None]
 """What a server says to a request."""

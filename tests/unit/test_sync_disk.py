@@ -45,9 +45,8 @@ def make(parent: Path, tmp_path: Path) -> Iterator[Callable[..., BucketSync]]:
         def __init__(self, look: Callable[[Path], None]) -> None:
             self.look = look
 
-        def post(self, path: str, body: dict[str, Any]) -> None:
-            assert path == "/update_weights_from_disk"
-            self.look(Path(body["model_path"]))
+        def update_from_disk(self, directory: str) -> None:
+            self.look(Path(directory))
 
         def flush_when_idle(self) -> None: ...
         def set_version(self, version: str) -> None: ...

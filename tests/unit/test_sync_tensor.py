@@ -8,7 +8,7 @@ import megatron.core  # noqa: F401  (0.19.2 replaces a function that pickles of 
 import pytest
 import torch
 
-from megatron_gspo.sync.servers import Servers
+from megatron_gspo.rollout.sglang.control import Servers
 from megatron_gspo.sync.tensor import pickled
 
 TAKEN = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch.storage", "_load_from_bytes")}

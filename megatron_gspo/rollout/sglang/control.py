@@ -1,17 +1,16 @@
-"""The control endpoints of SGLang servers, called on all servers at once."""
+"""The engine's control: SGLang's endpoints for weights and versions, called on all servers at once."""
 
 from __future__ import annotations
 
 import functools
 import http.client
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from megatron_gspo.calls import OverlongReplyError, call, refusal
-from megatron_gspo.errors import SyncError
-from megatron_gspo.sync.background import start
+from megatron_gspo.calls import OverlongReplyError, call, refusal, start
+from megatron_gspo.errors import NoAnswerError, SyncError
 from megatron_gspo.types import is_of_another_run
 
 TIMEOUT_S = 600.0
@@ -19,12 +18,9 @@ IDLE_S = 30
 """Seconds that a server may take to finish what it is doing before an update."""
 
 
-class NoAnswerError(SyncError):
-    """A server that is gone, or was silent for too long."""
-
-
 class Servers:
-    """Calls to every server in parallel. A refusal or a dead server is a SyncError naming the URL.
+    """``rollout.engine.Control`` of SGLang: calls to every server in parallel. A refusal or a dead server is a
+    SyncError naming the URL.
 
     ``timeout_s`` bounds each call from its first to its last byte; ``key`` is sent with it.
     """
@@ -41,6 +37,41 @@ class Servers:
         """POSTs the same JSON to every server; raises unless all succeed."""
         data = json.dumps(body or {}).encode()
         self._all(path, [data] * len(self.urls))
+
+    def begin_update(self) -> None:
+        """Opens an update session, which takes tensors until ``end_update``."""
+        self.post("/begin_weight_update", {"selector": "all"})
+
+    def end_update(self) -> None:
+        """Closes the session."""
+        self.post("/end_weight_update")
+
+    def update_from_disk(self, directory: str) -> None:
+        """Loads a Hugging Face directory that the servers can read."""
+        # A server that started from no files ("--load-format dummy") would look for these weights in the same way.
+        body = {"model_path": directory, "load_format": "auto", "flush_cache": True}
+        self.post("/update_weights_from_disk", body)
+
+    def join(self, group: str, address: str, port: int, world_size: int, backend: str) -> list[Future[str]]:
+        """Begins to take every tensor-parallel rank of every server, from rank 1 on, into a group whose rank 0 keeps
+        its store at (address, port)."""
+        ranks = self.tensor_ranks()
+        common = {"master_address": address, "master_port": port, "world_size": world_size, "group_name": group}
+        bodies = [{**common, "rank_offset": 1 + sum(ranks[:index]), "backend": backend} for index in range(len(ranks))]
+        return self.start("/init_weights_update_group", bodies)
+
+    def receive(self, group: str, layout: Mapping[str, Any], patience_s: float) -> list[Future[str]]:
+        """Begins to receive one flat bucket of tensors from the group's rank 0."""
+        body = {**layout, "group_name": group, "load_format": "flattened_bucket", "flush_cache": False}
+        return self.start("/update_weights_from_distributed", [body] * len(self.urls), patience_s=patience_s)
+
+    def leave(self, group: str) -> list[Future[str]]:
+        """Begins to take the servers out of a group."""
+        return self.start("/destroy_weights_update_group", [{"group_name": group}] * len(self.urls))
+
+    def overwrite(self) -> None:
+        """Puts random numbers in the place of the weights."""
+        self.post("/weights_checker", {"action": "reset_tensors"})
 
     def start(self, path: str, bodies: Sequence[dict[str, Any]], patience_s: float = 0.0) -> list[Future[str]]:
         """Begins to POST ``bodies[i]`` to server i; its answer, or its SyncError, comes later.
