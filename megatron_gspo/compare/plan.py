@@ -279,6 +279,7 @@ def _cell(out: Path, base: RunConfig, arm: Arm, seed: int, model: str, overrides
     tree = base.model_dump(mode="json", exclude_none=True)
     if arm.loss != base.algorithm.name:
         common = algorithm_class(arm.loss).model_fields.keys() & Algorithm.model_fields.keys()
+        common &= base.algorithm.model_fields_set  # defaults are each loss's own: the credit of dr-grpo, for one
         tree["algorithm"] = {name: value for name, value in tree["algorithm"].items() if name in common}
     tree["algorithm"]["name"] = arm.loss
     tree["replay"]["mode"] = arm.replay

@@ -67,6 +67,7 @@ def summarise(run: RunDirectory | Path | str) -> dict[str, Any]:
         "eval_last": evaluations[-1] if evaluations else None,
         "clip_frac_tokens": _mean(recent, "clip/frac_tokens"),
         "clip_frac_sequences": _mean(recent, "clip/frac_sequences"),
+        "explained_variance": _mean(recent, "critic/explained_variance"),
         "engine_k3_median": _median(recent, "kl/engine_k3"),
         "tokens_per_s": _median(recent, "tokens_per_s"),
         "seconds_per_outer_step": per_step,
@@ -138,8 +139,15 @@ def _policy_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("reward", f"{_text(summary['reward'], '.3f')} (mean of {over})"),
         ("eval accuracy", f"{_text(summary['eval_first'], '.3f')} -> {_text(summary['eval_last'], '.3f')}"),
         ("clip fraction", _clip_text(summary)),
+        *_critic_rows(summary, over),
         ("engine gap k3", f"{_text(summary['engine_k3_median'], '.2g')} (median of {over})"),
     ]
+
+
+def _critic_rows(summary: dict[str, Any], over: str) -> list[tuple[str, str]]:
+    """None without a critic."""
+    explained = summary.get("explained_variance")
+    return [] if explained is None else [("critic", f"explains {explained:.1%} of the returns (mean of {over})")]
 
 
 def _fine_tuning_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

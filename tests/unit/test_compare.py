@@ -361,3 +361,12 @@ def test_a_second_request_to_stop_kills() -> None:
     stop.ask()
     stop.ask()
     assert calls == [False, True]
+
+
+def test_an_arm_keeps_the_defaults_of_its_own_loss_and_takes_what_the_file_sets(request_of: Any) -> None:
+    losses = ("gspo", "dr-grpo", "cispo")
+    by_loss = {cell.arm.loss: cell.config.algorithm for cell in make_plan(request_of(losses=losses, seeds=1)).cells}
+    assert (by_loss["dr-grpo"].credit, by_loss["dr-grpo"].aggregation) == ("centred", "token-sum")
+    assert by_loss["cispo"].aggregation == "group-token-mean"
+    asked = request_of(losses=("dr-grpo",), seeds=1, overrides=('algorithm.credit="group"',))
+    assert {cell.config.algorithm.credit for cell in make_plan(asked).cells} == {"group"}
