@@ -26,6 +26,7 @@ ALGORITHMS: dict[str, str] = {
     "reinforce++": "megatron_gspo.algorithm.reinforce:ReinforcePlusPlus",
     "reinforce++-baseline": "megatron_gspo.algorithm.reinforce:ReinforcePlusPlusBaseline",
     "rloo": "megatron_gspo.algorithm.reinforce:Rloo",
+    "gpg": "megatron_gspo.algorithm.gpg:Gpg",
     "clip-cov": "megatron_gspo.algorithm.covariance:ClipCov",
     "kl-cov": "megatron_gspo.algorithm.covariance:KlCov",
     "distill": "megatron_gspo.algorithm.distill:Distill",

@@ -191,6 +191,11 @@ def _vespo(response: Response, settings: Mapping[str, Any]) -> list[Token]:
     return tokens
 
 
+def _gpg(response: Response, settings: Mapping[str, Any]) -> list[Token]:
+    """arXiv 2504.02546."""
+    return [Token(a * new) for new, a in zip(response.new, response.advantages, strict=True)]
+
+
 def _clip_cov(response: Response, settings: Mapping[str, Any]) -> list[Token]:
     """arXiv 2505.22617, eq. 11."""
     marks = response.chosen or [False] * len(response.new)
@@ -250,6 +255,7 @@ FORMULAS: dict[str, Callable[[Response, Mapping[str, Any]], list[Token]]] = {
     "luspo": _luspo,
     "vespo": _vespo,
     "dppo": _dppo,
+    "gpg": _gpg,
     "clip-cov": _clip_cov,
     "kl-cov": _kl_cov,
     "distill": _distill,
