@@ -48,7 +48,7 @@ class RunDirectory:
     def create(cls, config: RunConfig) -> RunDirectory:
         """Makes ``train.run_dir`` with ``config.toml`` in it; it is there with both or not at all.
 
-        Replaces a run under ``train.overwrite``, and under ``runs.resume`` (where there was no checkpoint to continue
+        Replaces a run under ``train.overwrite``, and under ``train.resume`` (where there was no checkpoint to continue
         from). Raises ConfigError if it exists otherwise, is being written, cannot be written, or if what would be
         replaced is not a run; WriteError when the disk is full.
         """

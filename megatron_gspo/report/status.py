@@ -110,7 +110,7 @@ def warnings(lines: list[Record], config: RunConfig | None) -> list[str]:
 
 
 def last_checkpoint(run: RunDirectory) -> str | None:
-    """Name of the checkpoint that ``runs.resume`` continues from; None when there is none, or none can be told."""
+    """Name of the checkpoint that ``train.resume`` continues from; None when there is none, or none can be told."""
     try:
         latest = latest_in(run.checkpoints)
     except WeightError:

@@ -119,7 +119,7 @@ def _ended_by(number: signal.Signals, run_dir: Path | None) -> int:
 
 
 def what_is_left(run_dir: Path | None) -> str:
-    """What to say of a run that was ended: where ``runs.resume = true`` would go on."""
+    """What to say of a run that was ended: where ``train.resume = true`` would go on."""
     if run_dir is None:
         return ""
     try:

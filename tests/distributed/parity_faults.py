@@ -387,3 +387,49 @@ def gradients_pile_up_over_mini_batches() -> Iterator[None]:
 
     with mock.patch.object(DistributedDataParallel, "zero_grad_buffer"):
         yield
+
+
+# -------------------------------------------------------------------------------------- every loss, corrections, critic
+
+
+@contextmanager
+def tokens_are_chosen_on_each_rank_alone() -> Iterator[None]:
+    from megatron_gspo.parallel.sums import StageTotals
+
+    def own(self: StageTotals, values: torch.Tensor, n: int) -> float:
+        return float(values.topk(min(n, values.numel())).values[-1]) if values.numel() else 0.0
+
+    with mock.patch.object(StageTotals, "nth_largest", own):
+        yield
+
+
+@contextmanager
+def value_heads_are_not_all_reduced() -> Iterator[None]:
+    from megatron_gspo.megatron.heads import ValueOutput
+
+    init = ValueOutput.__init__
+
+    def unmarked(self: ValueOutput, *args: Any, sequence_parallel: bool) -> None:
+        init(self, *args, sequence_parallel=False)
+
+    with mock.patch.object(ValueOutput, "__init__", unmarked):
+        yield
+
+
+@contextmanager
+def advantages_see_a_ranks_own_tokens_alone() -> Iterator[None]:
+    from megatron_gspo.train import credit
+
+    def own(piece: torch.Tensor, group: Any) -> list[torch.Tensor]:
+        return [piece if rank == group.rank() else torch.zeros_like(piece) for rank in range(group.size())]
+
+    with mock.patch.object(credit, "gather_pieces", own):
+        yield
+
+
+@contextmanager
+def advantages_are_whitened_by_data_rank() -> Iterator[None]:
+    from megatron_gspo.train import credit
+
+    with mock.patch.object(credit, "reduce_token_sums", lambda sums, stage: sums):
+        yield
