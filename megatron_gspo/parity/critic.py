@@ -152,7 +152,8 @@ class NaiveLoss:
             old = old + moved_by(self.case, self.case.keys[index])
             bounded = old + min(max(float(value) - old, -clip), clip)
             plain = (value - target) ** 2
-            total = total + (plain if float(plain) >= (bounded - target) ** 2 else plain * 0 + (bounded - target) ** 2)
+            beyond = abs(float(value) - old) > clip and (bounded - target) ** 2 > float(plain)
+            total = total + (plain * 0 + (bounded - target) ** 2 if beyond else plain)
         return self.weights[index] / len(values_R) * total / 2
 
     def metrics(self) -> dict[str, float]:

@@ -33,8 +33,8 @@ def test_a_ratio_beyond_what_a_float_holds_is_kept_as_an_infinity() -> None:
     output = make_algorithm("gspo").loss(shard, new_T, segment_sum)
     groups = SimpleNamespace(token=SimpleNamespace(size=lambda: 1), shard=Shard())
     assert not dist.is_initialized(), "one rank alone gathers nothing"
-    minibatch = Minibatch((batch,), (samples,), 8)
-    run, trained = SimpleNamespace(groups=groups), Trained(new_T, torch.zeros_like(new_T), output)
-    measured = _measure(run, [minibatch], [[shard]], [[trained]], {0, 1})  # type: ignore[arg-type]
+    trained = Trained(new_T, torch.zeros_like(new_T), output)
+    minibatch = Minibatch((batch,), (samples,), 8, shards=(shard,), trained=(trained,))
+    measured = _measure(SimpleNamespace(groups=groups), [minibatch], {0, 1})  # type: ignore[arg-type]
     assert (measured[0, 0].ratio, measured[1, 0].ratio) == (math.inf, 0.0)
     assert (measured[0, 0].clipped, measured[1, 0].clipped) == (True, False)
