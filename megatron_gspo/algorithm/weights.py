@@ -3,12 +3,11 @@
 A token's weight is ``weight / |y|`` of its response, whatever the aggregation, so one number per response is enough.
 With P surviving groups, G_p survivors of prompt p, and |y| response tokens:
 
-    aggregation     weight of a response        weight of a token           source
-    "paper"         1 / (P G_p)                 1 / (P G_p |y|)             GSPO, arXiv 2507.18071; GRPO, 2402.03300
-    "token-mean"    |y| / sum |y|               1 / sum |y|                 DAPO, as it is implemented
-    "group-         |y| / (P sum_G |y|)         1 / (P sum_G |y|)           DAPO, 2503.14476, eq. 8; CISPO, 2506.13585
-     token-mean"
-    "token-sum"     |y| / (P G_p max|y|)        1 / (P G_p max|y|)          Dr.GRPO, arXiv 2503.20783
+    aggregation         weight of a response      weight of a token      source
+    "paper"             1 / (P G_p)               1 / (P G_p |y|)        GSPO, arXiv 2507.18071; GRPO, 2402.03300
+    "token-mean"        |y| / sum |y|             1 / sum |y|            DAPO, as it is implemented
+    "group-token-mean"  |y| / (P sum_G |y|)       1 / (P sum_G |y|)      DAPO, 2503.14476, eq. 8; CISPO, 2506.13585
+    "token-sum"         |y| / (P G_p max|y|)      1 / (P G_p max|y|)     Dr.GRPO, arXiv 2503.20783
 
 ``max|y|`` is the response limit, a constant of the run.
 """
