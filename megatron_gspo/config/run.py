@@ -114,6 +114,12 @@ class RunConfig(Section):
                 f"critic.{changed} = {given[changed]!r} has no effect: there is a critic with "
                 f'algorithm.credit = "gae", and it is "{algorithm.credit}"'
             )
+        if algorithm.kl_reward_coef and not algorithm.uses_critic and self.rollout.on_truncated == "mask":
+            raise ValueError(
+                "algorithm.kl_reward_coef gives credit once the logprobs of a group are there, and rollout.on_truncated "
+                '= "mask" keeps truncated responses out of that: use "keep", "zero" or "drop", or algorithm.credit = '
+                '"gae"'
+            )
         if algorithm.needs_reference and not algorithm.reference:
             raise ValueError(
                 f'algorithm.name = "{algorithm.name}" learns from algorithm.reference, and there is none: name the '

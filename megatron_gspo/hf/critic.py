@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_gspo.hf.catalog import read_config, read_model
+from megatron_gspo.hf.directory import write_json
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.parts import Shapes
 from megatron_gspo.hf.weights import WeightRule
@@ -36,7 +36,7 @@ def name_as_critic(directory: Path) -> None:
     config = read_config(directory)
     names = [str(name).removesuffix(POLICY).removesuffix(CRITIC) + CRITIC for name in config["architectures"]]
     config |= {"architectures": names, "id2label": {"0": "value"}, "label2id": {"value": 0}}
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(path, config)
 
 
 def critic_of(family: Family) -> Family:

@@ -174,14 +174,14 @@ def grade(run: Run, survivors: dict[int, list[Rollout]], dropped: Dropped, colle
 def give(run: Run, collected: Collected) -> None:
     """Advantages of all groups, and the samples that they give. Collective."""
     collected.groups = dict(sorted(collected.groups.items()))
-    collected.advantages = give_credit(run.config.algorithm.credit, collected.groups, run.groups)
+    collected.advantages = advantages_of(run.config.algorithm.credit, collected.groups, run.groups)
     for place, group in collected.groups.items():
         masked = {r.sample for r in group.rollouts if r.truncated and run.config.rollout.on_truncated == "mask"}
         made = samples_of(place, group, collected.advantages[place], by_token=not run.config.algorithm.uses_critic)
         collected.samples += [sample for sample in made if sample.sample not in masked]
 
 
-def give_credit(credit: Credit, groups: Mapping[int, RolloutGroup], ranks: Groups) -> dict[int, np.ndarray]:
+def advantages_of(credit: Credit, groups: Mapping[int, RolloutGroup], ranks: Groups) -> dict[int, np.ndarray]:
     """Position -> [G_p] advantages of this leader's groups. Collective: a batch's statistics are of all leaders."""
     rewards = {position: group.rewards_G for position, group in groups.items()}
     lengths = {at: np.array([len(rollout.response_ids) for rollout in g.rollouts]) for at, g in groups.items()}

@@ -13,7 +13,7 @@ from megatron_gspo.algorithm.advantages import credit_by_response
 from megatron_gspo.algorithm.gae import generalised_advantages, lambdas
 from megatron_gspo.algorithm.ratios import expand
 from megatron_gspo.batching.packing import shard_positions, unshard_tokens
-from megatron_gspo.errors import NonFiniteError
+from megatron_gspo.errors import MegatronGspoError, NonFiniteError
 from megatron_gspo.megatron.groups import device
 from megatron_gspo.parallel.exchange import agree, broadcast_object, gather_objects, gather_pieces
 from megatron_gspo.parallel.sums import reduce_token_sums
@@ -42,7 +42,7 @@ def give_credit(run: Learner, minibatches: list[Minibatch]) -> Credited:
         try:
             batches = [batch for minibatch in minibatches for batch in minibatch.batches]
             shards, metrics = _by_values(run, batches, shards) if algorithm.uses_critic else _by_response(run, shards)
-        except NonFiniteError as caught:  # on every rank of the stage
+        except MegatronGspoError as caught:  # on every rank of the stage, and the other stages wait for it
             error = caught
     agree(error, run.groups.world)
     told: dict[str, float] = broadcast_object(metrics, run.groups.last_stage_rank, run.groups.pipeline)
@@ -171,7 +171,6 @@ def _in_units_of_the_head(run: Learner, shards: Sequence[TokenShard]) -> list[To
     """Values and returns as the head is to give them, by the moments as they are now."""
     assert run.critic is not None
     mean, std = run.critic.scale.mean, run.critic.scale.std
-
     return [
         shard.replace(values_T=(shard.values_T - mean) / std, returns_T=(shard.returns_T - mean) / std)
         for shard in shards

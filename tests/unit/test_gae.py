@@ -105,6 +105,7 @@ def test_a_scale_of_values_is_the_mean_and_deviation_of_what_it_has_seen() -> No
         (["critic.lam=0.9"], 'critic.lam = 0.9 has no effect: there is a critic with algorithm.credit = "gae"'),
         (['algorithm.credit="gae"'], "gspo has one term per sequence: use a loss with a term for each token"),
         (['algorithm.name="ppo"', 'algorithm.credit="gae"', "critic.min_lr=1.0"], "critic.min_lr = 1 is above"),
+        (["algorithm.kl_reward_coef=0.1", 'rollout.on_truncated="mask"'], "keeps truncated responses out of that"),
         (["rollout.group_size=1"], "one alone has advantage 0"),
         (['algorithm.name="ppo"', 'algorithm.credit="gae"', "critic.gamma=0"], "critic.gamma"),
     ],
