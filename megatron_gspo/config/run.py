@@ -116,7 +116,7 @@ class RunConfig(Section):
             )
         if algorithm.kl_reward_coef and not algorithm.uses_critic and self.rollout.on_truncated == "mask":
             raise ValueError(
-                "algorithm.kl_reward_coef gives credit once the logprobs of a group are there, and rollout.on_truncated "
+                "algorithm.kl_reward_coef gives credit once a group has its logprobs, and rollout.on_truncated "
                 '= "mask" keeps truncated responses out of that: use "keep", "zero" or "drop", or algorithm.credit = '
                 '"gae"'
             )
