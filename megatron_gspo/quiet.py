@@ -37,6 +37,8 @@ WARNINGS = (
 """(module, start of the message), as regular expressions."""
 
 LOGS = (
+    # 0.16.1 names the layers that it hands process groups to. Ours, which it doesn't know, takes the same ones itself.
+    ("megatron.core.transformer.transformer_layer", "Unknown MLP type"),
     # 0.19.2 wants another class of models than 0.16.1 has; this one gets bug fixes.
     ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
     # 0.19.2 makes of a dense layer's spec, as 0.16.1 wants it, what it wants itself.

@@ -21,6 +21,7 @@ from megatron_gspo.bench.measure import Clock, PeakMemory, Spread, available_byt
 from megatron_gspo.config import ParallelConfig
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.megatron.groups import device, make_groups, start_distributed
+from megatron_gspo.platforms import here
 from megatron_gspo.quiet import mute
 from megatron_gspo.types import DTYPES
 
@@ -70,7 +71,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
     Returns {"machine", "settings", "rows": [Row as a dict], "ratios": [...]}; see ``ratios``.
     """
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.device(here().device_type)
     _check(settings, where)
     turns: dict[tuple[int, int], Samples] = {}
     for ranks in settings.ranks:

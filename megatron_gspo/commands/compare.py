@@ -186,9 +186,9 @@ def _clock(seconds: float) -> str:
 
 
 def _device() -> str:
-    import torch
+    from megatron_gspo.platforms import here
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return here().device_type
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=PRECISIONS, help="default: CONFIG's, else float64")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--loss", choices=policy_losses(), help="default: CONFIG's, else gspo")
+    parser.add_argument("--kernels", choices=("auto", "reference"), help="model.kernels (default: CONFIG's, else auto)")
     parser.add_argument(
         "--replay",
         action="store_true",
@@ -122,6 +123,7 @@ def _settings(options: argparse.Namespace, config: RunConfig | None, layouts: li
         tolerance=options.tolerance,
         temperature=config.rollout.temperature if config else Settings.temperature,
         chunk=config.model.logprob_chunk if config else Settings.chunk,
+        kernels=options.kernels or (config.model.kernels if config else Settings.kernels),
         replay=options.replay or (config is not None and config.replay.mode != "off"),
     )
 
@@ -132,13 +134,12 @@ def _ranks(device: str | None, world: int | None) -> LocalRanks | WorldRanks:
 
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    import torch
-
     from megatron_gspo.errors import ConfigError
+    from megatron_gspo.platforms import here
 
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and here().device_type == "cpu":
         raise ConfigError("--device cuda: torch finds no GPU here")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = here().device_type
     if world is None:
         return LocalRanks(device)
     from megatron_gspo.parity.world import WorldRanks

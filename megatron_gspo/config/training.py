@@ -17,6 +17,9 @@ class ModelConfig(Section):
     ``convert`` makes of one: a Megatron distributed checkpoint beside the same files."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Parameters and activations. float64 is for proofs on a CPU."""
+    kernels: Literal["auto", "reference"] = "auto"
+    """"auto" takes the fastest form of each part of a layer that is installed and right for the device and dtype;
+    "reference" the plainest one: Megatron's own experts one by one. Both compute the same step up to rounding."""
     logprob_chunk: Positive = 1024
     """Tokens (per tensor rank group) whose logprobs are computed at one time, over a tile of 8,192 vocabulary rows at
     a time: memory is two such tiles."""

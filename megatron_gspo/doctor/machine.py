@@ -32,7 +32,9 @@ def look_at_machine() -> Machine:
     """Asks torch and the system."""
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    from megatron_gspo.platforms import CUDA, here
+
+    count = torch.cuda.device_count() if here() is CUDA else 0
     return Machine(
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         free_memory=min(psutil.virtual_memory().available, _left_in_control_group()),

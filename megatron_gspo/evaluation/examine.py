@@ -21,6 +21,7 @@ from megatron_gspo.evaluation.subject import Subject
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.family import ModelShape
+from megatron_gspo.platforms import here
 from megatron_gspo.rewards.registry import Reward, resolve_reward
 from megatron_gspo.rewards.scoring import guarded
 from megatron_gspo.rollout.engine import Progress, Sampling, local_servers, make_engine
@@ -72,7 +73,7 @@ def read_questions(subject: Subject, *, greedy: bool) -> Questions:
     tokenizer = open_tokenizer(config, directory)
     prompts = read_prompts(config, tokenizer)
     check_room(config, directory, prompts)
-    seeded = config.rollout.is_seeded(on_gpu=torch.cuda.is_available())
+    seeded = config.rollout.is_seeded(on_gpu=here().device_type == "cuda")
     sampling = evaluation_sampling(config, tokenizer.stop_ids, seeded=seeded, greedy=greedy)
     reward = resolve_reward(config.reward)
     return Questions(tokenizer, usable_questions(config, prompts, reward, tokenizer), reward, sampling)
@@ -116,7 +117,7 @@ def _servers(
         key = os.environ.get(SERVER_KEY, "")
         yield config.rollout.servers, key, check_served(probe(config.rollout.servers, timeout_s=10.0, key=key), model)
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = here().device_type
     servers = local_servers(config.rollout)(
         served(config, model),
         model,

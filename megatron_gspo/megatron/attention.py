@@ -12,6 +12,7 @@ and Transformer Engine's are for half precision on a GPU; neither has been run y
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_gspo.batching.packing import zigzag_positions
 from megatron_gspo.parallel.context import gather_rows
+from megatron_gspo.platforms import here
 from megatron_gspo.types import Shard
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
@@ -48,7 +50,7 @@ def attention_kernel(config: TransformerConfig) -> Literal["sdpa", "varlen", "tr
     Transformer Engine is deterministic only by an environment variable, so a deterministic run takes torch's kernel.
     """
     half = config.params_dtype in (torch.bfloat16, torch.float16)
-    if not torch.cuda.is_available() or not half:
+    if not here().half_kernels or not half:
         return "sdpa"
     if _has_transformer_engine() and not config.deterministic_mode:
         return "transformer_engine"
@@ -194,6 +196,12 @@ class Varlen:
 
         if self.key_rows is not None:
             key, value = key[self.key_rows], value[self.key_rows]
+        grouped = {"enable_gqa": True}
+        if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
+            grouped = {}
+            heads = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(heads, dim=1) for x in (key, value))
+        causal = (-1, 0)
         out = varlen_attn(
             query,
             key,
@@ -202,8 +210,8 @@ class Varlen:
             self.cu_keys,
             *self.longest,
             scale=scale,
-            window_size=(-1, 0),  # causal
-            enable_gqa=True,
+            window_size=causal,
+            **grouped,
         )
         assert isinstance(out, torch.Tensor)
         return out

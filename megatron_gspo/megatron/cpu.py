@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
+
+from megatron_gspo.platforms import here
 
 CPU = torch.device("cpu")
 
@@ -21,16 +22,18 @@ _installed = False
 
 
 def install() -> None:
-    """Installs every stand-in of this file, once. Does nothing where CUDA is available."""
+    """Mends Megatron on every machine, and installs the stand-ins where there is no CUDA; once."""
     global _installed
-    if _installed or torch.cuda.is_available():
+    if _installed:
         return
     _installed = True
+    _mend_megatron()
+    if not here().stands_in:
+        return
     for name, replacement in _CUDA_NAMES.items():
         setattr(torch.cuda, name, replacement)
     for name in ("zeros", "ones", "empty", "tensor", "arange", "full"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    dist.all_gather, dist.reduce_scatter = _uneven_all_gather(dist.all_gather), _uneven_reduce_scatter
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]
     _install_in_megatron()
@@ -128,67 +131,23 @@ def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
     return type_
 
 
-def _uneven_all_gather(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Pieces of different lengths: expert-tensor ranks gather the tokens that each was sent. nccl takes them as they
-    are, gloo wants one length; here each rank broadcasts its piece.
-    """
-
-    @functools.wraps(original)
-    def all_gather(
-        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
-    ) -> Any:
-        if len({piece.shape for piece in tensor_list}) == 1:
-            return original(tensor_list, tensor, group=group, async_op=async_op)
-        assert not async_op, "no caller in Megatron gathers uneven pieces without waiting for them"
-        for rank, piece in enumerate(tensor_list):
-            whole = tensor.contiguous() if rank == dist.get_rank(group) else torch.empty(piece.shape, dtype=piece.dtype)
-            dist.broadcast(whole, group=group, group_src=rank)
-            piece.copy_(whole)
-        return None
-
-    return all_gather
-
-
-def _uneven_reduce_scatter(
-    output: torch.Tensor,
-    input_list: list[torch.Tensor],
-    op: Any = dist.ReduceOp.SUM,
-    group: Any = None,
-    async_op: bool = False,
-) -> None:
-    """The backward of an uneven gather, which gloo lacks: every piece is reduced to its rank."""
-    assert not async_op, "no caller in Megatron reduces uneven pieces without waiting for them"
-    for rank, piece in enumerate(input_list):
-        sum_ = piece.clone(memory_format=torch.contiguous_format)
-        dist.reduce(sum_, group=group, group_dst=rank, op=op)
-        if rank == dist.get_rank(group):
-            output.copy_(sum_)
-
-
 def _install_in_megatron() -> None:
+    """Recompute and the random-state tracker keep the "CUDA" generator's state: here it is the CPU's."""
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer import multi_latent_attention
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    # Recompute and the random-state tracker keep the "CUDA" generator's state: here it is the CPU's.
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # Never defined without Transformer Engine in 0.16.1; None selects the plain matmul.
+
+
+def _mend_megatron() -> None:
+    """Names that 0.16.1 uses without Transformer Engine and never defines, with or without a GPU."""
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
+
     if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
-    # A mock without Transformer Engine in 0.16.1, and no type to isinstance: here nothing is one.
+        moe_utils.te_general_gemm = None  # selects the plain matmul
     if not isinstance(multi_latent_attention.TELinear, type):
-        multi_latent_attention.TELinear = type("TELinear", (), {})
-
-    move = token_dispatcher.maybe_move_tensor_to_cpu
-
-    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        """A tensor that is on the CPU already stays a tensor there, but gloo's all_to_all_single wants numpy."""
-        if as_numpy and torch.is_tensor(tensor):
-            return tensor.numpy()
-        return move(tensor, as_numpy=as_numpy, record_stream=record_stream)
-
-    token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+        multi_latent_attention.TELinear = type("TELinear", (), {})  # a mock, and no type to isinstance: nothing is one
 
 
 @contextlib.contextmanager

@@ -10,29 +10,29 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_gspo.hf.family import Family
 from megatron_gspo.hf.weights import put_together
-from megatron_gspo.megatron.model import PolicyModel
+from megatron_gspo.megatron.model import Own, PolicyModel
 from megatron_gspo.parallel.exchange import gather_pieces
 
 EMBEDDING = ("model.embed_tokens.weight",)
 
 
-def weight_of(parameter: torch.Tensor) -> torch.Tensor:
+def weight_of(own: Own) -> torch.Tensor:
     """The live tensor."""
-    return parameter.data
+    return own.data
 
 
-def gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
+def gradient_of(own: Own) -> torch.Tensor | None:
     """The accumulated gradient, in DDP's buffer; whole only after ``complete_gradients``. A buffer has none."""
-    if not isinstance(parameter, torch.nn.Parameter):
+    if not isinstance(own.parameter, torch.nn.Parameter):
         return None
-    return parameter.main_grad  # type: ignore[attr-defined]
+    return own.of(own.parameter.main_grad)  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
 def stream_tensors(
     chunks: Sequence[PolicyModel],
     family: Family,
-    value: Callable[[torch.Tensor], torch.Tensor | None] = weight_of,
+    value: Callable[[Own], torch.Tensor | None] = weight_of,
     *,
     copies: bool = True,
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -47,16 +47,16 @@ def stream_tensors(
 
 
 def _stream_chunk(
-    model: PolicyModel, family: Family, value: Callable[[torch.Tensor], torch.Tensor | None], copies: bool
+    model: PolicyModel, family: Family, value: Callable[[Own], torch.Tensor | None], copies: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     groups = model.groups
-    for parameter, named in model.rules(family):
+    for own, named in model.rules(family):
         if model.shape.tied_embeddings and named.hf_names == EMBEDDING and not model.pre_process:
             continue  # the tied head of a last stage is the embedding of the first
         expert = named.rule.is_expert
         tensor = groups.megatron.expt_tp if expert else groups.tensor
         replicas = groups.expert_data if expert else groups.data_context
-        mine = value(parameter)
+        mine = value(own)
         if replicas.rank() != 0 or mine is None:
             continue  # every tensor rank of a replica skips the same ones
         for name, piece in zip(named.hf_names, named.rule.split(mine), strict=True):

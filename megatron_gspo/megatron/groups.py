@@ -20,6 +20,7 @@ from megatron_gspo.config import ParallelConfig
 from megatron_gspo.errors import LayoutError
 from megatron_gspo.megatron import cpu
 from megatron_gspo.parallel.rendezvous import join_world
+from megatron_gspo.platforms import here
 from megatron_gspo.types import Shard
 
 
@@ -98,7 +99,7 @@ class Groups:
 
 def device() -> torch.device:
     """The device that this rank computes on."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else cpu.CPU
+    return cpu.CPU if here().stands_in else torch.device("cuda", torch.cuda.current_device())
 
 
 def start_distributed(timeout_s: float = 1800.0) -> None:
@@ -106,13 +107,12 @@ def start_distributed(timeout_s: float = 1800.0) -> None:
     cpu.install()
     if dist.is_initialized():
         return
-    if torch.cuda.is_available():
+    if here().one_rank_a_device:
         local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= devices:
             raise LayoutError(f"rank {local} of this machine has no GPU: there are {devices}, and nccl needs one each")
         torch.cuda.set_device(local)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    join_world(backend, timedelta(seconds=timeout_s))
+    join_world(here().backend, timedelta(seconds=timeout_s))
 
 
 def make_groups(parallel: ParallelConfig) -> Groups:
@@ -130,7 +130,7 @@ def make_groups(parallel: ParallelConfig) -> Groups:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
-        create_gloo_process_groups=torch.cuda.is_available(),
+        create_gloo_process_groups=False,  # ours over gloo is ``Groups.world``
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     return Groups(

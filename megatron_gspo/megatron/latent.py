@@ -23,7 +23,7 @@ class DuplicatedLinear(torch.nn.Module):
 
     def __init__(self, config: MLATransformerConfig, inputs: int, outputs: int) -> None:
         super().__init__()
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        device = torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -23,6 +24,7 @@ from megatron_gspo.megatron.attention import packed_sequences
 from megatron_gspo.megatron.groups import Groups, device
 from megatron_gspo.megatron.heads import Head, ValueOutput
 from megatron_gspo.megatron.spec import block_spec
+from megatron_gspo.platforms import here
 from megatron_gspo.types import DTYPES, PackedBatch
 
 RECOMPUTE: dict[str, dict[str, object]] = {
@@ -32,6 +34,8 @@ RECOMPUTE: dict[str, dict[str, object]] = {
 }
 """``model.recompute`` in Megatron's words."""
 
+GROUPED = ".mlp.experts.linear_"
+"""Stands in the names of what is one parameter for all experts of a layer."""
 _GRAPHED = "cuda_graph_modules" if hasattr(TransformerConfig, "cuda_graph_modules") else "cuda_graph_scope"
 """0.19.2's name, and 0.16.1's, of what a CUDA graph would hold. The default is one that both call deprecated."""
 
@@ -109,16 +113,18 @@ class PolicyModel(GPTModel):
         """[T_local, 1, H] of the last layer, without the logits that Megatron would make of them."""
         return hidden_states
 
-    def rules(self, family: Family) -> Iterator[tuple[torch.Tensor, NamedRule]]:
+    def rules(self, family: Family) -> Iterator[tuple[Own, NamedRule]]:
         """Every parameter of this stage with its Hugging Face names, in an order that tensor ranks share.
 
-        Behind them the routers' expert biases, which are buffers: without gradient, and no optimizer moves them.
+        Experts that are one parameter come one by one. Behind all of them the routers' expert biases, which are
+        buffers: without gradient, and no optimizer moves them.
         """
         rules = family.rules(self.shape)
         experts = self.shape.num_experts // self.groups.expert.size()
         biases = [(name, buffer) for name, buffer in self.named_buffers() if name.endswith(".expert_bias")]
         for name, parameter in (*self.named_parameters(), *biases):
-            yield parameter, find_rule(rules, self._global_name(name, experts * self.groups.expert.rank()))
+            for own, own_name in _one_by_one(name, parameter):
+                yield own, find_rule(rules, self._global_name(own_name, experts * self.groups.expert.rank()))
 
     def _global_name(self, name: str, expert_offset: int) -> str:
         """A local parameter name with its layer and expert numbered over all stages and expert ranks."""
@@ -129,6 +135,38 @@ class PolicyModel(GPTModel):
             elif word == "local_experts":
                 parts[position + 1] = str(int(parts[position + 1]) + expert_offset)
         return ".".join(parts)
+
+
+@dataclass(frozen=True)
+class Own:
+    """What this rank has of a parameter in Hugging Face names: all of it, or of all experts' one expert's part.
+
+    ``Own(weight, 3).of(weight.main_grad)`` is the gradient [out, in] of the fourth expert here.
+    """
+
+    parameter: torch.Tensor
+    """The whole parameter, or a buffer."""
+    expert: int | None = None
+    """Its place among those of this rank."""
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """Of a tensor in the parameter's shape, the part that this is: a view."""
+        return whole if self.expert is None else whole[self.expert]
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The live values: a view."""
+        return self.of(self.parameter.data)
+
+
+def _one_by_one(name: str, parameter: torch.Tensor) -> Iterator[tuple[Own, str]]:
+    """A parameter under its name; experts that are one parameter under the names that they have one by one."""
+    layer, experts, weight = name.partition(GROUPED)
+    if not experts:
+        yield Own(parameter), name
+        return
+    for expert in range(len(parameter)):
+        yield Own(parameter, expert), f"{layer}.mlp.experts.local_experts.{expert}.linear_{weight}"
 
 
 def transformer_config(
@@ -170,7 +208,6 @@ def transformer_config(
         batch_p2p_comm=False,
         # Each loss is a part of a globally normalised sum: nothing is divided by counts, micro-batches or ranks.
         calculate_per_token_loss=True,
-        use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -178,7 +215,7 @@ def transformer_config(
         bias_activation_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        deterministic_mode=deterministic or not torch.cuda.is_available(),
+        deterministic_mode=deterministic or here().deterministic,
         **RECOMPUTE[model.recompute],
         recompute_modules=list(model.recompute_modules),
         **{_GRAPHED: []},
@@ -208,7 +245,7 @@ def _moe_settings(model: ModelConfig, shape: ModelShape) -> dict[str, object]:
         "moe_ffn_hidden_size": shape.expert_hidden_size,
         "moe_shared_expert_intermediate_size": shape.shared_expert_hidden_size or None,
         "moe_layer_freq": [int(is_moe) for is_moe in shape.moe_layers],
-        "moe_grouped_gemm": False,
+        "moe_grouped_gemm": model.kernels == "auto",
         # Hugging Face configurations carry an auxiliary loss of 0.001; it would make a step depend on the layout.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
@@ -250,12 +287,14 @@ def _mark_parameters(policy: PolicyModel, family: Family) -> None:
     ``tensor_model_parallel`` marks a shard. Megatron sets it while it initialises weights, which we do not let it do;
     unmarked, the gradient norm counts tensor rank 0 alone, and every clipped step is silently too long.
     """
-    for parameter, named in policy.rules(family):
+    for own, named in policy.rules(family):
+        parameter = own.parameter
         if named.rule.is_expert:
             parameter.allreduce = False  # type: ignore[attr-defined]
         if named.rule.cut != "whole":
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-            parameter.partition_dim = 1 if named.rule.cut == "columns" else 0  # type: ignore[attr-defined]
+            dimension = 1 if named.rule.cut == "columns" else 0
+            parameter.partition_dim = dimension + (own.expert is not None)  # type: ignore[attr-defined]
             parameter.partition_stride = 1  # type: ignore[attr-defined]
 
 
@@ -265,7 +304,8 @@ def load_weights(policy: PolicyModel, family: Family, reader: HfReader) -> None:
 
     Raises WeightError naming a tensor that is missing or mis-shaped.
     """
-    for parameter, named in policy.rules(family):
+    for own, named in policy.rules(family):
+        parameter = own.data
         group = policy.groups.megatron.expt_tp if named.rule.is_expert else policy.groups.tensor
         if named.rule.starts_at_zero and not set(named.hf_names) <= set(reader.names()):
             parameter.zero_()

@@ -54,7 +54,7 @@ class Optimizer:
             self.megatron: MegatronOptimizer = get_megatron_optimizer(
                 settings,
                 list(models),
-                use_gloo_process_groups=torch.cuda.is_available(),
+                use_gloo_process_groups=False,  # Megatron refuses it beside groups that are passed
                 pg_collection=groups.megatron,
             )
 

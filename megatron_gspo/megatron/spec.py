@@ -18,7 +18,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.megatron.attention import core_attention
 from megatron_gspo.megatron.cpu import keep_float64
+from megatron_gspo.megatron.experts import GroupedExperts, OrderedMoELayer
 from megatron_gspo.megatron.latent import LatentAttention
 from megatron_gspo.parallel.context import sum_over
 
@@ -45,7 +46,7 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
         self.eps = eps
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        device = torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -77,7 +78,7 @@ class RMSNormOverHeads(torch.nn.Module):
         """``hidden_size`` is d, of one head; ``heads`` are those of all ranks of ``group``."""
         super().__init__()
         self.eps, self.group = eps, group
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        device = torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(heads * hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -106,9 +107,12 @@ class Router(TopKRouter):
 def block_spec(
     moe_layers: list[bool], config: TransformerConfig, shape: ModelShape, tensor: dist.ProcessGroup
 ) -> TransformerBlockSubmodules:
-    """The spec of one pipeline stage: a layer spec for each of its layers, dense or MoE."""
+    """The spec of one pipeline stage: a layer spec for each of its layers, dense or MoE.
+
+    ``config.moe_grouped_gemm`` says whether a layer's experts are one module or a module each.
+    """
     attention = _attention_spec(config, shape, tensor)
-    dense, moe = _layer_spec(attention, _mlp_spec()), _layer_spec(attention, _moe_spec())
+    dense, moe = _layer_spec(attention, _mlp_spec()), _layer_spec(attention, _moe_spec(config))
     return TransformerBlockSubmodules(
         layer_specs=[moe if is_moe else dense for is_moe in moe_layers], layer_norm=RMSNorm
     )
@@ -183,7 +187,9 @@ def _mlp_spec() -> ModuleSpec:
     return ModuleSpec(module=MLP, submodules=_mlp_submodules())
 
 
-def _moe_spec() -> ModuleSpec:
-    experts = ModuleSpec(module=SequentialMLP, submodules=_mlp_submodules())
+def _moe_spec(config: TransformerConfig) -> ModuleSpec:
+    one_by_one = ModuleSpec(module=SequentialMLP, submodules=_mlp_submodules())
+    experts = ModuleSpec(module=GroupedExperts) if config.moe_grouped_gemm else one_by_one
     shared = ModuleSpec(module=SharedExpertMLP, submodules=_mlp_submodules())
-    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(router=Router, experts=experts, shared_experts=shared))
+    submodules = MoESubmodules(router=Router, experts=experts, shared_experts=shared)
+    return ModuleSpec(module=OrderedMoELayer, submodules=submodules)

@@ -26,6 +26,7 @@ from megatron_gspo.parity.ranks import RankError
 from megatron_gspo.parity.reference import Reference, reference_step, reference_without
 from megatron_gspo.parity.step import Fault, layout_step
 from megatron_gspo.parity.verdict import Row, fallen, judge
+from megatron_gspo.platforms import CUDA, here
 
 BYTES_A_PARAMETER = {"float64": 72, "float32": 60, "bfloat16": 54}
 """In one process: the policy's weight and gradient and the reference policy's weight, what they are written from, and
@@ -51,6 +52,8 @@ class Settings:
     """``model.logprob_chunk``: smaller than a micro-batch, so that there are several."""
     tolerance: float | None = None
     """Replaces the dtype's own."""
+    kernels: str = "auto"
+    """``model.kernels``."""
     replay: bool = False
     """Random routes are replayed in every pass."""
 
@@ -205,7 +208,7 @@ def _case(settings: Settings, path: str) -> Case:
         loss=settings.loss,
         dtype=settings.dtype,
         temperature=settings.temperature,
-        model={"logprob_chunk": settings.chunk},
+        model={"logprob_chunk": settings.chunk, "kernels": settings.kernels},
         replay=settings.replay,
     )
 
@@ -216,7 +219,7 @@ def _check_memory(path: str, settings: Settings) -> None:
     reader = HfReader(path)
     parameters = sum(math.prod(reader.shape(name)) for name in reader.names() if _layer(name) < shape.num_layers)
     needed = parameters * BYTES_A_PARAMETER[settings.dtype]
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if here() is CUDA else psutil.virtual_memory().available
     if needed > free:
         raise ConfigError(
             f"the reference is one process, and {path} in {settings.dtype} needs about {needed / 2**30:.0f} GiB there "

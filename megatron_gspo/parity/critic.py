@@ -56,7 +56,8 @@ def with_critic(config: RunConfig) -> RunConfig:
 def disturb_head(critic: Critic) -> None:
     """Values that differ by token: a head of zeros would give all of them, and all gradients below it, as 0."""
     for chunk in critic.chunks:
-        for parameter, named in chunk.rules(critic.family):
+        for own, named in chunk.rules(critic.family):
+            parameter = own.data
             if named.hf_names == ("score.weight",):
                 parameter.copy_(head_weight(parameter.shape[1]).to(parameter))
             elif named.hf_names == ("score.bias",):

@@ -17,6 +17,7 @@ from megatron_gspo.parity.naive_adamw import gradient_norm
 from megatron_gspo.parity.parts import CriticPart, Part, StepPart, TokenValues
 from megatron_gspo.parity.reference import Reference, term_of, weights_of
 from megatron_gspo.parity.tensors import GRADIENTS, compare
+from megatron_gspo.platforms import here
 
 
 def transformers_step(reference: Reference, directory: str) -> Part:
@@ -26,7 +27,7 @@ def transformers_step(reference: Reference, directory: str) -> Part:
     For a process of its own: imported under ``megatron.cpu``'s stand-ins, transformers leaves rotary angles unset.
     """
     case, part, step = reference.case, Part(), StepPart()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(here().device_type)
     model = _load(case).to(device)
     members = case.minibatches[0]
     weights = dict(zip(members, weights_of(case, members), strict=True))

@@ -149,12 +149,15 @@ def _serve(
     import torch
     import torch.distributed as dist
 
+    from megatron_gspo.platforms import PLATFORMS
+
     torch.set_num_threads(1)
-    if device == "cuda":
+    platform = PLATFORMS[device]
+    if platform.one_rank_a_device:
         torch.cuda.set_device(rank)
     try:
         dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo",
+            platform.backend,
             init_method=f"file://{store}",
             rank=rank,
             world_size=world,

@@ -68,8 +68,9 @@ def build(case: Case, layout: Layout) -> Learner:
 @torch.no_grad()
 def disturb(reference: Policy) -> None:
     """Makes another policy of a reference that has the policy's weights: its final norm is scaled, entry by entry."""
-    for parameter, named in (rule for chunk in reference.chunks for rule in chunk.rules(reference.family)):
+    for own, named in (rule for chunk in reference.chunks for rule in chunk.rules(reference.family)):
         if named.hf_names == ("model.norm.weight",):
+            parameter = own.data
             places = torch.arange(len(parameter), dtype=torch.float64, device=parameter.device)
             parameter.mul_((1 + 0.2 * torch.cos(places)).to(parameter.dtype))
 

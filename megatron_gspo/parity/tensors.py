@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from megatron_gspo.hf.weights import take_piece
 from megatron_gspo.megatron.export import complete_gradients, gradient_of, weight_of
+from megatron_gspo.megatron.model import Own
 from megatron_gspo.megatron.network import Network
 from megatron_gspo.parity.parts import Difference
 
@@ -42,15 +43,13 @@ def compare(tensors: Iterator[tuple[str, torch.Tensor]], reference: Path) -> dic
 
 
 @torch.no_grad()
-def _copies(
-    policy: Network, value: Callable[[torch.Tensor], torch.Tensor | None], reference: Path
-) -> dict[str, Difference]:
+def _copies(policy: Network, value: Callable[[Own], torch.Tensor | None], reference: Path) -> dict[str, Difference]:
     found: dict[str, Difference] = {}
     with safe_open(reference, framework="pt", device="cpu") as file:
         known = set(file.keys())
         for chunk in policy.chunks:
-            for parameter, named in chunk.rules(policy.family):
-                mine = value(parameter)
+            for own, named in chunk.rules(policy.family):
+                mine = value(own)
                 if mine is None:
                     continue
                 groups = policy.groups

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_gspo.platforms import here
 from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.cursor import PromptCursor
@@ -217,7 +218,7 @@ def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> It
         key, error = "", None
         check: Callable[[], None] = nothing
         if dist.get_rank() == 0:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = here().device_type
             servers = local_servers(config.rollout)(
                 served(config),
                 config.model.path,
@@ -245,6 +246,6 @@ def nothing() -> None:
 def set_determinism(config: RunConfig) -> None:
     """torch's deterministic algorithms: always on a CPU, on a GPU when asked for."""
     torch.manual_seed(config.train.seed)
-    if config.train.deterministic or not torch.cuda.is_available():
+    if config.train.deterministic or here().deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

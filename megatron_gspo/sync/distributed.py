@@ -13,6 +13,7 @@ import torch
 
 from megatron_gspo.calls import start
 from megatron_gspo.errors import SyncError
+from megatron_gspo.platforms import CUDA, here
 from megatron_gspo.sync.background import Pump
 from megatron_gspo.sync.base import BucketSync, NamedTensor, Names
 from megatron_gspo.sync.flat import Buffers, FlatBucket, flatten, receive_bucket, receive_header, send_bucket
@@ -100,5 +101,5 @@ class DistributedSync(BucketSync):
         """nccl where trainer and servers compute on GPUs, gloo otherwise."""
         if self.config.backend != "auto":
             return self.config.backend
-        on_gpus = torch.cuda.is_available() and all(info.get("device") == "cuda" for info in self.servers.infos())
+        on_gpus = here() is CUDA and all(info.get("device") == "cuda" for info in self.servers.infos())
         return "nccl" if on_gpus else "gloo"

@@ -23,6 +23,7 @@ from megatron_gspo.megatron.checkpoint_files import is_distributed
 from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.parallel.exchange import agree, gather_objects
+from megatron_gspo.platforms import here
 from megatron_gspo.rewards.references import ReferenceCheck
 from megatron_gspo.rewards.registry import Reward, resolve_reward
 from megatron_gspo.rollout.engine import Engine, Sampling, make_engine
@@ -58,7 +59,7 @@ class Run(Learner):
     @property
     def seeded(self) -> bool:
         """Whether rollouts are drawn from seeds."""
-        return self.config.rollout.is_seeded(on_gpu=torch.cuda.is_available())
+        return self.config.rollout.is_seeded(on_gpu=here().device_type == "cuda")
 
     def push(self, version: int) -> None:
         """Puts the policy's weights onto the servers as ``version``, with the engine gap that is asked for. Collective.

@@ -201,9 +201,9 @@ def dropping(tensor: str) -> Any:
 
     def drop(model: Any, family: Any, reader: Any) -> None:
         load(model, family, reader)
-        for parameter, named in model.rules(family):
+        for own, named in model.rules(family):
             if tensor in named.hf_names:
-                parameter.data.zero_()
+                own.data.zero_()
 
     return mock.patch.object(network, "load_weights", drop)
 
@@ -271,8 +271,8 @@ def after_marking(change: Callable[[Any, Any], None]) -> Any:
 
     def other(policy: Any, family: Any) -> None:
         mark(policy, family)
-        for parameter, named in policy.rules(family):
-            change(parameter, named)
+        for own, named in policy.rules(family):
+            change(own.parameter, named)
 
     return mock.patch.object(model, "_mark_parameters", other)
 

@@ -33,10 +33,12 @@ def varlen_by_definition(
     cu_seq_k: torch.Tensor,
     max_q: int,
     max_k: int,
+    enable_gqa: bool = False,
     **options: Any,
 ) -> torch.Tensor:
     """What torch documents of ``varlen_attn``, a query at a time; flash attention aligns the mask to the last key."""
-    assert options == {"scale": None, "window_size": (-1, 0), "enable_gqa": True}
+    assert options == {"scale": None, "window_size": (-1, 0)}
+    assert enable_gqa or query.shape[1] == key.shape[1]
     assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
     assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key)) and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     rows = []
@@ -59,6 +61,19 @@ def varlen(context: int) -> Arrays:
         return attention_of_ranks(Varlen, torch.float64, context)
 
 
+def varlen_of_torch_2_11(context: int) -> Arrays:
+    """Which knows no groups of heads: keys and values are repeated."""
+    from torch.nn.attention import varlen as module
+
+    from megatron_gspo.megatron.attention import Varlen
+
+    def without_groups(*args: Any, scale: float | None, window_size: tuple[int, int]) -> torch.Tensor:
+        return varlen_by_definition(*args, scale=scale, window_size=window_size)
+
+    with mock.patch.object(module, "varlen_attn", without_groups):
+        return attention_of_ranks(Varlen, torch.float64, context)
+
+
 @pytest.mark.parametrize("context", [1, 2, 3, 4])
 def test_the_ranks_attention_put_together_is_that_of_each_sequence_alone(ranks: RankPool, context: int) -> None:
     (actual,) = ranks.run(1, sdpa, context)
@@ -66,6 +81,7 @@ def test_the_ranks_attention_put_together_is_that_of_each_sequence_alone(ranks: 
     assert error < 1e-13, f"{where} is off by {error:.1e}"
 
 
+@pytest.mark.parametrize("kernel", [varlen, varlen_of_torch_2_11])
 @pytest.mark.parametrize("context", [1, 3])
 def test_the_variable_length_kernel_is_told_which_keys_each_run_of_queries_sees(ranks: RankPool, context: int) -> None:
     """The flash kernel runs on a GPU only (tests/gpu); its definition stands in for it here, its arguments are ours."""

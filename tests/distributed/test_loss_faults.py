@@ -132,8 +132,8 @@ def after_marking(change: Callable[[Any, Any], None]) -> Iterator[None]:
 
     def then(policy: Any, family: Any) -> None:
         mark(policy, family)
-        for parameter, named in policy.rules(family):
-            change(parameter, named)
+        for own, named in policy.rules(family):
+            change(own.parameter, named)
 
     with mock.patch.object(model, "_mark_parameters", then):
         yield

@@ -12,11 +12,11 @@ import megatron_gspo
 ROOT = Path(megatron_gspo.__file__).parent
 
 LAYERS = [
-    {"errors", "limits", "section", "_packing", "quiet", "versions"},
+    {"errors", "limits", "section", "_packing", "quiet", "versions", "platforms"},
     {"supervise", "named"},
     {"types", "storage", "calls", "untrusted"},
     {"batching"},
-    {"algorithm"},
+    {"algorithm", "kernels"},
     {"config"},
     {"parallel"},
     {"rollout", "rewards", "sync", "megatron", "hf", "data"},
@@ -166,3 +166,12 @@ for name in {ours}:
     importlib.import_module(name)
     assert state() == before, name
 """)
+
+
+def test_one_module_asks_whether_there_is_cuda():
+    """What differs by device is a table there; SGLang's stand-in asks in the servers' environment, which has none of
+    this package's."""
+    asking = {
+        str(path.relative_to(ROOT)) for path in MODULES if "cuda.is_available" in path.read_text(encoding="utf-8")
+    }
+    assert asking == {"platforms.py", "rollout/sglang/server.py"}

@@ -1,0 +1,33 @@
+"""Adding a weight's gradient where Megatron's DDP accumulates it, in place of returning it from a backward.
+
+DDP gives a parameter ``main_grad``, its part of a contiguous buffer in the dtype of accumulation, and a hook that adds
+what a backward returns to it, unless ``grad_added_to_main_grad`` says that this was done. ``zero_out_wgrad`` marks a
+head that is tied to the embedding of the same stage: the hook gets the sum of both.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_unwritten: dict[tuple[torch.Size, torch.dtype, torch.device], torch.Tensor] = {}
+
+
+def where_gradients_add(weight: torch.Tensor) -> torch.Tensor | None:
+    """The buffer that a backward adds this weight's gradient to, marked as added; None where it must return one."""
+    main_grad: torch.Tensor | None = getattr(weight, "main_grad", None)
+    fused = hasattr(weight, "grad_added_to_main_grad") and not getattr(weight, "zero_out_wgrad", False)
+    if main_grad is None or not fused or main_grad.dtype != torch.promote_types(weight.dtype, torch.float32):
+        return None
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return main_grad
+
+
+def no_gradient(weight: torch.Tensor) -> torch.Tensor:
+    """What a backward returns for a gradient that was added: memory that nobody reads, one for each shape.
+
+    The hook runs when a gradient arrives, so something must.
+    """
+    key = (weight.shape, weight.dtype, weight.device)
+    if key not in _unwritten:
+        _unwritten[key] = torch.empty_like(weight)
+    return _unwritten[key].detach()
