@@ -1,9 +1,25 @@
 # Everything lies inside this checkout: .venv (trainer), .venv-sglang (rollout servers), runs/, .cache/.
 # An environment is installed anew only when what is pinned for it, this path or the Python version has changed.
+# DEVICE=cuda installs for GPUs: other pins, on Python 3.12. Unless it is said, it is what .venv was made for.
 
-PYTHON ?= python3
+DEVICE ?= $(shell cat .venv/.device 2>/dev/null || echo cpu)
 PYTHON_LATEST ?= python3.12
-TORCH := torch==2.13.0
+ifeq ($(DEVICE),cpu)
+PYTHON ?= python3
+PYTHONS := 3.11 or 3.12
+TORCH := requirements/torch.txt
+SERVER := requirements/sglang.txt requirements/sglang-nodeps.txt
+else ifeq ($(DEVICE),cuda)
+PYTHON ?= $(PYTHON_LATEST)
+PYTHONS := 3.12
+TORCH := requirements/cuda/torch.txt
+SERVER := requirements/cuda/server.txt
+else
+$(error DEVICE = $(DEVICE): it is cpu or cuda)
+endif
+TRAINER := $(TORCH) requirements/trainer.txt
+LATEST := requirements/cuda/torch.txt requirements/trainer.txt
+KERNELS := requirements/cuda/kernels.txt requirements/cuda/kernels-nodeps.txt
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,14 +32,15 @@ RUN := .venv/bin/python -m
 PYTEST := -q -n 2 --dist loadfile --durations=15
 
 # digest WORDS,FILES: a short name for their content
-digest = $(shell (echo "$(CURDIR) $(TORCH) $(1)"; cat $(2)) 2>/dev/null | sha256sum | cut -c1-16)
+digest = $(shell (echo "$(CURDIR) $(1)"; cat $(2)) 2>/dev/null | sha256sum | cut -c1-16)
 VERSION := $(shell $(PYTHON) -V 2>/dev/null)
 
 EXTENSION := setup.py pyproject.toml $(wildcard megatron_gspo/csrc/*)
-TRAINER_STAMP := .venv/.packages-$(call digest,$(VERSION),requirements/trainer.txt)
-EXTENSION_STAMP := .venv/.extension-$(call digest,$(VERSION),requirements/trainer.txt $(EXTENSION))
-SGLANG_STAMP := .venv-sglang/.packages-$(call digest,$(VERSION),requirements/sglang.txt requirements/sglang-nodeps.txt)
-LATEST_STAMP := .venv-latest/.packages-$(call digest,,requirements/trainer.txt $(EXTENSION))
+TRAINER_STAMP := .venv/.packages-$(call digest,$(VERSION),$(TRAINER))
+EXTENSION_STAMP := .venv/.extension-$(call digest,$(VERSION),$(TRAINER) $(EXTENSION))
+KERNELS_STAMP := .venv/.kernels-$(call digest,$(VERSION),$(TRAINER) $(KERNELS))
+SGLANG_STAMP := .venv-sglang/.packages-$(call digest,$(VERSION),$(TORCH) $(SERVER))
+LATEST_STAMP := .venv-latest/.packages-$(call digest,,$(LATEST) $(EXTENSION))
 COLD_START := .cache/quickstart/.cold-start-$(call digest,,examples/quickstart/prepare.py examples/quickstart/sft.toml)
 
 .PHONY: help
@@ -31,8 +48,13 @@ help: ## show this
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1#\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'#' '{ printf "%-17s %s\n", $$1, $$2 }'
 
 .PHONY: install
-install: ## install both environments into this checkout
+install: ## install both environments into this checkout (DEVICE=cuda: for GPUs)
 	@$(MAKE) -s -j2 $(EXTENSION_STAMP) $(SGLANG_STAMP)
+
+.PHONY: kernels
+kernels: ## with DEVICE=cuda: compile Transformer Engine and apex into the trainer's environment
+	@[ $(DEVICE) = cuda ] || { echo "error: these kernels are for GPUs: make kernels DEVICE=cuda" >&2; exit 1; }
+	@$(MAKE) -s $(KERNELS_STAMP)
 
 .PHONY: quickstart
 quickstart: install ## install, then train a tiny mixture of experts with GSPO and show its report
@@ -52,7 +74,7 @@ test-slow: install ## install, then run the tests that take minutes, which `make
 	OMP_NUM_THREADS=1 $(RUN) pytest -q -s -m slow_suite --durations=0
 
 .PHONY: test-latest
-test-latest: $(LATEST_STAMP) $(SGLANG_STAMP) browser ## run all tests on Python 3.12 and the newest Megatron-Core (PYTHON_LATEST=...)
+test-latest: $(LATEST_STAMP) $(SGLANG_STAMP) browser ## run all tests on Python 3.12, the newest Megatron-Core and the GPU servers' torch (PYTHON_LATEST=...)
 	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest $(PYTEST)
 
 .PHONY: browser
@@ -68,6 +90,13 @@ lint: $(EXTENSION_STAMP) ## check style and types
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+
+.PHONY: lock
+lock: ## resolve the packages for GPUs anew, into requirements/cuda
+	$(call require,PYTHON_LATEST,3.12)
+	@$(PYTHON_LATEST) -m venv --clear build/lock
+	@build/lock/bin/python $(PIP) --upgrade pip packaging
+	@build/lock/bin/python tools/lock.py
 
 .PHONY: docs
 docs: $(EXTENSION_STAMP) ## build the documentation into build/docs
@@ -93,19 +122,23 @@ define require
 @command -v $${CXX:-g++} >/dev/null || { echo "error: no C++ compiler ($${CXX:-g++}): install one (Debian, Ubuntu: apt install g++)" >&2; exit 1; }
 endef
 
-# environment PYTHON,DIRECTORY: an empty one unless it is there with the same Python
+# environment PYTHON,DIRECTORY,DEVICE: an empty one unless it is there with the same Python, for the same device
 define environment
-@[ "$$($(2)/bin/python -V 2>/dev/null)" = "$$($(1) -V)" ] || $(1) -m venv --clear $(2)
+@[ "$$($(2)/bin/python -V 2>/dev/null) $$(cat $(2)/.device 2>/dev/null || echo cpu)" = "$$($(1) -V) $(3)" ] || $(1) -m venv --clear $(2)
+@echo $(3) >$(2)/.device
 endef
+
+# Each file of requirements, for pip.
+files = $(addprefix -r ,$(1))
 
 PIP := -m pip install --quiet --disable-pip-version-check
 
 $(TRAINER_STAMP):
-	$(call require,PYTHON,3.11 or 3.12)
+	$(call require,PYTHON,$(PYTHONS))
 	@echo "Installing the trainer's packages into .venv (some minutes)"
-	$(call environment,$(PYTHON),.venv)
-	@.venv/bin/python $(PIP) $(TORCH)
-	@.venv/bin/python $(PIP) $(TORCH) -r requirements/trainer.txt
+	$(call environment,$(PYTHON),.venv,$(DEVICE))
+	@.venv/bin/python $(PIP) -r $(TORCH)
+	@.venv/bin/python $(PIP) $(call files,$(TRAINER))
 	@rm -f .venv/.packages-*; touch $@
 
 $(EXTENSION_STAMP): $(TRAINER_STAMP)
@@ -114,21 +147,41 @@ $(EXTENSION_STAMP): $(TRAINER_STAMP)
 	@.venv/bin/python -m pip check
 	@rm -f .venv/.extension-*; touch $@
 
+# apex and Transformer Engine ask for their flags by environment variables. FORCE_BUILD: nothing else is downloaded.
+$(KERNELS_STAMP): $(EXTENSION_STAMP)
+	@$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc --version >/dev/null || { echo "error: no nvcc in $${CUDA_HOME:-/usr/local/cuda}: install the CUDA toolkit that torch was built with, or set CUDA_HOME" >&2; exit 1; }
+	@echo "Compiling Transformer Engine and apex into .venv (half an hour or more)"
+	@.venv/bin/python $(PIP) $(call files,$(TRAINER) $(firstword $(KERNELS)))
+	@NVTE_PYTORCH_FORCE_BUILD=TRUE APEX_CPP_EXT=1 APEX_CUDA_EXT=1 PATH="$(CURDIR)/.venv/bin:$$PATH" \
+	    .venv/bin/python $(PIP) --no-build-isolation --no-deps -r $(lastword $(KERNELS))
+	@.venv/bin/python -m pip check
+	@rm -f .venv/.kernels-*; touch $@
+
 $(SGLANG_STAMP):
-	$(call require,PYTHON,3.11 or 3.12)
+	$(call require,PYTHON,$(PYTHONS))
 	@echo "Installing SGLang into .venv-sglang (some minutes)"
-	$(call environment,$(PYTHON),.venv-sglang)
-	@.venv-sglang/bin/python -m pip uninstall --quiet --yes sglang 2>/dev/null # else pip lists what it thinks it lacks
-	@.venv-sglang/bin/python $(PIP) $(TORCH)
-	@.venv-sglang/bin/python $(PIP) $(TORCH) -r requirements/sglang.txt
-	@.venv-sglang/bin/python $(PIP) --no-deps -r requirements/sglang-nodeps.txt
+	$(call environment,$(PYTHON),.venv-sglang,$(DEVICE))
+	$(sglang_$(DEVICE))
 	@rm -f .venv-sglang/.packages-*; touch $@
+
+# On a CPU SGLang goes without most of what it names: CUDA packages, and another torch.
+define sglang_cpu
+@.venv-sglang/bin/python -m pip uninstall --quiet --yes sglang 2>/dev/null # else pip lists what it thinks it lacks
+@.venv-sglang/bin/python $(PIP) -r $(TORCH)
+@.venv-sglang/bin/python $(PIP) -r $(TORCH) -r $(firstword $(SERVER))
+@.venv-sglang/bin/python $(PIP) --no-deps -r $(lastword $(SERVER))
+endef
+
+define sglang_cuda
+@.venv-sglang/bin/python $(PIP) -r $(SERVER)
+@.venv-sglang/bin/python -m pip check
+endef
 
 $(LATEST_STAMP):
 	$(call require,PYTHON_LATEST,3.12)
 	@echo "Installing the trainer's packages into .venv-latest (some minutes)"
-	$(call environment,$(PYTHON_LATEST),.venv-latest)
-	@.venv-latest/bin/python $(PIP) $(TORCH)
-	@.venv-latest/bin/python $(PIP) $(TORCH) -r requirements/trainer.txt
+	$(call environment,$(PYTHON_LATEST),.venv-latest,cuda)
+	@.venv-latest/bin/python $(PIP) -r $(firstword $(LATEST))
+	@.venv-latest/bin/python $(PIP) $(call files,$(LATEST))
 	@.venv-latest/bin/python $(PIP) --no-build-isolation --no-deps -e .
 	@rm -f .venv-latest/.packages-*; touch $@

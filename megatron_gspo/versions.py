@@ -12,7 +12,7 @@ from packaging.version import InvalidVersion, Version
 TESTED_ON = "2026-11-20"
 TESTED: dict[str, tuple[str, ...]] = {
     "python": ("==3.11.*", "==3.12.*"),
-    "torch": ("==2.13.*",),
+    "torch": ("==2.13.*", "==2.14.*"),
     "megatron-core": ("==0.16.1", "==0.19.2"),
     "transformers": (">=5.19,<6",),
     "pydantic": (">=2.11,<3",),

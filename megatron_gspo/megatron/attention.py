@@ -45,7 +45,7 @@ class PackedSequences(PackedSeqParams):
 
 
 def attention_kernel(config: TransformerConfig) -> Literal["sdpa", "varlen", "transformer_engine"]:
-    """The one place that chooses: by device, dtype and what is installed (``pip install megatron-gspo[te]``).
+    """The one place that chooses: by device, dtype and what is installed (``make kernels``).
 
     Transformer Engine is deterministic only by an environment variable, so a deterministic run takes torch's kernel.
     """
