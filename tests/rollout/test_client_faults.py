@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import itertools
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -23,7 +24,7 @@ from megatron_gspo.errors import (
     RolloutError,
     SyncError,
 )
-from megatron_gspo.rollout.engine import Sampling, make_engine
+from megatron_gspo.rollout.engine import Sampling, make_engine, rollout_seed
 from megatron_gspo.rollout.sglang import client as sglang_client
 from megatron_gspo.rollout.sglang.control import Servers
 from megatron_gspo.types import OPEN, Prompt, Rollout, ServerAccess
@@ -32,6 +33,7 @@ from tests.rollout.cases import REQUEST, SAMPLING, STOP, prompt, reply
 Answer = Callable[[web.Request, dict[str, Any], int], Awaitable[web.StreamResponse]]
 """(request, its body, how often this very body came before) -> answer."""
 SOUND = reply([9, 8, STOP])
+JSON = "application/json"
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +51,25 @@ class StandIn:
         self._seen: Counter[str] = Counter()
         self._answer = answer
         self._deterministic = deterministic
-        self.running = self.most_running = 0
+        self.running = self.most_running = self.requests = 0
+        self.work: Callable[[], int] | None = None
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
+        """Answers each response of a request; what is no reply to one of them answers all."""
         body = await request.json()
-        rid = body.pop("rid")
+        ids, prompts, parameters = body.pop("rid"), body.pop("input_ids"), body.pop("sampling_params")
+        self.requests += 1
+        singles = [
+            body | {"input_ids": prompt, "sampling_params": own}
+            for prompt, own in zip(prompts, parameters, strict=True)
+        ]
+        answers = await asyncio.gather(*(self._one(request, *each) for each in zip(ids, singles, strict=True)))
+        for answer in answers:
+            if not isinstance(answer, web.Response) or answer.status != 200 or answer.content_type != JSON:
+                return answer
+        return web.Response(text=f"[{','.join(answer.text or '' for answer in answers)}]", content_type=JSON)
+
+    async def _one(self, request: web.Request, rid: str, body: dict[str, Any]) -> web.StreamResponse:
         self.request_ids.append(rid)
         self.bodies.append(body)
         key = repr(body)
@@ -65,6 +81,11 @@ class StandIn:
         finally:
             self.running -= 1
 
+    async def loads(self, request: web.Request) -> web.Response:
+        if self.work is None:
+            return web.Response(status=404)
+        return web.json_response({"loads": [{"num_used_tokens": self.work()}]})
+
     async def server_info(self, request: web.Request) -> web.Response:
         if self._info:
             return web.Response(body=self._info)
@@ -74,6 +95,7 @@ class StandIn:
         app = web.Application()
         app.router.add_post("/generate", self.generate)
         app.router.add_get("/server_info", self.server_info)
+        app.router.add_get("/v1/loads", self.loads)
         return TestServer(app)
 
 
@@ -184,6 +206,59 @@ def test_a_server_that_does_not_answer_in_time_is_given_up_without_asking_again(
     with pytest.raises(EngineUnavailableError, match=r"did not answer within rollout\.timeout_s = 0\.2 s"):
         draw(stand_in, sampling=Sampling(1, 1.0, 4, (STOP,)), timeout_s=0.2)
     assert len(stand_in.bodies) == 1
+
+
+def test_waiting_in_the_servers_queue_is_no_silence() -> None:
+    queue = asyncio.Lock()
+
+    async def one_at_a_time(request: web.Request, body: dict[str, Any], seen: int) -> web.Response:
+        async with queue:
+            await asyncio.sleep(0.2)
+            return web.json_response(SOUND)
+
+    prompts = tuple(prompt(str(i)) for i in range(10))
+    groups = draw(StandIn(one_at_a_time), prompts=prompts, sampling=Sampling(1, 1.0, 4, (STOP,)), timeout_s=1.0)
+    assert [len(group) for group in groups] == [1] * 10  # the last one has waited twice as long as the limit
+
+
+def test_a_response_that_takes_longer_than_the_limit_is_waited_for_while_tokens_are_made() -> None:
+    async def long(request: web.Request, body: dict[str, Any], seen: int) -> web.Response:
+        await asyncio.sleep(1.5)
+        return web.json_response(SOUND)
+
+    one = Sampling(1, 1.0, 4, (STOP,))
+    working = StandIn(long)
+    working.work = itertools.count().__next__
+    assert draw(working, sampling=one, timeout_s=0.4)[0][0].response_ids.tolist() == [9, 8, STOP]
+    for work in (lambda: 7, None):  # tokens are held and none is made; a server that does not say
+        idle = StandIn(long)
+        idle.work = work
+        with pytest.raises(
+            EngineUnavailableError, match=r"timeout_s = 0\.4 s, answered no other request, and generated"
+        ):
+            draw(idle, sampling=one, timeout_s=0.4)
+
+
+def test_a_group_is_one_request_and_only_what_was_aborted_is_drawn_again() -> None:
+    async def second_is_aborted(request: web.Request, body: dict[str, Any], seen: int) -> web.Response:
+        again = body["sampling_params"]["sampling_seed"] == seeds[1] and not seen
+        return web.json_response(reply([9], "abort") if again else SOUND)
+
+    four = Sampling(4, 1.0, 4, (STOP,), seed=1)
+    seeds = [rollout_seed(1, 0, "p", sample) for sample in range(4)]
+    stand_in = StandIn(second_is_aborted)
+    [group] = draw(stand_in, sampling=four)
+    assert [(rollout.sample, rollout.finish_reason) for rollout in group] == [(i, "stop") for i in range(4)]
+    assert stand_in.requests == 2
+    assert [body["sampling_params"]["sampling_seed"] for body in stand_in.bodies] == [*seeds, seeds[1]]
+
+
+def test_a_list_of_another_length_is_no_reply() -> None:
+    async def short(request: web.Request, body: dict[str, Any], seen: int) -> web.StreamResponse:
+        return web.Response(text="[]")
+
+    with pytest.raises(EngineReplyError, match=r"127.0.0.1:\d+: 2 responses were asked for, and it sent \[\]"):
+        draw(StandIn(short))
 
 
 def test_a_broken_reply_is_an_error_at_once_and_names_the_server() -> None:
@@ -310,8 +385,8 @@ async def trickle(request: web.Request, body: dict[str, Any], seen: int) -> web.
 
 
 def test_a_reply_may_take_as_many_bytes_as_were_asked_for_and_no_more() -> None:
-    with pytest.raises(EngineReplyError, match=r"goes on after 1049600 bytes"):
-        draw(StandIn(endless))
+    with pytest.raises(EngineReplyError, match=r"goes on after 1065984 bytes"):
+        draw(StandIn(endless), sampling=Sampling(1, 1.0, 4, (STOP,)))
 
 
 def test_a_reply_that_packs_its_bytes_is_not_unpacked() -> None:
@@ -324,7 +399,7 @@ def test_a_reply_that_packs_its_bytes_is_not_unpacked() -> None:
 
 def test_a_reply_that_trickles_is_given_up_when_the_time_is_over() -> None:
     with pytest.raises(EngineUnavailableError, match=r"within rollout\.timeout_s = 0\.5 s"):
-        draw(StandIn(trickle), timeout_s=0.5)
+        draw(StandIn(trickle), sampling=Sampling(1, 1.0, 4, (STOP,)), timeout_s=0.5)
 
 
 def test_a_redirect_is_not_followed() -> None:
@@ -338,7 +413,7 @@ def test_a_redirect_is_not_followed() -> None:
 def test_every_attempt_has_an_id_of_its_own_and_a_reply_to_another_is_refused() -> None:
     stand_in = StandIn(at_first(FAILURES["503"], times=1))
     draw(stand_in)
-    assert len(stand_in.request_ids) == 3 == len(set(stand_in.request_ids))  # two, and the one that failed
+    assert len(stand_in.request_ids) == 4 == len(set(stand_in.request_ids))  # two, and the two that failed
 
     async def swapped(request: web.Request, body: dict[str, Any], seen: int) -> web.StreamResponse:
         answer = reply([9, 8, STOP])

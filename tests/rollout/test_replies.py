@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 
 from megatron_gspo.errors import EngineReplyError
 from megatron_gspo.rollout.engine import Sampling, rollout_seed
-from megatron_gspo.rollout.sglang.reply import generation_request, parse_generation
+from megatron_gspo.rollout.sglang.reply import generation_request, in_parts, most_reply_bytes, parse_generation
 from megatron_gspo.rollout.sglang.server import murmur_hash32
-from megatron_gspo.types import Rollout
+from megatron_gspo.types import Rollout, RouteShape
 from tests.rollout.cases import REQUEST, SAMPLING, STOP, prompt, reply
 
 
@@ -129,20 +130,33 @@ def test_what_is_no_reply_at_all_is_refused(answer: Any) -> None:
 
 
 def test_a_seeded_request_carries_the_seed_of_its_sample_and_an_unseeded_one_none() -> None:
-    body = generation_request(prompt(), 1, Sampling(2, 0.7, 4, (STOP,), seed=11, outer_step=5))
+    body = generation_request(prompt(), [1, 0], Sampling(2, 0.7, 4, (STOP,), seed=11, outer_step=5))
     assert body == {
-        "input_ids": [5, 6, 7],
-        "sampling_params": {
-            "temperature": 0.7,
-            "max_new_tokens": 4,
-            "stop_token_ids": [3],
-            "sampling_seed": rollout_seed(11, 5, "p", 1),
-        },
+        "input_ids": [[5, 6, 7]] * 2,
+        "sampling_params": [
+            {
+                "temperature": 0.7,
+                "max_new_tokens": 4,
+                "stop_token_ids": [3],
+                "sampling_seed": rollout_seed(11, 5, "p", sample),
+            }
+            for sample in (1, 0)
+        ],
         "return_logprob": True,
     }
-    assert "sampling_seed" not in generation_request(prompt(), 1, SAMPLING)["sampling_params"]
+    assert "sampling_seed" not in generation_request(prompt(), [1], SAMPLING)["sampling_params"][0]
     greedy = Sampling(2, 0.7, 4, (STOP,), greedy=True)
-    assert generation_request(prompt(), 0, greedy)["sampling_params"]["temperature"] == 0.0
+    assert generation_request(prompt(), [0], greedy)["sampling_params"][0]["temperature"] == 0.0
+
+
+def test_a_groups_requests_are_as_few_as_their_replies_are_small() -> None:
+    short, long = (Sampling(64, 1.0, tokens, (STOP,)) for tokens in (16, 8192))
+    assert in_parts(range(64), prompt(), short) == [range(64)]
+    parts = in_parts(range(64), prompt(), long)
+    assert [sample for part in parts for sample in part] == list(range(64))
+    most = [most_reply_bytes(prompt(), len(part), long) for part in parts]
+    assert len(parts) == 3 and max(most) <= 2**26
+    assert len(in_parts(range(8), prompt(), replace(long, routes=RouteShape((True,) * 48, 8, 128)))) == 3
 
 
 def test_seeds_differ_in_every_argument_fit_31_bits_and_do_not_change_between_releases() -> None:

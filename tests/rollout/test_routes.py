@@ -44,8 +44,8 @@ def parse(answer: dict[str, Any]) -> Rollout:
 
 
 def test_a_request_asks_for_routes_only_when_they_are_wanted() -> None:
-    assert generation_request(prompt(), 0, ASKING)["return_routed_experts"] is True
-    assert "return_routed_experts" not in generation_request(prompt(), 0, SAMPLING)
+    assert generation_request(prompt(), [0], ASKING)["return_routed_experts"] is True
+    assert "return_routed_experts" not in generation_request(prompt(), [0], SAMPLING)
 
 
 def test_a_response_keeps_the_routes_of_every_token_but_the_last_in_the_engines_order() -> None:

@@ -69,9 +69,7 @@ class StandIn:
         elif path == "/update_weights_from_tensor":
             self.received |= dict(pickle.loads(base64.b64decode(body["serialized_named_tensors"][0])))
         elif path == "/generate":
-            with self._counting:
-                count, self.answered = self.answered, self.answered + 1
-            answer = self._answer(sound(body, self.version), body, count)
+            answer = self._generate(body)
         if answer is None:
             handler.close_connection = True
             handler.connection.close()
@@ -81,6 +79,17 @@ class StandIn:
         handler.send_header("Content-Length", str(len(content)))
         handler.end_headers()
         handler.wfile.write(content)
+
+    def _generate(self, body: dict[str, Any]) -> Any:
+        """A list of the replies to each response that is asked for; what is no reply takes the list's place."""
+        answers = []
+        for rid, prompt, parameters in zip(body["rid"], body["input_ids"], body["sampling_params"], strict=True):
+            one = body | {"rid": rid, "input_ids": prompt, "sampling_params": parameters}
+            with self._counting:
+                count, self.answered = self.answered, self.answered + 1
+            answers.append(self._answer(sound(one, self.version), one, count))
+        strange = [answer for answer in answers if answer is None or isinstance(answer, bytes)]
+        return strange[0] if strange else answers
 
 
 def sound(body: dict[str, Any], version: str) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import json
 from collections.abc import Coroutine, Iterable, Sequence
 from types import TracebackType
@@ -14,8 +16,10 @@ from megatron_gspo.calls import MOST_BYTES, refusal
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import ConfigError, DataError, EngineReplyError, EngineUnavailableError, RolloutError
 from megatron_gspo.rollout.engine import Decode, Progress, Sampling
+from megatron_gspo.rollout.sglang.patience import Patience
 from megatron_gspo.rollout.sglang.reply import (
     generation_request,
+    in_parts,
     most_reply_bytes,
     new_request_id,
     parse_generation,
@@ -27,13 +31,15 @@ T = TypeVar("T")
 
 FIRST_PAUSE_S = 0.2
 """Pause before the first retry; it doubles with each."""
+WORK = ("num_used_tokens", "total_prefill_uncached_tokens", "decode_moments", "num_running_reqs", "num_waiting_reqs")
+"""Of ``/v1/loads`` (SGLang 0.5.23), what changes when a server works."""
 
 
 class SGLangEngine:
     """An ``Engine`` over one or more SGLang servers that hold the same weights.
 
-    A prompt goes to the server with the fewest prompts in flight, all its samples together (they share the prompt's
-    prefix), one request a sample so that each has its own seed. At most ``config.concurrency`` prompts are in flight.
+    A prompt goes to the server with the fewest prompts in flight, all its samples together in one request, in which
+    each has a seed of its own. At most ``config.concurrency`` prompts are in flight.
     """
 
     def __init__(
@@ -52,13 +58,13 @@ class SGLangEngine:
         self._decode = decode
         self._access = access
         self._load = {url.rstrip("/"): 0 for url in urls}
+        self._patience = {url: Patience(config.timeout_s, functools.partial(self._work, url)) for url in self._load}
         self.version = ""
         self.repeatable = False
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),  # the semaphore of rollout_groups is the limit
-            timeout=aiohttp.ClientTimeout(total=self._config.timeout_s),
             headers={"Accept-Encoding": "identity"}  # what is small on its way would be counted then
             | ({"Authorization": f"Bearer {self._access.key}"} if self._access.key else {}),
             auto_decompress=False,
@@ -95,8 +101,7 @@ class SGLangEngine:
                 url = min(self._load, key=self._load.__getitem__)
                 self._load[url] += 1
                 try:
-                    samples = range(sampling.group_size)
-                    rollouts = await _gather(self._rollout(url, prompt, i, sampling, weight_version) for i in samples)
+                    rollouts = await self._group(url, prompt, sampling, weight_version)
                 finally:
                     self._load[url] -= 1
             if progress is not None:
@@ -105,29 +110,45 @@ class SGLangEngine:
 
         return await _gather(group(prompt) for prompt in prompts)
 
-    async def _rollout(self, url: str, prompt: Prompt, sample: int, sampling: Sampling, weight_version: int) -> Rollout:
-        """One response; an abort is drawn again with the same seed, and returned when it persists."""
-        request = generation_request(prompt, sample, sampling)
+    async def _group(self, url: str, prompt: Prompt, sampling: Sampling, weight_version: int) -> list[Rollout]:
+        """A prompt's responses; aborted ones are drawn again with the same seeds, and returned when that persists."""
+        group: dict[int, Rollout] = {}
         for attempt in range(self._config.retries + 1):
+            left = [i for i in range(sampling.group_size) if i not in group or group[i].finish_reason == "abort"]
+            if not left:
+                break
             await _pause(attempt)
-            reply = await self._call("POST", url, "/generate", request, most_bytes=most_reply_bytes(prompt, sampling))
-            try:
-                rollout = parse_generation(
+            parts = in_parts(left, prompt, sampling)
+            drawn = await _gather(self._draw(url, prompt, part, sampling, weight_version) for part in parts)
+            group |= {rollout.sample: rollout for rollouts in drawn for rollout in rollouts}
+        return [group[i] for i in range(sampling.group_size)]
+
+    async def _draw(
+        self, url: str, prompt: Prompt, samples: Sequence[int], sampling: Sampling, weight_version: int
+    ) -> list[Rollout]:
+        """Some of a prompt's responses, in one request."""
+        request = generation_request(prompt, samples, sampling)
+        most_bytes = most_reply_bytes(prompt, len(samples), sampling)
+        replies = await self._call("POST", url, "/generate", request, most_bytes=most_bytes)
+        if not isinstance(replies, list) or len(replies) != len(samples):
+            raise EngineReplyError(f"{url}: {len(samples)} responses were asked for, and it sent {shorten(replies)}")
+        try:
+            return [
+                parse_generation(
                     reply,
                     prompt,
                     sample,
                     sampling,
                     vocab_size=self._vocab_size,
                     weight_version=weight_version,
-                    request_id=request["rid"],
+                    request_id=request_id,
                     decode=self._decode,
                     access=self._access,
                 )
-            except EngineReplyError as error:
-                raise EngineReplyError(f"{url}: {error}") from None
-            if rollout.finish_reason != "abort":
-                break
-        return rollout
+                for reply, sample, request_id in zip(replies, samples, request["rid"], strict=True)
+            ]
+        except EngineReplyError as error:
+            raise EngineReplyError(f"{url}: {error}") from None
 
     async def _info(self, url: str) -> dict[str, Any]:
         info = await self._call("GET", url, "/server_info")
@@ -141,19 +162,21 @@ class SGLangEngine:
         """The decoded JSON of a 200 answer. Connection failures and 5xx answers are tried again, and nothing else:
         a request that was refused would be refused again, one that timed out may still be running.
 
-        ``body`` is sent under an id of its own, which its ``rid`` holds afterwards. A redirect is refused: whoever
+        ``body`` is sent under ids of its own, which its ``rid`` holds afterwards. A redirect is refused: whoever
         answers at another address is not the server that was named.
         """
         for attempt in range(self._config.retries + 1):
             await _pause(attempt)
             if body is not None:
-                body["rid"] = new_request_id()  # the server may still be at the one that failed
+                # New ones: the server may still be at those of the one that failed.
+                body["rid"] = [new_request_id() for _ in body["input_ids"]]
             try:
-                async with self._session.request(method, url + path, json=body, allow_redirects=False) as response:
-                    status, text = response.status, await _read(response, most_bytes)
+                async with self._patience[url].wait() if body is not None else contextlib.nullcontext():
+                    status, text = await self._send(method, url + path, body, most_bytes)
             except TimeoutError:
+                silent = "" if body is None else ", answered no other request, and generated nothing"
                 raise EngineUnavailableError(
-                    f"{url}{path} did not answer within rollout.timeout_s = {self._config.timeout_s:g} s"
+                    f"{url}{path} did not answer within rollout.timeout_s = {self._config.timeout_s:g} s{silent}"
                 ) from None
             except aiohttp.ClientError as error:
                 failure = f"{type(error).__name__}: {error}"
@@ -162,6 +185,21 @@ class SGLangEngine:
                 return _decode_answer(status, text, url + path)
             failure = f"HTTP {status}: {shorten(text)}"
         raise EngineUnavailableError(f"{url}{path} failed {self._config.retries + 1} times, at last with {failure}")
+
+    async def _send(self, method: str, url: str, body: dict[str, Any] | None, most_bytes: int) -> tuple[int, str]:
+        """One request: the answer's status and text. One with a body is under the server's ``Patience``."""
+        timeout = aiohttp.ClientTimeout(total=self._config.timeout_s if body is None else None)
+        options: dict[str, Any] = {"json": body, "allow_redirects": False, "timeout": timeout}
+        async with self._session.request(method, url, **options) as response:
+            return response.status, await _read(response, most_bytes)
+
+    async def _work(self, url: str) -> object:
+        """What a server has done so far, in tokens and requests; None when it does not say."""
+        try:
+            status, text = await self._send("GET", f"{url}/v1/loads?include=core", None, MOST_BYTES)
+            return [[load.get(name) for name in WORK] for load in json.loads(text)["loads"]] if status == 200 else None
+        except (aiohttp.ClientError, EngineReplyError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            return None
 
 
 def check_prompt(prompt: Prompt, vocab_size: int) -> None:

@@ -1,9 +1,10 @@
-"""SGLang's ``/generate``: the request of one response, and the validation of its reply. Pure functions, no HTTP."""
+"""SGLang's ``/generate``: the request of a prompt's responses, and the validation of each. Pure functions, no HTTP."""
 
 from __future__ import annotations
 
 import math
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,21 +23,45 @@ LEAST_FINITE = float(np.finfo(np.float32).min)
 """A logprob below this is -inf where it is kept."""
 TOKEN_BYTES = 256
 """Of JSON for each token of a response, at most: its id, its logprob with the id once more, and room to spare."""
+META_BYTES = 2**14
+"""Of JSON around a response's tokens, at most."""
 FRAME_BYTES = 2**20
-"""Of JSON around the tokens, at most."""
+"""Of a reply, whatever was asked for."""
 
 
-def generation_request(prompt: Prompt, sample: int, sampling: Sampling) -> dict[str, Any]:
-    """The body of POST ``/generate`` for one response, but for its ``rid``."""
+MOST_AT_ONCE_BYTES = 2**26
+"""Of one reply: longer ones are asked for in parts, so that no server or client holds a whole group's as one text."""
+
+
+def generation_request(prompt: Prompt, samples: Sequence[int], sampling: Sampling) -> dict[str, Any]:
+    """The body of POST ``/generate`` for some responses to a prompt, each with a seed of its own; but for its ``rid``.
+
+    (SGLang's ``n`` would give all of them the same seed.)
+    """
     parameters: dict[str, Any] = {
         "temperature": 0.0 if sampling.greedy else sampling.temperature,
         "max_new_tokens": sampling.max_tokens,
         "stop_token_ids": list(sampling.stop_token_ids),
     }
-    if sampling.seed is not None:
-        parameters["sampling_seed"] = rollout_seed(sampling.seed, sampling.outer_step, prompt.id, sample, prompt.visit)
-    request = {"input_ids": list(prompt.token_ids), "sampling_params": parameters, "return_logprob": True}
+    request = {
+        "input_ids": [list(prompt.token_ids)] * len(samples),
+        "sampling_params": [parameters | _seed(prompt, sample, sampling) for sample in samples],
+        "return_logprob": True,
+    }
     return request | ({"return_routed_experts": True} if sampling.routes else {})
+
+
+def _seed(prompt: Prompt, sample: int, sampling: Sampling) -> dict[str, int]:
+    if sampling.seed is None:
+        return {}
+    return {"sampling_seed": rollout_seed(sampling.seed, sampling.outer_step, prompt.id, sample, prompt.visit)}
+
+
+def in_parts(samples: Sequence[int], prompt: Prompt, sampling: Sampling) -> list[Sequence[int]]:
+    """The samples of each request: all in one, unless its reply could be longer than ``MOST_AT_ONCE_BYTES``."""
+    each = most_reply_bytes(prompt, 1, sampling) - FRAME_BYTES
+    most = max(1, (MOST_AT_ONCE_BYTES - FRAME_BYTES) // each)
+    return [samples[start : start + most] for start in range(0, len(samples), most)]
 
 
 def new_request_id() -> str:
@@ -44,13 +69,13 @@ def new_request_id() -> str:
     return uuid.uuid4().hex
 
 
-def most_reply_bytes(prompt: Prompt, sampling: Sampling) -> int:
-    """The longest sound reply to ``generation_request``: what is longer was not asked for."""
-    size = FRAME_BYTES + TOKEN_BYTES * sampling.max_tokens
+def most_reply_bytes(prompt: Prompt, samples: int, sampling: Sampling) -> int:
+    """The longest sound reply to a ``generation_request`` of so many samples: what is longer was not asked for."""
+    size = META_BYTES + TOKEN_BYTES * sampling.max_tokens
     if sampling.routes:  # int32 in base64
         tokens = len(prompt.token_ids) + sampling.max_tokens
         size += tokens * len(sampling.routes.moe_layers) * sampling.routes.top_k * 6
-    return size
+    return FRAME_BYTES + samples * size
 
 
 def parse_generation(
