@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from megatron_gspo.platforms import CUDA, here
+
 PIECE = 2**24
 """Elements of a shard that are stepped at a time where states are brought to the device or widened: some 64 MiB of
 each. A multiple of what a vector holds: the ends of a tensor may be rounded otherwise than the rest."""
@@ -50,7 +52,7 @@ class ShardedAdamW:
             for shard in group["params"]:
                 self._step_shard(shard, group, number)
                 number += 1
-        if self.on_host and torch.cuda.is_available():
+        if self.on_host and here() is CUDA:
             torch.cuda.current_stream().synchronize()  # copies to the host are on their way until here
 
     def _step_shard(self, shard: torch.Tensor, group: dict[str, Any], number: int) -> None:
@@ -114,7 +116,7 @@ class HostMemory:
     def __init__(self, size: int) -> None:
         self._block = torch.zeros(size, dtype=torch.uint8, device="cpu")
         self._used = 0
-        if torch.cuda.is_available():
+        if here() is CUDA:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._block.data_ptr(), size, 0))
 
     def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:

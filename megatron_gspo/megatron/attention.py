@@ -196,7 +196,7 @@ class Varlen:
 
         if self.key_rows is not None:
             key, value = key[self.key_rows], value[self.key_rows]
-        grouped = {"enable_gqa": True}
+        grouped: dict[str, Any] = {"enable_gqa": True}
         if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
             grouped = {}
             heads = query.shape[1] // key.shape[1]

@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_gspo.hf.family import ModelShape
+from megatron_gspo.kernels.norm import rms_norm
 from megatron_gspo.megatron.attention import core_attention
 from megatron_gspo.megatron.cpu import keep_float64
 from megatron_gspo.megatron.experts import GroupedExperts, OrderedMoELayer
@@ -36,7 +37,7 @@ from megatron_gspo.parallel.context import sum_over
 
 
 class RMSNorm(torch.nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 (float64 for float64 input), like Hugging Face's.
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 (float64 for float64 input), rounded once (``kernels.norm``).
 
     ``weight.sequence_parallel`` tells Megatron that each tensor rank saw its own tokens only, so that the weight's
     gradient is summed over tensor ranks. The norms of heads see all tokens but only the rank's own heads: their
@@ -52,9 +53,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x / rms(x) x weight, in float32 or better."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LatentNorm(RMSNorm):
@@ -88,7 +87,7 @@ class RMSNormOverHeads(torch.nn.Module):
         wide = rows if x.dtype == torch.float64 else rows.float()
         mean = sum_over(wide.square().sum(-1, keepdim=True), self.group) / len(self.weight)
         own = self.weight.view(self.group.size(), -1)[self.group.rank()]
-        return (own * (wide * torch.rsqrt(mean + self.eps)).to(x.dtype)).view(x.shape)
+        return (wide * torch.rsqrt(mean + self.eps) * own.to(wide.dtype)).to(x.dtype).view(x.shape)
 
 
 class Router(TopKRouter):

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import torch
+from megatron_gspo import platforms
 
 Backend = Literal["gloo", "nccl"]
 
@@ -47,7 +47,7 @@ def choose(
 
 def trainer_cards() -> range:
     """GPUs of this machine's ranks: each has the one of its local rank (``megatron.groups``)."""
-    if not torch.cuda.is_available():
+    if not platforms.here().one_rank_a_device:
         return range(0)
     return range(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
