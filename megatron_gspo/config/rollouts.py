@@ -127,8 +127,8 @@ class SyncConfig(Section):
     bucket_mb: Positive = 64
     """Megabytes of tensors per request of "tensor", file of "disk" or broadcast of "distributed"."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Of the process group of "distributed"; "auto" is nccl where trainer and servers all compute on GPUs, gloo
-    otherwise. nccl needs a GPU of its own for each: with servers that share the trainer's, "gloo"."""
+    """Of the process group of "distributed"; "auto" is nccl where trainer and servers all compute on GPUs, and on
+    different ones as far as is known, gloo otherwise; a line says which and why."""
     timeout_s: PositiveFloat = 600.0
     """Seconds that one request or broadcast may take; a server that is silent for longer fails the run."""
     verify: Literal["off", "first", "every"] = "first"

@@ -93,6 +93,8 @@ class BucketSync:
     _verified = False
     _reset: Reset | None = None
     _unverified = ""
+    _remark = ""
+    """On rank 0: what the method has to say of the next push that succeeds."""
 
     def __init__(
         self,
@@ -124,6 +126,7 @@ class BucketSync:
             raise
         self._verified = self._verified or verifying
         self._unverified = ""
+        self._remark = ""
         return said
 
     def close(self) -> None:
@@ -162,7 +165,7 @@ class BucketSync:
         self.servers.flush_when_idle()  # whatever was cached since _start comes from half-written weights
         self.servers.set_version(self.access.version_name(version))
         self.servers.check_version(self.access.version_name(version))
-        return said
+        return "; ".join(filter(None, (said, self._remark)))
 
     def _begin(self) -> str:
         """On rank 0, with generation idle; the result reaches ``_send`` on every rank."""

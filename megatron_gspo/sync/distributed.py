@@ -13,10 +13,11 @@ import torch
 
 from megatron_gspo.calls import start
 from megatron_gspo.errors import SyncError
+from megatron_gspo.sync.backend import Backend, choose, trainer_cards
 from megatron_gspo.sync.background import Pump
 from megatron_gspo.sync.base import BucketSync, NamedTensor, Names
 from megatron_gspo.sync.flat import Buffers, FlatBucket, flatten, receive_bucket, receive_header, send_bucket
-from megatron_gspo.sync.group import Backend, ServerGroup
+from megatron_gspo.sync.group import ServerGroup
 
 
 class DistributedSync(BucketSync):
@@ -97,8 +98,11 @@ class DistributedSync(BucketSync):
         self._buffers.give(bucket.data)
 
     def _backend(self) -> Backend:
-        """nccl where trainer and servers compute on GPUs, gloo otherwise."""
+        """The configured one, or ``choose``'s, with its reason in ``_remark``."""
         if self.config.backend != "auto":
             return self.config.backend
-        on_gpus = torch.cuda.is_available() and all(info.get("device") == "cuda" for info in self.servers.infos())
-        return "nccl" if on_gpus else "gloo"
+        urls, infos = self.servers.urls, self.servers.infos()
+        backend, reason = choose(urls, infos, ours=not self.shared, cards=trainer_cards())
+        if reason:
+            self._remark = f"weights go to the servers over {backend} (sync.backend): {reason}"
+        return backend

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -18,13 +19,16 @@ from megatron_gspo.calls import start
 from megatron_gspo.errors import NoAnswerError, SyncError
 from megatron_gspo.parallel.rendezvous import listening_store
 from megatron_gspo.rollout.engine import Control
+from megatron_gspo.sync.backend import Backend
 from megatron_gspo.sync.flat import FlatBucket
 
-Backend = Literal["gloo", "nccl"]
 JOIN_S = 60.0
 """Seconds in which every server must have joined."""
 GRACE_S = 10.0
 """Seconds that what is under way gets to end after a failure, before it is left to its own timeout."""
+
+WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+"""Environment variable that a nccl group reads when it is made."""
 
 
 class ServerGroup:
@@ -41,7 +45,7 @@ class ServerGroup:
         self._timeout_s = timeout_s
         self._join_s = min(JOIN_S, timeout_s)
         self._group: Any = None
-        self._device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+        self._device = device_of(backend)
         ranks = servers.tensor_ranks()
         self._world_size = 1 + sum(ranks)
         address = reachable_address(servers.urls)
@@ -65,7 +69,14 @@ class ServerGroup:
     def close(self) -> None:
         """Takes the servers out of the group and frees it."""
         wait(self._leave(), timeout=GRACE_S)
-        self._group = None
+        self._free()
+
+    def _free(self) -> None:
+        """Ends our part of the group. A broadcast over nccl, whose kernel spins for a peer that is gone, ends with it;
+        over gloo it ends by itself when the connections do. (nccl: not run on a GPU yet.)"""
+        group, self._group = self._group, None
+        if self._backend == "nccl" and group is not None:
+            wait([start(group.abort)], timeout=GRACE_S)
 
     def _join(self) -> Any:
         timeout = timedelta(seconds=self._join_s)
@@ -77,16 +88,18 @@ class ServerGroup:
             options._devices = [gloo.create_device(hostname=self._address)]
             return gloo(PrefixStore("cpu/", store), 0, self._world_size, options)
         nccl_options = dist.ProcessGroupNCCL.Options()
-        nccl_options._timeout = timeout
-        return dist.ProcessGroupNCCL(PrefixStore("cuda/", store), 0, self._world_size, nccl_options)
+        # Of each broadcast: nccl looks at the group's timeout alone. Ours comes first, and names who failed.
+        nccl_options._timeout = timedelta(seconds=self._timeout_s + 6 * GRACE_S)
+        with watchdog_that_spares_the_process():
+            return dist.ProcessGroupNCCL(PrefixStore("cuda/", store), 0, self._world_size, nccl_options)
 
     def _send(self, data: torch.Tensor) -> None:
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
         options.timeout = timedelta(seconds=self._timeout_s)
         self._group.broadcast([data], options).wait()
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        if self._backend == "nccl":
+            drain(self._device)
 
     def _all_or_none(self, posts: list[Future[str]], transfer: Future[Any], timeout_s: float) -> None:
         """Waits ``timeout_s`` for the servers' answers and for our own part; raises for what failed first.
@@ -102,7 +115,8 @@ class ServerGroup:
         leaving = self._leave()
         wait([transfer], timeout=GRACE_S)
         failure = transfer.exception() if transfer.done() else f"not over after {timeout_s:g} s"
-        self._group = None
+        self._free()
+        wait([transfer], timeout=GRACE_S)  # nothing reads its memory any more when this returns
         wait([*leaving, *posts], timeout=GRACE_S)
         causes = self._gone(posts, timeout_s) or refused or [f"broadcast to {', '.join(self._servers.urls)}: {failure}"]
         raise SyncError("; ".join(causes))
@@ -119,6 +133,31 @@ class ServerGroup:
 
     def _leave(self) -> list[Future[str]]:
         return self._servers.leave(self._name)
+
+
+def device_of(backend: Backend) -> torch.device:
+    """Where what is broadcast lies."""
+    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+
+
+def drain(device: torch.device) -> None:
+    """Waits for what was given to a GPU: over nccl a broadcast's own ``wait`` ends before it is over."""
+    torch.cuda.current_stream(device).synchronize()
+
+
+@contextlib.contextmanager
+def watchdog_that_spares_the_process() -> Iterator[None]:
+    """Within it, a nccl group is made whose watchdog, when a broadcast fails, aborts the group's communicator (2) and
+    does not end the process (3, torch's default): who failed is said by ``ServerGroup``, on every rank."""
+    before = os.environ.get(WATCHDOG)
+    os.environ[WATCHDOG] = "2"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[WATCHDOG]
+        else:
+            os.environ[WATCHDOG] = before
 
 
 def reachable_address(urls: Sequence[str]) -> str:

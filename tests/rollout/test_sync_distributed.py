@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_gspo.config import SyncConfig
 from megatron_gspo.errors import SyncError
 from megatron_gspo.sync import group
+from megatron_gspo.sync.backend import choose, is_here
 from megatron_gspo.sync.background import Pump
 from megatron_gspo.sync.base import NamedTensor, make_weight_sync
 from megatron_gspo.sync.flat import Buffers, flatten, receive_bucket, receive_header, send_bucket
@@ -106,6 +112,115 @@ def test_a_server_that_fails_in_the_middle_is_named_on_every_rank_and_no_version
     for failure in failures:
         assert isinstance(failure, SyncError)
         assert str(failure).startswith(expected) and urls[0] not in str(failure)
+
+
+class SpinningGroup:
+    """What nccl is to ``ServerGroup``, over gloo: a broadcast's wait ends at once, and what it has begun ends when all
+    have it, or when the group is aborted; that a server has died it does not see."""
+
+    made: ClassVar[list[SpinningGroup]] = []
+
+    class Options:
+        _timeout = timedelta()
+
+    def __init__(self, store: Any, rank: int, size: int, options: Options) -> None:
+        self.watchdog, self.timeout = os.environ.get(group.WATCHDOG), options._timeout
+        under = dist.PrefixStore("cpu/", store.underlying_store)
+        self._gloo = dist.ProcessGroupGloo(under, rank, size, timedelta(seconds=20))
+        self.over, self.aborts = threading.Event(), 0
+        self.made.append(self)
+
+    def broadcast(self, tensors: list[torch.Tensor], options: Any) -> SpinningGroup:
+        self.over.clear()
+
+        def spin() -> None:
+            with contextlib.suppress(RuntimeError):
+                self._gloo.broadcast(tensors, options).wait()
+                self.over.set()
+
+        threading.Thread(target=spin, daemon=True).start()
+        return self
+
+    def wait(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        self.aborts += 1
+        self.over.set()
+
+
+@pytest.fixture
+def spinning(monkeypatch: pytest.MonkeyPatch) -> list[SpinningGroup]:
+    """The groups that are made in the place of nccl's."""
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SpinningGroup, raising=False)
+    monkeypatch.setattr(SpinningGroup, "made", [])
+    monkeypatch.setattr(group, "device_of", lambda backend: torch.device("cpu"))
+    monkeypatch.setattr(group, "drain", lambda device: SpinningGroup.made[-1].over.wait(timeout=60))
+    monkeypatch.setattr(group, "GRACE_S", 1.0)
+    monkeypatch.delenv(group.WATCHDOG, raising=False)
+    return SpinningGroup.made
+
+
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+def test_a_broadcast_that_would_spin_for_a_server_that_is_gone_is_aborted_and_every_rank_is_told(
+    fault: str, spinning: list[SpinningGroup]
+) -> None:
+    started = time.monotonic()
+    with stand_ins((1, None), (2, fault)) as urls:
+        failures = collect_failures(3, lambda peers: push(urls, many(), peers, owners=2, timeout_s=3, backend="nccl"))
+        assert time.monotonic() - started < 25
+    for failure in failures:
+        assert isinstance(failure, SyncError)
+        assert str(failure).startswith(f"weight sync failed on rank 0: {urls[1]}") and "did not answer" in str(failure)
+    [made] = spinning
+    assert made.aborts == 1 and made.over.is_set()
+    assert made.watchdog == "2" and made.timeout > timedelta(seconds=3)  # it neither ends us nor comes before us
+    assert group.WATCHDOG not in os.environ
+
+
+def test_torchs_own_group_has_what_is_asked_of_it() -> None:
+    nccl = getattr(dist, "ProcessGroupNCCL", None)
+    if nccl is None:
+        pytest.skip("this torch is built without nccl")
+    assert callable(nccl.abort) and nccl.Options()._timeout
+
+
+def test_a_sound_push_over_such_a_group_arrives_and_frees_it(spinning: list[SpinningGroup]) -> None:
+    named = many()
+    with stand_ins((2, None)) as urls:
+        push(urls, named, Peers(), backend="nccl")
+        assert state_of(urls[0])["received"] == [{name: digest(tensor) for name, tensor in named}] * 2
+    assert [made.aborts for made in spinning] == [1]
+
+
+def test_nccl_is_chosen_only_where_each_has_a_gpu_of_its_own() -> None:
+    here, there = "http://127.0.0.1:1", "http://192.0.2.7:1"  # of the documentation's network: nobody's
+    assert is_here(here) and is_here("http://localhost:1") and not is_here(there)
+    gpu = {"device": "cuda", "tp_size": 2, "base_gpu_id": 2}
+    assert choose([here], [gpu], ours=True, cards=range(0)) == ("gloo", "")
+    assert choose([here], [gpu], ours=True, cards=range(2))[0] == "nccl"
+    assert choose([there, there], [gpu, gpu | {"base_gpu_id": 0}], ours=False, cards=range(8))[0] == "nccl"
+    for urls, infos, ours, why in (
+        ([here], [gpu | {"base_gpu_id": 1}], True, "127.0.0.1:1 shares GPU 1 with the trainer"),
+        ([here], [gpu], False, "was not started by this run: it may share a GPU"),
+        ([there, there], [gpu, gpu | {"base_gpu_id": 3}], False, "two servers may share GPU 3 of 192.0.2.7"),
+        ([here, there], [gpu, {"device": "cpu"}], True, "http://192.0.2.7:1 computes on 'cpu'"),
+    ):
+        backend, reason = choose(urls, infos, ours=ours, cards=range(2))
+        assert backend == "gloo" and why in reason
+
+
+def test_a_push_says_over_what_its_weights_went_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_gspo.sync.distributed.trainer_cards", lambda: range(1))
+    named = many(2)
+    config = SyncConfig(method="distributed", verify="off")
+    with stand_ins((1, None)) as urls:
+        sync = make_weight_sync(config, urls, Peers(), model_path=Path(), expected_names=[name for name, _ in named])
+        assert sync.push(iter(named), 1) == (
+            f"weights go to the servers over gloo (sync.backend): {urls[0]} computes on 'cpu'"
+        )
+        assert sync.push(iter(named), 2) == ""
+        sync.close()
 
 
 def test_after_a_failure_a_sound_push_joins_a_group_of_its_own() -> None:

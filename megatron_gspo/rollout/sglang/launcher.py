@@ -25,6 +25,8 @@ from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
 from megatron_gspo.parallel.rendezvous import INTERFACES
+from megatron_gspo.rollout.sglang.cards import GPU_SHARE as GPU_SHARE
+from megatron_gspo.rollout.sglang.cards import cards_here, place, read_sizes, weight_bytes
 from megatron_gspo.rollout.sglang.probe import KEY_FILE, get
 from megatron_gspo.rollout.sglang.server import FILES, remove, shared_memory
 from megatron_gspo.storage import writing
@@ -42,8 +44,6 @@ LONGEST_TMPDIR = 50
 """Bytes of a directory in which a server's own is made."""
 CAUSE = re.compile(r"(\w*(Error|Exception)|error)\b(:|$)")
 """In the line of a log that says why a program ended."""
-GPU_SHARE = 0.4
-"""Of a GPU's memory that a local server takes; the trainer has the rest."""
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -82,12 +82,12 @@ class LocalServers:
 
     def __enter__(self) -> Self:
         python = find_server_python(self._config.server_python)
+        gpus = self._first_cards()
         with writing(self._log_dir):
             self._log_dir.mkdir(parents=True, exist_ok=True)
             write_key(self._log_dir / KEY_FILE, self.key)
-        ports = free_ports(self._config.local_servers)
         try:
-            for index, port in enumerate(ports):
+            for index, (port, gpu) in enumerate(zip(free_ports(len(gpus)), gpus, strict=True)):
                 arguments = server_arguments(
                     self._config,
                     self._model_path,
@@ -95,7 +95,7 @@ class LocalServers:
                     device=self._device,
                     dtype=self._dtype,
                     seed=self._seed + index,
-                    gpu=index,
+                    gpu=gpu,
                     routes=self._routes,
                 )
                 log = self._log_dir / f"sglang-{index}.log"
@@ -115,6 +115,14 @@ class LocalServers:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+    def _first_cards(self) -> list[int]:
+        """Of each server; zeros on a CPU. Raises ConfigError for sizes that neither the model nor the cards allow."""
+        sizes = read_sizes(self._model_path, self._config.server_args)
+        if self._device == "cpu":
+            return [0] * self._config.local_servers
+        weights = weight_bytes(self._model_path, self._dtype)
+        return place(sizes, self._config.local_servers, weights, cards_here())
 
     def check(self) -> None:
         """Raises EngineUnavailableError when a server has died, or its port is another program's."""
@@ -270,7 +278,8 @@ def server_arguments(
         "--weight-version": "0",
         "--random-seed": str(seed),
     }
-    flags = ["--skip-tokenizer-init", "--skip-server-warmup"]
+    # --enable-fp32-lm-head: logits in bfloat16 are 0.125 apart at 16 to 32, and the clip range is 3e-4.
+    flags = ["--skip-tokenizer-init", "--skip-server-warmup", "--enable-fp32-lm-head"]
     if routes:
         flags.append("--enable-return-routed-experts")
     if config.is_seeded(on_gpu=device == "cuda"):
@@ -285,9 +294,11 @@ def server_arguments(
             # --max-total-tokens is what bounds it. The share is of what was free before the weights were read: a small
             # one fails when other processes take memory meanwhile.
             "--mem-fraction-static": "0.5",
+            "--cuda-graph-backend-decode": "disabled",
+            "--cuda-graph-backend-prefill": "disabled",
         }
         # --sleep-on-idle: an idle scheduler polls, and takes a whole core from the trainer.
-        flags += ["--disable-cuda-graph", "--disable-overlap-schedule", "--sleep-on-idle"]
+        flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
     else:
         arguments |= {
             "--base-gpu-id": str(gpu),
