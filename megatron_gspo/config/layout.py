@@ -34,6 +34,10 @@ class ParallelConfig(Section):
     data: Positive | None = None
     """Data-parallel ranks. Absent: what is left of the world under torchrun, else the fewest that hold the experts."""
 
+    overlap: bool = True
+    """Reduces gradients over data-parallel ranks, a bucket at a time, while backward goes on, and gathers new weights
+    while what follows a step does. It cannot change a step."""
+
     def world_size(self) -> int:
         """Ranks that this layout needs when it starts by itself."""
         return self.tensor * self.pipeline * self.context * self.data_size()

@@ -158,6 +158,13 @@ class OptimizerConfig(Section):
     """Decoupled weight decay; norms and biases are exempt."""
     clip_grad: NonNegativeFloat = 1.0
     """Global gradient norm above which gradients are scaled down; 0 never."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What Adam's two moments are kept in, here and in checkpoints. "bfloat16" takes 4 bytes a parameter of 12 and
+    rounds up or down by chance, so that small changes add up. Master weights are float32 whatever it says (float64 in
+    a float64 run, and with "float32" the moments too)."""
+    offload: bool = False
+    """Keeps moments and, of a bfloat16 model, master weights in host memory, from where each step brings them to the
+    GPU piece by piece. It changes no bit of a step. On a CPU it only makes copies."""
 
 
 class CriticConfig(OptimizerConfig):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from megatron_gspo.batching.planning import padded_length
-from megatron_gspo.config import ParallelConfig, RunConfig
+from megatron_gspo.config import OptimizerConfig, ParallelConfig, RunConfig
 from megatron_gspo.doctor.tensors import Tensor, elements_of_stage, stage_of
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.parallel.logprobs import COLUMNS
@@ -30,7 +30,8 @@ class Estimate:
     gradients: int
     """fp32 for a bfloat16 model, else in the model's dtype."""
     optimizer: int
-    """Adam's two moments, and the fp32 master weights of a bfloat16 model; a share of 1 / data-parallel ranks."""
+    """Adam's two moments, and the fp32 master weights of a bfloat16 model; a share of 1 / data-parallel ranks. In host
+    memory with ``optimizer.offload``."""
     activations: int
     """Of the micro-batches in flight: what backward needs."""
     logprobs: int
@@ -53,20 +54,27 @@ def estimate(
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     elements = elements_of_stage(tensors, model, parallel, stage)
     accumulated = max(4, item)
-    state = 2 * accumulated + (4 if item == 2 else 0)
     dense_ranks = parallel.context * data_size
     expert_ranks = max(1, parallel.tensor * dense_ranks // (parallel.expert * parallel.expert_tensor))
     last = stage == parallel.pipeline - 1
-    updated = state * (ceil(elements.dense / dense_ranks) + ceil(elements.expert / expert_ranks))
+    stepped = ceil(elements.dense / dense_ranks) + ceil(elements.expert / expert_ranks)
     return Estimate(
         weights=elements.total * item,
         gradients=elements.total * accumulated,
-        optimizer=updated,
+        optimizer=stepped * _state_bytes(config.optimizer, item),
         activations=_activations(config, model, stage, data_size),
         logprobs=_logprobs(config, model, data_size) if last else 0,
         reference=elements.total * item if config.algorithm.uses_reference else 0,
-        critic=elements.total * (item + accumulated) + updated if config.algorithm.uses_critic else 0,
+        critic=elements.total * (item + accumulated) + stepped * _state_bytes(config.critic, item)
+        if config.algorithm.uses_critic
+        else 0,
     )
+
+
+def _state_bytes(optimizer: OptimizerConfig, item: int) -> int:
+    """Of a parameter of ``item`` bytes: two moments and, of a narrow one, a master weight."""
+    moment = 2 if optimizer.state_dtype == "bfloat16" else max(4, item)
+    return 2 * moment + (4 if item == 2 else 0)
 
 
 def worst_stage(

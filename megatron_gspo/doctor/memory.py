@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.estimate import ITEM_BYTES, Estimate, worst_stage
 from megatron_gspo.doctor.facts import Facts
@@ -53,7 +55,9 @@ def _on_gpus(facts: Facts, needed: Estimate, rank_text: str) -> Check:
     free = min(free - (int(GPU_SHARE * total) if index < servers else 0) for index, (free, total) in enumerate(devices))
     shared = f", {GPU_SHARE:.0%} of it a local server's" if servers else ""
     text = f"{rank_text}, without context and NCCL buffers, of {gib(free)} free on the fullest GPU{shared}"
-    return _against(text, needed.total, free, _largest(needed))
+    there = replace(needed, optimizer=0) if facts.config.optimizer.offload else needed
+    text += f"; of it, {gib(needed.optimizer)} in host memory (optimizer.offload)" * (there is not needed)
+    return _against(text, there.total, free, _largest(there))
 
 
 def _against(text: str, needed: int, free: int, fix: str) -> Check:
@@ -87,7 +91,7 @@ def _largest(needed: Estimate) -> str:
     fixes = {
         "weights": "parallel.tensor, pipeline or expert; model.dtype",
         "gradients": "parallel.tensor, pipeline or expert",
-        "optimizer": "parallel.data (its states are shared out), tensor, pipeline or expert",
+        "optimizer": 'parallel.data (its states are shared out), optimizer.offload, optimizer.state_dtype = "bfloat16"',
         "activations": 'train.microbatch_tokens, or model.recompute = "full"',
         "logprobs": "model.logprob_chunk, or parallel.tensor",
         "reference": "algorithm.kl_loss_coef = 0 and kl_reward_coef = 0 need no reference policy",

@@ -31,6 +31,7 @@ from megatron_gspo.errors import WeightError
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.megatron.checkpoint_files import check_metadata, read_header, verify, weights_only
 from megatron_gspo.megatron.checkpoint_write import PendingSave, address
+from megatron_gspo.megatron.optimizer import finish_gathers
 from megatron_gspo.parallel.exchange import broadcast_object, together
 
 if TYPE_CHECKING:
@@ -161,7 +162,6 @@ def _sharded_state(policy: Network, states_of: StatesOf) -> dict[str, Any]:
         for name, shard in state[_chunk_entry(index)].items()
     }
     for optimizer in _optimizers(policy):
-        _allocate(optimizer.optimizer)
         for index, parameter in enumerate(_parameters(optimizer)):
             name, shard = place_of[parameter]
             states = states_of(optimizer, parameter, index)
@@ -171,6 +171,7 @@ def _sharded_state(policy: Network, states_of: StatesOf) -> dict[str, Any]:
 
 
 def _sharded_weights(policy: Network) -> dict[str, Any]:
+    finish_gathers(policy.modules)
     return {
         _chunk_entry(index): chunk.sharded_state_dict(metadata={"dp_cp_group": policy.groups.data_context})
         for index, chunk in enumerate(policy.chunks)
@@ -236,12 +237,14 @@ def _own_states(
     if parameter not in optimizer.model_param_gbuf_map:
         return None
     piece = optimizer._get_model_param_range_map(parameter)["param"]
-    return slice(piece.start, piece.end), optimizer._get_main_param_and_optimizer_states(parameter)
+    group, place = optimizer.model_param_group_index_map[parameter]
+    shard = optimizer.optimizer.param_groups[group]["params"][place]
+    return slice(piece.start, piece.end), optimizer.optimizer.state[shard]
 
 
 def _optimizers(policy: Network) -> list[DistributedOptimizer]:
     """The distributed optimizers of this rank: of dense parameters, and of experts."""
-    return [] if policy.optimizer is None else policy.optimizer.megatron.chained_optimizers
+    return [] if policy.optimizer is None else policy.optimizer.parts()
 
 
 def _parameters(optimizer: DistributedOptimizer) -> Iterator[torch.nn.Parameter]:
@@ -253,26 +256,6 @@ def _parameters(optimizer: DistributedOptimizer) -> Iterator[torch.nn.Parameter]
 def _state_dtype(parameter: torch.nn.Parameter) -> torch.dtype:
     """float32, or float64 in a float64 run."""
     return torch.promote_types(parameter.dtype, torch.float32)
-
-
-def _allocate(inner: torch.optim.Optimizer) -> None:
-    """Gives an optimizer that has not stepped its moments, by a step that moves nothing and is not counted."""
-    if inner.state:
-        return
-    settings = [(group["lr"], group["weight_decay"]) for group in inner.param_groups]
-    for group in inner.param_groups:
-        group["lr"] = group["weight_decay"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    inner.step()
-    inner.zero_grad()
-    for group, (lr, weight_decay) in zip(inner.param_groups, settings, strict=True):
-        group |= {"lr": lr, "weight_decay": weight_decay}
-        if "step" in group:
-            group["step"] = 0
-    for state in inner.state.values():
-        if "step" in state:
-            state["step"].zero_()
 
 
 def _counters(policy: Network) -> Iterator[dict[str, Any]]:

@@ -130,7 +130,7 @@ def make_groups(parallel: ParallelConfig) -> Groups:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
-        create_gloo_process_groups=torch.cuda.is_available(),
+        create_gloo_process_groups=False,
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     return Groups(

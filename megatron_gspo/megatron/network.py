@@ -24,8 +24,14 @@ from megatron_gspo.megatron.export import complete_gradients, gradient_of, strea
 from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.megatron.heads import Head
 from megatron_gspo.megatron.load import ExpertLoad
-from megatron_gspo.megatron.model import build_chunks, load_weights
-from megatron_gspo.megatron.optimizer import Optimizer, learning_rate, wrap_ddp
+from megatron_gspo.megatron.model import PolicyModel, build_chunks, load_weights
+from megatron_gspo.megatron.optimizer import (
+    Optimizer,
+    finish_gathers,
+    learning_rate,
+    set_schedule,
+    wrap_ddp,
+)
 from megatron_gspo.megatron.pipeline import stage_communicator
 from megatron_gspo.megatron.replay import Replay
 from megatron_gspo.parallel.exchange import together
@@ -84,8 +90,11 @@ class Network:
         self.expert_load = ExpertLoad(self.chunks)
         self.modules: Sequence[torch.nn.Module] = self.chunks
         if optimizer is not None:
-            self.modules = [wrap_ddp(chunk, groups) for chunk in self.chunks]
-            self.optimizer = Optimizer(optimizer, self.modules, groups)
+            overlap = config.parallel.overlap
+            wrapped = [wrap_ddp(chunk, groups, overlap=overlap, bucketed=not i) for i, chunk in enumerate(self.chunks)]
+            set_schedule(wrapped, overlap=overlap)
+            self.modules = wrapped
+            self.optimizer = Optimizer(optimizer, wrapped, groups)
             self.chunks[0].config.finalize_model_grads_func = _finalize_gradients
         for module in self.modules:
             module.train()
@@ -137,6 +146,7 @@ class Network:
         Every rank must exhaust the iterator: making a tensor gathers it over tensor ranks. ``copies = False`` is for
         who is done with a tensor before the next optimizer step, which moves what is a view on a CPU.
         """
+        finish_gathers(self.modules)
         return stream_tensors(self.chunks, self.family, copies=copies)
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,12 +197,16 @@ class Network:
                 f"stages: their number must be a multiple of the stages; fill up with dummy_batch"
             )
 
+        def when_gathered(model: PolicyModel, labels_T: torch.Tensor, hidden_TH: torch.Tensor) -> torch.Tensor:
+            finish_gathers(self.modules)  # a head reads parameters whose module's forward, which would wait, is not run
+            return head(model, labels_T, hidden_TH)
+
         def forward_step(
             stream: Iterator[tuple[int, PackedBatch]], module: torch.nn.Module
         ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, float]]]]:
             index, batch = next(stream)
             self.replay.at(index, backward=False)
-            output = module(batch, head)
+            output = module(batch, when_gathered)
             if output.requires_grad:  # called when the backward of this micro-batch begins, before any recompute in it
                 output.register_hook(lambda _: self.replay.at(index, backward=True))
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from megatron_gspo.hf.weights import take_piece
 from megatron_gspo.megatron.export import complete_gradients, gradient_of, weight_of
 from megatron_gspo.megatron.network import Network
+from megatron_gspo.megatron.optimizer import finish_gathers
 from megatron_gspo.parity.parts import Difference
 
 GRADIENTS, PARAMETERS = "gradients-{step}.safetensors", "parameters-{step}.safetensors"
@@ -26,6 +27,7 @@ def gradient_copies(policy: Network, reference: Path) -> dict[str, Difference]:
 
 def parameter_copies(policy: Network, reference: Path) -> dict[str, Difference]:
     """Every parameter that this rank holds a copy or a piece of, from its own memory: no rank speaks for another."""
+    finish_gathers(policy.modules)
     return _copies(policy, weight_of, reference)
 
 

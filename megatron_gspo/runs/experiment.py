@@ -105,12 +105,12 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
     (
         "every optimizer step of the critic is another",
         _always,
-        _names("critic", "lr min_lr schedule warmup_steps betas eps weight_decay clip_grad"),
+        _names("critic", "lr min_lr schedule warmup_steps betas eps weight_decay clip_grad state_dtype"),
     ),
     (
         "every optimizer step is another",
         _always,
-        _names("optimizer", "lr min_lr schedule warmup_steps betas eps weight_decay clip_grad"),
+        _names("optimizer", "lr min_lr schedule warmup_steps betas eps weight_decay clip_grad state_dtype"),
     ),
     (
         "the schedule decays over the whole run, so that every learning rate from here on is another",
@@ -137,9 +137,10 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
     (
         "a layout computes the same step",
         _never,
-        _names("parallel", "tensor pipeline virtual_pipeline stage_layers context expert expert_tensor data"),
+        _names("parallel", "tensor pipeline virtual_pipeline stage_layers context expert expert_tensor data overlap"),
     ),
     ("memory and speed", _never, _names("model", "logprob_chunk recompute recompute_modules")),
+    ("memory and speed", _never, ("optimizer.offload", "critic.offload")),
     ("memory, speed and rounding", _never, _names("train", "microbatch_tokens oversize deterministic")),
     (
         "prompts are compared as they were read",

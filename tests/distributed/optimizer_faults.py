@@ -52,25 +52,21 @@ def everything_decays() -> Iterator[None]:
 
 @contextmanager
 def gradients_are_clipped_by_twice_the_norm() -> Iterator[None]:
-    from megatron.core.optimizer import optimizer
+    from megatron_gspo.megatron import optimizer
 
-    clip = optimizer.clip_grad_by_total_norm_fp32
-
-    def twice(parameters: Any, max_norm: float, total_norm: float, *args: Any, **kwargs: Any) -> None:
-        clip(parameters, max_norm, 2 * total_norm, *args, **kwargs)
-
-    with mock.patch.object(optimizer, "clip_grad_by_total_norm_fp32", twice):
+    factor = optimizer.clip_factor
+    with mock.patch.object(optimizer, "clip_factor", lambda norm, largest: factor(2 * norm, largest)):
         yield
 
 
 @contextmanager
 def the_norm_leaves_experts_out() -> Iterator[None]:
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
+    from megatron_gspo.megatron.optimizer import Optimizer
 
     def of_the_first(self: Any) -> float:
-        return float(self.chained_optimizers[0].get_grad_norm())
+        return float(self.megatron.chained_optimizers[0].get_grad_norm())
 
-    with mock.patch.object(ChainedOptimizer, "get_grad_norm", of_the_first):
+    with mock.patch.object(Optimizer, "gradient_norm", of_the_first):
         yield
 
 
@@ -78,12 +74,15 @@ def the_norm_leaves_experts_out() -> Iterator[None]:
 def data_rank_1_keeps_its_old_weights() -> Iterator[None]:
     from megatron.core import parallel_state
 
+    from megatron_gspo.megatron.optimizer import finish_gathers
+
     before: list[torch.Tensor] = []
 
     def remember(self: Any, taken: int) -> None:
         before[:] = [p.detach().clone() for model in self.models for p in model.parameters()]
 
     def restore(self: Any, taken: int) -> None:
+        finish_gathers(self.models)
         if parallel_state.get_data_parallel_rank() == 1:
             for model in self.models:
                 for parameter, old in zip(model.parameters(), before, strict=True):
@@ -115,8 +114,8 @@ def expert_weights_are_not_gathered() -> Iterator[None]:
 
     build = network.wrap_ddp
 
-    def wrap(model: Any, groups: Any) -> Any:
-        wrapped = build(model, groups)
+    def wrap(model: Any, groups: Any, **how: Any) -> Any:
+        wrapped = build(model, groups, **how)
         for group in wrapped.expert_parallel_bucket_groups:
             group.start_param_sync = lambda *args, **kwargs: None
         return wrapped
@@ -157,15 +156,11 @@ def the_schedule_is_one_step_ahead() -> Iterator[None]:
 
 @contextmanager
 def betas_are_swapped() -> Iterator[None]:
-    from megatron_gspo.megatron import optimizer
+    def swap(self: Any, taken: int) -> None:
+        for group in self.megatron.param_groups if not taken else ():
+            group["betas"] = group["betas"][::-1]
 
-    settings = optimizer.MegatronOptimizerConfig
-
-    def swapped(**fields: Any) -> Any:
-        one, two = fields["adam_beta1"], fields["adam_beta2"]
-        return settings(**fields | {"adam_beta1": two, "adam_beta2": one})
-
-    with mock.patch.object(optimizer, "MegatronOptimizerConfig", swapped):
+    with around_steps(swap):
         yield
 
 

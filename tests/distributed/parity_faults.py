@@ -253,10 +253,10 @@ def expert_gradients_stay_on_their_data_rank() -> Iterator[None]:
 
     build = network.wrap_ddp
 
-    def wrap(model: Any, groups: Any) -> Any:
-        wrapped = build(model, groups)
+    def wrap(model: Any, groups: Any, **how: Any) -> Any:
+        wrapped = build(model, groups, **how)
         for group in wrapped.expert_parallel_bucket_groups:
-            group.start_grad_sync = lambda *args, **kwargs: None
+            group.start_grad_sync = group.finish_grad_sync = lambda *args, **kwargs: None
         return wrapped
 
     with mock.patch.object(network, "wrap_ddp", wrap):
@@ -363,7 +363,7 @@ def gradients_are_summed_over_data_ranks_only() -> Iterator[None]:
 
     build = network.wrap_ddp
 
-    def wrap(model: Any, groups: Any) -> Any:
+    def wrap(model: Any, groups: Any, **how: Any) -> Any:
         collection = copy(groups.megatron)
         collection.dp_cp = collection.intra_dp_cp = collection.dp
         return build(model, replace(groups, megatron=collection))

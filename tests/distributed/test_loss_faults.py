@@ -114,8 +114,8 @@ def megatron_averages_over_micro_batches() -> Iterator[None]:
 
     build = network.wrap_ddp
 
-    def wrap(model: Any, groups: Any) -> Any:
-        wrapped = build(model, groups)
+    def wrap(model: Any, groups: Any, **how: Any) -> Any:
+        wrapped = build(model, groups, **how)
         model.config.calculate_per_token_loss = False
         return wrapped
 
@@ -309,7 +309,7 @@ def gradients_are_summed_over_data_ranks_only() -> Iterator[None]:
 
     build = network.wrap_ddp
 
-    def wrap(model: Any, groups: Any) -> Any:
+    def wrap(model: Any, groups: Any, **how: Any) -> Any:
         collection = copy(groups.megatron)
         collection.dp_cp = collection.intra_dp_cp = collection.dp
         return build(model, replace(groups, megatron=collection))
