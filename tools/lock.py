@@ -7,6 +7,7 @@ that torch and the trainer's own pins. Wheels only differ by platform: these are
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -41,6 +42,7 @@ KERNELS_HEAD = """\
 
 def main() -> None:
     """Resolves and writes."""
+    argparse.ArgumentParser(description="Writes requirements/cuda/ anew from what pip resolves.").parse_args()
     (sglang,) = (pin for pin in lines(ROOT / "requirements" / "sglang-nodeps.txt") if pin.startswith("sglang=="))
     server = resolve([sglang])
     common = {name for name in needed_by("torch", server) if is_cuda(name)}

@@ -5,9 +5,11 @@ from __future__ import annotations
 from megatron_gspo.doctor.check import Entry
 from megatron_gspo.doctor.data import check_eval_prompts, check_prompts, check_reward
 from megatron_gspo.doctor.disk import check_disk, check_run_directory
-from megatron_gspo.doctor.environment import check_devices, check_engine_version, check_kernels, check_versions
+from megatron_gspo.doctor.environment import check_devices, check_engine_version, check_versions
+from megatron_gspo.doctor.kernels import check_kernels, check_server_kernels
 from megatron_gspo.doctor.memory import check_memory
 from megatron_gspo.doctor.model import check_configuration, check_layout, check_model, check_tokenizer, check_weights
+from megatron_gspo.doctor.pair import check_pair
 from megatron_gspo.doctor.servers import check_servers
 from megatron_gspo.doctor.settings import check_settings
 
@@ -16,6 +18,8 @@ CHECKS = (
     Entry("versions", check_versions, needs=()),
     Entry("kernels", check_kernels, needs=()),
     Entry("engine", check_engine_version, setting="rollout.server_python"),
+    Entry("trainer, servers", check_pair, needs=("config", "engine")),
+    Entry("server kernels", check_server_kernels, needs=("config", "engine")),
     Entry("devices", check_devices),
     Entry("model", check_model, setting="model.path", file="model.path"),
     Entry("weights", check_weights, needs=("config", "model"), setting="model.path"),

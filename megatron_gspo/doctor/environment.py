@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import subprocess
-from pathlib import Path
 
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.machine import gib
 from megatron_gspo.doctor.nodes import check_ranks
-from megatron_gspo.errors import UserError
 from megatron_gspo.report.text import count
-from megatron_gspo.rollout.sglang.launcher import find_server_python
 from megatron_gspo.versions import TRAINER, installed, untested, untested_here
-
-ASK_VERSION = "from importlib.metadata import version; print(version('sglang'))"
 
 
 def check_versions(facts: Facts) -> Check:
@@ -28,57 +21,19 @@ def check_versions(facts: Facts) -> Check:
     return ok(detail)
 
 
-def check_kernels(facts: Facts) -> Check:
-    """Optional kernels. apex is known by what Megatron uses of it: the registry has another package of that name."""
-    names = {"transformer-engine": "transformer_engine", "triton": "triton"}
-    have = {package: installed(package) or "" for package, module in names.items() if _has_module(module)}
-    if _has_fused_adam():
-        have["apex"] = "with optimizers.FusedAdam"
-    found = ", ".join(f"{package} {version}".strip() for package, version in have.items()) or "none"
-    absent = ", ".join(name for name in ("transformer-engine", "apex", "triton") if name not in have)
-    stranger = " (a package named apex is installed, but not NVIDIA's)" if _is_other_apex() else ""
-    text = f"optional kernels: {found}{f'; without {absent}' if absent else ''}{stranger}"
-    if stranger:
-        return warning(text, "pip uninstall apex, or build NVIDIA's from source")
-    return ok(text)
-
-
 def check_engine_version(facts: Facts) -> Check:
     """sglang in the servers' environment, asked there: this process never imports it."""
     if facts.supervised:
         return ok("supervised fine-tuning draws no rollouts")
     if facts.config.rollout.servers:
         return ok("rollout.servers names running servers, which say their version themselves")
-    try:
-        python = find_server_python(facts.config.rollout.server_python)
-    except UserError as caught:
-        return error(str(caught), "rollout.server_python")
-    version, problem = _version_in(python)
+    engine = facts.engine
+    assert engine is not None
+    version = engine.versions.get("sglang")
     line = untested("sglang", version)
     if line:
-        return error(f"{python}: {problem or line}", "run `make install`, or set rollout.server_python")
-    return ok(f"sglang {version} in {python}")
-
-
-def _version_in(python: Path) -> tuple[str | None, str]:
-    """(version of sglang in the environment of ``python``, what went wrong)."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-    try:
-        done = subprocess.run(
-            [str(python), "-I", "-c", ASK_VERSION],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=30,
-            env=environment,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as caught:
-        return None, f"cannot be run: {caught}"
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        return None, f"has no sglang ({last})"
-    return done.stdout.strip(), ""
+        return error(f"{engine.python}: {line}", "run `make install`, or set rollout.server_python")
+    return ok(f"sglang {version} in {engine.python}")
 
 
 def check_devices(facts: Facts) -> list[Check]:
@@ -121,24 +76,3 @@ def _check_cores(facts: Facts) -> Check:
         fix = there if nodes > 1 else "a smaller layout in [parallel]"
         return warning(f"{text}: slow, though not wrong", fix)
     return ok(text)
-
-
-def _has_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def _apex_directories() -> list[Path]:
-    spec = importlib.util.find_spec("apex") if _has_module("apex") else None
-    return [Path(place) for place in (spec.submodule_search_locations if spec else None) or ()]
-
-
-def _has_fused_adam() -> bool:
-    """Whether NVIDIA's apex is there, without importing a package that may be anything."""
-    return any((place / "optimizers" / "fused_adam.py").is_file() for place in _apex_directories())
-
-
-def _is_other_apex() -> bool:
-    return _has_module("apex") and not _has_fused_adam()

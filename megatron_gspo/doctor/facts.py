@@ -13,12 +13,14 @@ from megatron_gspo.config.inputs import MODELS, advice, missing
 from megatron_gspo.data.formats import Paths
 from megatron_gspo.data.prompts import CompletionSet, PromptSet, load_completions, load_prompts
 from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_gspo.doctor.installed import Environment, environment_of, own_environment
 from megatron_gspo.doctor.machine import Machine, look_at_machine
 from megatron_gspo.doctor.tensors import Tensor, tensors_of
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.layout import check_layout
+from megatron_gspo.rollout.sglang.launcher import find_server_python
 
 F = TypeVar("F")
 
@@ -49,6 +51,7 @@ class Facts:
         "config": "the configuration",
         "model": "the model's config.json",
         "reader": "the model's safetensors",
+        "engine": "the servers' environment",
         "layout": "a layout that holds",
         "tokenizer": "the tokenizer",
         "prompts": "the prompts",
@@ -91,6 +94,16 @@ class Facts:
     def machine(self) -> Machine:
         """This machine."""
         return look_at_machine()
+
+    @fact
+    def environment(self) -> Environment:
+        """Of this process, the trainer's."""
+        return own_environment()
+
+    @fact
+    def engine(self) -> Environment | None:
+        """Of the servers that are started here; None when none are. Raises DependencyError, ConfigError."""
+        return environment_of(find_server_python(self.config.rollout.server_python)) if self.local_servers else None
 
     @fact
     def model(self) -> tuple[Family, ModelShape]:

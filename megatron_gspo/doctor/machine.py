@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ class Machine:
     """Bytes: what the system has available, or what is left of the control group's limit (a container, a Slurm job)."""
     gpus: tuple[tuple[int, int], ...]
     """(free, total) bytes of each CUDA device that this process sees."""
+    driver: str = ""
+    """The newest CUDA that NVIDIA's driver runs; empty without one. (A driver too old for torch shows no device.)"""
 
     @property
     def device(self) -> str:
@@ -39,7 +42,20 @@ def look_at_machine() -> Machine:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         free_memory=min(psutil.virtual_memory().available, _left_in_control_group()),
         gpus=tuple(torch.cuda.mem_get_info(index) for index in range(count)),
+        driver=_cuda_of_driver(),
     )
+
+
+def _cuda_of_driver(library: str = "libcuda.so.1") -> str:
+    """ "13.0", asked of the driver itself; not run on a GPU yet."""
+    try:
+        driver = ctypes.CDLL(library)
+    except OSError:
+        return ""
+    version = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)):
+        return ""
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def _left_in_control_group(root: Path = CGROUP) -> int:

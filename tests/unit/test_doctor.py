@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_gspo.cli import main
 from megatron_gspo.config import load
-from megatron_gspo.doctor import disk, environment, estimate, machine, memory
+from megatron_gspo.doctor import disk, estimate, facts, machine, memory
 from megatron_gspo.doctor.catalog import CHECKS
 from megatron_gspo.doctor.check import Entry, as_json, examine, ok, one_line
 from megatron_gspo.doctor.estimate import LayerBytes
@@ -72,7 +72,7 @@ def test_the_quickstarts_own_configuration_passes_whole(case: Case) -> None:
     case.config.write_text((ROOT / "examples/quickstart/gspo.toml").read_text())
     reward = f'reward.function="{ROOT}/examples/quickstart/reward.py:running_sum"'
     checks = case.checks(*inputs, reward, f'train.run_dir="{case.root}/run"')
-    assert [check for check in checks if check.status != "ok" and check.name != "engine"] == []
+    assert [check for check in checks if check.status != "ok" and "engine" not in (check.name, check.lacks)] == []
     assert {check.name for check in checks} == {entry.name for entry in CHECKS}
 
 
@@ -178,18 +178,27 @@ def test_sglang_is_asked_of_the_servers_python_and_not_imported(case: Case, tmp_
         python.chmod(0o755)
 
     setting = f'rollout.server_python="{python}"'
-    say("echo 0.5.23")
+
+    def have(**versions: str) -> None:
+        found = {"versions": versions, "nccl": "", "cuda": "", "wants": []}
+        say(f"cat <<'END'\n{json.dumps(found)}\nEND")
+
+    have(sglang="0.5.23")
     assert case.check("engine", setting).detail == f"sglang 0.5.23 in {python}"
-    say("echo 0.4.1")
+    have(sglang="0.4.1")
     assert "sglang 0.4.1 was not tested" in case.check("engine", setting).detail
-    say("echo 'No package metadata was found for sglang' >&2; exit 1")
+    have(torch="2.14.1")
+    assert "sglang is missing" in case.check("engine", setting).detail
+    say("echo 'No module named json' >&2; exit 1")
     check = case.check("engine", setting)
-    assert check.status == "error" and "has no sglang (No package metadata" in check.detail
+    assert check.status == "error" and "does not say what it has (No module named json)" in check.detail
+    say("echo 0.5.23")
+    assert "but '0.5.23\\n': is it a Python?" in case.check("engine", setting).detail
     python.chmod(0o644)
     assert "cannot be run" in case.check("engine", setting).detail
     check = case.check("engine", 'rollout.server_python="/nowhere/python"')
     assert check.status == "error" and "/nowhere/python: no such file" in check.detail
-    with mock.patch.object(environment, "find_server_python", side_effect=DependencyError("no environment")):
+    with mock.patch.object(facts, "find_server_python", side_effect=DependencyError("no environment")):
         assert case.check("engine").fix == "rollout.server_python"
 
 

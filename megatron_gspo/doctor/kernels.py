@@ -1,0 +1,90 @@
+"""Checks of kernels, the trainer's and the servers': which are missing, and what each costs."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from megatron_gspo.doctor.check import Check, error, ok, warning
+from megatron_gspo.doctor.facts import Facts
+from megatron_gspo.versions import installed
+
+MAKE = "make kernels, after make install DEVICE=cuda"
+TRAINERS = {
+    "transformer-engine": "norms, rotary embedding, SwiGLU and experts run on what torch and Triton have; Megatron's "
+    "narrow optimizer states cannot be had",
+    "apex": "a weight's gradient is written and then added, in two passes, where Megatron multiplies without "
+    "Transformer Engine",
+    "triton": "what has a Triton kernel here runs on torch's operations, in more passes over memory",
+}
+"""Kernels of the trainer -> what is so without them on a GPU."""
+FIXES = {"transformer-engine": MAKE, "apex": MAKE, "triton": "pip install the triton that torch names"}
+SERVERS = {
+    "sglang-kernel": "no server starts on a GPU",
+    "flashinfer-python": "sampling runs on torch, attention on Triton where FlashAttention 3 does not run",
+    "torch-memory-saver": "a server cannot give its memory back while the trainer computes",
+}
+"""Packages of the servers -> what is so without them on a GPU."""
+FIRST = "sglang-kernel"
+"""The one without which nothing runs."""
+
+
+def check_kernels(facts: Facts) -> list[Check]:
+    """Those of this environment. apex is known by what Megatron uses of it: the registry has another of that name."""
+    have = _trainers_kernels()
+    found = ", ".join(f"{name} {version}".strip() for name, version in have.items()) or "none"
+    absent = [name for name in TRAINERS if name not in have]
+    stranger = _is_other_apex()
+    text = f"optional kernels: {found}" + (f"; without {', '.join(absent)}" if absent else "")
+    if stranger:
+        text += " (a package named apex is installed, but not NVIDIA's)"
+        return [warning(text, "pip uninstall apex, or build NVIDIA's from source")]
+    if facts.machine.gpus and absent:
+        return [warning(f"{name} is missing: {TRAINERS[name]}", FIXES[name]) for name in absent]
+    return [ok(text)]
+
+
+def check_server_kernels(facts: Facts) -> list[Check]:
+    """Those of the environment of local servers, which a CPU server never imports."""
+    engine = facts.engine
+    if engine is None:
+        return [ok("no server is started here")]
+    have = [f"{name} {engine.versions[name]}" for name in SERVERS if name in engine.versions]
+    absent = [name for name in SERVERS if name not in engine.versions]
+    if not facts.machine.gpus or not absent:
+        return [ok(", ".join(have) if have else "none, and a server on a CPU uses none")]
+    fix = "make install DEVICE=cuda"
+    return [(error if name == FIRST else warning)(f"{name} is missing: {SERVERS[name]}", fix) for name in absent]
+
+
+def _trainers_kernels() -> dict[str, str]:
+    """Name -> version. Of Transformer Engine both halves: its core alone computes nothing of torch's."""
+    have = {}
+    if _has_module("transformer_engine") and _has_module("transformer_engine_torch"):
+        have["transformer-engine"] = installed("transformer-engine") or ""
+    if _has_fused_adam():
+        have["apex"] = "with optimizers.FusedAdam"
+    if _has_module("triton"):
+        have["triton"] = installed("triton") or ""
+    return have
+
+
+def _has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _apex_directories() -> list[Path]:
+    spec = importlib.util.find_spec("apex") if _has_module("apex") else None
+    return [Path(place) for place in (spec.submodule_search_locations if spec else None) or ()]
+
+
+def _has_fused_adam() -> bool:
+    """Whether NVIDIA's apex is there, without importing a package that may be anything."""
+    return any((place / "optimizers" / "fused_adam.py").is_file() for place in _apex_directories())
+
+
+def _is_other_apex() -> bool:
+    return _has_module("apex") and not _has_fused_adam()
