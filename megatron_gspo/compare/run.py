@@ -167,15 +167,16 @@ class Worker(threading.Thread):
                 return tuple(self._servers.urls)
         self._stop_servers()
         config = cell.config
-        self._servers = local_servers(config.rollout)(
-            served(config),
+        rollout = served(config, cores=1)  # cells share the cores among them
+        self._servers = local_servers(rollout)(
+            rollout,
             cell.cold_start,
             self._logs,
             device=self._device,
             dtype=key.dtype,
             routes=key.routes,
         )
-        with starting_servers(config.rollout, self._device, self._say):
+        with starting_servers(rollout, self._device, self._say):
             self._servers.__enter__()
         self._serves = key
         return tuple(self._servers.urls)

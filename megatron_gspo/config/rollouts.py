@@ -30,8 +30,9 @@ class RolloutConfig(Section):
     """Inference engine, an entry of ``rollout.engine.ENGINES``."""
     servers: Annotated[tuple[Url, ...], AsList] = ()
     """Base URLs of running servers. Empty: ``local_servers`` are started and stopped with the run."""
-    local_servers: Positive = 1
-    """Servers to start on this machine when ``servers`` is empty."""
+    local_servers: Positive | None = None
+    """Servers to start on this machine when ``servers`` is empty. Absent: one on GPUs; on a CPU, where each
+    computes on one core, one for every 64 responses of an outer step, at most one a core and 8."""
     server_python: str = ""
     """Python of the environment that holds sglang; found at ``.venv-sglang/bin/python`` (in the working directory or
     the checkout) or in $MEGATRON_GSPO_SGLANG_PYTHON when empty."""
@@ -64,10 +65,11 @@ class RolloutConfig(Section):
     """Tokens that end a response besides the model's own (those of ``generation_config.json``, ``config.json`` and the
     tokenizer), as texts or ids: ``["<|im_end|>"]`` for a base model whose chat template ends a turn with it. Each must
     be one token of the vocabulary. Training, evaluation and fine-tuning use them."""
-    concurrency: Positive = 64
-    """Prompts in flight per data-parallel leader."""
+    concurrency: Positive | None = None
+    """Prompts in flight per data-parallel leader. Absent: as many as make 512 responses a server."""
     timeout_s: PositiveFloat = 600.0
-    """Seconds until a request that has not answered is given up."""
+    """Seconds in which a server must answer one of the requests that it has, or generate a token: then they are given
+    up. Waiting in its queue does not count."""
     retries: Annotated[int, Field(ge=0)] = 3
     """Further tries after a connection failure, a 5xx answer or an abort; each with the same seed."""
     seeded: bool | None = None

@@ -15,6 +15,10 @@ from megatron_gspo.config.rollouts import EvalConfig, ReplayConfig, RewardConfig
 from megatron_gspo.config.training import CriticConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from megatron_gspo.section import Section
 
+RESPONSES_A_SERVER = 64
+"""On a CPU, of an outer step: fewer do not make up for another server's start, and for its memory."""
+MOST_SERVERS = 8
+
 
 class RunConfig(Section):
     """The root: one section a concern."""
@@ -42,6 +46,13 @@ class RunConfig(Section):
     def total_steps(self) -> int:
         """Optimizer steps of the run."""
         return self.train.outer_steps * self.minibatches
+
+    def local_servers(self, cores: int, *, on_gpu: bool) -> int:
+        """``rollout.local_servers`` with its default filled in, for a machine of so many cores."""
+        if self.rollout.local_servers is not None or on_gpu:
+            return self.rollout.local_servers or 1
+        responses = self.train.prompts_per_step * self.rollout.group_size
+        return max(1, min(cores, MOST_SERVERS, responses // RESPONSES_A_SERVER))
 
     @property
     def engine_k3_limit(self) -> float | None:

@@ -169,8 +169,9 @@ class Facts:
     @property
     def local_servers(self) -> int:
         """Servers that the run starts on this machine."""
-        rollout = self.config.rollout
-        return 0 if self.supervised or rollout.servers else int(rollout.local_servers)
+        if self.supervised or self.config.rollout.servers:
+            return 0
+        return int(self.config.local_servers(self.machine.cores, on_gpu=bool(self.machine.gpus)))
 
     @fact
     def prompts(self) -> PromptSet | CompletionSet:

@@ -118,8 +118,9 @@ def _servers(
         yield config.rollout.servers, key, check_served(probe(config.rollout.servers, timeout_s=10.0, key=key), model)
         return
     device = here().device_type
-    servers = local_servers(config.rollout)(
-        served(config, model),
+    rollout = served(config, model)
+    servers = local_servers(rollout)(
+        rollout,
         model,
         logs,
         device=device,
@@ -127,7 +128,7 @@ def _servers(
         seed=config.train.seed,
     )
     with contextlib.ExitStack() as stack:
-        with starting_servers(config.rollout, device, phase):
+        with starting_servers(rollout, device, phase):
             stack.enter_context(servers)
         if unread(config.rollout.engine, model, shape):
             send(config, model, servers.urls, ServerAccess(servers.key))

@@ -219,8 +219,9 @@ def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> It
         check: Callable[[], None] = nothing
         if dist.get_rank() == 0:
             device = here().device_type
-            servers = local_servers(config.rollout)(
-                served(config),
+            rollout = served(config)
+            servers = local_servers(rollout)(
+                rollout,
                 config.model.path,
                 Path(config.train.run_dir) / "servers",
                 device=device,
@@ -230,7 +231,7 @@ def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> It
             )
             recorder.phase("waiting for the servers")
             try:
-                with starting_servers(config.rollout, device, recorder.note):
+                with starting_servers(rollout, device, recorder.note):
                     urls, key, check = stack.enter_context(servers).urls, servers.key, servers.check
             except Exception as caught:
                 error = caught

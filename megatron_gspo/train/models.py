@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_gspo.algorithm.importance import rule_named
 from megatron_gspo.config import RolloutConfig, RunConfig
@@ -94,12 +97,14 @@ def unread(engine: str, path: str | Path, shape: ModelShape) -> str:
     return _not_loaded(Path(path))
 
 
-def served(config: RunConfig, path: str | Path = "") -> RolloutConfig:
-    """``rollout`` for servers on ``path``, ``model.path`` unless given. Where the engine cannot load what is there,
-    they start with whatever is in memory, and the first push fills everything."""
-    if not _not_loaded(Path(path or config.model.path)):
-        return config.rollout
-    return config.rollout.model_copy(update={"server_args": ("--load-format", "dummy", *config.rollout.server_args)})
+def served(config: RunConfig, path: str | Path = "", *, cores: int | None = None) -> RolloutConfig:
+    """``rollout`` for servers on ``path``, ``model.path`` unless given; as many as ``cores`` (this machine's) are for.
+    Where the engine cannot load what is there, they start with whatever is in memory, and the first push fills it."""
+    here = len(os.sched_getaffinity(0)) if cores is None else cores
+    update: dict[str, Any] = {"local_servers": config.local_servers(here, on_gpu=torch.cuda.is_available())}
+    if _not_loaded(Path(path or config.model.path)):
+        update["server_args"] = ("--load-format", "dummy", *config.rollout.server_args)
+    return config.rollout.model_copy(update=update)
 
 
 def _not_loaded(path: Path) -> str:

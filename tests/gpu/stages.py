@@ -344,7 +344,8 @@ def grouped_errors(sizes: Sizes) -> Result:
             outputs.append([y.detach(), *(leaf.grad for leaf in leaves)])
         names = ("y", "dx", "dW")
         found[f"{form} {dtype}"] = {
-            name: float((a.double() - b).abs().max() / b.abs().max()) for name, a, b in zip(names, *outputs, strict=True)
+            name: float((a.double() - b).abs().max() / b.abs().max())
+            for name, a, b in zip(names, *outputs, strict=True)
         }
     return found
 

@@ -311,6 +311,21 @@ def test_groups_come_back_in_order_from_all_servers_within_the_limit_of_prompts_
         assert set(Counter(body["input_ids"][0] for body in stand_in.bodies).values()) == {2}  # a group stays together
 
 
+@pytest.mark.parametrize(("group_size", "most"), [(1, 4), (2, 4), (4, 4), (8, 8)])
+def test_by_default_as_many_responses_are_in_flight_as_a_server_is_given(
+    group_size: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang_client, "RESPONSES_A_SERVER", 4)
+
+    async def slow(request: web.Request, body: dict[str, Any], seen: int) -> web.Response:
+        await asyncio.sleep(0.1)
+        return web.json_response(SOUND)
+
+    stand_in = StandIn(slow)
+    draw(stand_in, prompts=tuple(prompt(str(i)) for i in range(6)), sampling=Sampling(group_size, 1.0, 4, (STOP,)))
+    assert stand_in.most_running == most
+
+
 @pytest.mark.parametrize("info", [b"[1]", b"null", b"<html>", b"[" * 100_000, b"\xff\xfe"])
 def test_what_answers_and_is_no_sglang_server_is_refused_on_entry(info: bytes) -> None:
     stand_in = StandIn(always(SOUND), info=info)

@@ -208,6 +208,26 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path) -> None:
         load(tmp_path / "flat.toml")
 
 
+@pytest.mark.parametrize(
+    ("prompts", "asked", "cores", "on_gpu", "servers"),
+    [
+        (32, None, 2, False, 2),  # 256 responses
+        (32, None, 64, False, 4),
+        (4, None, 64, False, 1),
+        (1024, None, 64, False, 8),
+        (1024, None, 64, True, 1),
+        (4, 3, 2, False, 3),
+        (4, 3, 2, True, 3),
+    ],
+)
+def test_local_servers_follow_cores_and_the_step_unless_the_user_says_how_many(
+    prompts: int, asked: int | None, cores: int, on_gpu: bool, servers: int
+) -> None:
+    known = {"model": {"path": "m"}, "data": {"path": "d"}, "train": {"run_dir": "r", "prompts_per_step": prompts}}
+    config = RunConfig.model_validate(known | {"rollout": {"local_servers": asked, "group_size": 8}})
+    assert config.local_servers(cores, on_gpu=on_gpu) == servers
+
+
 def test_every_setting_has_a_docstring() -> None:
     for section in RunConfig.model_fields.values():
         for name, field in section.annotation.model_fields.items():  # type: ignore[union-attr]

@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 FIRST_PAUSE_S = 0.2
 """Pause before the first retry; it doubles with each."""
+RESPONSES_A_SERVER = 512
+"""In flight by default: what a server runs at once, and a queue from which it takes the next without waiting for us."""
 WORK = ("num_used_tokens", "total_prefill_uncached_tokens", "decode_moments", "num_running_reqs", "num_waiting_reqs")
 """Of ``/v1/loads`` (SGLang 0.5.23), what changes when a server works."""
 
@@ -94,7 +96,8 @@ class SGLangEngine:
             )
         for prompt in prompts:
             check_prompt(prompt, self._vocab_size)
-        slots = asyncio.Semaphore(self._config.concurrency)
+        fitting = -(-RESPONSES_A_SERVER * len(self._load) // sampling.group_size)
+        slots = asyncio.Semaphore(self._config.concurrency or fitting)
 
         async def group(prompt: Prompt) -> list[Rollout]:
             async with slots:

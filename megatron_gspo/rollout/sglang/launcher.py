@@ -72,6 +72,7 @@ class LocalServers:
         self.urls: tuple[str, ...] = ()
         self.key = secrets.token_urlsafe(32) if key is None else key
         self._config = config
+        self._count = config.local_servers or 1
         self._model_path = Path(model_path)
         self._log_dir = Path(log_dir)
         self._device: Device = device
@@ -120,9 +121,9 @@ class LocalServers:
         """Of each server; zeros on a CPU. Raises ConfigError for sizes that neither the model nor the cards allow."""
         sizes = read_sizes(self._model_path, self._config.server_args)
         if self._device == "cpu":
-            return [0] * self._config.local_servers
+            return [0] * self._count
         weights = weight_bytes(self._model_path, self._dtype)
-        return place(sizes, self._config.local_servers, weights, cards_here())
+        return place(sizes, self._count, weights, cards_here())
 
     def check(self) -> None:
         """Raises EngineUnavailableError when a server has died, or its port is another program's."""
@@ -289,7 +290,7 @@ def server_arguments(
             "--attention-backend": "torch_native",
             "--sampling-backend": "pytorch",
             "--grammar-backend": "none",
-            "--max-running-requests": "64",
+            "--max-running-requests": "256",
             "--max-total-tokens": str(cpu_cache_tokens(config)),
             # --max-total-tokens is what bounds it. The share is of what was free before the weights were read: a small
             # one fails when other processes take memory meanwhile.
