@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_gspo.algorithm.importance import rule_named
 from megatron_gspo.config import RolloutConfig, RunConfig
 from megatron_gspo.errors import ConfigError, UserError
@@ -20,6 +18,7 @@ from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.hf.layout import check_layout, check_positions
 from megatron_gspo.hf.names import holds_weights
 from megatron_gspo.megatron.checkpoint_files import is_distributed
+from megatron_gspo.platforms import here
 from megatron_gspo.rollout.engine import ENGINES
 from megatron_gspo.rollout.sglang.probe import probe
 from megatron_gspo.train.passes import find_pass
@@ -100,8 +99,9 @@ def unread(engine: str, path: str | Path, shape: ModelShape) -> str:
 def served(config: RunConfig, path: str | Path = "", *, cores: int | None = None) -> RolloutConfig:
     """``rollout`` for servers on ``path``, ``model.path`` unless given; as many as ``cores`` (this machine's) are for.
     Where the engine cannot load what is there, they start with whatever is in memory, and the first push fills it."""
-    here = len(os.sched_getaffinity(0)) if cores is None else cores
-    update: dict[str, Any] = {"local_servers": config.local_servers(here, on_gpu=torch.cuda.is_available())}
+    cores = len(os.sched_getaffinity(0)) if cores is None else cores
+    on_gpu = here().device_type == "cuda"
+    update: dict[str, Any] = {"local_servers": config.local_servers(cores, on_gpu=on_gpu)}
     if _not_loaded(Path(path or config.model.path)):
         update["server_args"] = ("--load-format", "dummy", *config.rollout.server_args)
     return config.rollout.model_copy(update=update)

@@ -10,6 +10,7 @@ on which card in docs/gpu.md and docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -261,7 +262,7 @@ def differences(policy: Any, batch: Any) -> Result:
     policy.gradients([batch], keep)
     change_T = (kept[0] - old_T).double()
     ends = batch.cu_seqlens.tolist()
-    log_ratios = [float(change_T[start : end - 1].mean()) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    log_ratios = [float(change_T[start : end - 1].mean()) for start, end in itertools.pairwise(ends)]
     return {
         "largest difference of a logprob, pass to pass": float((again_T - old_T).abs().max()),
         "largest difference of a logprob, pass to training": float(change_T.abs().max()),
@@ -270,7 +271,7 @@ def differences(policy: Any, batch: Any) -> Result:
 
 
 def timed(policy: Any, batch: Any, sizes: Sizes, recompute: str) -> Result:
-    """Median seconds of both passes, what share of the card's peak they are, and the most memory that gradients take."""
+    """Median seconds of both passes, their share of the card's peak, and the most memory that gradients take."""
     old = seconds(lambda: policy.logprobs([batch]), sizes.repetitions)
     held = reset_peak()
     train = seconds(lambda: policy.gradients([batch], mean_logprob), sizes.repetitions)
