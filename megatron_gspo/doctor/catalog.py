@@ -25,7 +25,7 @@ CHECKS = (
     Entry("weights", check_weights, needs=("config", "model"), setting="model.path"),
     Entry("tokenizer", check_tokenizer, needs=("config", "model"), setting="model.path"),
     Entry("layout", check_layout, needs=("config", "model"), setting="[parallel]"),
-    Entry("memory", check_memory, needs=("config", "model", "layout")),
+    Entry("memory", check_memory, needs=("config", "model", "layout"), setting="rollout.server_args"),
     Entry("prompts", check_prompts, needs=("config", "tokenizer"), setting="data.path", file="data.path"),
     Entry("eval prompts", check_eval_prompts, ("config", "tokenizer"), setting="data.eval_path", file="data.eval_path"),
     Entry("reward", check_reward, needs=("config", "tokenizer", "prompts"), setting="reward.function"),

@@ -8,6 +8,7 @@ from packaging.version import InvalidVersion, Version
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.installed import Environment
+from megatron_gspo.rollout.sglang.cards import server_sizes
 
 INSTALL = "make install DEVICE=cuda: one torch, with its NCCL and triton, for both"
 DRIVER = "a newer driver (580 or later runs CUDA 13), or a torch for an older CUDA in both environments"
@@ -47,8 +48,7 @@ def _between(facts: Facts, trainer: Environment, servers: Environment) -> list[C
         checks.append(error(text, "make install DEVICE=cuda"))
     if trainer.nccl != servers.nccl and trainer.nccl and servers.nccl:
         text = f"NCCL {trainer.nccl} in the trainer, {servers.nccl} in the servers: they form no process group"
-        sync = facts.config.sync
-        needed = sync.method == "distributed" and sync.backend != "gloo"
+        needed = _needs_nccl(facts)
         why = ": ncclInvalidUsage" if needed else ' (sync.method = "distributed" over nccl would need one)'
         checks.append((error if needed else warning)(text + why, f'{INSTALL}; or sync.backend = "gloo"'))
     for name in ("torch", "triton"):
@@ -56,6 +56,15 @@ def _between(facts: Facts, trainer: Environment, servers: Environment) -> list[C
         if _plain(ours) != _plain(theirs):
             checks.append(warning(f"{name} {ours} in the trainer, {theirs} in the servers", INSTALL))
     return checks
+
+
+def _needs_nccl(facts: Facts) -> bool:
+    """Whether weights go to the local servers over NCCL: "auto" takes it where they lie on cards of their own."""
+    config = facts.config
+    if config.sync.method != "distributed":
+        return False
+    first = server_sizes(config.rollout.server_args).base or 0
+    return config.sync.backend == "nccl" or (config.sync.backend == "auto" and first >= facts.ranks_per_node)
 
 
 def _within(version: str, specifier: str) -> bool:

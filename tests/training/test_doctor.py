@@ -6,7 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ import pytest
 import torch
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_gspo.config import RunConfig, load
 from megatron_gspo.doctor import servers
@@ -22,6 +25,7 @@ from megatron_gspo.doctor.catalog import CHECKS
 from megatron_gspo.doctor.check import Check, examine
 from megatron_gspo.doctor.estimate import estimate
 from megatron_gspo.doctor.facts import Facts
+from megatron_gspo.doctor.gpus import Passing, peak
 from megatron_gspo.doctor.tensors import tensors_of
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.megatron.groups import make_groups
@@ -153,6 +157,63 @@ def test_the_bytes_of_every_rank_are_those_that_doctor_counts(
     if config.model.recompute == "off" and parallel.pipeline == 1:
         kept = sum(ours.activations for ours in expected)
         assert kept == pytest.approx(sum(real["activations"] for real in counted), rel=0.1)
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes that tensors made inside were alive with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            self._storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self._storages = {place: kept for place, kept in self._storages.items() if not kept[0].expired()}
+        self.most = max(self.most, self.alive())
+        return result
+
+    def alive(self, places: Collection[int] | None = None) -> int:
+        """Bytes now, of the storages at some addresses or of all."""
+        return sum(size for place, (_, size) in self._storages.items() if places is None or place in places)
+
+
+def fullest_moment(config: RunConfig) -> int:
+    """The most bytes that one full micro-batch adds to weights and gradients."""
+    groups = make_groups(config.parallel)
+    policy = Policy(config, groups)
+    batch = pack_on_device(full_pack(config, policy.shape.vocab_size), config, groups)
+    parameters = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
+    states = {t.untyped_storage().data_ptr() for p in parameters for t in (p, p.main_grad)}  # type: ignore[attr-defined]
+    policy.gradients([batch], lambda index, logprobs, entropy: logprobs.sum())  # what the first one alone makes
+    with Alive() as alive:
+        policy.gradients([batch], lambda index, logprobs, entropy: logprobs.sum())
+    return alive.most - alive.alive(states)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("recompute", ["off", "full"])
+def test_a_rank_at_its_fullest_holds_what_doctor_counts_for_a_gpu(
+    ranks: RankPool, models: dict[str, Path], tmp_path: Path, recompute: str, dtype: str
+) -> None:
+    """Never less, and no fifth more: under full recompute, what comes and goes is a third of it."""
+    path = tmp_path / "run.toml"
+    path.write_text(f'model.path = "{models["moe"]}"\ndata.path = "none"\ntrain.run_dir = "run"\n')
+    budget = [
+        "train.microbatch_tokens=2048",
+        "rollout.max_prompt_tokens=4",
+        f"rollout.max_response_tokens={LENGTH - 4}",
+    ]
+    kind = [f'model.recompute="{recompute}"', f'model.dtype="{dtype}"', "train.prompts_per_step=32"]
+    config = load(path, [*budget, *kind, "train.minibatches=2"])
+    family, shape = read_model(models["moe"])
+    needed = estimate(config, shape, tuple(tensors_of(family, shape)), data_size=1, stage=0)
+    counted = peak(needed, Passing.of(config, shape, 0, 1)) - needed.weights - needed.gradients - needed.optimizer
+    (real,) = ranks.run(1, fullest_moment, config)
+    assert real <= counted <= 1.2 * real
 
 
 # ------------------------------------------------------------------------------------------------------- servers

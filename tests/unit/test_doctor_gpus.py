@@ -82,7 +82,9 @@ def test_two_nccls_are_an_error_where_the_sync_needs_one(case: Case, have: Have)
     have(trainer=replace(SOUND, nccl="2.29.7"))
     said = "NCCL 2.29.7 in the trainer, 2.30.7 in the servers"
     for settings, status in (
-        (['sync.method="distributed"'], "error"),
+        (['sync.method="distributed"', 'sync.backend="nccl"'], "error"),
+        (['sync.method="distributed"', 'rollout.server_args=["--base-gpu-id", "1"]'], "error"),
+        (['sync.method="distributed"'], "warning"),  # the server lies on the trainer's card: gloo
         (['sync.method="distributed"', 'sync.backend="gloo"'], "warning"),
         ([], "warning"),
     ):
@@ -202,3 +204,89 @@ def test_each_missing_kernel_of_the_servers_is_a_line_and_one_of_them_an_error(c
     assert lines(case.checks(only="server kernels")) == [("ok", "none, and a server on a CPU uses none")]
     have()
     assert case.check("server kernels", 'algorithm.name="sft"').detail == "no server is started here"
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 151936,
+}
+EIGHT = (
+    "parallel.data=8",
+    "parallel.expert=8",
+    'model.dtype="bfloat16"',
+    'model.recompute="full"',
+    "train.microbatch_tokens=8192",
+    "train.prompts_per_step=64",
+    "rollout.max_prompt_tokens=1024",
+    "rollout.max_response_tokens=7168",
+)
+TP4 = 'rollout.server_args=["--tp-size=4", "--mem-fraction-static", "0.3"]'
+
+
+def memory(case: Case, *settings: str) -> dict[str, Check]:
+    """The lines of a 30 B model on eight cards, by their first words."""
+    (case.model / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
+    checks = case.checks(*EIGHT, *settings, only="memory")
+    return {check.detail.partition(":")[0].split(" is ")[0].partition("'s")[0]: check for check in checks}
+
+
+def test_a_rank_of_a_30b_on_eight_cards_is_counted_with_what_comes_and_goes(case: Case, have: Have) -> None:
+    have(gpus=8, memory=1500)
+    rank = memory(case, 'rollout.servers=["http://a"]')["a rank"]
+    assert "weights 9.62 GiB + gradients 19.2 GiB + optimizer 42.7 GiB" in rank.detail
+    assert "76.3 GiB at its fullest, with 1.53 GiB that come and go" in rank.detail and rank.status == "warning"
+    rank = memory(case, 'rollout.servers=["http://a"]', "optimizer.offload=true")["a rank"]
+    assert "42.7 GiB in host memory" in rank.detail and "33.7 GiB at its fullest" in rank.detail
+    assert rank.status == "ok" and "server" not in rank.detail
+
+
+def test_a_servers_share_of_its_card_must_hold_weights_and_a_cache(case: Case, have: Have) -> None:
+    have(gpus=8, memory=1500)
+    server = memory(case)["a local server"]
+    assert server.status == "error" and "--tp-size" in server.fix
+    assert "40% of 80 GiB is 32 GiB: weights 56.9 GiB, and no room for one sequence of 8192" in server.detail
+    server = memory(case, TP4)["a local server"]
+    assert server.status == "ok" and "weights 14.2 GiB + 9.78 GiB for keys and values: 52 sequences" in server.detail
+    have(gpus=8, size=56, memory=1500)
+    assert memory(case, TP4)["a local server"].status == "warning"  # 13 sequences at once
+
+
+def test_a_rank_shares_its_card_with_a_server_only_where_one_lies(case: Case, have: Have) -> None:
+    have(gpus=8, memory=1500)
+    assert "56 GiB free on the fullest GPU, 30% of it a local server's" in memory(case, TP4)["a rank"].detail
+    two = memory(case, 'rollout.server_args=["--tp-size=4"]', "rollout.local_servers=3")
+    assert any("need 12 cards, and this machine shows 8" in check.detail for check in two.values())
+    have(gpus=16, memory=1500)
+    apart = memory(case, 'rollout.server_args=["--tp-size=4", "--base-gpu-id=8"]')["a rank"]
+    assert "80 GiB free on the fullest GPU" in apart.detail and "server" not in apart.detail
+
+
+def test_the_hosts_memory_holds_what_was_sent_there(case: Case, have: Have) -> None:
+    have(gpus=8, memory=1500)
+    host = memory(case)["host"]
+    assert host.status == "ok" and "8 ranks 3.12 GiB + 1 server 2 GiB = 5.12 GiB of 1,500 GiB free" in host.detail
+    have(gpus=8, memory=400)
+    host = memory(case, "optimizer.offload=true", "train.checkpoint_async=true", 'sync.method="disk"')["host"]
+    assert host.status == "error" and host.fix == "copies (train.checkpoint_async) are most of it"
+    for term in ("states (optimizer.offload) 341 GiB", "(train.checkpoint_async) 418 GiB", "in /dev/shm 56.9 GiB"):
+        assert term in host.detail

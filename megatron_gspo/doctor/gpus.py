@@ -1,0 +1,152 @@
+"""Memory of a machine with GPUs: a rank's peak on its card, the servers' share of theirs, and the host's.
+
+Counted, and not measured on a GPU yet. What a card also holds, CUDA's context and NCCL's buffers, is not in here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_gspo.config import ParallelConfig, RunConfig
+from megatron_gspo.doctor.check import Check, error, ok, warning
+from megatron_gspo.doctor.estimate import ITEM_BYTES, Estimate, longest_sequence, tokens_of_microbatch
+from megatron_gspo.doctor.facts import Facts
+from megatron_gspo.doctor.machine import gib
+from megatron_gspo.doctor.sums import RANK_PROCESS, SERVER_PROCESS, against, largest, spell
+from megatron_gspo.doctor.tensors import stage_of
+from megatron_gspo.hf.family import ModelShape
+from megatron_gspo.report.text import count
+from megatron_gspo.rollout.sglang.cards import GPU_SHARE, ServerSizes, base_gpus, server_sizes
+
+FEW = 16
+"""Of the longest sequences at once in a server's cache, below which most requests wait for each other."""
+PIECE = 4 * 4 * 2**24
+"""Bytes of the pieces in which ``megatron.adamw`` brings or widens states: weight, gradient and two moments."""
+
+
+def on_gpus(facts: Facts, needed: Estimate, stage: int) -> list[Check]:
+    """A line for the ranks' cards, one for the servers', one for the host."""
+    sizes = server_sizes(facts.config.rollout.server_args)
+    servers = [_of_servers(facts, sizes)] if facts.local_servers else []
+    return [_of_ranks(facts, needed, stage, sizes), *servers, _of_host(facts, needed)]
+
+
+@dataclass(frozen=True)
+class Passing:
+    """Bytes of a rank that come and go in a step, beside what ``Estimate`` counts; not all at the same time."""
+
+    experts: int
+    """Backward of one layer's experts or MLP: gradients of what it is made of, and the fp32 sum of returning tokens."""
+    attention: int
+    """Backward of one layer's attention: gradients of query, key and value, and an fp32 sum of the query's."""
+    optimizer: int
+    """States that are brought to the card or widened, a piece at a time."""
+
+    @classmethod
+    def of(cls, config: RunConfig, model: ModelShape, stage: int, data_size: int) -> Passing:
+        """Of a stage's ranks, with micro-batches as full as their budget allows and experts evenly loaded."""
+        parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
+        tokens = tokens_of_microbatch(config, data_size) / parallel.context
+        kinds = {
+            is_moe for layer, is_moe in enumerate(model.moe_layers) if _lies_on(layer, stage, model, config.parallel)
+        }
+        mlp = max((_mlp(model, parallel, item, is_moe) for is_moe in kinds), default=0.0)
+        q, k = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
+        attention = (item * (2 * q + 2 * k) + max(4, item) * q) / parallel.tensor
+        pieces = config.optimizer.offload or config.optimizer.state_dtype != "float32"
+        return cls(int(tokens * mlp), int(tokens * attention), PIECE if pieces else 0)
+
+
+def peak(needed: Estimate, passing: Passing) -> int:
+    """Bytes of a rank at its fullest: in backward, at the head or in a layer, or in the optimizer's step."""
+    states = needed.total - needed.activations - needed.logprobs
+    backward = needed.activations + max(needed.logprobs, passing.experts, passing.attention)
+    return states + max(backward, passing.optimizer)
+
+
+def _mlp(model: ModelShape, parallel: ParallelConfig, item: int, is_moe: bool) -> float:
+    """For one token: gradients of a routed copy before and after each exchange, of both projections, and its sum."""
+    if not is_moe:
+        return 3 * item * model.ffn_hidden_size / parallel.tensor
+    copy = item * 3 * (parallel.expert_tensor * model.hidden_size + model.expert_hidden_size)
+    total = model.top_k * (copy + max(4, item) * model.hidden_size)
+    return (total + 3 * item * model.shared_expert_hidden_size) / parallel.tensor
+
+
+def _lies_on(layer: int, stage: int, model: ModelShape, parallel: ParallelConfig) -> bool:
+    return stage_of(layer, model.num_layers, parallel) == stage
+
+
+def _of_ranks(facts: Facts, needed: Estimate, stage: int, sizes: ServerSizes) -> Check:
+    """The fullest rank against the fullest of the cards that ranks of this machine use."""
+    config = facts.config
+    there = replace(needed, optimizer=0) if config.optimizer.offload else needed
+    passing = Passing.of(config, facts.shape, stage, facts.layout)
+    fullest = peak(there, passing)
+    taken, share = _cards_of_servers(facts, sizes), _share(sizes)
+    devices = facts.machine.gpus[: facts.ranks_per_node]
+    free = min(free - (int(share * total) if index in taken else 0) for index, (free, total) in enumerate(devices))
+    text = f"a rank: {spell(needed)}"
+    text += f"; of it, {gib(needed.optimizer)} in host memory (optimizer.offload)" * (there is not needed)
+    text += f"; {gib(fullest)} at its fullest, with {gib(max(vars(passing).values()))} that come and go"
+    shared = f", {share:.0%} of it a local server's" if taken & set(range(len(devices))) else ""
+    text += f", without context and NCCL buffers, of {gib(free)} free on the fullest GPU{shared}"
+    return against(text, fullest, free, largest(there))
+
+
+def _of_servers(facts: Facts, sizes: ServerSizes) -> Check:
+    """A server's share of a card: its part of the weights, and how many sequences its cache then holds."""
+    config, shape = facts.config, facts.shape
+    item = min(4, ITEM_BYTES[config.model.dtype])
+    parts = sizes.tensor * sizes.pipeline
+    weights = sum(tensor.local_size(1, 1) for tensor in facts.tensors) * item // parts
+    heads = max(1, shape.num_query_groups // sizes.tensor)
+    token = 2 * shape.num_layers // sizes.pipeline * heads * shape.head_dim * item
+    card, share = min(total for _, total in facts.machine.gpus), _share(sizes)
+    room, longest = int(share * card) - weights, longest_sequence(config)
+    text = f"a local server's {share:.0%} of {gib(card)} is {gib(share * card)}: weights {gib(weights)}"
+    fix = "--mem-fraction-static or a larger --tp-size in rollout.server_args, or servers named in rollout.servers"
+    if room < token * longest:
+        return error(f"{text}, and no room for one sequence of {longest} tokens ({gib(token * longest)})", fix)
+    at_once = room // (token * longest)
+    text += f" + {gib(room)} for keys and values: {count(at_once, 'sequence')} of {longest} tokens at once"
+    return warning(f"{text}; other requests wait", fix) if at_once < FEW else ok(text)
+
+
+def _of_host(facts: Facts, needed: Estimate) -> Check:
+    """What the ranks and servers of this machine keep in host memory, beside their processes' code for CUDA."""
+    config, ranks, servers = facts.config, facts.ranks_per_node, facts.local_servers
+    terms = {
+        f"{count(ranks, 'rank')}": ranks * RANK_PROCESS,
+        f"{count(servers, 'server')}": servers * SERVER_PROCESS,
+        "states (optimizer.offload)": ranks * needed.optimizer if config.optimizer.offload else 0,
+        "copies (train.checkpoint_async)": ranks * (needed.weights + needed.optimizer)
+        if config.train.checkpoint_async
+        else 0,
+        f"weights in {config.sync.directory}": _weights_in_memory(facts),
+    }
+    total, free = sum(terms.values()), facts.machine.free_memory
+    spelled = " + ".join(f"{name} {gib(size)}" for name, size in terms.items() if size)
+    most = max(terms, key=lambda name: terms[name])
+    return against(f"host: {spelled} = {gib(total)} of {gib(free)} free", total, free, f"{most} are most of it")
+
+
+def _weights_in_memory(facts: Facts) -> int:
+    """Of a sync through files that lie in memory."""
+    config = facts.config
+    in_memory = config.sync.directory.startswith("/dev/shm")
+    if facts.supervised or config.sync.method != "disk" or not in_memory:
+        return 0
+    return sum(tensor.local_size(1, 1) for tensor in facts.tensors) * min(4, ITEM_BYTES[config.model.dtype])
+
+
+def _share(sizes: ServerSizes) -> float:
+    return GPU_SHARE if sizes.share is None else sizes.share
+
+
+def _cards_of_servers(facts: Facts, sizes: ServerSizes) -> set[int]:
+    """Indices of the cards on which local servers lie. Raises ConfigError when there are not enough."""
+    if not facts.local_servers:
+        return set()
+    first = base_gpus(sizes, facts.local_servers, len(facts.machine.gpus))
+    return {begin + offset for begin in first for offset in range(0, sizes.cards, sizes.step)}
