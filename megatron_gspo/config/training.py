@@ -20,6 +20,10 @@ class ModelConfig(Section):
     logprob_chunk: Positive = 1024
     """Tokens (per tensor rank group) whose logprobs are computed at one time, over a tile of 8,192 vocabulary rows at
     a time: memory is two such tiles."""
+    kernels: Literal["auto", "reference"] = "auto"
+    """Which form an operation takes that has several. "auto": the fastest that the machine and ``dtype`` allow;
+    "reference": plain torch everywhere. Results are equal within rounding; ``doctor`` and ``manifest.json`` name what
+    was taken, and why."""
     recompute: Literal["off", "selective", "full"] = "off"
     """Activation recompute, for memory; it cannot change a step. "selective" runs ``recompute_modules`` again in
     backward; "full" keeps only each layer's input and runs the whole layer again."""

@@ -12,6 +12,7 @@ from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.machine import gib
 from megatron_gspo.doctor.nodes import check_ranks
 from megatron_gspo.errors import UserError
+from megatron_gspo.kernels.choice import choose_kernels
 from megatron_gspo.report.text import count
 from megatron_gspo.rollout.sglang.launcher import find_server_python
 from megatron_gspo.versions import TRAINER, installed, untested, untested_here
@@ -37,7 +38,9 @@ def check_kernels(facts: Facts) -> Check:
     found = ", ".join(f"{package} {version}".strip() for package, version in have.items()) or "none"
     absent = ", ".join(name for name in ("transformer-engine", "apex", "triton") if name not in have)
     stranger = " (a package named apex is installed, but not NVIDIA's)" if _is_other_apex() else ""
+    model = facts.config.model
     text = f"optional kernels: {found}{f'; without {absent}' if absent else ''}{stranger}"
+    text += f"; {choose_kernels(model.kernels, model.dtype)}"
     if stranger:
         return warning(text, "pip uninstall apex, or build NVIDIA's from source")
     return ok(text)

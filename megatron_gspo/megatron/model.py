@@ -19,6 +19,7 @@ from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.layout import stage_layers
 from megatron_gspo.hf.weights import NamedRule, find_rule, padded_vocab_size, take_piece
+from megatron_gspo.kernels.choice import choose_kernels
 from megatron_gspo.megatron.attention import packed_sequences
 from megatron_gspo.megatron.groups import Groups, device
 from megatron_gspo.megatron.heads import Head, ValueOutput
@@ -44,7 +45,7 @@ class PolicyModel(GPTModel):
         config: TransformerConfig,
         shape: ModelShape,
         groups: Groups,
-        chunk: int,
+        model: ModelConfig,
         vp_stage: int | None = None,
         *,
         valued: bool = False,
@@ -74,7 +75,8 @@ class PolicyModel(GPTModel):
             self.output_layer = ValueOutput(
                 shape.hidden_size, config.params_dtype, sequence_parallel=config.sequence_parallel
             )
-        self.shape, self.groups, self.chunk = shape, groups, chunk
+        self.shape, self.groups, self.chunk = shape, groups, model.logprob_chunk
+        self.kernels = choose_kernels(model.kernels, model.dtype)
         self.layer_offset = offset
         self.counted_T: torch.Tensor | None = None
         """[T_local] bool, while ``forward`` runs: this rank's tokens that are neither padding nor a dummy's."""
@@ -234,9 +236,7 @@ def build_chunks(
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)  # only dropout would draw, and there is none
     config = transformer_config(model, parallel, shape, groups, deterministic=deterministic)
     virtual: list[int | None] = list(range(parallel.virtual_pipeline)) if parallel.virtual_pipeline > 1 else [None]
-    chunks = [
-        PolicyModel(config, shape, groups, model.logprob_chunk, stage, valued=valued).to(device()) for stage in virtual
-    ]
+    chunks = [PolicyModel(config, shape, groups, model, stage, valued=valued).to(device()) for stage in virtual]
     for chunk in chunks:
         _mark_parameters(chunk, family)
     return chunks
