@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_gspo.kernels.tiles import COLUMNS
 from megatron_gspo.megatron.megatron_logprobs import megatron_logprobs
 from megatron_gspo.parallel import logprobs as fused
 
@@ -109,11 +110,11 @@ def matmuls_tiled(problem: Problem) -> tuple[torch.Tensor, Backward]:
     """The same products in the tiles of ``ours``, with nothing between them."""
     weight, total = problem.weight_VH.detach(), problem.weight_VH.grad
     assert total is not None
-    memory = weight.new_empty(problem.chunk * min(fused.COLUMNS, len(weight)))
+    memory = weight.new_empty(problem.chunk * min(COLUMNS, len(weight)))
 
     def tiles():  # type: ignore[no-untyped-def]
         for h in problem.gathered_TH.split(problem.chunk):
-            for rows, grad in zip(weight.split(fused.COLUMNS), total.split(fused.COLUMNS), strict=True):
+            for rows, grad in zip(weight.split(COLUMNS), total.split(COLUMNS), strict=True):
                 yield h, rows, grad, torch.mm(h, rows.t(), out=memory[: len(h) * len(rows)].view(len(h), len(rows)))
 
     def backward() -> None:

@@ -17,12 +17,13 @@ class ModelConfig(Section):
     ``convert`` makes of one: a Megatron distributed checkpoint beside the same files."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Parameters and activations. float64 is for proofs on a CPU."""
-    kernels: Literal["auto", "reference"] = "auto"
-    """"auto" takes the fastest form of each part of a layer that is installed and right for the device and dtype;
-    "reference" the plainest one: Megatron's own experts one by one. Both compute the same step up to rounding."""
     logprob_chunk: Positive = 1024
     """Tokens (per tensor rank group) whose logprobs are computed at one time, over a tile of 8,192 vocabulary rows at
     a time: memory is two such tiles."""
+    kernels: Literal["auto", "reference"] = "auto"
+    """Which form an operation takes that has several. "auto": the fastest that the machine and ``dtype`` allow;
+    "reference": plain torch everywhere, and Megatron's own experts one by one. Results are equal within rounding; ``doctor`` and ``manifest.json`` name what
+    was taken, and why."""
     recompute: Literal["off", "selective", "full"] = "off"
     """Activation recompute, for memory; it cannot change a step. "selective" runs ``recompute_modules`` again in
     backward; "full" keeps only each layer's input and runs the whole layer again."""

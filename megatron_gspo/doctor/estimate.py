@@ -16,7 +16,8 @@ from megatron_gspo.batching.planning import padded_length
 from megatron_gspo.config import OptimizerConfig, ParallelConfig, RunConfig
 from megatron_gspo.doctor.tensors import Tensor, elements_of_stage, stage_of
 from megatron_gspo.hf.family import ModelShape
-from megatron_gspo.parallel.logprobs import COLUMNS
+from megatron_gspo.kernels.choice import choose_kernels
+from megatron_gspo.kernels.tiles import COLUMNS
 from megatron_gspo.types import DTYPES
 
 ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
@@ -178,10 +179,15 @@ class LayerBytes:
 
 
 def _logprobs(config: RunConfig, model: ModelShape, data_size: int) -> int:
-    """Two tiles [chunk, columns] and, below fp32, the product in the model's dtype; and what backward returns for the
-    head, whose gradient is added in place unless it is tied to the embedding."""
+    """Tiles [chunk, columns]: two in forward; in backward one, its gradient in a half type and the float32 product that
+    is added to the head's (Triton writes the gradient alone). And what backward returns for the head, whose gradient is
+    added in place unless it is tied to the embedding."""
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     wide, rows = max(4, item), ceil(model.vocab_size / parallel.tensor)
     chunk = min(config.model.logprob_chunk, ceil(tokens_of_microbatch(config, data_size) / parallel.context))
-    tiles = chunk * min(rows, COLUMNS) * (2 * wide + (item if item < 4 else 0))
-    return tiles + rows * model.hidden_size * (wide if model.tied_embeddings else item)
+    columns = min(rows, COLUMNS)
+    half = item < 4
+    backward = columns * (chunk * item + model.hidden_size * wide) if half else 0
+    if choose_kernels(config.model.kernels, config.model.dtype)["head"] == "tiles":
+        backward = max(2 * wide * chunk * columns, wide * chunk * columns + backward)
+    return backward + rows * model.hidden_size * (wide if model.tied_embeddings else item)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
+from megatron_gspo.kernels.choice import choose_kernels
 from megatron_gspo.versions import installed
 
 MAKE = "make kernels, after make install DEVICE=cuda"
@@ -35,7 +36,9 @@ def check_kernels(facts: Facts) -> list[Check]:
     found = ", ".join(f"{name} {version}".strip() for name, version in have.items()) or "none"
     absent = [name for name in TRAINERS if name not in have]
     stranger = _is_other_apex()
+    model = facts.config.model
     text = f"optional kernels: {found}" + (f"; without {', '.join(absent)}" if absent else "")
+    text += f"; {choose_kernels(model.kernels, model.dtype)}"
     if stranger:
         text += " (a package named apex is installed, but not NVIDIA's)"
         return [warning(text, "pip uninstall apex, or build NVIDIA's from source")]

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from megatron_gspo.kernels.swiglu import Implementation
+from megatron_gspo.kernels.swiglu import check_form
 
 
-def rms_norm(x: torch.Tensor, weight_H: torch.Tensor, eps: float, kernel: Implementation = "torch") -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight_H: torch.Tensor, eps: float, kernel: str = "torch") -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's shape and dtype.
 
     Computed in float32 (float64 for float64 x) and rounded once, behind the weight, as engines' kernels do. (Hugging
@@ -22,6 +22,7 @@ def rms_norm(x: torch.Tensor, weight_H: torch.Tensor, eps: float, kernel: Implem
         eps: added to the mean square.
         kernel: "triton" for tensors on CUDA, with a backward that keeps x and the weight alone (not run on a GPU yet).
     """
+    check_form(kernel, x)
     if kernel == "triton":
         return _TritonNorm.apply(x, weight_H, eps)
     dtype = torch.promote_types(x.dtype, torch.float32)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-Implementation = Literal["torch", "triton"]
+from megatron_gspo.errors import ConfigError
 
 
-def swiglu(x_T2I: torch.Tensor, probs_T: torch.Tensor | None = None, kernel: Implementation = "torch") -> torch.Tensor:
+def swiglu(x_T2I: torch.Tensor, probs_T: torch.Tensor | None = None, kernel: str = "torch") -> torch.Tensor:
     """silu(gate) * up * probability, [T, I], in x's dtype.
 
     Computed in float32 (float64 for float64 x) and rounded once. Backward keeps ``x_T2I`` and ``probs_T`` and nothing
@@ -21,12 +21,19 @@ def swiglu(x_T2I: torch.Tensor, probs_T: torch.Tensor | None = None, kernel: Imp
         probs_T: [T] a router's probabilities of any floating dtype; their gradient is in that dtype. None: all 1.
         kernel: "triton" for tensors on CUDA (not run on a GPU yet).
     """
+    check_form(kernel, x_T2I)
     return _Swiglu.apply(x_T2I, probs_T, kernel)
+
+
+def check_form(kernel: str, x: torch.Tensor) -> None:
+    """Raises ConfigError for a form that does not exist, and for float64 in Triton, which computes in float32."""
+    if kernel not in ("torch", "triton") or (kernel == "triton" and x.dtype == torch.float64):
+        raise ConfigError(f'no kernel "{kernel}" for {x.dtype}: "torch", or "triton" below float64')
 
 
 class _Swiglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_T2I: torch.Tensor, probs_T: torch.Tensor | None, kernel: Implementation) -> torch.Tensor:
+    def forward(ctx: Any, x_T2I: torch.Tensor, probs_T: torch.Tensor | None, kernel: str) -> torch.Tensor:
         ctx.save_for_backward(x_T2I, probs_T)
         ctx.kernel = kernel
         if kernel == "triton":

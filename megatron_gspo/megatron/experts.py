@@ -19,7 +19,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
-from megatron_gspo.kernels.swiglu import swiglu
+from megatron_gspo.kernels.swiglu import Implementation, swiglu
 from megatron_gspo.parallel.dispatch import from_experts, plan_dispatch, probs_to_experts, to_experts
 from megatron_gspo.parallel.grouped import Runs, grouped_linear
 
@@ -53,10 +53,16 @@ class GroupedExperts(torch.nn.Module):
     """
 
     def __init__(
-        self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection, **_: Any
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        kernel: Implementation = "torch",
+        **_: Any,
     ) -> None:
+        """``kernel`` is ``swiglu``'s."""
         super().__init__()
-        self.groups = pg_collection
+        self.groups, self.kernel = pg_collection, kernel
         rows = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         self.linear_fc1 = _Weight(config, num_local_experts, 2 * rows, config.hidden_size)
         self.linear_fc2 = _Weight(config, num_local_experts, config.hidden_size, rows)
@@ -69,7 +75,7 @@ class GroupedExperts(torch.nn.Module):
         """[N, H] rows, ``counts_e`` of each expert in turn -> [N, H], weighted by ``probs_N``; and no bias."""
         runs, fc1, fc2 = Runs(counts_e), self.linear_fc1.weight, self.linear_fc2.weight
         gate_up = grouped_linear(rows_NH, fc1, runs)
-        return grouped_linear(swiglu(gate_up, probs_N), fc2, runs), None
+        return grouped_linear(swiglu(gate_up, probs_N, self.kernel), fc2, runs), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: Mapping[str, Any] | None = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from megatron_gspo.kernels.products import wide_product
 from megatron_gspo.parallel.exchange import gather_pieces
 from megatron_gspo.parallel.logprobs import vocab_parallel_logprobs
 
@@ -46,18 +47,19 @@ class LogprobHead:
             vocab_size=model.shape.vocab_size,
             temperature=self.temperature,
             chunk=model.chunk,
+            kernel=model.kernels["head"],
         )
         return torch.stack([logprobs, entropy])
 
 
 @dataclass(frozen=True)
 class LogitsHead:
-    """[T / context, V]: whole logits, without a temperature; for comparing checkpoints, never in training."""
+    """[T / context, V]: whole logits without a temperature, float32 or better; for comparing checkpoints only."""
 
     def __call__(self, model: PolicyModel, labels_T: torch.Tensor, hidden_TH: torch.Tensor) -> torch.Tensor:
         group = model.groups.tensor
         hidden = torch.cat(gather_pieces(hidden_TH, group))
-        shard = hidden @ model.vocabulary_weight().T
+        shard = wide_product(hidden, model.vocabulary_weight().T)
         return torch.cat(gather_pieces(shard, group), dim=1)[:, : model.shape.vocab_size]
 
 

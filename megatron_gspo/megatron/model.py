@@ -20,6 +20,7 @@ from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.layout import stage_layers
 from megatron_gspo.hf.weights import NamedRule, find_rule, padded_vocab_size, take_piece
+from megatron_gspo.kernels.choice import choose_kernels
 from megatron_gspo.megatron.attention import packed_sequences
 from megatron_gspo.megatron.groups import Groups, device
 from megatron_gspo.megatron.heads import Head, ValueOutput
@@ -48,7 +49,7 @@ class PolicyModel(GPTModel):
         config: TransformerConfig,
         shape: ModelShape,
         groups: Groups,
-        chunk: int,
+        model: ModelConfig,
         vp_stage: int | None = None,
         *,
         valued: bool = False,
@@ -58,10 +59,11 @@ class PolicyModel(GPTModel):
         offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=rank)
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=rank)
         last = (config.virtual_pipeline_model_parallel_size or 1) - 1
+        kernels = choose_kernels(model.kernels, model.dtype)
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(
-                list(shape.moe_layers[offset : offset + layers]), config, shape, groups.tensor
+                list(shape.moe_layers[offset : offset + layers]), config, shape, groups.tensor, kernels
             ),
             vocab_size=padded_vocab_size(shape.vocab_size, groups.tensor.size()),
             max_sequence_length=shape.max_positions,
@@ -78,7 +80,8 @@ class PolicyModel(GPTModel):
             self.output_layer = ValueOutput(
                 shape.hidden_size, config.params_dtype, sequence_parallel=config.sequence_parallel
             )
-        self.shape, self.groups, self.chunk = shape, groups, chunk
+        self.shape, self.groups, self.chunk = shape, groups, model.logprob_chunk
+        self.kernels = kernels
         self.layer_offset = offset
         self.counted_T: torch.Tensor | None = None
         """[T_local] bool, while ``forward`` runs: this rank's tokens that are neither padding nor a dummy's."""
@@ -245,7 +248,7 @@ def _moe_settings(model: ModelConfig, shape: ModelShape) -> dict[str, object]:
         "moe_ffn_hidden_size": shape.expert_hidden_size,
         "moe_shared_expert_intermediate_size": shape.shared_expert_hidden_size or None,
         "moe_layer_freq": [int(is_moe) for is_moe in shape.moe_layers],
-        "moe_grouped_gemm": model.kernels == "auto",
+        "moe_grouped_gemm": False,  # names modules of Megatron's; ``spec`` has ours
         # Hugging Face configurations carry an auxiliary loss of 0.001; it would make a step depend on the layout.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
@@ -271,9 +274,7 @@ def build_chunks(
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)  # only dropout would draw, and there is none
     config = transformer_config(model, parallel, shape, groups, deterministic=deterministic)
     virtual: list[int | None] = list(range(parallel.virtual_pipeline)) if parallel.virtual_pipeline > 1 else [None]
-    chunks = [
-        PolicyModel(config, shape, groups, model.logprob_chunk, stage, valued=valued).to(device()) for stage in virtual
-    ]
+    chunks = [PolicyModel(config, shape, groups, model, stage, valued=valued).to(device()) for stage in virtual]
     for chunk in chunks:
         _mark_parameters(chunk, family)
     return chunks

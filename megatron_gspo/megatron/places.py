@@ -65,7 +65,7 @@ class Places:
 def find_places(family: Family, shape: ModelShape, groups: Groups) -> Places:
     """Builds one rank's model, on ``groups`` of tensor, pipeline and expert size 1, and reads its places."""
     model = ModelConfig(path="unused", dtype="bfloat16", kernels="reference")  # a parameter an expert
-    chunk = PolicyModel(transformer_config(model, ParallelConfig(), shape, groups), shape, groups, model.logprob_chunk)
+    chunk = PolicyModel(transformer_config(model, ParallelConfig(), shape, groups), shape, groups, model)
     rules = family.rules(shape)
     places, objects = [], []
     taken: set[tuple[str, Size]] = set()

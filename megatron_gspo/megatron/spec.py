@@ -28,7 +28,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_gspo.hf.family import ModelShape
+from megatron_gspo.kernels.choice import Kernels
 from megatron_gspo.kernels.norm import rms_norm
+from megatron_gspo.kernels.swiglu import Implementation
 from megatron_gspo.megatron.attention import core_attention
 from megatron_gspo.megatron.cpu import keep_float64
 from megatron_gspo.megatron.experts import GroupedExperts, OrderedMoELayer
@@ -44,23 +46,27 @@ class RMSNorm(torch.nn.Module):
     gradients are partial sums too, and carry the same mark (0.16.1 also knows them by name).
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, kernel: Implementation = "torch", **_: Any
+    ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.kernel = eps, kernel
         device = torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x / rms(x) x weight, in float32 or better."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.kernel)
 
 
 class LatentNorm(RMSNorm):
     """The norm of a latent: Hugging Face gives its epsilon no setting."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, **_: Any) -> None:
-        super().__init__(config, hidden_size, eps=1e-6)
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, kernel: Implementation = "torch", **_: Any
+    ) -> None:
+        super().__init__(config, hidden_size, eps=1e-6, kernel=kernel)
 
 
 class RMSNormOverHeads(torch.nn.Module):
@@ -104,38 +110,40 @@ class Router(TopKRouter):
 
 
 def block_spec(
-    moe_layers: list[bool], config: TransformerConfig, shape: ModelShape, tensor: dist.ProcessGroup
+    moe_layers: list[bool],
+    config: TransformerConfig,
+    shape: ModelShape,
+    tensor: dist.ProcessGroup,
+    kernels: Kernels,
 ) -> TransformerBlockSubmodules:
-    """The spec of one pipeline stage: a layer spec for each of its layers, dense or MoE.
-
-    ``config.moe_grouped_gemm`` says whether a layer's experts are one module or a module each.
-    """
-    attention = _attention_spec(config, shape, tensor)
-    dense, moe = _layer_spec(attention, _mlp_spec()), _layer_spec(attention, _moe_spec(config))
-    return TransformerBlockSubmodules(
-        layer_specs=[moe if is_moe else dense for is_moe in moe_layers], layer_norm=RMSNorm
-    )
+    """The spec of one pipeline stage: a layer spec for each of its layers, dense or MoE."""
+    norm = ModuleSpec(module=RMSNorm, params={"kernel": kernels["norm"]})
+    attention = _attention_spec(config, shape, tensor, norm)
+    dense, moe = (_layer_spec(norm, attention, mlp) for mlp in (_mlp_spec(), _moe_spec(kernels)))
+    return TransformerBlockSubmodules(layer_specs=[moe if is_moe else dense for is_moe in moe_layers], layer_norm=norm)
 
 
-def _layer_spec(attention: ModuleSpec, mlp: ModuleSpec) -> ModuleSpec:
+def _layer_spec(norm: ModuleSpec, attention: ModuleSpec, mlp: ModuleSpec) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def _attention_spec(config: TransformerConfig, shape: ModelShape, tensor: dist.ProcessGroup) -> ModuleSpec:
+def _attention_spec(
+    config: TransformerConfig, shape: ModelShape, tensor: dist.ProcessGroup, norm: ModuleSpec
+) -> ModuleSpec:
     if config.multi_latent_attention:
-        return _latent_spec(config)
+        return _latent_spec(config, norm.params)
     query_norm, key_norm = (
-        _head_norm(config, shape, heads, tensor) for heads in (shape.num_attention_heads, shape.num_query_groups)
+        _head_norm(config, shape, heads, tensor, norm) for heads in (shape.num_attention_heads, shape.num_query_groups)
     )
     return ModuleSpec(
         module=SelfAttention,
@@ -150,8 +158,9 @@ def _attention_spec(config: TransformerConfig, shape: ModelShape, tensor: dist.P
     )
 
 
-def _latent_spec(config: TransformerConfig) -> ModuleSpec:
+def _latent_spec(config: TransformerConfig, params: dict[str, Any]) -> ModuleSpec:
     through_latent = config.q_lora_rank is not None
+    norm = ModuleSpec(module=LatentNorm, params=params)
     return ModuleSpec(
         module=LatentAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -163,18 +172,20 @@ def _latent_spec(config: TransformerConfig) -> ModuleSpec:
             linear_kv_up_proj=ColumnParallelLinear,
             core_attention=core_attention(config),
             linear_proj=RowParallelLinear,
-            q_layernorm=LatentNorm if through_latent else None,
-            kv_layernorm=LatentNorm,
+            q_layernorm=norm if through_latent else None,
+            kv_layernorm=norm,
         ),
     )
 
 
-def _head_norm(config: TransformerConfig, shape: ModelShape, heads: int, tensor: dist.ProcessGroup) -> Any:
+def _head_norm(
+    config: TransformerConfig, shape: ModelShape, heads: int, tensor: dist.ProcessGroup, norm: ModuleSpec
+) -> Any:
     """What norms a query or a key: None, a norm of each head, or one of all of them."""
     if not config.qk_layernorm:
         return None
     if not shape.norm_over_heads:
-        return RMSNorm
+        return norm
     return ModuleSpec(module=RMSNormOverHeads, params={"heads": heads, "group": tensor})
 
 
@@ -186,9 +197,10 @@ def _mlp_spec() -> ModuleSpec:
     return ModuleSpec(module=MLP, submodules=_mlp_submodules())
 
 
-def _moe_spec(config: TransformerConfig) -> ModuleSpec:
-    one_by_one = ModuleSpec(module=SequentialMLP, submodules=_mlp_submodules())
-    experts = ModuleSpec(module=GroupedExperts) if config.moe_grouped_gemm else one_by_one
+def _moe_spec(kernels: Kernels) -> ModuleSpec:
+    experts = ModuleSpec(module=GroupedExperts, params={"kernel": kernels["swiglu"]})
+    if kernels["experts"] == "sequential":
+        experts = ModuleSpec(module=SequentialMLP, submodules=_mlp_submodules())
     shared = ModuleSpec(module=SharedExpertMLP, submodules=_mlp_submodules())
     submodules = MoESubmodules(router=Router, experts=experts, shared_experts=shared)
     return ModuleSpec(module=OrderedMoELayer, submodules=submodules)

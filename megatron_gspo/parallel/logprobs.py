@@ -1,7 +1,8 @@
 """Vocabulary-parallel logprobs and entropy, fused with the output layer, a tile of logits at a time.
 
 The logits of a whole batch never exist, and neither do those of a whole chunk of tokens: at any time there is one tile
-[chunk, COLUMNS] of them, small enough for a cache, so that what is done to it costs little beside the matrix products.
+[chunk, COLUMNS] of them, small enough for a cache, so that what is done to it costs little beside the matrix products;
+on a GPU in a half type there is not even that (``kernels.head`` has both forms). Logits are float32 or better.
 Notation for one chunk: n tensor ranks; h [n*c, H] the chunk's hidden states, gathered from the ranks'
 sequence-parallel slices; W_r [V_r, H] rank r's rows of the head, of which only those below ``vocab_size`` take part;
 z = h W^T / temperature; l the label.
@@ -24,15 +25,13 @@ on its rank. z is computed again in backward from h and the stored lse.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-COLUMNS = 8192
-"""Vocabulary rows of a tile. Wide enough for the matrix products to run at full speed."""
+from megatron_gspo.kernels.head import head_shard
+from megatron_gspo.kernels.products import add_product
 
 
 def vocab_parallel_logprobs(
@@ -44,6 +43,7 @@ def vocab_parallel_logprobs(
     vocab_size: int,
     temperature: float,
     chunk: int,
+    kernel: str = "tiles",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logprobs of the labels and entropies, for this rank's slice of tokens.
 
@@ -58,12 +58,13 @@ def vocab_parallel_logprobs(
         vocab_size: rows of the Hugging Face embedding; rows at or above it take no probability.
         temperature: logits are divided by it, as the engine does.
         chunk: tokens, over all tensor ranks, that are worked on at one time; memory is two tiles [chunk, COLUMNS].
+        kernel: "tiles" of logits in torch, or "triton" on CUDA, where no logit is written (not run on a GPU yet).
 
     Returns:
         (logprobs [T / n], entropy [T / n] without gradient), float32, or float64 for a float64 model. The logprob of a
         label outside the vocabulary is NaN, which stops a step: no rank holds its logit.
     """
-    return _VocabParallelLogprobs.apply(hidden_TH, weight_VH, labels_T, group, vocab_size, temperature, chunk)
+    return _VocabParallelLogprobs.apply(hidden_TH, weight_VH, labels_T, group, vocab_size, temperature, chunk, kernel)
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
@@ -77,18 +78,19 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         vocab_size: int,
         temperature: float,
         chunk: int,
+        kernel: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ranks, rank, rows = group.size(), group.rank(), hidden_TH.shape[0]
         first = rank * weight_VH.shape[0]
         valid = max(0, min(weight_VH.shape[0], vocab_size - first))
         chunk = min(max(1, chunk // ranks), rows)  # from here on, of each rank's tokens
-        tiles = _Tiles(weight_VH[:valid], first, temperature, ranks * chunk)
+        shard = head_shard(kernel, weight_VH[:valid], first, temperature, ranks * chunk)
         labels = labels_T.view(ranks, rows)
-        lse = hidden_TH.new_empty(ranks, rows, dtype=tiles.dtype)
-        logprobs, entropy = (hidden_TH.new_empty(rows, dtype=tiles.dtype) for _ in range(2))
+        lse = hidden_TH.new_empty(ranks, rows, dtype=shard.dtype)
+        logprobs, entropy = (hidden_TH.new_empty(rows, dtype=shard.dtype) for _ in range(2))
         for start in range(0, rows, chunk):
             own = slice(start, start + chunk)
-            sums = _local_sums(tiles, _gather(hidden_TH[own], group), labels[:, own].reshape(-1))
+            sums = shard.sums(_gather(hidden_TH[own], group), labels[:, own].reshape(-1))
             maximum = sums.maximum.clone()
             _all_reduce(maximum, group, dist.ReduceOp.MAX)
             sums.move_to(maximum)
@@ -100,16 +102,16 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             logprobs[own] = (target - log_sum).view(ranks, -1)[rank].where(known, torch.nan)
             entropy[own] = (log_sum - weighted / exp).view(ranks, -1)[rank]
         ctx.save_for_backward(hidden_TH, weight_VH, labels_T, lse)
-        ctx.settings = (group, first, valid, temperature, chunk)
+        ctx.settings = (group, first, valid, temperature, chunk, kernel)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_TH, weight_VH, labels_T, lse = ctx.saved_tensors
-        group, first, valid, temperature, chunk = ctx.settings
+        group, first, valid, temperature, chunk, kernel = ctx.settings
         ranks, rows = group.size(), hidden_TH.shape[0]
-        tiles = _Tiles(weight_VH[:valid], first, temperature, ranks * chunk)
+        shard = head_shard(kernel, weight_VH[:valid], first, temperature, ranks * chunk)
         grad_logprobs, labels = grads[0].contiguous(), labels_T.view(ranks, rows)
         grad_hidden = torch.empty_like(hidden_TH)
         grad_weight, returned = _weight_gradient(weight_VH, lse.dtype)
@@ -118,101 +120,11 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             h, g = _gather(hidden_TH[own], group), _gather(grad_logprobs[own], group) / temperature
             lse_c, labels_c = lse[:, own].reshape(-1), labels[:, own].reshape(-1)
             dh = torch.zeros_like(h, dtype=lse.dtype)
-            for columns, weight, z in tiles.logits(h):
-                softmax = tiles.minus(z, lse_c).exp_()
-                local, here = tiles.columns_of(labels_c, columns)
-                softmax.scatter_add_(1, local[:, None], -here.to(softmax.dtype)[:, None])
-                dz = tiles.times(softmax, -g)
-                _add_product(dh, dz, weight)
-                _add_product(grad_weight[columns], dz.t(), h)
+            for columns, weight, dz in shard.gradients(h, labels_c, lse_c, g):
+                add_product(dh, dz, weight)
+                add_product(grad_weight[columns], dz.t(), h)
             grad_hidden[own] = _reduce_scatter(dh, group)
-        return grad_hidden, returned.to(weight_VH.dtype), None, None, None, None, None
-
-
-class _Tiles:
-    """This rank's logits, [tokens, COLUMNS] at a time. Each tile lies where the one before it lay."""
-
-    def __init__(self, weight_VH: torch.Tensor, first: int, temperature: float, tokens: int) -> None:
-        self.weight_VH, self.first, self.temperature = weight_VH, first, temperature
-        self.dtype = torch.float64 if weight_VH.dtype == torch.float64 else torch.float32
-        self._size = tokens * min(COLUMNS, len(weight_VH))
-        self._product = weight_VH.new_empty(self._size)
-        self._wide = self._product if weight_VH.dtype == self.dtype else self.scratch()
-
-    def scratch(self) -> torch.Tensor:
-        """Memory for one more tile."""
-        return self._product.new_empty(self._size, dtype=self.dtype)
-
-    def logits(self, h: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """(columns of this shard, their rows of the head, their logits), each until the next is asked for.
-
-        The product is in the model's dtype, as the engine computes it; what follows is in ``dtype``.
-        """
-        for start in range(0, len(self.weight_VH), COLUMNS):
-            weight = self.weight_VH[start : start + COLUMNS]
-            z = torch.mm(h, weight.t(), out=_shaped(self._product, len(h), len(weight)))
-            if self.temperature != 1:
-                z = _shaped(self._wide, *z.shape).copy_(z).div_(self.temperature)
-            yield slice(start, start + len(weight)), weight, z
-
-    def minus(self, z: torch.Tensor, of_token: torch.Tensor) -> torch.Tensor:
-        """``z`` less a number a token, in ``dtype``."""
-        return torch.sub(z, of_token[:, None], out=_shaped(self._wide, *z.shape))
-
-    def times(self, tile: torch.Tensor, of_token: torch.Tensor) -> torch.Tensor:
-        """A tile times a number a token, rounded to the model's dtype."""
-        return torch.mul(tile, of_token[:, None], out=_shaped(self._product, *tile.shape))
-
-    def columns_of(self, labels: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels as columns of a tile (clamped into it), and whether each is in the tile at all."""
-        local = labels - (self.first + columns.start)
-        here = (local >= 0) & (local < columns.stop - columns.start)
-        return local.where(here, 0), here
-
-
-@dataclass
-class _Sums:
-    """Per token, over columns: their maximum, and sums relative to it. One entry a token of the chunk."""
-
-    maximum: torch.Tensor
-    exp: torch.Tensor
-    """sum exp(z - maximum)"""
-    weighted: torch.Tensor
-    """sum exp(z - maximum) (z - maximum)"""
-    label: torch.Tensor
-    """z at the label, for a label among the columns"""
-    found: torch.Tensor
-    """whether the label is among the columns"""
-
-    def move_to(self, maximum: torch.Tensor) -> None:
-        """Makes the sums relative to another maximum, not below the present one."""
-        difference = self.maximum - maximum
-        scale = difference.exp()
-        self.weighted = (self.weighted + difference * self.exp) * scale
-        self.exp = self.exp * scale
-        self.maximum = maximum
-
-    def stacked(self) -> torch.Tensor:
-        """[3, tokens]: what adds up over tensor ranks, the label's logit relative to the maximum."""
-        return torch.stack([self.exp, self.weighted, (self.label - self.maximum).where(self.found, 0)])
-
-
-def _local_sums(tiles: _Tiles, h: torch.Tensor, labels: torch.Tensor) -> _Sums:
-    zeros = h.new_zeros(len(h), dtype=tiles.dtype)
-    # A finite lowest number: for a rank without columns, -inf would make 0 * inf of sums that are 0.
-    lowest = torch.full_like(zeros, torch.finfo(tiles.dtype).min)
-    sums = _Sums(lowest, zeros, zeros, zeros, torch.zeros_like(labels, dtype=torch.bool))
-    scratch = tiles.scratch()
-    for columns, _, z in tiles.logits(h):
-        local, here = tiles.columns_of(labels, columns)
-        sums.label = z.gather(1, local[:, None])[:, 0].to(tiles.dtype).where(here, sums.label)
-        sums.found = sums.found | here
-        sums.move_to(torch.maximum(sums.maximum, z.amax(dim=1)))
-        z = tiles.minus(z, sums.maximum)
-        exp = torch.exp(z, out=_shaped(scratch, *z.shape))
-        sums.exp = sums.exp + exp.sum(dim=1)
-        sums.weighted = sums.weighted + exp.mul_(z).sum(dim=1)
-    return sums
+        return grad_hidden, returned.to(weight_VH.dtype), None, None, None, None, None, None
 
 
 def _weight_gradient(weight_VH: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,18 +140,6 @@ def _weight_gradient(weight_VH: torch.Tensor, dtype: torch.dtype) -> tuple[torch
         return grad, grad
     weight_VH.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return main_grad, torch.empty_like(weight_VH)
-
-
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a b. Products are in the model's dtype; their sum over tiles and chunks in ``total``'s."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
-
-
-def _shaped(memory: torch.Tensor, *shape: int) -> torch.Tensor:
-    return memory[: shape[0] * shape[1]].view(shape)
 
 
 def _gather(piece: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from megatron_gspo.config import RunConfig
+from megatron_gspo.kernels.choice import choose_kernels
 from megatron_gspo.versions import installed
 
 PACKAGES = ("megatron-gspo", "torch", "megatron-core", "transformers")
@@ -35,6 +36,7 @@ def describe(config: RunConfig, world_size: int, engine: Mapping[str, Any] | Non
         "clip_range": config.algorithm.clip_range(),
         "model": config.model.path,
         "layout": layout,
+        "kernels": choose_kernels(config.model.kernels, config.model.dtype).record(),
         "seeds": {"train": config.train.seed},
         "engine": {"name": config.rollout.engine, **engine},
         "versions": versions(engine.get("version")),

@@ -141,6 +141,7 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
     ),
     ("memory and speed", _never, _names("model", "logprob_chunk recompute recompute_modules")),
     ("memory and speed", _never, ("optimizer.offload", "critic.offload")),
+    ("speed and rounding", _never, _names("model", "kernels")),
     ("memory, speed and rounding", _never, _names("train", "microbatch_tokens oversize deterministic")),
     (
         "prompts are compared as they were read",

@@ -45,7 +45,7 @@ def norm_error(actual: Arrays, expected: Arrays) -> float:
 # ------------------------------------------------------------------------------------------------------------- logprobs
 
 
-def logprobs_on_cuda(problem: Problem, world: dist.ProcessGroup) -> Arrays:
+def logprobs_on_cuda(problem: Problem, world: dist.ProcessGroup, kernel: str = "tiles") -> Arrays:
     from megatron_gspo.parallel.logprobs import vocab_parallel_logprobs
 
     hidden, weight, labels, grad = (tensor.cuda() for tensor in problem.tensors())
@@ -59,6 +59,7 @@ def logprobs_on_cuda(problem: Problem, world: dist.ProcessGroup) -> Arrays:
         vocab_size=problem.vocab,
         temperature=problem.temperature,
         chunk=problem.chunk,
+        kernel=kernel,
     )
     logprobs.backward(grad)
     assert logprobs.dtype == entropy.dtype == torch.float32
@@ -76,18 +77,45 @@ def test_float32_logprobs_are_those_of_float64_within_rounding(world: dist.Proce
     assert norm_error(logprobs_on_cuda(head(torch.float32), world), reference(head(torch.float32))) < 1e-5
 
 
-def test_bfloat16_rounds_logits_and_nothing_after_them(world: dist.ProcessGroup) -> None:
-    actual, expected = logprobs_on_cuda(head(torch.bfloat16), world), reference(head(torch.bfloat16))
-    # A logit of up to 16 is rounded by up to 2^-5, and divided by 0.7; sums over the vocabulary are fp32.
-    assert np.abs(actual["logprobs"] - expected["logprobs"]).max() < 0.1
-    assert np.abs(actual["entropy"] - expected["entropy"]).max() < 0.1
+@pytest.mark.parametrize("kernel", ["tiles", "triton"])
+def test_bfloat16_rounds_nothing_on_the_way_to_a_logprob(world: dist.ProcessGroup, kernel: str) -> None:
+    actual, expected = logprobs_on_cuda(head(torch.bfloat16), world, kernel), reference(head(torch.bfloat16))
+    # A logit of up to 16 would be rounded by up to 2^-5. Gradients are rounded: of logits, and at the end.
+    assert np.abs(actual["logprobs"] - expected["logprobs"]).max() < 1e-4
+    assert np.abs(actual["entropy"] - expected["entropy"]).max() < 1e-4
     assert norm_error(actual, expected) < 0.02
+
+
+def test_the_triton_head_gives_the_same_bits_every_time(world: dist.ProcessGroup) -> None:
+    first, second = (logprobs_on_cuda(head(torch.bfloat16), world, "triton") for _ in range(2))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e30, float("nan")])
 def test_padding_rows_of_the_vocabulary_may_hold_anything(world: dist.ProcessGroup, value: float) -> None:
     problem = Problem(dtype=torch.float32, padding_value=value)
     assert norm_error(logprobs_on_cuda(problem, world), reference(problem)) < 1e-5
+
+
+# -------------------------------------------------------------------------------------------- row kernels, both forms
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+def test_triton_kernels_of_rows_are_their_torch_forms_in_float64(dtype: torch.dtype, tolerance: float) -> None:
+    from megatron_gspo.kernels.norm import rms_norm
+    from megatron_gspo.kernels.swiglu import swiglu
+
+    def both(device: str, kernel: str, dtype: torch.dtype) -> Arrays:
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((257, 1536), (257,), (257, 768), (768,))
+        drawn = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        x, probs, grad, weight = (tensor.to(inputs).to(dtype).to(device).requires_grad_() for tensor in drawn)
+        rms_norm(swiglu(x, probs, kernel), weight, 1e-6, kernel).backward(grad.detach())
+        gradients = {"x": x.grad, "probs": probs.grad, "weight": weight.grad}
+        return {name: tensor.double().cpu().numpy() for name, tensor in gradients.items() if tensor is not None}
+
+    inputs = dtype  # float64 sees what was rounded to it
+    assert norm_error(both("cuda", "triton", dtype), both("cpu", "torch", torch.float64)) < tolerance
 
 
 # --------------------------------------------------------------------------------------------------- attention and norm

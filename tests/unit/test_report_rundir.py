@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from report_runs import make_config, make_report, make_rollout, make_run
 
-from megatron_gspo.config import load
+from megatron_gspo.config import RunConfig, load
 from megatron_gspo.errors import BatchError, ConfigError, DataError
 from megatron_gspo.report import samples
 from megatron_gspo.report.manifest import describe, git_state, with_start
@@ -135,6 +135,12 @@ def test_cutting_back_leaves_what_was_there_at_the_checkpoint(tmp_path: Path) ->
     assert run.metrics_file.read_text().splitlines() == before[:9]  # the first evaluation, and two of 4 mini-batches
     assert list(run.rollout_files()) == [0, 1]
     assert load(run.config_file).train.outer_steps == 99
+
+
+def test_the_manifest_says_which_form_each_operation_took(tmp_path: Path) -> None:
+    known = {"model": {"path": "m", "kernels": "reference"}, "data": {"path": "d"}, "train": {"run_dir": str(tmp_path)}}
+    kernels = describe(RunConfig.model_validate(known), 1)["kernels"]
+    assert kernels["head"] == {"implementation": "tiles", "reason": 'model.kernels = "reference"'}
 
 
 def test_the_manifest_lists_every_start_and_one_that_did_not_end_was_killed(tmp_path: Path) -> None:

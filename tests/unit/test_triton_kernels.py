@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_gspo.kernels.norm import rms_norm
-from megatron_gspo.kernels.swiglu import Implementation, swiglu
+from megatron_gspo.kernels.swiglu import swiglu
 from tests.interpreter import Interpreter, interpreter, needs_triton
 
 pytestmark = needs_triton
@@ -33,7 +33,7 @@ def error(found: Tensors, expected: Tensors) -> float:
 # --------------------------------------------------------------------------------------------------------------- SwiGLU
 
 
-def run_swiglu(rows: int, width: int, with_probs: bool, dtype: torch.dtype, kernel: Implementation) -> Tensors:
+def run_swiglu(rows: int, width: int, with_probs: bool, dtype: torch.dtype, kernel: str) -> Tensors:
     x = (3 * normal(rows, 2 * width)).to(dtype).requires_grad_()
     probs = normal(rows, seed=1).sigmoid().to(dtype).requires_grad_() if with_probs else None
     y = swiglu(x, probs, kernel)
@@ -60,7 +60,7 @@ def test_swiglu_of_no_rows_is_empty(interpreted: Interpreter) -> None:
 # ----------------------------------------------------------------------------------------------------------------- norm
 
 
-def run_norm(shape: tuple[int, ...], dtype: torch.dtype, kernel: Implementation) -> Tensors:
+def run_norm(shape: tuple[int, ...], dtype: torch.dtype, kernel: str) -> Tensors:
     scale = torch.logspace(-3, 3, shape[0], dtype=torch.float64).view(-1, *[1] * (len(shape) - 1))  # rows of any size
     x = (normal(*shape) * scale).to(dtype).requires_grad_()
     weight = (1 + 0.5 * normal(shape[-1], seed=1)).to(dtype).requires_grad_()
