@@ -89,6 +89,10 @@ def share_changed(a: Sequence[RouteShard], b: Sequence[RouteShard]) -> float:
     ("layout", "settings"),
     [
         ("TP2xPP2xEP2", {"recompute": "full"}),
+        (
+            "PP2",
+            {"recompute": "full", "recompute_method": "block"},
+        ),  # of each stage the first layer's router runs again
         ("PP2xVPP2", {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}),  # no router runs again
         ("CP2xEP2", {}),
     ],
