@@ -259,8 +259,8 @@ def binding(bind: Callable[[Any], None]) -> Any:
     """Does something to each MoE layer after its router was bound."""
     own = Replay._bind
 
-    def bound(self: Replay, module: Any) -> None:
-        own(self, module)
+    def bound(self: Replay, module: Any, first: int) -> None:
+        own(self, module, first)
         bind(module)
 
     return mock.patch.object(Replay, "_bind", bound)
