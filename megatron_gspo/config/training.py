@@ -22,18 +22,25 @@ class ModelConfig(Section):
     a time: memory is two such tiles."""
     kernels: Literal["auto", "reference"] = "auto"
     """Which form an operation takes that has several. "auto": the fastest that the machine and ``dtype`` allow;
-    "reference": plain torch everywhere, and Megatron's own experts one by one. Results are equal within rounding; ``doctor`` and ``manifest.json`` name what
-    was taken, and why."""
+    "reference": plain torch everywhere, and Megatron's own experts one by one. Results are equal within rounding;
+    ``doctor`` and ``manifest.json`` name what was taken, and why."""
     recompute: Literal["off", "selective", "full"] = "off"
     """Activation recompute, for memory; it cannot change a step. "selective" runs ``recompute_modules`` again in
     backward; "full" keeps only each layer's input and runs the whole layer again."""
     recompute_modules: Annotated[tuple[Literal["core_attn", "mlp", "moe"], ...], AsList] = ("mlp", "moe")
     """What "selective" runs again: attention scores, dense MLPs, mixtures of experts (with their routing)."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """Which layers "full" runs again: "uniform" all of them, ``recompute_layers`` at a time, of which the first one's
+    input alone is kept; "block" the first ``recompute_layers`` of each virtual pipeline stage, as many as do not fit
+    otherwise."""
+    recompute_layers: Positive = 1
+    """Layers, for ``recompute_method``. With "uniform" it divides those of each virtual pipeline stage."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.recompute == "selective" and not self.recompute_modules:
             raise ValueError('recompute = "selective" with recompute_modules = [] recomputes nothing: use "off"')
+        self._check_layers()
         default = type(self).model_fields["recompute_modules"].default
         if self.recompute != "selective" and self.recompute_modules != default:
             raise ValueError(
@@ -41,6 +48,12 @@ class ModelConfig(Section):
                 f'"{self.recompute}": use "selective"'
             )
         return self
+
+    def _check_layers(self) -> None:
+        for name in ("recompute_method", "recompute_layers"):
+            value = getattr(self, name)
+            if self.recompute != "full" and value != type(self).model_fields[name].default:
+                raise ValueError(f'{name} = {value!r} has no effect with recompute = "{self.recompute}": use "full"')
 
 
 class DataConfig(Section):
@@ -121,6 +134,9 @@ class TrainConfig(Section):
     """torch deterministic algorithms (always so on a CPU)."""
     noise_floor_every: Annotated[int, Field(ge=0)] = 10
     """Outer steps between measurements of the numerical noise in log s_i; 0 never."""
+    profile_steps: Annotated[tuple[Positive, ...], AsList] = ()
+    """Outer steps, counted from 1, of which ``profile/`` gets a trace a rank: what ran when, for ui.perfetto.dev. The
+    first steps of a run are slower than the others: [3] is better than [1]."""
     save_rollouts: Annotated[int, Field(ge=0)] = 8
     """Responses of an outer step kept in ``rollouts/`` for reading, and as many more as complete their groups; 0 keeps
     none."""
@@ -139,6 +155,10 @@ class TrainConfig(Section):
         if self.resume and self.overwrite:
             raise ValueError(
                 "resume = true continues the run in run_dir, overwrite = true removes it: set train.overwrite = false"
+            )
+        if any(step > self.outer_steps for step in self.profile_steps):
+            raise ValueError(
+                f"profile_steps = {list(self.profile_steps)} are counted from 1 to outer_steps = {self.outer_steps}"
             )
         return self
 

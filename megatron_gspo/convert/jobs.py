@@ -18,8 +18,7 @@ from megatron_gspo.hf.names import MODEL, shard_name
 from megatron_gspo.hf.stream import StreamWriter, TensorInfo
 from megatron_gspo.megatron.checkpoint import plain
 from megatron_gspo.megatron.checkpoint_files import METADATA, FileEntry, describe, write_header
-from megatron_gspo.megatron.checkpoint_stream import Block, BlockWriter, write_description
-from megatron_gspo.megatron.checkpoint_write import COMMON
+from megatron_gspo.megatron.checkpoint_stream import COMMON, Block, BlockWriter, write_description
 from megatron_gspo.megatron.places import Place
 
 Item = TypeVar("Item")

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import ceil
 
 from megatron_gspo.batching.planning import padded_length
-from megatron_gspo.config import OptimizerConfig, ParallelConfig, RunConfig
+from megatron_gspo.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megatron_gspo.doctor.tensors import Tensor, elements_of_stage, stage_of
 from megatron_gspo.hf.family import ModelShape
+from megatron_gspo.hf.layout import stage_layers
 from megatron_gspo.kernels.choice import choose_kernels
 from megatron_gspo.kernels.tiles import COLUMNS
 from megatron_gspo.types import DTYPES
@@ -119,16 +121,26 @@ def _activations(config: RunConfig, model: ModelShape, stage: int, data_size: in
     """1F1B keeps a micro-batch for each later stage; interleaved stages keep up to one more (arXiv 2104.04473, 2.2)."""
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     tokens = tokens_of_microbatch(config, data_size) / parallel.context
-    again = {"off": (), "full": ("layer",), "selective": config.model.recompute_modules}[config.model.recompute]
     layers = [
-        LayerBytes.of(model, parallel, item, is_moe)
+        (LayerBytes.of(model, parallel, item, is_moe), _run_again(config.model, parallel, model, layer))
         for layer, is_moe in enumerate(model.moe_layers)
         if stage_of(layer, model.num_layers, parallel) == stage
     ]
     in_flight = min(parallel.pipeline - stage + (parallel.virtual_pipeline > 1), microbatches(config, data_size))
-    kept = sum(layer.kept(again) for layer in layers)
-    running = max([layer.kept(()) - layer.kept(again) for layer in layers], default=0.0)
+    kept = sum(layer.kept(again) for layer, again in layers)
+    running = max([layer.kept(()) - layer.kept(again) for layer, again in layers], default=0.0)
+    if config.model.recompute_method == "uniform":
+        running *= config.model.recompute_layers  # which run again together
     return int(tokens * (in_flight * kept + running))
+
+
+def _run_again(model: ModelConfig, parallel: ParallelConfig, shape: ModelShape, layer: int) -> Sequence[str]:
+    """What backward runs again of a layer, for ``LayerBytes.kept``."""
+    if model.recompute != "full":
+        return model.recompute_modules if model.recompute == "selective" else ()
+    ends = list(accumulate(stage_layers(parallel, shape.num_layers)))
+    place = layer - max([end for end in ends if end <= layer], default=0)
+    return ("layer",) if model.recompute_method == "uniform" or place < model.recompute_layers else ()
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def check_layout(facts: Facts) -> list[Check]:
         parallel, data = facts.config.parallel, facts.layout
     except LayoutError as caught:
         return [error(str(caught), layout_fix(facts, str(caught)))]
-    check_recompute(facts.config.model, facts.shape)
+    check_recompute(facts.config.model, facts.config.parallel, facts.shape)
     check_replay(facts.config.replay, facts.shape)
     text = (
         f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} x data {data} = "

@@ -28,13 +28,30 @@ def check_layout(parallel: ParallelConfig, model: ModelShape) -> None:
     stage_layers(parallel, model.num_layers)
 
 
-def check_recompute(settings: ModelConfig, model: ModelShape) -> None:
-    """Raises ConfigError when ``model.recompute_modules`` names nothing that the model has."""
+def check_recompute(settings: ModelConfig, parallel: ParallelConfig, model: ModelShape) -> None:
+    """Raises ConfigError when ``model.recompute_modules`` names nothing that the model has, or ``recompute_layers`` do
+    not go into its stages."""
+    if settings.recompute == "full":
+        _check_recomputed_layers(settings, stage_layers(parallel, model.num_layers))
     there = {"core_attn"} | {"moe" if is_moe else "mlp" for is_moe in model.moe_layers}
     if settings.recompute == "selective" and not there & set(settings.recompute_modules):
         raise ConfigError(
             f"model.recompute_modules = {list(settings.recompute_modules)} would recompute nothing: "
             f"{model.architecture} with these layers has {', '.join(sorted(there))}"
+        )
+
+
+def _check_recomputed_layers(settings: ModelConfig, stages: tuple[int, ...]) -> None:
+    most = settings.recompute_layers
+    if settings.recompute_method == "block" and most > max(stages):
+        raise ConfigError(
+            f"model.recompute_layers = {most}, but the virtual pipeline stages have {list(stages)} layers: use at most "
+            f'{max(stages)}, or model.recompute_method = "uniform" with 1, which runs all of them again'
+        )
+    if settings.recompute_method == "uniform" and any(layers % most for layers in stages):
+        raise ConfigError(
+            f"model.recompute_layers = {most} does not divide the layers of the virtual pipeline stages, "
+            f'{list(stages)}, which model.recompute_method = "uniform" cuts: use a number that does, as 1'
         )
 
 

@@ -35,7 +35,7 @@ class ShardedAdamW:
             moments: their dtype; None for that of the master weights.
             on_host: whether states stay in host memory, and come to the device piece by piece in a step.
         """
-        self.param_groups, self.on_host = groups, on_host
+        self.param_groups, self.on_host, self._moments = groups, on_host, moments
         self.scale = 1.0
         """What gradients are multiplied by in the next step."""
         self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
@@ -43,6 +43,11 @@ class ShardedAdamW:
         memory = HostMemory(sum(_bytes_on_host(shard, moments) for shard in shards)) if on_host and shards else None
         for shard in shards:
             self.state[shard] = _new_state(shard, moments, memory)
+
+    def dtypes(self, weight: torch.dtype) -> dict[str, torch.dtype]:
+        """State -> its dtype, for weights of a dtype."""
+        wide = torch.promote_types(weight, torch.float32)
+        return {"param": wide, **dict.fromkeys(MOMENTS, self._moments or wide)}
 
     @torch.no_grad()
     def step(self) -> None:

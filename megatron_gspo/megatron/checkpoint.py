@@ -14,7 +14,7 @@ import itertools
 import json
 import pickle
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
@@ -30,22 +31,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_gspo.errors import WeightError
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.megatron.checkpoint_files import check_metadata, read_header, verify, weights_only
-from megatron_gspo.megatron.checkpoint_write import PendingSave, address
+from megatron_gspo.megatron.checkpoint_stream import DistributedReader
+from megatron_gspo.megatron.checkpoint_write import PendingSave, Share, pieces_of, place_of, to_write
 from megatron_gspo.megatron.optimizer import finish_gathers
 from megatron_gspo.parallel.exchange import broadcast_object, together
 
 if TYPE_CHECKING:
     from megatron_gspo.megatron.network import Network
 
-STATES = ("param", "exp_avg", "exp_avg_sq")
-"""What Adam keeps of a parameter, in Megatron's names: the master weight and the two moments."""
-
-States = dict[str, torch.Tensor]
 Models = Mapping[str, "Network"]
 """By the name that a model has in a checkpoint; "policy" is one of them."""
 POLICY = "policy"
-StatesOf = Callable[[DistributedOptimizer, torch.nn.Parameter, int], States]
-"""(optimizer, parameter, its number) -> states by name; empty where this rank neither writes nor reads them."""
+STATE = "optimizer.state."
+"""Before the name of a parameter's state and the parameter's own key."""
 
 
 @torch.no_grad()
@@ -53,7 +51,7 @@ def save_checkpoint(models: Models, directory: Path, extra: Mapping[str, Any]) -
     """Writes weights, optimizer states and the first rank's ``extra`` (whatever JSON can hold). Collective.
 
     It is written under another name, hashed, synced to disk and moved when it is whole; a checkpoint that was at
-    ``directory`` is replaced. Weights keep the model's dtype, optimizer state is float32 (float64 in a float64 run).
+    ``directory`` is replaced. Weights keep the model's dtype, master weights and moments theirs.
     Raises WriteError, on every rank, when a rank cannot write its share; TypeError when ``extra`` is not JSON.
     """
     begin_save(models, directory, extra).finish()
@@ -64,7 +62,7 @@ def begin_save(models: Models, directory: Path, extra: Mapping[str, Any], *, bac
     """Starts ``save_checkpoint`` and returns while a thread of each rank writes. Collective.
 
     Nothing has its name before ``finish`` of what is returned. With ``background`` training may go on meanwhile: what
-    is written are copies in host memory, made here.
+    is written are copies in host memory, made here. Without, a rank holds copies of a few tensors at a time.
     """
     policy = models[POLICY]
     header = {"step": _steps_taken(policy), "model": plain(policy.shape), "extra": dict(extra)}
@@ -75,10 +73,8 @@ def begin_save(models: Models, directory: Path, extra: Mapping[str, Any], *, bac
     }
     header |= {"models": others} if others else {}
     json.dumps(header)
-    chunks = [chunk for model in models.values() for chunk in model.chunks]
-    tensors = (tensor for chunk in chunks for tensor in (*chunk.parameters(), *chunk.buffers()))
-    live = frozenset(map(address, tensors if background else ()))
-    return PendingSave(_states_of_all(models, _gathered_states), directory, header, policy.groups.world, live)
+    shares = (_on_host(share, copy=background) for share in _shares(models))
+    return PendingSave(shares, directory, header, policy.groups.world, background=background)
 
 
 @torch.no_grad()
@@ -91,9 +87,9 @@ def load_checkpoint(models: Models, directory: Path) -> dict[str, Any]:
     Raises WeightError, on every rank, when the checkpoint is missing, damaged or of other models.
     """
     header = _verified_header(models, directory)
-    loaded = _load_chunks(models, _states_of_all(models, _empty_states), directory)
+    _load_chunks(models, _weights_of_all(models), directory)
+    together(lambda: _load_states(models, directory), models[POLICY].groups.world)
     for name, model in models.items():
-        _take_states(model, loaded, _prefix(name))
         _count_steps(model, header["step"] if name == POLICY else header["models"][name]["step"])
     return header["extra"]
 
@@ -116,23 +112,19 @@ def load_weights_of(model: Network, directory: Path) -> None:
     _load_chunks(models, state, directory, strict=not model.valued)
 
 
-def _load_chunks(models: Models, state: dict[str, Any], directory: Path, *, strict: bool = True) -> dict[str, Any]:
+def _load_chunks(models: Models, state: dict[str, Any], directory: Path, *, strict: bool = True) -> None:
     # In 0.16.1 all ranks fail when one does; in 0.19.2 every rank reads by itself, and the others would go on.
     loaded = together(lambda: _read(state, directory), models[POLICY].groups.world)
     for name, model in models.items():
         for index, chunk in enumerate(model.chunks):
             chunk.load_state_dict(loaded[_prefix(name) + _chunk_entry(index)], strict=strict)
-    return loaded
 
 
-def _states_of_all(models: Models, states_of: StatesOf) -> dict[str, Any]:
-    """What this rank writes, or wants to read, of all models."""
+def _weights_of_all(models: Models) -> dict[str, Any]:
+    """What this rank holds of all models' weights: its shards, each with its place in the whole."""
     state: dict[str, Any] = {}
     for name, model in models.items():
-        own = _sharded_state(model, states_of)
-        if _prefix(name):
-            add_prefix_for_sharding(own, _prefix(name))
-        state |= {_prefix(name) + entry: shards for entry, shards in own.items()}
+        state |= {_prefix(name) + entry: shards for entry, shards in _sharded_weights(model, _prefix(name)).items()}
     return state
 
 
@@ -148,86 +140,119 @@ def _read(state: dict[str, Any], directory: Path) -> dict[str, Any]:
         raise WeightError(f"{directory}: the checkpoint cannot be read: {_first_cause(error)}") from error
 
 
-def _sharded_state(policy: Network, states_of: StatesOf) -> dict[str, Any]:
-    """What this rank writes, or wants to read: its shards, each with its place in the whole.
-
-    Optimizer state is laid out as Megatron's ``fully_reshardable`` is: three tensors per parameter, in the parameter's
-    shape and place. We put it together ourselves, since 0.16.1 takes the wrong elements wherever a
-    buffer has two buckets with padding between them, which a tied embedding under pipeline parallelism makes.
-    """
-    state = _sharded_weights(policy)
-    place_of = {
-        shard.data: (f"{index}.{name}", shard)
-        for index in range(len(policy.chunks))
-        for name, shard in state[_chunk_entry(index)].items()
+def _sharded_weights(model: Network, prefix: str = "") -> dict[str, Any]:
+    finish_gathers(model.modules)
+    state = {
+        _chunk_entry(index): chunk.sharded_state_dict(metadata={"dp_cp_group": model.groups.data_context})
+        for index, chunk in enumerate(model.chunks)
     }
-    for optimizer in _optimizers(policy):
-        for index, parameter in enumerate(_parameters(optimizer)):
-            name, shard = place_of[parameter]
-            states = states_of(optimizer, parameter, index)
-            if states:
-                state[_entry(name)] = {key: _at_place_of(shard, key, whole) for key, whole in states.items()}
+    if prefix:
+        add_prefix_for_sharding(state, prefix)
     return state
-
-
-def _sharded_weights(policy: Network) -> dict[str, Any]:
-    finish_gathers(policy.modules)
-    return {
-        _chunk_entry(index): chunk.sharded_state_dict(metadata={"dp_cp_group": policy.groups.data_context})
-        for index, chunk in enumerate(policy.chunks)
-    }
 
 
 def _chunk_entry(index: int) -> str:
     return f"model{index}"
 
 
-def _entry(name: str) -> str:
-    """Of a parameter's optimizer state; ``name`` starts with the number of its chunk on this rank."""
-    return f"optimizer.{name}"
+# -------------------------------------------------------------------------------------------------------- writing
+
+
+def _shares(models: Models) -> Iterator[Share]:
+    """What this rank writes of all models, one tensor after the other. Collective."""
+    for name, model in models.items():
+        weights = _sharded_weights(model, _prefix(name))
+        for entry in nested_values(weights):
+            yield from to_write(entry)
+        for optimizer, number, parameter, shard in _stepped(model, weights):
+            yield from _states_to_write(optimizer, number, parameter, shard)
+
+
+def _stepped(
+    model: Network, weights: dict[str, Any]
+) -> Iterator[tuple[DistributedOptimizer, int, torch.nn.Parameter, ShardedTensor | ShardedTensorFactory]]:
+    """Every parameter that an optimizer steps, numbered in an order that its data-parallel ranks share; its place."""
+    shard_of = {entry.data: entry for entry in nested_values(weights) if not isinstance(entry, ShardedObject)}
+    for optimizer in _optimizers(model):
+        parameters = itertools.chain(*(buffer.param_index_map for buffer in optimizer.buffers))
+        for number, parameter in enumerate(parameters):
+            yield optimizer, number, parameter, shard_of[parameter]
+
+
+def _states_to_write(
+    optimizer: DistributedOptimizer,
+    number: int,
+    parameter: torch.nn.Parameter,
+    shard: ShardedTensor | ShardedTensorFactory,
+) -> Iterator[Share]:
+    """Master weight and moments, put together on one of the parameter's data-parallel ranks; they take turns.
+
+    Laid out as Megatron's ``fully_reshardable`` is: three tensors per parameter, in the parameter's shape and place. We
+    put them together ourselves, since 0.16.1 takes the wrong elements wherever a buffer has two buckets with padding
+    between them, which a tied embedding under pipeline parallelism makes.
+    """
+    ranks = optimizer.data_parallel_group
+    writer = number % ranks.size()
+    own = _own_states(optimizer, parameter)
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    for key, dtype in optimizer.optimizer.dtypes(parameter.dtype).items():
+        whole = torch.zeros(parameter.numel(), dtype=wide, device=parameter.device)
+        if own is not None:
+            piece, tensors = own
+            whole[piece] = tensors[key].to(whole.device)
+        dist.reduce(whole, group=ranks, group_dst=writer)  # elsewhere it is zero
+        if writer == ranks.rank():
+            yield from to_write(_at_place_of(shard, key, whole.to(dtype).view(parameter.shape)))
 
 
 def _at_place_of(shard: ShardedTensor | ShardedTensorFactory, key: str, whole: torch.Tensor) -> Any:
     """A state of a parameter as a shard: its only replica over data-parallel ranks, so this rank writes it."""
     dtype = {} if isinstance(shard, ShardedTensorFactory) else {"dtype": whole.dtype}
     replica = (*shard.replica_id[:2], 0)
-    return dataclasses.replace(shard, key=f"optimizer.state.{key}.{shard.key}", data=whole, replica_id=replica, **dtype)
+    return dataclasses.replace(shard, key=f"{STATE}{key}.{shard.key}", data=whole, replica_id=replica, **dtype)
 
 
-def _gathered_states(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter, index: int) -> States:
-    """[parameter's shape] master weight and moments, on one of its data-parallel ranks; they take turns at writing."""
-    ranks = optimizer.data_parallel_group
-    own = _own_states(optimizer, parameter)
-    states = {}
-    for key in STATES:
-        whole = torch.zeros(parameter.numel(), dtype=_state_dtype(parameter), device=parameter.device)
-        if own is not None:
-            piece, tensors = own
-            whole[piece] = tensors[key]
-        dist.all_reduce(whole, group=ranks)  # elsewhere it is zero
-        if index % ranks.size() == ranks.rank():
-            states[key] = whole.view(parameter.shape).cpu()
-    return states
+def _on_host(share: Share, *, copy: bool) -> Share:
+    """Its tensor in host memory; with ``copy`` no live one: states were put together for this, weights were not."""
+    if share.tensor is None:
+        return share
+    live = STATE not in share.key
+    return dataclasses.replace(share, tensor=share.tensor.to("cpu", copy=copy and live))
 
 
-def _empty_states(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter, index: int) -> States:
-    """[parameter's shape] host memory to read master weight and moments into, where this rank owns a piece."""
-    if _own_states(optimizer, parameter) is None:
-        return {}
-    return {key: torch.zeros(parameter.shape, dtype=_state_dtype(parameter)) for key in STATES}
+# -------------------------------------------------------------------------------------------------------- reading
 
 
-def _take_states(policy: Network, loaded: dict[str, Any], prefix: str) -> None:
-    """Copies this rank's pieces of master weights and moments out of the parameters' whole ones."""
-    named = [chunk.named_parameters(prefix=str(index)) for index, chunk in enumerate(policy.chunks)]
-    name_of = {parameter: name for name, parameter in itertools.chain(*named)}
-    for optimizer in _optimizers(policy):
-        for parameter in _parameters(optimizer):
-            own = _own_states(optimizer, parameter)
-            if own is not None:
-                piece, tensors = own
-                for key in STATES:
-                    tensors[key].copy_(loaded[prefix + _entry(name_of[parameter])][key].flatten()[piece])
+def _load_states(models: Models, directory: Path) -> None:
+    """Fills this rank's master weights and moments, one tensor after the other. Raises WeightError."""
+    reader = DistributedReader(directory)
+    try:
+        for name, model in models.items():
+            weights = _sharded_weights(model, _prefix(name))
+            for optimizer, _, parameter, shard in _stepped(model, weights):
+                own = _own_states(optimizer, parameter)
+                if own is not None:
+                    piece, tensors = own
+                    for key in optimizer.optimizer.dtypes(parameter.dtype):
+                        tensors[key].copy_(_read_state(reader, shard, key, parameter).flatten()[piece])
+    finally:
+        reader.close()
+
+
+def _read_state(
+    reader: DistributedReader, shard: ShardedTensor | ShardedTensorFactory, key: str, parameter: torch.nn.Parameter
+) -> torch.Tensor:
+    """[parameter's shape] a state in host memory; zeros in rows of padding that the checkpoint's layout had none of."""
+    whole = torch.zeros(parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
+    for part in pieces_of(_at_place_of(shard, key, whole)):
+        offset, shape = place_of(part)
+        if part.allow_shape_mismatch:
+            stored = reader.shape(part.key)
+            shape = tuple(max(0, min(n, most - at)) for at, n, most in zip(offset, shape, stored, strict=True))
+        if 0 not in shape:
+            there = part.data.view(place_of(part)[1])
+            there[tuple(map(slice, shape))] = reader.read(part.key, offset, shape)
+    return whole
 
 
 def _own_states(
@@ -247,22 +272,10 @@ def _optimizers(policy: Network) -> list[DistributedOptimizer]:
     return [] if policy.optimizer is None else policy.optimizer.parts()
 
 
-def _parameters(optimizer: DistributedOptimizer) -> Iterator[torch.nn.Parameter]:
-    """The model's parameters that an optimizer steps, in an order that its data-parallel ranks share."""
-    for buffer in optimizer.buffers:
-        yield from buffer.param_index_map
-
-
-def _state_dtype(parameter: torch.nn.Parameter) -> torch.dtype:
-    """float32, or float64 in a float64 run."""
-    return torch.promote_types(parameter.dtype, torch.float32)
-
-
-def _counters(policy: Network) -> Iterator[dict[str, Any]]:
-    """Whatever counts steps: torch has a counter a parameter, Transformer Engine and apex one a group."""
+def _counters(policy: Network) -> Iterator[dict[str, torch.Tensor]]:
+    """What counts steps, of each shard."""
     for optimizer in _optimizers(policy):
-        holders = [*optimizer.optimizer.state.values(), *optimizer.optimizer.param_groups]
-        yield from (holder for holder in holders if "step" in holder)
+        yield from optimizer.optimizer.state.values()
 
 
 def _steps_taken(policy: Network) -> int:
@@ -270,14 +283,9 @@ def _steps_taken(policy: Network) -> int:
 
 
 def _count_steps(policy: Network, step: int) -> None:
-    """Counts ``step`` steps as taken.
-
-    Each parameter gets a counter of its own. Megatron's loading gives all of them one tensor, which AdamW then
-    advances once a parameter; after that its bias correction is silently that of a much later step.
-    """
+    """Counts ``step`` steps as taken."""
     for holder in _counters(policy):
-        tensor = torch.is_tensor(holder["step"])
-        holder["step"] = torch.full_like(holder["step"], step) if tensor else step
+        holder["step"].fill_(step)
 
 
 def _verified_header(models: Models, directory: Path) -> dict[str, Any]:

@@ -31,8 +31,9 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_gspo.errors import WeightError
 from megatron_gspo.megatron.checkpoint_files import METADATA, read_metadata
-from megatron_gspo.megatron.checkpoint_write import BACKEND, COMMON
 
+BACKEND = ("torch_dist", 1)
+COMMON = "common.pt"
 Size = tuple[int, ...]
 MOST_OPEN = 16
 """Files at a time: a checkpoint of many ranks has more than a process may open."""

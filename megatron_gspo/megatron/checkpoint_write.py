@@ -1,41 +1,89 @@
-"""How a checkpoint reaches the disk: Megatron plans it, a thread of each rank writes its share, the ranks publish it.
+"""How a checkpoint reaches the disk: each rank writes its blocks in threads while it makes them; the ranks publish it.
 
-Megatron 0.16.1 can save asynchronously by itself, from forked processes. Threads are used instead (as Megatron does
-from 0.19 on): a forked writer outlives a killed rank and goes on writing into the run that resumes; one that is killed
-leaves its parent waiting for ever; and its results come through a manager, one process more. Writing and hashing leave
-the interpreter to the main thread. And a failure on one rank must reach all of them, which Megatron's finalization
-promises only for shards: it writes the description of the whole on the first rank while the others wait.
+The format is Megatron's, the writing is not: Megatron copies to host memory all that a rank will write, and every
+weight once more, since each is a part of a larger buffer. Here a rank holds a few tensors at a time, and all of them
+only where training is to go on meanwhile. Writing and hashing leave the interpreter to the main thread. A failure on
+one rank reaches all of them.
 """
 
 from __future__ import annotations
 
-import inspect
 import queue
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories, is_main_replica
 
+from megatron_gspo.errors import WeightError
 from megatron_gspo.megatron.checkpoint_files import UNFINISHED, FileEntry, describe, make_empty, publish
+from megatron_gspo.megatron.checkpoint_stream import Block, BlockWriter, Size, write_description
 from megatron_gspo.parallel.exchange import gather_objects, together
 from megatron_gspo.storage import writing
 
-BACKEND = ("torch_dist", 1)
-COMMON = "common.pt"
 FILES = 2
-"""That a rank writes at the same time (Megatron's default in 0.16.1; in 0.19.2 it is 1)."""
-Written = tuple[list[Any], list[FileEntry]]
-"""What a rank wrote: torch's WriteResults, and its files."""
+"""That a rank writes at the same time."""
+AHEAD = 1
+"""Tensors that wait for each of them."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A block of a tensor that this rank writes, or an object of Megatron's in which there is nothing."""
+
+    key: str
+    tensor: torch.Tensor | None = None
+    """In the shape that it has in the file; None of an object."""
+    offset: Size = ()
+    whole: Size = ()
+    """Shape of the whole tensor."""
+
+    @property
+    def bytes(self) -> int:
+        """That it takes, about."""
+        return 0 if self.tensor is None else self.tensor.nbytes
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a rank has written."""
+
+    blocks: Mapping[str, list[Block]]
+    """By file."""
+    tensors: Mapping[str, tuple[torch.dtype, Size]]
+    """Of the whole tensors, by key."""
+    files: list[FileEntry]
+
+
+def pieces_of(entry: Any) -> Iterator[ShardedTensor | ShardedObject]:
+    """What Megatron makes of one entry of a sharded state: several, of a matrix that lies in parts."""
+    state = {"": entry}
+    apply_factories(state)
+    yield from nested_values(state)
+
+
+def place_of(shard: ShardedTensor) -> tuple[Size, Size]:
+    """(offset in the whole tensor, shape of the block), both with the axes that only the whole has."""
+    return tuple(shard.global_offset), (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
+
+
+def to_write(entry: Any) -> Iterator[Share]:
+    """The blocks of an entry of a sharded state that this rank is to write: others have the same ones otherwise."""
+    for shard in pieces_of(entry):
+        if not is_main_replica(shard.replica_id):
+            continue
+        if isinstance(shard, ShardedObject):
+            yield Share(shard.unique_key)
+        else:
+            offset, shape = place_of(shard)
+            yield Share(shard.key, shard.data.detach().view(shape), offset, tuple(shard.global_shape))
 
 
 class PendingSave:
@@ -43,34 +91,35 @@ class PendingSave:
 
     def __init__(
         self,
-        state: dict[str, Any],
+        shares: Iterable[Share],
         directory: Path,
         header: dict[str, Any],
         world: dist.ProcessGroup,
-        live: Collection[int] = (),
+        *,
+        background: bool = False,
     ) -> None:
-        """``live``: addresses of storages that change while this writes; tensors in them are copied here and now."""
+        """
+        Args:
+            shares: what this rank writes; every rank exhausts its own, and making one may be collective.
+            background: whether training may go on as soon as this returns: then all of them are held until they are
+                written, and must not change. Else a few are held at a time.
+        """
         self.directory = directory
         self._unfinished = directory.with_name(directory.name + UNFINISHED)
         self._header, self._world = header, world
-        shards, common = save_preprocess(state)
+        self._on_first_rank(lambda: make_empty(self._unfinished))
+        paths = [self._unfinished / f"__{dist.get_rank()}_{number}.distcp" for number in range(FILES)]
+        self._files = [_File(path, 0 if background else AHEAD) for path in paths]
         try:
-            self._on_first_rank(lambda: self._begin(common))
-        except Exception:
-            self.discard()
-            raise
-        strategy = _Planner(*BACKEND, thread_count=FILES)
-        strategy.async_save(shards, self._unfinished)
-        self._writer, self._metadata = strategy.planned
-        buckets = [_on_host(bucket, live) for bucket in self._writer.write_buckets]
-        self._writer.write_buckets = None  # else what they were copied from stays as long
-        executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[Written] = executor.submit(self._write, buckets)
-        executor.shutdown(wait=False)
+            for share in shares:
+                min(self._files, key=lambda file: file.bytes).take(share)
+        finally:
+            for file in self._files:
+                file.end()
 
     def written(self) -> bool:
         """Whether every rank has written its share, or failed to. Collective."""
-        return all(gather_objects(self._writing.done(), self._world))
+        return all(gather_objects(all(file.writing.done() for file in self._files), self._world))
 
     def finish(self) -> None:
         """Waits for all ranks and gives the checkpoint its name. Collective.
@@ -85,13 +134,12 @@ class PendingSave:
             self.discard()
             raise
 
-    def _begin(self, common: Any) -> None:
-        make_empty(self._unfinished)
-        torch.save(common, self._unfinished / COMMON)
-
     def _result(self) -> Written:
         with self._refusals():
-            return self._writing.result()
+            found = [file.writing.result() for file in self._files]
+        tensors = {key: described for file in self._files for key, described in file.tensors.items()}
+        blocks = {entry.name: blocks for entry, blocks in filter(None, found)}
+        return Written(blocks, tensors, [entry for entry, _ in filter(None, found)])
 
     def discard(self) -> None:
         """Removes what there is of it, written or not. Not collective."""
@@ -102,20 +150,13 @@ class PendingSave:
         then = "train.resume = true continues from the checkpoint that `latest` names, if there is one"
         return writing(self.directory, "the checkpoint", then)
 
-    def _write(self, buckets: list[Any]) -> Written:
-        """In a thread: every bucket to a file, synced and hashed."""
-        if not buckets:
-            return [], []
-        transforms = [self._writer.transforms] if hasattr(self._writer, "transforms") else []
-        with ThreadPoolExecutor(len(buckets), thread_name_prefix="checkpoint") as pool:
-            parts = list(pool.map(lambda bucket: _write_file(transforms, bucket), buckets))
-        return [result for results, _ in parts for result in results], [entry for _, entry in parts]
-
     def _publish(self, parts: list[Written]) -> None:
-        """On the first rank, when all shards are on disk."""
-        self._writer.finish(self._metadata, [results for results, _ in parts])
-        save_config(CheckpointingConfig(*BACKEND), str(self._unfinished))
-        files = {entry.name: entry for _, entries in parts for entry in entries}
+        """On the first rank, when all blocks are on disk."""
+        tensors = {key: described for part in parts for key, described in part.tensors.items()}
+        blocks = {name: blocks for part in parts for name, blocks in part.blocks.items()}
+        check_whole(self.directory, tensors, blocks)
+        write_description(self._unfinished, tensors, blocks)
+        files = {entry.name: entry for part in parts for entry in part.files}
         own = [describe(path) for path in self._unfinished.iterdir() if path.name not in files]
         publish(self._unfinished, self.directory, self._header, [*files.values(), *own])
 
@@ -130,39 +171,67 @@ class PendingSave:
         together(act, self._world)
 
 
-class _Planner(TorchDistSaveShardedStrategy):
-    """Megatron's strategy, up to where it would write."""
+class _File:
+    """One file of blocks, written by a thread of its own. It is made when there is something to write."""
 
-    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, planned: Any, *args: Any) -> None:
-        self.planned = writer, planned[1]  # the second: what describes the whole, on the first rank
+    def __init__(self, path: Path, ahead: int) -> None:
+        """``ahead``: shares that wait at most; 0: any number."""
+        self.bytes = 0
+        self.tensors: dict[str, tuple[torch.dtype, Size]] = {}
+        self._path = path
+        self._waiting: queue.Queue[Share | None] = queue.Queue(ahead)
+        executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing: Future[tuple[FileEntry, list[Block]] | None] = executor.submit(self._write)
+        executor.shutdown(wait=False)
 
-    def async_save(self, *args: Any, **kwargs: Any) -> None:
-        # Else Megatron makes a manager process for this queue, which imports the main script again.
-        filesystem_async._results_queue = filesystem_async._results_queue or queue.SimpleQueue()
-        save = super().async_save
-        # 0.19.2 plans for nvidia-resiliency-ext, which need not be installed, unless it is told to plan for itself.
-        choice = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
-        save(*args, **kwargs, **choice)
+    def take(self, share: Share) -> None:
+        """Hands over a share; waits while there are enough."""
+        self.bytes += share.bytes
+        if share.tensor is not None:
+            self.tensors[share.key] = (share.tensor.dtype, share.whole)
+        self._waiting.put(share)
+
+    def end(self) -> None:
+        """There are no more."""
+        self._waiting.put(None)
+
+    def _write(self) -> tuple[FileEntry, list[Block]] | None:
+        """In the thread: what comes, until the end. A failure is told then: who makes shares makes them with others."""
+        writer: BlockWriter | None = None
+        failure: Exception | None = None
+        while (share := self._waiting.get()) is not None:
+            if failure is None:
+                try:
+                    writer = writer or BlockWriter(self._path)
+                    _write_share(writer, share)
+                except Exception as error:
+                    failure = error
+        try:
+            if writer is not None:
+                writer.close()
+        except OSError as error:  # what was still in memory
+            failure = failure or error
+        if failure is not None:
+            raise failure
+        return None if writer is None else (describe(self._path), writer.blocks)
 
 
-def _on_host(bucket: Any, live: Collection[int]) -> Any:
-    """A file's tensors in host memory, and not in a live storage. (Megatron's plan has copied views already.)"""
-    path, key, (data, tensors) = bucket
-    return path, key, (data, [(item, tensor.to("cpu", copy=address(tensor) in live)) for item, tensor in tensors])
+def _write_share(writer: BlockWriter, share: Share) -> None:
+    if share.tensor is None:
+        writer.empty_object(share.key)
+    else:
+        writer.tensor(share.key, share.offset, share.tensor)
 
 
-def address(tensor: torch.Tensor) -> int:
-    """Of a tensor's storage."""
-    return tensor.untyped_storage().data_ptr()
-
-
-def _write_file(transforms: list[Any], bucket: Any) -> tuple[list[Any], FileEntry]:
-    """Writes one file as Megatron does, in this thread, and hashes it."""
-    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    count: queue.Queue[int] = queue.Queue()
-    count.put(0)
-    FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, results, count, True)
-    _, result = results.get()
-    if isinstance(result, Exception):
-        raise result
-    return result, describe(Path(bucket[0]))
+def check_whole(
+    directory: Path, tensors: Mapping[str, tuple[torch.dtype, Size]], blocks: Mapping[str, Iterable[Block]]
+) -> None:
+    """Raises WeightError unless the blocks of each tensor have as many elements together as it has."""
+    found = dict.fromkeys(tensors, 0)
+    for block in (block for of_file in blocks.values() for block in of_file if block.offset is not None):
+        found[block.key] += torch.Size(block.size).numel()
+    for key, (_, shape) in tensors.items():
+        if found[key] != torch.Size(shape).numel():
+            raise WeightError(
+                f"{directory}: {key}: ranks wrote {found[key]} elements of {torch.Size(shape).numel()}, {list(shape)}"
+            )

@@ -28,13 +28,6 @@ from megatron_gspo.megatron.spec import block_spec
 from megatron_gspo.platforms import here
 from megatron_gspo.types import DTYPES, PackedBatch
 
-RECOMPUTE: dict[str, dict[str, object]] = {
-    "off": {},
-    "selective": {"recompute_granularity": "selective"},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
-"""``model.recompute`` in Megatron's words."""
-
 GROUPED = ".mlp.experts.linear_"
 """Stands in the names of what is one parameter for all experts of a layer."""
 _GRAPHED = "cuda_graph_modules" if hasattr(TransformerConfig, "cuda_graph_modules") else "cuda_graph_scope"
@@ -219,12 +212,20 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         deterministic_mode=deterministic or here().deterministic,
-        **RECOMPUTE[model.recompute],
+        **_recompute_settings(model),
         recompute_modules=list(model.recompute_modules),
         **{_GRAPHED: []},
         **moe,
         **{name: value for name, value in shape.megatron.items() if shape.num_experts or not name.startswith("moe_")},
     )
+
+
+def _recompute_settings(model: ModelConfig) -> dict[str, object]:
+    """``model.recompute`` in Megatron's words."""
+    if model.recompute == "full":
+        layers = {"recompute_method": model.recompute_method, "recompute_num_layers": model.recompute_layers}
+        return {"recompute_granularity": "full", **layers}
+    return {} if model.recompute == "off" else {"recompute_granularity": "selective"}
 
 
 def _pipeline_settings(parallel: ParallelConfig, num_layers: int) -> dict[str, object]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.profiler import record_function
 
 from megatron_gspo.config import OptimizerConfig, RunConfig
 from megatron_gspo.errors import BatchError
@@ -74,7 +75,7 @@ class Network:
         self.config, self.groups, self.head, self.valued = config, groups, head, valued
         self.family, self.shape = model
         check_layout(config.parallel, self.shape)
-        check_recompute(config.model, self.shape)
+        check_recompute(config.model, config.parallel, self.shape)
         self.chunks = build_chunks(
             config.model,
             config.parallel,
@@ -138,7 +139,8 @@ class Network:
         """One optimizer step on the accumulated gradients; returns (gradient norm before clipping, learning rate)."""
         optimizer = self._trained()
         lr = learning_rate(optimizer.config, step, total_steps)
-        return optimizer.step(lr), lr
+        with record_function("model: optimizer step"):
+            return optimizer.step(lr), lr
 
     def weights(self, *, copies: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
         """The model in Hugging Face names, one tensor at a time, each on the one rank that owns it.
@@ -216,7 +218,8 @@ class Network:
             return output, loss_of
 
         tokens = [batch.num_tokens // self.groups.shard.size for batch in batches]
-        with self.replay.running(tokens, backward=not forward_only):
+        kind = record_function("model: forward" if forward_only else "model: forward and backward")
+        with kind, self.replay.running(tokens, backward=not forward_only):
             get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=[iter(enumerate(batches)) for _ in self.modules],

@@ -18,6 +18,9 @@ from megatron_gspo.megatron.adamw import ShardedAdamW
 from megatron_gspo.megatron.groups import Groups, device
 from megatron_gspo.megatron.model import PolicyModel
 
+_GRADIENTS = "get_main_grads_for_grad_norm"
+_GRADIENTS = _GRADIENTS if hasattr(MegatronOptimizer, _GRADIENTS) else "get_grads_for_grad_norm"
+"""0.16.1's name, and 0.19.2's, of what has a part's gradients without those that another rank has too."""
 CLIP_EPS = 1e-6
 """Added to the norm that gradients are divided by, as Megatron and torch do."""
 
@@ -139,7 +142,7 @@ class Optimizer:
     @torch.no_grad()
     def gradient_norm(self) -> float:
         """Of all gradients, each once, over all ranks. Collective."""
-        found = [gradient for part in self.parts() for gradient in part.get_main_grads_for_grad_norm()]
+        found = [gradient for part in self.parts() for gradient in getattr(part, _GRADIENTS)()]
         total = torch.zeros((), dtype=torch.float64, device=device())
         if found:
             total += torch.stack(torch._foreach_norm(found)).double().square().sum()

@@ -100,9 +100,10 @@ class Replay:
         self._recomputed: dict[int, bool] = {}
         """Layer -> whether backward runs its router again."""
         self._topk, self._experts = 0, 0
-        for module in (module for chunk in chunks for module in chunk.modules()):
-            if isinstance(module, MoELayer):
-                self._bind(module)
+        for chunk in chunks:
+            for module in chunk.modules():
+                if isinstance(module, MoELayer):
+                    self._bind(module, chunk.layer_offset)  # type: ignore[arg-type]
         self.layers = tuple(self._recomputed)
         self._open = False
         self._routes: Sequence[RouteShard] | None = None
@@ -116,7 +117,8 @@ class Replay:
         self._kept: dict[tuple[int, int], torch.Tensor] = {}
         """(micro-batch, layer) -> [T_local, K] live choice."""
 
-    def _bind(self, module: MoELayer) -> None:
+    def _bind(self, module: MoELayer, first: int) -> None:
+        """``first``: number of the first layer of its virtual stage."""
         router, config = module.router, module.config
         refuse_unreplayable(config)
         layer = router.layer_number - 1
@@ -125,7 +127,7 @@ class Replay:
                 f"{type(router).__name__} of layer {layer}: replay needs one TopKRouter a layer, in order"
             )
         router.router_replay = LayerReplay(layer, self)
-        self._recomputed[layer] = config.recompute_granularity == "full" or module.moe_layer_recompute
+        self._recomputed[layer] = module.moe_layer_recompute or _runs_again(config, layer - first)
         self._topk, self._experts = router.topk, config.num_moe_experts
 
     # ---------------------------------------------------------------------------------------------------------- phases
@@ -271,6 +273,13 @@ class Replay:
     def _note(self, text: str) -> None:
         """The first thing that went wrong is what is told."""
         self._fault = self._fault or ReplayError(text)
+
+
+def _runs_again(config: TransformerConfig, place: int) -> bool:
+    """Whether backward runs the layer at a place of its virtual stage again, as a whole."""
+    if config.recompute_granularity != "full":
+        return False
+    return config.recompute_method == "uniform" or place < config.recompute_num_layers
 
 
 def refuse_unreplayable(config: TransformerConfig) -> None:

@@ -63,9 +63,7 @@ class RMSNorm(torch.nn.Module):
 class LatentNorm(RMSNorm):
     """The norm of a latent: Hugging Face gives its epsilon no setting."""
 
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, kernel: Implementation = "torch", **_: Any
-    ) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, kernel: Implementation = "torch", **_: Any) -> None:
         super().__init__(config, hidden_size, eps=1e-6, kernel=kernel)
 
 

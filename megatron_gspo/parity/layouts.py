@@ -24,13 +24,14 @@ AXES = {
 }
 """Axis -> setting of ``[parallel]``."""
 RECOMPUTE = "+recompute"
-"""Suffix of a name: full activation recompute; ``+recompute-MODE`` is another mode of ``model.recompute``."""
+"""Suffix of a name: full activation recompute; ``+recompute-selective``, ``-block1`` and ``-uniform2`` are other ways
+(the last two with their ``model.recompute_layers``)."""
 
 ALL = (
     "TP1",
     # each axis alone
     *("TP2", "TP4", "PP2", "PP4", "CP2", "CP4", "EP2", "EP4", "DP2", "DP4", "TP2xETP2", "PP2xVPP2"),
-    *("TP1+recompute", "TP1+recompute-selective"),
+    *("TP1+recompute", "TP1+recompute-selective", "TP1+recompute-block2", "PP2+recompute-uniform2"),
     # pairs
     *("TP2xPP2", "TP2xCP2", "TP2xEP2", "TP2xDP2", "PP2xCP2", "PP2xEP2", "PP2xDP2", "CP2xEP2", "CP2xDP2", "DP4xEP2"),
     *("TP2xPP2xVPP2", "CP2xPP2xVPP2", "TP2xETP2xPP2", "TP2xDP2xEP2xETP2"),
@@ -38,6 +39,7 @@ ALL = (
     *("TP2xDP2xEP4", "TP2xPP2xEP2", "TP2xCP2xEP2", "TP2xCP2xEP4", "CP2xPP2xEP2", "TP2xCP2xDP2", "TP2xCP2xPP2"),
     *("TP2xPP2xDP2xEP2", "TP2xCP2xPP2xEP4", "CP2xDP2xPP2xEP4", "TP2xCP2xPP2xVPP2+recompute"),
     *("TP2xPP2xEP2+recompute", "TP2xPP2xEP2+recompute-selective", "CP2xEP2xPP2xVPP2+recompute"),
+    "TP2xPP2xEP2+recompute-block1",
 )
 """Each axis alone, the pairs, and combinations of three and more; at most 8 ranks each."""
 
@@ -73,7 +75,15 @@ def parse_layout(name: str) -> Layout:
                 f"{RECOMPUTE} for full activation recompute, as in TP2xPP2xEP2{RECOMPUTE}"
             )
         parallel[AXES[match[1]]] = int(match[2])
-    return Layout(name.strip(), parallel, {"recompute": mode[1:] or "full"} if plus else {})
+    return Layout(name.strip(), parallel, _recompute_of(mode[1:]) if plus else {})
+
+
+def _recompute_of(mode: str) -> dict[str, Any]:
+    """Settings of ``[model]``, of what follows the suffix's hyphen."""
+    by_layers = re.fullmatch(r"(block|uniform)([1-9][0-9]*)", mode)
+    if by_layers is None:
+        return {"recompute": mode or "full"}
+    return {"recompute": "full", "recompute_method": by_layers[1], "recompute_layers": int(by_layers[2])}
 
 
 def layout_of(config: RunConfig, world: int | None = None) -> Layout:
@@ -88,6 +98,8 @@ def layout_of(config: RunConfig, world: int | None = None) -> Layout:
     suffix = "" if "recompute" not in model else RECOMPUTE
     if suffix and model["recompute"] != "full":
         suffix += f"-{model['recompute']}"
+    elif {"recompute_method", "recompute_layers"} & model.keys():
+        suffix += f"-{config.model.recompute_method}{config.model.recompute_layers}"
     return Layout("x".join(factors) + suffix, settings, model)
 
 

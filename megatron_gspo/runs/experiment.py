@@ -139,7 +139,7 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
         _never,
         _names("parallel", "tensor pipeline virtual_pipeline stage_layers context expert expert_tensor data overlap"),
     ),
-    ("memory and speed", _never, _names("model", "logprob_chunk recompute recompute_modules")),
+    ("memory and speed", _never, _names("model", "logprob_chunk recompute recompute_modules recompute_method recompute_layers")),
     ("memory and speed", _never, ("optimizer.offload", "critic.offload")),
     ("speed and rounding", _never, _names("model", "kernels")),
     ("memory, speed and rounding", _never, _names("train", "microbatch_tokens oversize deterministic")),
@@ -163,7 +163,7 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
     ("when a run fails", _never, _names("reward", "timeout_s concurrency check_references")),
     ("when a run fails", _never, _names("replay", "min_coverage")),
     ("a permission", _never, _names("algorithm", "allow_wide_clip")),
-    ("which steps are measured", _never, _names("train", "noise_floor_every")),
+    ("which steps are measured", _never, _names("train", "noise_floor_every profile_steps")),
     ("which steps are measured", _never, _names("eval", "every start greedy")),
     ("which steps are measured", _never, _names("replay", "engine_routes_every drift_every")),
     (

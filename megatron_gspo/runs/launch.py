@@ -37,7 +37,7 @@ def check_before_start(config: RunConfig) -> None:
         raise ConfigError(too_few)
     _, shape = read_model(config.model.path)
     check_layout(config.parallel, shape)
-    check_recompute(config.model, shape)
+    check_recompute(config.model, config.parallel, shape)
     check_replay(config.replay, shape)
     check_models(config)
     if not is_distributed(Path(config.model.path)):

@@ -28,6 +28,7 @@ from megatron_gspo.train.assembly import Inputs, Run, build_run, load_inputs
 from megatron_gspo.train.evaluate import evaluate
 from megatron_gspo.runs.experiment import contents
 from megatron_gspo.train.models import served
+from megatron_gspo.train.profile import Profiles
 from megatron_gspo.train.progress import Progress, seed_generators
 from megatron_gspo.runs.recording import MakeRecorder, Recorder, open_recorder
 from megatron_gspo.runs.resume import Resumption, find_resumption, identify
@@ -150,6 +151,7 @@ def outer_steps(run: Run, progress: Progress, recorder: Recorder) -> Iterator[No
     evaluating = bool(config.eval.every and run.eval_prompts)
     run.push(progress.outer_steps)  # the servers' own reading is not trusted
     say(run, recorder)
+    profiles = Profiles(config, run.groups)
     if evaluating and config.eval.start and progress.outer_steps == 0:
         recorder.phase("evaluating the cold start")
         seed_generators(config.train.seed, 0)
@@ -157,7 +159,8 @@ def outer_steps(run: Run, progress: Progress, recorder: Recorder) -> Iterator[No
     for number in range(progress.outer_steps, config.train.outer_steps):
         recorder.phase(f"outer step {number + 1} of {config.train.outer_steps}")
         seed_generators(config.train.seed, number)
-        reports, records = outer_step(run, number, first_step=progress.optimizer_steps)
+        with profiles.step(number):
+            reports, records = outer_step(run, number, first_step=progress.optimizer_steps)
         say(run, recorder)
         recorder.steps(reports[:-1])
         recorder.rollouts(number, records)

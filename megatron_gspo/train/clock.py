@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch.profiler import record_function
+
 PHASES = ("rollout", "reward", "logprobs", "train", "sync")
 
 
@@ -19,7 +21,8 @@ class Clock:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with record_function(f"phase: {phase}"):
+            yield
         self._seconds[phase] += time.perf_counter() - start
 
     def metrics(self, tokens: int) -> dict[str, float]:

@@ -24,6 +24,7 @@ from megatron_gspo.train.batch import Minibatch, check_tokens, place
 from megatron_gspo.train.clock import Clock
 from megatron_gspo.train.draw import skip_notes, take_usable
 from megatron_gspo.train.models import check_models
+from megatron_gspo.train.profile import Profiles
 from megatron_gspo.train.progress import Progress, seed_generators
 from megatron_gspo.types import Sample, StepReport
 
@@ -80,6 +81,7 @@ def fine_tune(
     """
     count, skip_bad = config.train.prompts_per_step, config.data.skip_bad
     mine = range(groups.data_rank, count, groups.data_size)
+    profiles = Profiles(config, groups)
     for step in range(progress.outer_steps, config.train.outer_steps):
         clock = Clock()
         seed_generators(config.train.seed, step)
@@ -90,7 +92,7 @@ def fine_tune(
         samples = [as_sample(group, drawn.items[group]) for group in mine]
         check_tokens(samples, policy.shape.vocab_size, groups)
         (minibatch,) = place(samples, config, groups)
-        with clock("train"):
+        with profiles.step(step), clock("train"):
             metrics = supervised_step(config, groups, policy, minibatch, step)
         if skip_bad:
             metrics["data/skipped"] = float(len(drawn.skipped))

@@ -73,6 +73,7 @@ class Case:
     dtype: str = "float64"
     recompute: str = "off"
     recompute_modules: tuple[str, ...] = ("mlp", "moe")
+    recompute_method: str = "uniform"
     exact: bool = True
     """Takes Megatron's float32 router softmax out (``exact_router``), and expects its float32 rotary angles."""
     chunk: int = 10
@@ -234,6 +235,7 @@ def make_policy(case: Case, parallel: dict[str, int]) -> tuple[Any, Any]:
             "logprob_chunk": case.chunk,
             "recompute": case.recompute,
             "recompute_modules": case.recompute_modules,
+            "recompute_method": case.recompute_method,
         },
         "data": {"path": "unused"},
         "train": {"run_dir": "nowhere"},

@@ -316,17 +316,18 @@ def test_a_policy_that_is_not_trained_loads_the_weights(ranks: RankPool, saved: 
 
 def save_twice_and_die(case: Case, parallel: dict[str, int], root: Path, at: str) -> None:
     """A second save is killed at a point of it, on every rank."""
-    from megatron_gspo.megatron import checkpoint_files, checkpoint_write
+    from megatron_gspo.megatron import checkpoint_files, checkpoint_stream, checkpoint_write
     from megatron_gspo.megatron.checkpoint import save_checkpoint
 
     def die(*args: Any, **kwargs: Any) -> None:
         if at == "within a file":
-            Path(args[1][0]).write_bytes(b"half")
+            args[0]._file.write(b"half")
+            args[0]._file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 
     points = {
-        "before any file": (checkpoint_write.torch, "save"),
-        "within a file": (checkpoint_write, "_write_file"),
+        "before any file": (checkpoint_write, "BlockWriter"),
+        "within a file": (checkpoint_stream.BlockWriter, "tensor"),
         "before the description": (checkpoint_write.PendingSave, "_publish"),
         "before the name": (checkpoint_files.Path, "rename"),
     }
@@ -354,7 +355,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before_it_and_no_half_one(
 
 
 def save_with_little_room(case: Case, parallel: dict[str, int], root: Path, full: str, background: bool) -> list[str]:
-    """What each save says: the first while a file of more than 64 KB cannot be written where ``full`` says."""
+    """What each save says: the first while a file of more than 4 KB cannot be written where ``full`` says."""
     from megatron_gspo.errors import WriteError
     from megatron_gspo.megatron import checkpoint_write
     from megatron_gspo.megatron.checkpoint import begin_save, save_checkpoint
@@ -363,7 +364,7 @@ def save_with_little_room(case: Case, parallel: dict[str, int], root: Path, full
     said = []
 
     def fill_up() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limit[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, limit[1]))
 
     def fill_up_and_publish(self: Any, parts: Any) -> None:
         fill_up()
@@ -400,17 +401,17 @@ def test_a_disk_that_is_full_on_one_rank_is_one_error_on_all_and_the_next_save_s
 
 def save_while_training(case: Case, parallel: dict[str, int], plan: steps.Plan, directory: Path) -> Trained:
     """Training moves every weight and moment before a byte of the checkpoint is written."""
-    from megatron_gspo.megatron import checkpoint_write
     from megatron_gspo.megatron.checkpoint import begin_save
+    from megatron_gspo.megatron.checkpoint_stream import BlockWriter
 
     trained = threading.Event()
-    write = checkpoint_write._write_file
+    write = BlockWriter.tensor
 
     def write_late(*args: Any) -> Any:
         assert trained.wait(60)
         return write(*args)
 
-    with policy_of(case, parallel) as policy, mock.patch.object(checkpoint_write, "_write_file", write_late):
+    with policy_of(case, parallel) as policy, mock.patch.object(BlockWriter, "tensor", write_late):
         update(policy, case, plan)
         weights = weights_of(policy)
         pending = begin_save({"policy": policy}, directory, {}, background=True)
@@ -433,19 +434,69 @@ def test_a_save_in_the_background_holds_the_weights_and_moments_of_when_it_began
     assert error_of_step(after, before) == 0.0
 
 
-def addresses_of_host_tensors(case: Case) -> list[bool]:
-    """Whether a live tensor, and one that nobody else has, keep their memory on their way into a file."""
-    import torch
+def held_while_saving(case: Case, directory: Path) -> tuple[int, int]:
+    """(Tensors that wait to be written at most, tensors that are written.)"""
+    from megatron_gspo.megatron import checkpoint
+    from megatron_gspo.megatron.checkpoint_stream import BlockWriter
 
-    from megatron_gspo.megatron.checkpoint_write import _on_host, address
+    made: list[Any] = []
+    written: list[Any] = []
+    waiting = []
+    shares, write = checkpoint._shares, BlockWriter.tensor
 
-    live, own = torch.ones(3), torch.ones(3)
-    _, _, (_, tensors) = _on_host(("file", "key", ([], [(None, live), (None, own)])), {address(live)})
-    return [address(ours) == address(theirs) for (_, ours), theirs in zip(tensors, (live, own), strict=True)]
+    def counted(models: Any) -> Iterator[Any]:
+        for share in shares(models):
+            if share.tensor is not None:
+                made.append(share)
+                waiting.append(len(made) - len(written))
+            yield share
+
+    def writing(*args: Any) -> None:
+        write(*args)
+        written.append(args)
+
+    with (
+        policy_of(case, {}) as policy,
+        mock.patch.object(checkpoint, "_shares", counted),
+        mock.patch.object(BlockWriter, "tensor", writing),
+    ):
+        checkpoint.save_checkpoint({"policy": policy}, directory, {})
+    return max(waiting), len(written)
 
 
-def test_what_training_changes_is_copied_and_what_is_a_copy_is_not_copied_again(ranks: RankPool, path: str) -> None:
-    assert ranks.run(1, addresses_of_host_tensors, case_of(path)) == [[False, True]]
+def test_a_save_that_training_waits_for_holds_a_few_tensors_at_a_time(
+    ranks: RankPool, path: str, tmp_path: Path
+) -> None:
+    [(held, written)] = ranks.run(1, held_while_saving, case_of(path), tmp_path / "checkpoint")
+    assert held <= 5 < written / 10, "two files, each with one that is being written and one that waits"
+
+
+def save_with_a_gap(case: Case, directory: Path) -> str:
+    from megatron_gspo.errors import WeightError
+    from megatron_gspo.megatron import checkpoint
+
+    shares = checkpoint._shares
+
+    def without_one(models: Any) -> Iterator[Any]:
+        yield from (share for share in shares(models) if share.key != "optimizer.state.param.output_layer.weight")
+        yield from (
+            replace(share, tensor=share.tensor[1:])
+            for share in shares(models)
+            if share.key == "optimizer.state.param.output_layer.weight"
+        )
+
+    with policy_of(case, {}) as policy, mock.patch.object(checkpoint, "_shares", without_one):
+        try:
+            checkpoint.save_checkpoint({"policy": policy}, directory, {})
+        except WeightError as error:
+            return str(error)
+    return "no error"
+
+
+def test_a_tensor_that_is_not_whole_is_not_a_checkpoint(ranks: RankPool, path: str, tmp_path: Path) -> None:
+    [said] = ranks.run(1, save_with_a_gap, case_of(path), tmp_path / "checkpoint")
+    assert "optimizer.state.param.output_layer.weight: ranks wrote 2112 elements of 2144, [67, 32]" in said
+    assert not list(tmp_path.iterdir())
 
 
 def refusal(case: Case, parallel: dict[str, int], directory: Path, saving: bool) -> str:

@@ -89,6 +89,10 @@ def share_changed(a: Sequence[RouteShard], b: Sequence[RouteShard]) -> float:
     ("layout", "settings"),
     [
         ("TP2xPP2xEP2", {"recompute": "full"}),
+        (
+            "PP2",
+            {"recompute": "full", "recompute_method": "block"},
+        ),  # of each stage the first layer's router runs again
         ("PP2xVPP2", {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}),  # no router runs again
         ("CP2xEP2", {}),
     ],
@@ -255,8 +259,8 @@ def binding(bind: Callable[[Any], None]) -> Any:
     """Does something to each MoE layer after its router was bound."""
     own = Replay._bind
 
-    def bound(self: Replay, module: Any) -> None:
-        own(self, module)
+    def bound(self: Replay, module: Any, first: int) -> None:
+        own(self, module, first)
         bind(module)
 
     return mock.patch.object(Replay, "_bind", bound)

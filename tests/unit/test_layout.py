@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,6 +94,8 @@ def test_virtual_stages_want_rounds_of_micro_batches() -> None:
     [
         ({"recompute": "selective", "recompute_modules": []}, "recomputes nothing"),
         ({"recompute": "full", "recompute_modules": ["moe"]}, 'no effect with recompute = "full"'),
+        ({"recompute_layers": 2}, 'recompute_layers = 2 has no effect with recompute = "off"'),
+        ({"recompute": "selective", "recompute_method": "block"}, "recompute_method = 'block' has no effect"),
         ({"recompute": "selective", "recompute_modules": ["moe_act"]}, "recompute_modules.0 = 'moe_act'"),
     ],
 )
@@ -102,9 +105,11 @@ def test_a_recompute_that_does_nothing_or_cannot_be_is_refused(model: dict[str, 
 
 
 def test_a_recompute_of_modules_that_the_model_lacks_is_refused() -> None:
-    check_recompute(ModelConfig(path="model", recompute="selective"), DENSE)
+    check_recompute(ModelConfig(path="model", recompute="selective"), ParallelConfig(), DENSE)
     with pytest.raises(ConfigError, match=r"\['moe'\] would recompute nothing: .* has core_attn, mlp"):
-        check_recompute(ModelConfig(path="model", recompute="selective", recompute_modules=("moe",)), DENSE)
+        check_recompute(
+            ModelConfig(path="model", recompute="selective", recompute_modules=("moe",)), ParallelConfig(), DENSE
+        )
 
 
 def test_replay_of_a_dense_model_is_refused() -> None:
@@ -113,6 +118,20 @@ def test_replay_of_a_dense_model_is_refused() -> None:
         check_replay(ReplayConfig(mode="r2"), DENSE)
     with pytest.raises(ConfigError, match=r"replay\.engine_routes_every = 5, but"):
         check_replay(ReplayConfig(engine_routes_every=5), DENSE)
+
+
+@pytest.mark.parametrize(
+    ("method", "layers", "message"),
+    [
+        ("block", 3, r"recompute_layers = 3, but the virtual pipeline stages have \[2, 2\] layers: use at most 2"),
+        ("uniform", 3, r"recompute_layers = 3 does not divide .* stages, \[2, 2\]"),
+    ],
+)
+def test_recomputed_layers_that_do_not_go_into_a_stage_are_refused(method: Any, layers: int, message: str) -> None:
+    settings = ModelConfig(path="model", recompute="full", recompute_method=method, recompute_layers=layers)
+    with pytest.raises(ConfigError, match=message):
+        check_recompute(settings, ParallelConfig(pipeline=2), replace(DENSE, num_layers=4, moe_layers=(False,) * 4))
+    check_recompute(settings, ParallelConfig(), replace(DENSE, num_layers=3, moe_layers=(False,) * 3))
 
 
 def test_a_resolved_recompute_setting_reads_back() -> None:

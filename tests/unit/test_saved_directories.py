@@ -16,7 +16,7 @@ from megatron_gspo.hf import directory as written
 from megatron_gspo.hf.checkpoint import HfReader, write_shards
 from megatron_gspo.hf.directory import copy_companions, name_shards, name_stop_tokens, tensor_bytes, write_index
 from megatron_gspo.megatron.checkpoint_files import HEADER, METADATA
-from megatron_gspo.megatron.checkpoint_write import COMMON
+from megatron_gspo.megatron.checkpoint_stream import COMMON
 
 BESIDE = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
