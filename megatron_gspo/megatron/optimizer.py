@@ -72,10 +72,10 @@ def start_gathers(models: Sequence[DistributedDataParallel]) -> None:
 def finish_gathers(models: Sequence[torch.nn.Module]) -> None:
     """Waits for what ``start_gathers`` began; for weights that are read otherwise than by a module's forward."""
     for model in models:
-        if isinstance(model, DistributedDataParallel):
-            for group in (*model.bucket_groups, *model.expert_parallel_bucket_groups):
-                if group.param_gather_handle is not None:
-                    group.start_param_sync(force_sync=True)
+        kinds = ("bucket_groups", "expert_parallel_bucket_groups")  # which a model that is not trained has none of
+        for group in (group for kind in kinds for group in getattr(model, kind, ())):
+            if group.param_gather_handle is not None:
+                group.start_param_sync(force_sync=True)
 
 
 class Optimizer:

@@ -374,10 +374,16 @@ def gradients_are_summed_over_data_ranks_only() -> Iterator[None]:
 
 @contextmanager
 def router_gradients_are_detached() -> Iterator[None]:
+    """They are zeros: where there are none, Megatron's overlapped reduction stops the run."""
     from megatron.core.transformer.moe.router import TopKRouter
 
     gating = TopKRouter.gating
-    with mock.patch.object(TopKRouter, "gating", lambda self, hidden: gating(self, hidden).detach()):
+
+    def detached(self: Any, hidden: Any) -> Any:
+        logits = gating(self, hidden)
+        return logits.detach() + 0 * logits
+
+    with mock.patch.object(TopKRouter, "gating", detached):
         yield
 
 
