@@ -19,7 +19,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
-from megatron_gspo.kernels.swiglu import Implementation, swiglu
+from megatron_gspo.kernels.swiglu import swiglu
 from megatron_gspo.parallel.dispatch import from_experts, plan_dispatch, probs_to_experts, to_experts
 from megatron_gspo.parallel.grouped import Runs, grouped_linear
 
@@ -57,7 +57,7 @@ class GroupedExperts(torch.nn.Module):
         num_local_experts: int,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
-        kernel: Implementation = "torch",
+        kernel: str = "torch",
         **_: Any,
     ) -> None:
         """``kernel`` is ``swiglu``'s."""

@@ -30,7 +30,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.kernels.choice import Kernels
 from megatron_gspo.kernels.norm import rms_norm
-from megatron_gspo.kernels.swiglu import Implementation
 from megatron_gspo.megatron.attention import core_attention
 from megatron_gspo.megatron.cpu import keep_float64
 from megatron_gspo.megatron.experts import GroupedExperts, OrderedMoELayer
@@ -47,7 +46,7 @@ class RMSNorm(torch.nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, kernel: Implementation = "torch", **_: Any
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, kernel: str = "torch", **_: Any
     ) -> None:
         super().__init__()
         self.eps, self.kernel = eps, kernel
@@ -63,7 +62,7 @@ class RMSNorm(torch.nn.Module):
 class LatentNorm(RMSNorm):
     """The norm of a latent: Hugging Face gives its epsilon no setting."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, kernel: Implementation = "torch", **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, kernel: str = "torch", **_: Any) -> None:
         super().__init__(config, hidden_size, eps=1e-6, kernel=kernel)
 
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.parallel.exchange import together
+from megatron_gspo.platforms import CUDA, here
 from megatron_gspo.storage import writing
 
 DIRECTORY = "profile"
@@ -36,7 +36,7 @@ class Profiles:
         if number + 1 not in self._steps:
             yield
             return
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if here() is CUDA else [])]
         with profile(activities=activities) as trace:
             yield
         together(lambda: self._write(trace, f"outer_{number + 1:05d}-rank{dist.get_rank()}.json.gz"), self._world)
