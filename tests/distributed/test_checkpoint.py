@@ -129,7 +129,9 @@ def weights_of(policy: Any) -> dict[str, np.ndarray]:
     return {name: weight.double().numpy() for name, weight in policy.weights()}
 
 
-def train_and_save(case: Case, parallel: dict[str, int], plan: steps.Plan, directory: Path) -> Trained:
+def train_and_save(
+    case: Case, parallel: dict[str, int], plan: steps.Plan, directory: Path, further: int = 1
+) -> Trained:
     from megatron_gspo.megatron.checkpoint import save_checkpoint
 
     with policy_of(case, parallel) as policy:
@@ -137,17 +139,21 @@ def train_and_save(case: Case, parallel: dict[str, int], plan: steps.Plan, direc
             update(policy, case, plan)
         save_checkpoint({"policy": policy}, directory, EXTRA)
         weights = weights_of(policy)
-        update(policy, case, plan)
+        for _ in range(further):
+            update(policy, case, plan)
         return Trained(weights, weights_of(policy))
 
 
-def load_and_train(case: Case, parallel: dict[str, int], plan: steps.Plan, directory: Path) -> Trained:
+def load_and_train(
+    case: Case, parallel: dict[str, int], plan: steps.Plan, directory: Path, further: int = 1
+) -> Trained:
     from megatron_gspo.megatron.checkpoint import load_checkpoint
 
     with policy_of(case, parallel) as policy:
         extra = load_checkpoint({"policy": policy}, directory)
         weights = weights_of(policy)
-        update(policy, case, plan)
+        for _ in range(further):
+            update(policy, case, plan)
         return Trained(weights, weights_of(policy), [extra])
 
 
@@ -168,6 +174,19 @@ def test_training_goes_on_bitwise_from_a_checkpoint_of_the_same_layout(
     assert steps.worst(after.weights, before.weights)[0] == 0.0
     assert steps.worst(after.next, before.next)[0] == 0.0
     assert error_of_step(after, before) == 0.0
+
+
+@pytest.mark.parametrize(("dtype", "layout"), [("bfloat16", "DP2"), ("float32", "TP1")])
+def test_it_goes_on_bitwise_with_moments_that_are_rounded_by_chance_and_kept_in_host_memory(
+    ranks: RankPool, path: str, tmp_path: Path, dtype: str, layout: str
+) -> None:
+    case = case_of(path, dtype)
+    case = replace(case, optimizer={**case.optimizer, "state_dtype": "bfloat16", "offload": True})
+    before = run(ranks, train_and_save, case, layout, tmp_path / "checkpoint", 2)
+    after = run(ranks, load_and_train, case, layout, tmp_path / "checkpoint", 2)
+    assert error_of_step(after, before) == 0.0
+    onto_float32 = run(ranks, load_and_train, case_of(path, dtype), layout, tmp_path / "checkpoint", 2)
+    assert error_of_step(onto_float32, before) < 0.05, "they are taken, and what is rounded no more differs a little"
 
 
 @pytest.mark.parametrize(
