@@ -186,7 +186,8 @@ def test_it_goes_on_bitwise_with_moments_that_are_rounded_by_chance_and_kept_in_
     after = run(ranks, load_and_train, case, layout, tmp_path / "checkpoint", 2)
     assert error_of_step(after, before) == 0.0
     onto_float32 = run(ranks, load_and_train, case_of(path, dtype), layout, tmp_path / "checkpoint", 2)
-    assert error_of_step(onto_float32, before) < 0.05, "they are taken, and what is rounded no more differs a little"
+    within = 0.05 if dtype == "float32" else 0.5  # the last bit of a bfloat16 weight is a quarter of what it moved
+    assert error_of_step(onto_float32, before) < within, "they are taken, and what is rounded no more differs a little"
 
 
 @pytest.mark.parametrize(

@@ -352,7 +352,9 @@ def test_a_padding_token_whose_row_is_zero_is_warned_of(case: Case) -> None:
 def test_memory_that_is_not_there_is_an_error_that_shows_the_whole_sum(case: Case, monkeypatch) -> None:
     found = Machine(cores=2, free_memory=GIB // 2, gpus=())
     monkeypatch.setattr("megatron_gspo.doctor.facts.look_at_machine", lambda: found)
-    check = case.check("memory", "train.microbatch_tokens=65536", "train.prompts_per_step=4096")
+    check = case.check(
+        "memory", "train.microbatch_tokens=65536", "train.prompts_per_step=4096", "rollout.local_servers=1"
+    )
     assert check.status == "error" and "512 MiB free" in check.detail
     for term in ("weights", "gradients", "optimizer", "activations", "logprobs"):
         assert f"{term} " in check.detail
