@@ -76,6 +76,7 @@ class Case:
     recompute_method: str = "uniform"
     exact: bool = True
     """Takes Megatron's float32 router softmax out (``exact_router``), and expects its float32 rotary angles."""
+    kernels: str = "auto"
     chunk: int = 10
     """Tokens of logits at a time: fewer than a micro-batch has, and no divisor of it."""
     pad_to: int = 1
@@ -233,6 +234,7 @@ def make_policy(case: Case, parallel: dict[str, int]) -> tuple[Any, Any]:
             "path": case.path,
             "dtype": case.dtype,
             "logprob_chunk": case.chunk,
+            "kernels": case.kernels,
             "recompute": case.recompute,
             "recompute_modules": case.recompute_modules,
             "recompute_method": case.recompute_method,

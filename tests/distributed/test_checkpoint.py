@@ -214,6 +214,19 @@ def test_the_next_step_is_the_same_at_another_layout(
     assert error_of_step(after, before) < 1e-10
 
 
+@pytest.mark.parametrize("wrote", ["auto", "reference"])
+def test_grouped_experts_and_single_ones_load_what_the_other_wrote(
+    ranks: RankPool, path: str, tmp_path: Path, wrote: str
+) -> None:
+    """Weights, master weights and moments; over expert ranks and cut over tensor ranks."""
+    case = replace(case_of(path), kernels=wrote)
+    other = replace(case, kernels="reference" if wrote == "auto" else "auto")
+    before = run(ranks, train_and_save, case, "TP2xETP2", tmp_path / "checkpoint")
+    after = run(ranks, load_and_train, other, "TP2xEP2", tmp_path / "checkpoint")
+    assert steps.worst(after.weights, before.weights)[0] == 0.0
+    assert error_of_step(after, before) < 1e-10
+
+
 @pytest.mark.parametrize(
     ("source", "target"),
     [

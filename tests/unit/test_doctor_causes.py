@@ -263,7 +263,7 @@ def test_each_node_has_its_own_ranks_to_hold_and_no_servers_of_another(case: Cas
     ]
     assert alone["settings"][0][0] == "ok"
     assert "it must be one directory for all of them" in spread["run directory"][0][1]
-    assert "8 ranks, 1 server on each of 4 machines like this one" in spread["devices"][0][1]
+    assert "8 ranks, 4 servers on each of 4 machines like this one" in spread["devices"][0][1]
 
 
 def test_nodes_of_gpus_are_as_large_as_this_one_unless_said(case: Case, machine) -> None:
