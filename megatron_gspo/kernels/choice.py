@@ -11,6 +11,8 @@ import torch
 from megatron_gspo.platforms import CUDA, here
 
 HALF = ("bfloat16", "float16")
+APEX = "fused_weight_gradient_mlp_cuda"
+"""apex's extension that Megatron's linear layers call."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,15 @@ class Machine:
     """Of the CUDA device, its major number; 0 without one."""
     triton: bool
     """Whether triton is installed."""
+    apex: bool = False
+    """Whether NVIDIA's apex is, with the product that adds to a gradient."""
 
     @classmethod
     def here(cls) -> Machine:
         """This process's machine."""
         capability = torch.cuda.get_device_capability()[0] if here() is CUDA else 0
-        return cls(capability, importlib.util.find_spec("triton") is not None)
+        triton, apex = (importlib.util.find_spec(name) is not None for name in ("triton", APEX))
+        return cls(capability, triton, apex)
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,23 @@ def _experts(asked: Asked) -> Choice:
     return Choice("grouped", "two products a layer, each in the form of parallel.grouped.product_form")
 
 
+def _gradients(asked: Asked) -> Choice:
+    """Of Megatron's linear layers; those of experts and of the head are added where they accumulate in any case."""
+    reasons = {
+        'model.kernels = "reference"': asked.setting == "reference",
+        "no CUDA device": not asked.machine.capability,
+        "apex is not installed": not asked.machine.apex,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    return Choice("added", reason) if reason else Choice("fused", "a product adds to the gradient, by apex")
+
+
 OPERATIONS: dict[str, Callable[[Asked], Choice]] = {
     "head": _head,
     "norm": _pointwise,
     "swiglu": _pointwise,
     "experts": _experts,
+    "gradients": _gradients,
 }
 """Operation -> what is taken for it. Adding one is an entry here."""
 

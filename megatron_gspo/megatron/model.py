@@ -205,7 +205,7 @@ def transformer_config(
         # Each loss is a part of a globally normalised sum: nothing is divided by counts, micro-batches or ranks.
         calculate_per_token_loss=True,
         perform_initialization=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=choose_kernels(model.kernels, model.dtype)["gradients"] == "fused",
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,

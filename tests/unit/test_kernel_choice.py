@@ -38,6 +38,33 @@ def test_all_else_takes_the_tiles_and_says_why(setting: str, dtype: str, machine
     assert reason in kernels.record()["head"]["reason"] and reason in str(kernels)
 
 
+def test_experts_are_grouped_unless_the_reference_is_asked_for() -> None:
+    assert [choose_kernels(setting, "float32")["experts"] for setting in ("auto", "reference")] == [
+        "grouped",
+        "sequential",
+    ]
+
+
+@pytest.mark.parametrize("operation", ["norm", "swiglu"])
+def test_pointwise_kernels_are_tritons_for_half_types_on_cuda(operation: str) -> None:
+    assert choose_kernels("auto", "bfloat16", H100)[operation] == "triton"
+    assert choose_kernels("auto", "float32", H100)[operation] == "torch"
+    assert choose_kernels("reference", "bfloat16", H100)[operation] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("setting", "machine", "form"),
+    [
+        ("auto", Machine(9, True, apex=True), "fused"),
+        ("auto", Machine(9, True, apex=False), "added"),
+        ("auto", Machine(0, True, apex=True), "added"),
+        ("reference", Machine(9, True, apex=True), "added"),
+    ],
+)
+def test_gradients_are_fused_where_apex_is(setting: str, machine: Machine, form: str) -> None:
+    assert choose_kernels(setting, "bfloat16", machine)["gradients"] == form
+
+
 @pytest.mark.parametrize("cuda", [True, False])
 def test_the_machine_is_asked_for_a_device(cuda: bool) -> None:
     with (
