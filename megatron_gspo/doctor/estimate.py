@@ -121,8 +121,9 @@ def _activations(config: RunConfig, model: ModelShape, stage: int, data_size: in
     """1F1B keeps a micro-batch for each later stage; interleaved stages keep up to one more (arXiv 2104.04473, 2.2)."""
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     tokens = tokens_of_microbatch(config, data_size) / parallel.context
+    experts = choose_kernels(config.model.kernels, config.model.dtype)["experts"]
     layers = [
-        (LayerBytes.of(model, parallel, item, is_moe), _run_again(config.model, parallel, model, layer))
+        (LayerBytes.of(model, parallel, item, is_moe, experts), _run_again(config.model, parallel, model, layer))
         for layer, is_moe in enumerate(model.moe_layers)
         if stage_of(layer, model.num_layers, parallel) == stage
     ]
@@ -141,6 +142,10 @@ def _run_again(model: ModelConfig, parallel: ParallelConfig, shape: ModelShape, 
     ends = list(accumulate(stage_layers(parallel, shape.num_layers)))
     place = layer - max([end for end in ends if end <= layer], default=0)
     return ("layer",) if model.recompute_method == "uniform" or place < model.recompute_layers else ()
+
+
+INDEX_BYTES = 32
+"""Of a token's way to one rank and back (``parallel.dispatch``): four numbers of eight bytes."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +167,8 @@ class LayerBytes:
     """MLP or experts without their input: what is made again from it."""
 
     @classmethod
-    def of(cls, model: ModelShape, parallel: ParallelConfig, item: int, is_moe: bool) -> LayerBytes:
-        """A layer of a model at a layout; ``item`` is the bytes of an activation."""
+    def of(cls, model: ModelShape, parallel: ParallelConfig, item: int, is_moe: bool, experts: str) -> LayerBytes:
+        """A layer of a model at a layout; ``item`` is the bytes of an activation, ``experts`` the kernel of theirs."""
         hidden, dim, ranks = model.hidden_size, model.head_dim, parallel.tensor
         q, k = model.num_attention_heads * dim, model.num_query_groups * dim
         wide = max(4, item)
@@ -173,10 +178,12 @@ class LayerBytes:
         mlp = 5.0 * item * (model.shared_expert_hidden_size if is_moe else model.ffn_hidden_size)
         if is_moe:
             routing = wide * (2 * model.num_experts + 6 * model.top_k)
-            # Expert-tensor ranks gather each other's tokens: as many times more as the matrices are narrower.
-            gathered = (1 + parallel.expert_tensor) * hidden + 6 * model.expert_hidden_size
-            copies = model.top_k * item * gathered
-            mlp += routing + copies
+            # A routed copy goes to each expert-tensor rank: as many times more as the matrices are narrower. Kept of
+            # it are the inputs of both products, what lies between them, and where it came from.
+            kept = parallel.expert_tensor * hidden + 3 * model.expert_hidden_size
+            if experts == "sequential":
+                kept = (1 + parallel.expert_tensor) * hidden + 6 * model.expert_hidden_size
+            mlp += routing + model.top_k * (item * kept + INDEX_BYTES * parallel.expert_tensor)
         entry = item * hidden
         rotary = 4 * wide * dim  # each rank its own, of all tokens
         return cls(entry / ranks, (norms + linear - core - entry) / ranks + rotary, core / ranks, mlp / ranks)

@@ -15,6 +15,7 @@ from megatron_gspo.doctor.machine import gib
 from megatron_gspo.doctor.sums import RANK_PROCESS, SERVER_PROCESS, against, largest, spell
 from megatron_gspo.doctor.tensors import stage_of
 from megatron_gspo.hf.family import ModelShape
+from megatron_gspo.kernels.choice import choose_kernels
 from megatron_gspo.report.text import count
 from megatron_gspo.rollout.sglang.cards import GPU_SHARE, ServerSizes, base_gpus, server_sizes
 
@@ -50,7 +51,8 @@ class Passing:
         kinds = {
             is_moe for layer, is_moe in enumerate(model.moe_layers) if _lies_on(layer, stage, model, config.parallel)
         }
-        mlp = max((_mlp(model, parallel, item, is_moe) for is_moe in kinds), default=0.0)
+        plain = choose_kernels(config.model.kernels, config.model.dtype)["swiglu"] == "torch"
+        mlp = max((_mlp(model, parallel, item, is_moe, plain=plain) for is_moe in kinds), default=0.0)
         q, k = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
         attention = (item * (2 * q + 2 * k) + max(4, item) * q) / parallel.tensor
         pieces = config.optimizer.offload or config.optimizer.state_dtype != "float32"
@@ -64,11 +66,16 @@ def peak(needed: Estimate, passing: Passing) -> int:
     return states + max(backward, passing.optimizer)
 
 
-def _mlp(model: ModelShape, parallel: ParallelConfig, item: int, is_moe: bool) -> float:
-    """For one token: gradients of a routed copy before and after each exchange, of both projections, and its sum."""
+def _mlp(model: ModelShape, parallel: ParallelConfig, item: int, is_moe: bool, *, plain: bool) -> float:
+    """For one token: gradients of a routed copy before and after each exchange, of both projections, and its sum.
+
+    ``plain``: torch's operations, which widen half types: gate, up, both gradients and what lies between, and the copy.
+    """
     if not is_moe:
         return 3 * item * model.ffn_hidden_size / parallel.tensor
     copy = item * 3 * (parallel.expert_tensor * model.hidden_size + model.expert_hidden_size)
+    if plain and item < 4:
+        copy += 4 * (8 * model.expert_hidden_size + parallel.expert_tensor * model.hidden_size)
     total = model.top_k * (copy + max(4, item) * model.hidden_size)
     return (total + 3 * item * model.shared_expert_hidden_size) / parallel.tensor
 

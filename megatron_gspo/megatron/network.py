@@ -87,9 +87,9 @@ class Network:
         )
         self.optimizer: Optimizer | None = None
         self.replay = Replay(self.chunks, groups.world)
+        self.modules: Sequence[torch.nn.Module] = self.chunks
         self._load(directory)
         self.expert_load = ExpertLoad(self.chunks)
-        self.modules: Sequence[torch.nn.Module] = self.chunks
         if optimizer is not None:
             overlap = config.parallel.overlap
             wrapped = [wrap_ddp(chunk, groups, overlap=overlap, bucketed=not i) for i, chunk in enumerate(self.chunks)]

@@ -97,16 +97,16 @@ def virtual_stages_are_numbered_rank_by_rank() -> Iterator[None]:
 @contextmanager
 def an_expert_is_dropped() -> Iterator[None]:
     """The first expert of every rank gives zeros."""
-    from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron_gspo.megatron.experts import GroupedExperts
 
-    forward = SequentialMLP.forward
+    forward = GroupedExperts.forward
 
     def dropped(self: Any, hidden: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor) -> Any:
         output, bias = forward(self, hidden, tokens_per_expert, probs)
         kept = torch.arange(len(output))[:, None] >= int(tokens_per_expert[0])
         return output * kept, bias
 
-    with mock.patch.object(SequentialMLP, "forward", dropped):
+    with mock.patch.object(GroupedExperts, "forward", dropped):
         yield
 
 
@@ -289,11 +289,10 @@ def bytes_of_states(case: Case, parallel: dict[str, int]) -> tuple[int, int]:
     policy.gradients(batches, lambda index, logprobs_T, entropy_T: logprobs_T.sum())
     policy.step(0, 1)
     inner = [part.optimizer for part in policy.optimizer.megatron.chained_optimizers]
-    moments = [state[key] for one in inner for state in one.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    masters = [parameter for one in inner for group in one.param_groups for parameter in group["params"]]
-    held = {tensor.untyped_storage().data_ptr(): tensor.numel() * tensor.element_size() for tensor in moments}
-    masters_held = sum(tensor.numel() * tensor.element_size() for tensor in masters)
-    return sum(held.values()) + masters_held, sum(p.numel() for chunk in policy.chunks for p in chunk.parameters())
+    names = ("param", "exp_avg", "exp_avg_sq")
+    states = [state[name] for one in inner for state in one.state.values() for name in names]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in states)
+    return held, sum(p.numel() for chunk in policy.chunks for p in chunk.parameters())
 
 
 @pytest.mark.parametrize(("world", "parallel"), [(2, {}), (3, {}), (2, {"expert": 2})])

@@ -64,19 +64,12 @@ def bytes_of_a_rank(config: RunConfig) -> dict[str, int]:
         for optimizer in optimizers
         for state in optimizer.optimizer.state.values()
         for value in state.values()
-        if torch.is_tensor(value) and value.dim()
-    ]
-    masters = [
-        t
-        for optimizer in optimizers
-        for part in optimizer.shard_fp32_from_float16_groups
-        for t in part
-        if t is not None
+        if value.dim() and value.untyped_storage().data_ptr() not in own  # a float32 weight is its own master
     ]
     return {
         "weights": sum(parameter.nbytes for parameter in parameters),
         "gradients": sum(parameter.main_grad.nbytes for parameter in parameters),  # type: ignore[attr-defined]
-        "optimizer": sum(tensor.nbytes for tensor in [*states, *masters]),
+        "optimizer": sum(tensor.nbytes for tensor in states),
         "activations": sum(size for place, size in saved.items() if place not in own),
     }
 

@@ -16,6 +16,7 @@ from megatron_gspo.doctor import kernels, machine, packages
 from megatron_gspo.doctor.check import Check
 from megatron_gspo.doctor.installed import Environment, environment_of, own_environment
 from megatron_gspo.doctor.machine import Machine
+from megatron_gspo.kernels.choice import Machine
 from tests.unit.doctor_cases import Case
 
 GIB = 2**30
@@ -243,6 +244,12 @@ EIGHT = (
 TP4 = 'rollout.server_args=["--tp-size=4", "--mem-fraction-static", "0.3"]'
 
 
+@pytest.fixture
+def an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What kernels are chosen for."""
+    monkeypatch.setattr("megatron_gspo.kernels.choice.Machine.here", lambda: Machine(capability=9, triton=True))
+
+
 def memory(case: Case, *settings: str) -> dict[str, Check]:
     """The lines of a 30 B model on eight cards, by their first words."""
     (case.model / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
@@ -250,7 +257,9 @@ def memory(case: Case, *settings: str) -> dict[str, Check]:
     return {check.detail.partition(":")[0].split(" is ")[0].partition("'s")[0]: check for check in checks}
 
 
-def test_a_rank_of_a_30b_on_eight_cards_is_counted_with_what_comes_and_goes(case: Case, have: Have) -> None:
+def test_a_rank_of_a_30b_on_eight_cards_is_counted_with_what_comes_and_goes(
+    case: Case, have: Have, an_h100: None
+) -> None:
     have(gpus=8, memory=1500)
     rank = memory(case, 'rollout.servers=["http://a"]')["a rank"]
     assert "weights 9.62 GiB + gradients 19.2 GiB + optimizer 42.7 GiB" in rank.detail
