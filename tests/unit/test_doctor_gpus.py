@@ -16,7 +16,7 @@ from megatron_gspo.doctor import kernels, machine, packages
 from megatron_gspo.doctor.check import Check
 from megatron_gspo.doctor.installed import Environment, environment_of, own_environment
 from megatron_gspo.doctor.machine import Machine
-from megatron_gspo.kernels.choice import Machine
+from megatron_gspo.kernels import choice
 from tests.unit.doctor_cases import Case
 
 GIB = 2**30
@@ -247,7 +247,7 @@ TP4 = 'rollout.server_args=["--tp-size=4", "--mem-fraction-static", "0.3"]'
 @pytest.fixture
 def an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     """What kernels are chosen for."""
-    monkeypatch.setattr("megatron_gspo.kernels.choice.Machine.here", lambda: Machine(capability=9, triton=True))
+    monkeypatch.setattr("megatron_gspo.kernels.choice.Machine.here", lambda: choice.Machine(9, triton=True))
 
 
 def memory(case: Case, *settings: str) -> dict[str, Check]:
@@ -263,9 +263,9 @@ def test_a_rank_of_a_30b_on_eight_cards_is_counted_with_what_comes_and_goes(
     have(gpus=8, memory=1500)
     rank = memory(case, 'rollout.servers=["http://a"]')["a rank"]
     assert "weights 9.62 GiB + gradients 19.2 GiB + optimizer 42.7 GiB" in rank.detail
-    assert "76.3 GiB at its fullest, with 1.53 GiB that come and go" in rank.detail and rank.status == "warning"
+    assert "75.8 GiB at its fullest, with 1.53 GiB that come and go" in rank.detail and rank.status == "warning"
     rank = memory(case, 'rollout.servers=["http://a"]', "optimizer.offload=true")["a rank"]
-    assert "42.7 GiB in host memory" in rank.detail and "33.7 GiB at its fullest" in rank.detail
+    assert "42.7 GiB in host memory" in rank.detail and "33.1 GiB at its fullest" in rank.detail
     assert rank.status == "ok" and "server" not in rank.detail
 
 
