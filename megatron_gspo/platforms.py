@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 DeviceType = Literal["cpu", "cuda"]
 
 
@@ -44,4 +42,6 @@ PLATFORMS: dict[str, Platform] = {"cpu": CPU, "cuda": CUDA}
 
 def here() -> Platform:
     """This process's."""
+    import torch  # seconds, which a command that reads a run does not have
+
     return CUDA if torch.cuda.is_available() else CPU

@@ -6,8 +6,6 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from megatron_gspo.platforms import CUDA, here
 
 HALF = ("bfloat16", "float16")
@@ -29,6 +27,8 @@ class Machine:
     @classmethod
     def here(cls) -> Machine:
         """This process's machine."""
+        import torch
+
         capability = torch.cuda.get_device_capability()[0] if here() is CUDA else 0
         triton, apex = (importlib.util.find_spec(name) is not None for name in ("triton", APEX))
         return cls(capability, triton, apex)
