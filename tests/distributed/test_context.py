@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -83,9 +84,11 @@ def test_the_ranks_attention_put_together_is_that_of_each_sequence_alone(ranks: 
 
 @pytest.mark.parametrize("kernel", [varlen, varlen_of_torch_2_11])
 @pytest.mark.parametrize("context", [1, 3])
-def test_the_variable_length_kernel_is_told_which_keys_each_run_of_queries_sees(ranks: RankPool, context: int) -> None:
+def test_the_variable_length_kernel_is_told_which_keys_each_run_of_queries_sees(
+    ranks: RankPool, kernel: Callable[[int], Arrays], context: int
+) -> None:
     """The flash kernel runs on a GPU only (tests/gpu); its definition stands in for it here, its arguments are ours."""
-    (actual,) = ranks.run(1, varlen, context)
+    (actual,) = ranks.run(1, kernel, context)
     error, where = worst(actual, naive_attention(torch.float64, padded(context)))
     assert error < 1e-13, f"{where} is off by {error:.1e}"
 
