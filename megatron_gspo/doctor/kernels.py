@@ -12,10 +12,8 @@ from megatron_gspo.versions import installed
 
 MAKE = "make kernels, after make install DEVICE=cuda"
 TRAINERS = {
-    "transformer-engine": "norms, rotary embedding, SwiGLU and experts run on what torch and Triton have; Megatron's "
-    "narrow optimizer states cannot be had",
-    "apex": "a weight's gradient is written and then added, in two passes, where Megatron multiplies without "
-    "Transformer Engine",
+    "transformer-engine": "attention runs on torch's variable-length kernel, or sequence by sequence where that cannot",
+    "apex": "the gradient of a weight outside of experts and head is written and then added, in two passes",
     "triton": "what has a Triton kernel here runs on torch's operations, in more passes over memory",
 }
 """Kernels of the trainer -> what is so without them on a GPU."""

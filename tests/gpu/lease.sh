@@ -13,7 +13,7 @@ cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3.12} OUT=${OUT:-results} LIMIT=${LIMIT:-520}
 declare -A SECONDS_OF=([imports]=90 [kernels]=120 [noise]=120 [step]=150 [resume]=60 [layers]=240 [bench]=200)
 
-pack() { # what stages import and the machine lacks; some 6 MB
+pack() { # what stages import and the machine lacks; some 5 MB
     rm -rf .lease/wheels
     "$PYTHON" -m pip download --quiet --only-binary :all: --no-deps --python-version 3.12 --platform manylinux_2_28_x86_64 \
         --platform manylinux2014_x86_64 --platform any -d .lease/wheels -r tests/gpu/wheels.txt
