@@ -45,3 +45,11 @@ def here() -> Platform:
     import torch  # seconds, which a command that reads a run does not have
 
     return CUDA if torch.cuda.is_available() else CPU
+
+
+def release_unused() -> None:
+    """Gives device memory that torch keeps for later back to whoever else uses the device."""
+    import torch
+
+    if here() is CUDA:
+        torch.cuda.empty_cache()

@@ -29,6 +29,7 @@ WARNINGS = (
     # Names and types that Megatron uses and torch 2.13 has newer ones for.
     (r"torch\.distributed\.c10d_logger", r"`torch\.distributed\.\w+` is deprecated"),
     (r"megatron\.core", r"`load_state_dict` is deprecated"),  # 0.16.1
+    (r"megatron\.core", r"TypedStorage is deprecated"),  # gradients that are freed while servers compute
     (r"torch\.distributed\.checkpoint", r"The argument order of load has been changed"),  # 0.19.2
     (r"torch\.distributed\.checkpoint", r"Please use DTensor instead and we are deprecating ShardedTensor"),
     # 0.19.2 has every rank read a checkpoint by itself, and means to.

@@ -163,7 +163,7 @@ def describe(subject: Subject, questions: Questions, answers: Examination, ident
     from megatron_gspo.data.tokenizer import turn_end_fix, turn_end_problem
     from megatron_gspo.report.evaluation import file_digest, statistics
     from megatron_gspo.report.manifest import versions
-    from megatron_gspo.train.models import served
+    from megatron_gspo.train.models import placed_here
 
     config, sampling, prompts = subject.config, questions.sampling, questions.prompts
     figures = statistics([(group.rollouts, group.rewards_K) for group in answers.graded])
@@ -195,7 +195,7 @@ def describe(subject: Subject, questions: Questions, answers: Examination, ident
             "max_response_tokens": sampling.max_tokens,
             "seed": sampling.seed,
             "dtype": config.model.dtype,
-            "servers": list(answers.servers) or f"{served(config).local_servers} started here",
+            "servers": list(answers.servers) or f"{len(placed_here(config, ranks=0).first_cards)} started here",
         },
         "result": figures,
         "warnings": warnings,

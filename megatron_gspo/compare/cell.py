@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gspo.compare.plan import Cell
-from megatron_gspo.config import RunConfig, dump
+from megatron_gspo.config import Placement, RunConfig, dump
 from megatron_gspo.quiet import ENVIRONMENT
 from megatron_gspo.storage import writing
 from megatron_gspo.supervise import die_with_parent
@@ -49,13 +49,19 @@ class CellProcesses:
             self._context.set_forkserver_preload(PRELOAD)
             forkserver.ensure_running()  # it imports while rollout servers start
 
-    def start(self, cell: Cell, urls: tuple[str, ...], key: str | None = None) -> BaseProcess:
+    def start(
+        self, cell: Cell, urls: tuple[str, ...], key: str | None = None, placement: Placement | None = None
+    ) -> BaseProcess:
         """A process that runs ``cell`` against the servers at ``urls``; its exit status is that of ``train``.
 
-        ``key``: the servers'; that of this process's environment when None.
+        ``key``: the servers'; that of this process's environment when None. ``placement``: where they were started;
+        None for servers that somebody else has.
         """
         rollout = cell.config.rollout.model_copy(update={"servers": urls})
         config = cell.config.model_copy(update={"rollout": rollout})
+        if placement is not None:
+            placed = config.placement.model_copy(update={"mode": placement.mode})
+            config = config.model_copy(update={"placement": placed})
         process: BaseProcess = self._context.Process(target=run_cell, args=(cell, config, key), name=cell.name)
         process.start()
         return process

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_gspo.compare.cell import CellProcesses
 from megatron_gspo.compare.plan import Cell, Plan
-from megatron_gspo.config import RolloutConfig
+from megatron_gspo.config import Placement, RolloutConfig
 from megatron_gspo.errors import ConfigError, MegatronGspoError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.family import ModelShape
@@ -21,7 +21,7 @@ from megatron_gspo.rollout.engine import local_servers
 from megatron_gspo.rollout.sglang.launcher import last_words
 from megatron_gspo.runs.waiting import starting_servers
 from megatron_gspo.storage import free_space
-from megatron_gspo.train.models import served
+from megatron_gspo.train.models import placed_here, served
 
 Ended = Callable[["Outcome"], None]
 
@@ -114,6 +114,7 @@ class Worker(threading.Thread):
         self._logs = plan.out / "servers" / f"worker-{number}"
         self._servers: Any = None
         self._serves: ServerKey | None = None
+        self._placement: Placement | None = None
         self._process: Any = None
 
     def run(self) -> None:
@@ -122,6 +123,8 @@ class Worker(threading.Thread):
             while not self._stopping.asked and (cell := self._queue.take(self._serves)):
                 urls = self._urls or self._serve(cell)
                 outcome = self._run(cell, urls, None if self._urls else self._servers.key)
+                if outcome.error and self._placement is not None and self._placement.colocated:
+                    self._stop_servers()  # nobody knows whether they sleep
                 if not (outcome.error and self._stopping.asked):  # its end was asked for
                     self._ended(outcome)
         except Exception as error:
@@ -142,7 +145,7 @@ class Worker(threading.Thread):
 
     def _run(self, cell: Cell, urls: tuple[str, ...], key: str | None) -> Outcome:
         started = time.monotonic()
-        self._process = process = self._processes.start(cell, urls, key)
+        self._process = process = self._processes.start(cell, urls, key, self._placement)
         if self._stopping.asked:  # meanwhile
             self.stop(kill=False)
         process.join()
@@ -167,7 +170,8 @@ class Worker(threading.Thread):
                 return tuple(self._servers.urls)
         self._stop_servers()
         config = cell.config
-        rollout = served(config, cores=1)  # cells share the cores among them
+        self._placement = placed_here(config, ranks=config.parallel.world_size(), cores=1)  # cells share the cores
+        rollout = served(config, self._placement)
         self._servers = local_servers(rollout)(
             rollout,
             cell.cold_start,
@@ -175,6 +179,7 @@ class Worker(threading.Thread):
             device=self._device,
             dtype=key.dtype,
             routes=key.routes,
+            placement=self._placement,
         )
         with starting_servers(rollout, self._device, self._say):
             self._servers.__enter__()

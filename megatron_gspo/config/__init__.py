@@ -6,6 +6,7 @@ means and in which unit. An unknown key, a value out of range or two settings th
 """
 
 from megatron_gspo.config.layout import ParallelConfig
+from megatron_gspo.config.placement import Placement, PlacementConfig
 from megatron_gspo.config.rollouts import EvalConfig, ReplayConfig, RewardConfig, RolloutConfig, SyncConfig
 from megatron_gspo.config.run import RunConfig
 from megatron_gspo.config.text import dump, load, parse, read
@@ -19,6 +20,8 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "Placement",
+    "PlacementConfig",
     "ReplayConfig",
     "RewardConfig",
     "RolloutConfig",

@@ -31,8 +31,9 @@ class RolloutConfig(Section):
     servers: Annotated[tuple[Url, ...], AsList] = ()
     """Base URLs of running servers. Empty: ``local_servers`` are started and stopped with the run."""
     local_servers: Positive | None = None
-    """Servers to start on this machine when ``servers`` is empty. Absent: one on GPUs; on a CPU, where each
-    computes on one core, one for every 64 responses of an outer step, at most one a core and 8."""
+    """Servers to start on this machine when ``servers`` is empty. Absent: on GPUs as many as ``[placement]`` has room
+    for; on a CPU, where each computes on one core, one for every 64 responses of an outer step, at most one a core and
+    8."""
     server_python: str = ""
     """Python of the environment that holds sglang; found at ``.venv-sglang/bin/python`` (in the working directory or
     the checkout) or in $MEGATRON_GSPO_SGLANG_PYTHON when empty."""
@@ -40,7 +41,8 @@ class RolloutConfig(Section):
     """Dtype of local servers and of the weights that are sent; ``model.dtype`` when empty. Another one makes an engine
     gap: that of a reduced-precision engine, on a CPU too."""
     server_args: Annotated[tuple[str, ...], AsList] = ()
-    """More arguments for each local server, after those that the launcher chooses for CPU or GPU."""
+    """More arguments for each local server, after those that ``[placement]`` and the launcher choose, which they
+    overrule; a size that the configuration names in both places, with two values, is refused."""
     server_start_s: PositiveFloat = 300.0
     """Seconds a local server may take until it is healthy."""
     group_size: Positive = 8

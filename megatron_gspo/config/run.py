@@ -11,6 +11,7 @@ from megatron_gspo.algorithm.base import ALONE, Algorithm, make_algorithm
 from megatron_gspo.algorithm.correction import Correction
 from megatron_gspo.batching.planning import padded_length
 from megatron_gspo.config.layout import ParallelConfig
+from megatron_gspo.config.placement import Placement, PlacementConfig
 from megatron_gspo.config.rollouts import EvalConfig, ReplayConfig, RewardConfig, RolloutConfig, SyncConfig
 from megatron_gspo.config.training import CriticConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from megatron_gspo.section import Section
@@ -29,6 +30,7 @@ class RunConfig(Section):
     algorithm: SerializeAsAny[Algorithm] = Field(default_factory=make_algorithm)
     correction: Correction = Correction()
     parallel: ParallelConfig = ParallelConfig()
+    placement: PlacementConfig = PlacementConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     critic: CriticConfig = CriticConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -47,10 +49,14 @@ class RunConfig(Section):
         """Optimizer steps of the run."""
         return self.train.outer_steps * self.minibatches
 
-    def local_servers(self, cores: int, *, on_gpu: bool) -> int:
+    def placed(self, *, ranks: int, cards: int, cores: int) -> Placement:
+        """Where trainer and servers lie on a machine with so many ranks, GPUs and cores. Raises ConfigError."""
+        return self.placement.resolved(self.rollout, ranks=ranks, cards=cards, cpu_servers=self._cpu_servers(cores))
+
+    def _cpu_servers(self, cores: int) -> int:
         """``rollout.local_servers`` with its default filled in, for a machine of so many cores."""
-        if self.rollout.local_servers is not None or on_gpu:
-            return self.rollout.local_servers or 1
+        if self.rollout.local_servers is not None:
+            return self.rollout.local_servers
         responses = self.train.prompts_per_step * self.rollout.group_size
         return max(1, min(cores, MOST_SERVERS, responses // RESPONSES_A_SERVER))
 
@@ -105,6 +111,7 @@ class RunConfig(Section):
                 f"correction is about the engine that draws responses, and {self.algorithm.name} has none: remove it"
             )
         self._check_paths()
+        self.placement.check_args(self.rollout.server_args)
         prompt, response = self.rollout.max_prompt_tokens, self.rollout.max_response_tokens
         longest = padded_length(prompt + response, self.parallel.context)
         if self.train.oversize == "error" and longest > self.train.microbatch_tokens:

@@ -10,6 +10,7 @@ from megatron_gspo.doctor.kernels import check_kernels, check_server_kernels
 from megatron_gspo.doctor.memory import check_memory
 from megatron_gspo.doctor.model import check_configuration, check_layout, check_model, check_tokenizer, check_weights
 from megatron_gspo.doctor.pair import check_pair
+from megatron_gspo.doctor.placement import check_where
 from megatron_gspo.doctor.servers import check_servers
 from megatron_gspo.doctor.settings import check_settings
 
@@ -25,7 +26,8 @@ CHECKS = (
     Entry("weights", check_weights, needs=("config", "model"), setting="model.path"),
     Entry("tokenizer", check_tokenizer, needs=("config", "model"), setting="model.path"),
     Entry("layout", check_layout, needs=("config", "model"), setting="[parallel]"),
-    Entry("memory", check_memory, needs=("config", "model", "layout"), setting="rollout.server_args"),
+    Entry("placement", check_where, needs=("config", "model"), setting="[placement]"),
+    Entry("memory", check_memory, needs=("config", "model", "layout", "placement"), setting="[placement]"),
     Entry("prompts", check_prompts, needs=("config", "tokenizer"), setting="data.path", file="data.path"),
     Entry("eval prompts", check_eval_prompts, ("config", "tokenizer"), setting="data.eval_path", file="data.eval_path"),
     Entry("reward", check_reward, needs=("config", "tokenizer", "prompts"), setting="reward.function"),

@@ -8,7 +8,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from megatron_gspo.config import RunConfig, load
+from megatron_gspo.config import Placement, RunConfig, load
 from megatron_gspo.config.inputs import MODELS, advice, missing
 from megatron_gspo.data.formats import Paths
 from megatron_gspo.data.prompts import CompletionSet, PromptSet, load_completions, load_prompts
@@ -53,6 +53,7 @@ class Facts:
         "reader": "the model's safetensors",
         "engine": "the servers' environment",
         "layout": "a layout that holds",
+        "placement": "a placement that holds",
         "tokenizer": "the tokenizer",
         "prompts": "the prompts",
     }
@@ -171,7 +172,15 @@ class Facts:
         """Servers that the run starts on this machine."""
         if self.supervised or self.config.rollout.servers:
             return 0
-        return int(self.config.local_servers(self.machine.cores, on_gpu=bool(self.machine.gpus)))
+        if self.problem("placement"):  # said by the placement's own check
+            return self.config.rollout.local_servers or 1
+        return len(self.placement.first_cards)
+
+    @fact
+    def placement(self) -> Placement:
+        """Where trainer and servers lie on this machine. Raises ConfigError."""
+        machine = self.machine
+        return self.config.placed(ranks=self.ranks_per_node, cards=len(machine.gpus), cores=machine.cores)
 
     @fact
     def prompts(self) -> PromptSet | CompletionSet:

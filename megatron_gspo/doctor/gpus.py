@@ -17,7 +17,6 @@ from megatron_gspo.doctor.tensors import stage_of
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.kernels.choice import choose_kernels
 from megatron_gspo.report.text import count
-from megatron_gspo.rollout.sglang.cards import GPU_SHARE, ServerSizes, base_gpus, server_sizes
 
 FEW = 16
 """Of the longest sequences at once in a server's cache, below which most requests wait for each other."""
@@ -26,10 +25,10 @@ PIECE = 4 * 4 * 2**24
 
 
 def on_gpus(facts: Facts, needed: Estimate, stage: int) -> list[Check]:
-    """A line for the ranks' cards, one for the servers', one for the host."""
-    sizes = server_sizes(facts.config.rollout.server_args)
-    servers = [_of_servers(facts, sizes)] if facts.local_servers else []
-    return [_of_ranks(facts, needed, stage, sizes), *servers, _of_host(facts, needed)]
+    """A line for the ranks' cards (colocated, two: each turn has a peak), one for the servers', one for the host."""
+    servers = [_of_servers(facts)] if facts.local_servers else []
+    turn = [_of_turn(facts, needed)] if _takes_turns(facts) else []
+    return [_of_ranks(facts, needed, stage), *turn, *servers, _of_host(facts, needed)]
 
 
 @dataclass(frozen=True)
@@ -84,38 +83,54 @@ def _lies_on(layer: int, stage: int, model: ModelShape, parallel: ParallelConfig
     return stage_of(layer, model.num_layers, parallel) == stage
 
 
-def _of_ranks(facts: Facts, needed: Estimate, stage: int, sizes: ServerSizes) -> Check:
-    """The fullest rank against the fullest of the cards that ranks of this machine use."""
+def _of_ranks(facts: Facts, needed: Estimate, stage: int) -> Check:
+    """The fullest rank while it trains, against the fullest of the cards that ranks of this machine use."""
     config = facts.config
     there = replace(needed, optimizer=0) if config.optimizer.offload else needed
     passing = Passing.of(config, facts.shape, stage, facts.layout)
-    fullest = peak(there, passing)
-    taken, share = _cards_of_servers(facts, sizes), _share(sizes)
-    devices = facts.machine.gpus[: facts.ranks_per_node]
-    free = min(free - (int(share * total) if index in taken else 0) for index, (free, total) in enumerate(devices))
+    fullest, free = peak(there, passing), _free(facts)
     text = f"a rank: {spell(needed)}"
     text += f"; of it, {gib(needed.optimizer)} in host memory (optimizer.offload)" * (there is not needed)
     text += f"; {gib(fullest)} at its fullest, with {gib(max(vars(passing).values()))} that come and go"
-    shared = f", {share:.0%} of it a local server's" if taken & set(range(len(devices))) else ""
-    text += f", without context and NCCL buffers, of {gib(free)} free on the fullest GPU{shared}"
+    asleep = ", where a server sleeps" if _takes_turns(facts) else ""
+    text += f", without context and NCCL buffers, of {gib(free)} free on the fullest GPU{asleep}"
     return against(text, fullest, free, largest(there))
 
 
-def _of_servers(facts: Facts, sizes: ServerSizes) -> Check:
+def _of_turn(facts: Facts, needed: Estimate) -> Check:
+    """A card that a rank shares while its server is awake: the server's share, what the rank keeps there, and what it
+    sends."""
+    config, placement = facts.config, facts.placement
+    card = min(total for _, total in facts.machine.gpus)
+    terms = {
+        "weights": needed.weights,
+        "reference": needed.reference,
+        "the critic's weights": needed.weights if needed.critic else 0,
+        "sync.bucket_mb": 2 * config.sync.bucket_mb * 10**6,
+        f"a server's {placement.share:.0%}": int(placement.share * card),
+    }
+    total, free = sum(terms.values()), _free(facts)
+    spelled = " + ".join(f"{name} {gib(size)}" for name, size in terms.items() if size)
+    text = f"a card while its server is awake: {spelled} = {gib(total)}, without both contexts, NCCL buffers and CUDA "
+    text += f"graphs, of {gib(free)} free; gradients and optimizer states are in host memory then"
+    return against(text, total, free, "a smaller placement.memory; parallel.tensor, pipeline or expert")
+
+
+def _of_servers(facts: Facts) -> Check:
     """A server's share of a card: its part of the weights, and how many sequences its cache then holds."""
-    config, shape = facts.config, facts.shape
+    config, shape, sizes, share = facts.config, facts.shape, facts.placement.sizes, facts.placement.share
     item = min(4, ITEM_BYTES[config.model.dtype])
     parts = sizes.tensor * sizes.pipeline
     weights = sum(tensor.local_size(1, 1) for tensor in facts.tensors) * item // parts
-    heads = max(1, shape.num_query_groups // sizes.tensor)
+    heads = max(1, shape.num_query_groups * sizes.attention_data // sizes.tensor)
     token = 2 * shape.num_layers // sizes.pipeline * heads * shape.head_dim * item
-    card, share = min(total for _, total in facts.machine.gpus), _share(sizes)
+    card = min(total for _, total in facts.machine.gpus)
     room, longest = int(share * card) - weights, longest_sequence(config)
     text = f"a local server's {share:.0%} of {gib(card)} is {gib(share * card)}: weights {gib(weights)}"
-    fix = "--mem-fraction-static or a larger --tp-size in rollout.server_args, or servers named in rollout.servers"
+    fix = "a larger placement.memory or placement.tensor, or servers named in rollout.servers"
     if room < token * longest:
         return error(f"{text}, and no room for one sequence of {longest} tokens ({gib(token * longest)})", fix)
-    at_once = room // (token * longest)
+    at_once = room // (token * longest) * sizes.attention_data
     text += f" + {gib(room)} for keys and values: {count(at_once, 'sequence')} of {longest} tokens at once"
     return warning(f"{text}; other requests wait", fix) if at_once < FEW else ok(text)
 
@@ -126,7 +141,7 @@ def _of_host(facts: Facts, needed: Estimate) -> Check:
     terms = {
         f"{count(ranks, 'rank')}": ranks * RANK_PROCESS,
         f"{count(servers, 'server')}": servers * SERVER_PROCESS,
-        "states (optimizer.offload)": ranks * needed.optimizer if config.optimizer.offload else 0,
+        **{name: ranks * size for name, size in _in_host_memory(facts, needed).items()},
         "copies (train.checkpoint_async)": ranks * (needed.weights + needed.optimizer)
         if config.train.checkpoint_async
         else 0,
@@ -147,13 +162,18 @@ def _weights_in_memory(facts: Facts) -> int:
     return sum(tensor.local_size(1, 1) for tensor in facts.tensors) * min(4, ITEM_BYTES[config.model.dtype])
 
 
-def _share(sizes: ServerSizes) -> float:
-    return GPU_SHARE if sizes.share is None else sizes.share
+def _takes_turns(facts: Facts) -> bool:
+    return not facts.supervised and facts.placement.colocated
 
 
-def _cards_of_servers(facts: Facts, sizes: ServerSizes) -> set[int]:
-    """Indices of the cards on which local servers lie. Raises ConfigError when there are not enough."""
-    if not facts.local_servers:
-        return set()
-    first = base_gpus(sizes, facts.local_servers, len(facts.machine.gpus))
-    return {begin + offset for begin in first for offset in range(0, sizes.cards, sizes.step)}
+def _in_host_memory(facts: Facts, needed: Estimate) -> dict[str, int]:
+    """Optimizer states of a rank that lie there always, or while servers are awake: name -> bytes."""
+    critic = max(0, needed.critic - needed.weights - needed.gradients)
+    if _takes_turns(facts):
+        return {"states (placement: colocated)": needed.optimizer + critic}
+    return {"states (optimizer.offload)": needed.optimizer if facts.config.optimizer.offload else 0}
+
+
+def _free(facts: Facts) -> int:
+    """Bytes on the fullest of the ranks' cards."""
+    return min(free for free, _ in facts.machine.gpus[: facts.ranks_per_node])

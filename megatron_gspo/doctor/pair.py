@@ -8,7 +8,6 @@ from packaging.version import InvalidVersion, Version
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.installed import Environment
-from megatron_gspo.rollout.sglang.cards import server_sizes
 
 INSTALL = "make install DEVICE=cuda: one torch, with its NCCL and triton, for both"
 DRIVER = "a newer driver (580 or later runs CUDA 13), or a torch for an older CUDA in both environments"
@@ -63,8 +62,8 @@ def _needs_nccl(facts: Facts) -> bool:
     config = facts.config
     if config.sync.method != "distributed":
         return False
-    first = server_sizes(config.rollout.server_args).base or 0
-    return config.sync.backend == "nccl" or (config.sync.backend == "auto" and first >= facts.ranks_per_node)
+    apart = not facts.problem("placement") and not facts.placement.colocated
+    return config.sync.backend == "nccl" or (config.sync.backend == "auto" and apart)
 
 
 def _within(version: str, specifier: str) -> bool:

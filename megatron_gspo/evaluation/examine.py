@@ -32,7 +32,7 @@ from megatron_gspo.sync.gap import in_dtype
 from megatron_gspo.sync.head import HEAD, with_head
 from megatron_gspo.sync.peers import Peers
 from megatron_gspo.train.grade import Graded, evaluation_sampling, grade
-from megatron_gspo.train.models import check_engine, engine_holds_head, served, unread
+from megatron_gspo.train.models import check_engine, engine_holds_head, placed_here, served, unread
 from megatron_gspo.train.survey import usable_questions
 from megatron_gspo.types import ServerAccess
 
@@ -118,7 +118,8 @@ def _servers(
         yield config.rollout.servers, key, check_served(probe(config.rollout.servers, timeout_s=10.0, key=key), model)
         return
     device = here().device_type
-    rollout = served(config, model)
+    placement = placed_here(config, ranks=0)
+    rollout = served(config, placement, model)
     servers = local_servers(rollout)(
         rollout,
         model,
@@ -126,6 +127,7 @@ def _servers(
         device=device,
         dtype=config.rollout.engine_dtype or config.model.dtype,
         seed=config.train.seed,
+        placement=placement,
     )
     with contextlib.ExitStack() as stack:
         with starting_servers(rollout, device, phase):

@@ -39,6 +39,9 @@ class ShardedAdamW:
         self.scale = 1.0
         """What gradients are multiplied by in the next step."""
         self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+        self._places: list[torch.Tensor] = []
+        """In host memory, of the states that can be parked, in their order."""
+        self._parked: list[tuple[dict[str, torch.Tensor], str]] = []
         shards = [shard for group in groups for shard in group["params"]]
         memory = HostMemory(sum(_bytes_on_host(shard, moments) for shard in shards)) if on_host and shards else None
         for shard in shards:
@@ -51,14 +54,48 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step on each shard's ``decoupled_grad``, which is scaled in place."""
+        """One step on each shard's ``decoupled_grad``, which is scaled in place. Not while the states are parked."""
+        assert not self._parked, "the states are in host memory: unpark first"
         number = 0
         for group in self.param_groups:
             for shard in group["params"]:
                 self._step_shard(shard, group, number)
                 number += 1
-        if self.on_host and here() is CUDA:
-            torch.cuda.current_stream().synchronize()  # copies to the host are on their way until here
+        if self.on_host:
+            self._wait()
+
+    @torch.no_grad()
+    def park(self) -> None:
+        """Moves the states to host memory, where checkpoints read them as they do with ``on_host``, and frees theirs.
+
+        Nothing on the device is copied there; the host memory is kept for the next time.
+        """
+        if self._parked or self.on_host:
+            return
+        found = [(state, name) for shard, state in self.state.items() for name in _beside(shard, state)]
+        if not self._places:
+            memory = HostMemory(sum(_aligned(state[name].nbytes) for state, name in found)) if found else None
+            self._places = [memory.take(state[name].numel(), state[name].dtype) for state, name in found if memory]
+        for (state, name), place in zip(found, self._places, strict=True):
+            place.copy_(state[name], non_blocking=True)
+        self._wait()
+        for (state, name), place in zip(found, self._places, strict=True):
+            state[name] = place
+        self._parked = found
+
+    @torch.no_grad()
+    def unpark(self) -> None:
+        """Brings back what ``park`` moved, bit for bit."""
+        devices = {id(state): shard.device for shard, state in self.state.items()}
+        for (state, name), place in zip(self._parked, self._places if self._parked else (), strict=True):
+            state[name] = torch.empty_like(place, device=devices[id(state)]).copy_(place, non_blocking=True)
+        self._parked = []
+        self._wait()
+
+    def _wait(self) -> None:
+        """Copies between host and device are on their way until here."""
+        if here() is CUDA:
+            torch.cuda.current_stream().synchronize()
 
     def _step_shard(self, shard: torch.Tensor, group: dict[str, Any], number: int) -> None:
         state = self.state[shard]
@@ -172,6 +209,11 @@ def _bytes_on_host(shard: torch.Tensor, moments: torch.dtype | None) -> int:
 
 def _aligned(size: int) -> int:
     return -(-size // HostMemory.ALIGNED) * HostMemory.ALIGNED
+
+
+def _beside(shard: torch.Tensor, state: dict[str, torch.Tensor]) -> list[str]:
+    """The states that lie in memory of their own: of a weight that is its own master, the moments."""
+    return [name for name in ("param", *MOMENTS) if state[name].data_ptr() != shard.data_ptr()]
 
 
 def _cut(state: dict[str, torch.Tensor], piece: slice) -> dict[str, torch.Tensor]:

@@ -36,6 +36,7 @@ from megatron_gspo.megatron.optimizer import (
 from megatron_gspo.megatron.pipeline import stage_communicator
 from megatron_gspo.megatron.replay import Replay
 from megatron_gspo.parallel.exchange import together
+from megatron_gspo.platforms import release_unused
 from megatron_gspo.types import PackedBatch
 
 Objective = Callable[..., torch.Tensor]
@@ -141,6 +142,19 @@ class Network:
         lr = learning_rate(optimizer.config, step, total_steps)
         with record_function("model: optimizer step"):
             return optimizer.step(lr), lr
+
+    def park(self) -> None:
+        """Leaves the device to others: gradients are freed, optimizer states go to host memory. Weights stay, to be
+        read, evaluated and sent; nothing is trained until ``unpark``. (Not run on a GPU yet.)"""
+        finish_gathers(self.modules)
+        if self.optimizer is not None:
+            self.optimizer.park()
+        release_unused()
+
+    def unpark(self) -> None:
+        """Brings back what ``park`` moved; gradients are zero."""
+        if self.optimizer is not None:
+            self.optimizer.unpark()
 
     def weights(self, *, copies: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
         """The model in Hugging Face names, one tensor at a time, each on the one rank that owns it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -138,6 +139,23 @@ class Optimizer:
             part.optimizer.step()
         start_gathers(self._models)
         return norm
+
+    def park(self) -> None:
+        """Frees the gradients, and moves the states to host memory; no step until ``unpark``."""
+        for buffer in self._buffers():
+            buffer.offload_to_cpu(move_params=False)  # which keeps no copy of a gradient
+        for part in self.parts():
+            part.optimizer.park()
+
+    def unpark(self) -> None:
+        """Gradients of zero, and the states as they were."""
+        for buffer in self._buffers():
+            buffer.reload_from_cpu(move_params=False)
+        for part in self.parts():
+            part.optimizer.unpark()
+
+    def _buffers(self) -> list[Any]:
+        return [buffer for model in self._models for buffer in (*model.buffers, *model.expert_parallel_buffers)]
 
     @torch.no_grad()
     def gradient_norm(self) -> float:

@@ -24,11 +24,13 @@ PACKAGE_DIRECTORY = Path(__file__).resolve().parent.parent
 def describe(config: RunConfig, world_size: int, engine: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The manifest of a run that starts now on ``world_size`` ranks.
 
-    ``engine``: what the rollout servers said of themselves; its "version" becomes ``versions.sglang``. No host name:
+    ``engine``: what the rollout servers said of themselves; its "version" becomes ``versions.sglang``, and its
+    "placement" stands by itself. No host name:
     a manifest is something to send to others; "process" lets ``status`` on the same machine see whether it lives.
     """
     layout = config.parallel.model_dump() | {"data": config.parallel.data_size(world_size), "world_size": world_size}
     engine = dict(engine or {})
+    placement = engine.pop("placement", None)
     return {
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -36,6 +38,7 @@ def describe(config: RunConfig, world_size: int, engine: Mapping[str, Any] | Non
         "clip_range": config.algorithm.clip_range(),
         "model": config.model.path,
         "layout": layout,
+        **({"placement": placement} if placement else {}),
         "kernels": choose_kernels(config.model.kernels, config.model.dtype).record(),
         "seeds": {"train": config.train.seed},
         "engine": {"name": config.rollout.engine, **engine},

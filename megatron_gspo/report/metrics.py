@@ -312,7 +312,9 @@ METRICS: dict[str, Metric] = {
     "time/reward": Metric("s", "Rewards and advantages.", combine="last"),
     "time/logprobs": Metric("s", "Forward passes for pi_old, the reference and the noise floor.", combine="last"),
     "time/train": Metric("s", "Forward, backward and optimizer over all mini-batches.", combine="last"),
-    "time/sync": Metric("s", "New weights to the rollout servers.", combine="last"),
+    "time/sync": Metric(
+        "s", "New weights to the rollout servers; colocated, also the change of turns.", combine="last"
+    ),
 }
 
 TIME_PARTS = ("rollout", "reward", "logprobs", "train", "sync")

@@ -92,6 +92,27 @@ class Control(Protocol):
         """Raises SyncError unless every server reports ``version``."""
         ...
 
+    def versions(self) -> list[str]:
+        """What each server says of the version of what it holds."""
+        ...
+
+    def pause(self) -> None:
+        """Ends what is being generated and lets nothing begin until ``unpause``: requests wait."""
+        ...
+
+    def unpause(self) -> None:
+        """Lets requests in again."""
+        ...
+
+    def sleep(self, tags: Sequence[str]) -> None:
+        """Gives device memory back: "kv_cache", "weights", whose contents are lost. Servers must be awake, paused and
+        idle: one that is not may die of it."""
+        ...
+
+    def wake(self, tags: Sequence[str]) -> None:
+        """Takes the memory again, with nothing in it. Servers must be asleep: one that is not may die of it."""
+        ...
+
     def infos(self) -> list[dict[str, Any]]:
         """Each server's settings."""
         ...

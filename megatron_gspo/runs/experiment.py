@@ -140,6 +140,7 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
         _names("parallel", "tensor pipeline virtual_pipeline stage_layers context expert expert_tensor data overlap"),
     ),
     ("memory and speed", _never, _names("model", "logprob_chunk recompute recompute_modules recompute_method recompute_layers")),
+    ("memory, speed and rounding", _never, _names("placement", "mode gpus tensor expert attention_data memory")),
     ("memory and speed", _never, ("optimizer.offload", "critic.offload")),
     ("speed and rounding", _never, _names("model", "kernels")),
     ("memory, speed and rounding", _never, _names("train", "microbatch_tokens oversize deterministic")),

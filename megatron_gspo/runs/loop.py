@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_gspo.platforms import here
 from megatron_gspo.calls import SERVER_KEY
-from megatron_gspo.config import RunConfig
+from megatron_gspo.config import Placement, RunConfig
 from megatron_gspo.data.cursor import PromptCursor
 from megatron_gspo.errors import ConfigError, RolloutError, RunStopped
 from megatron_gspo.parallel.exchange import agree, broadcast_object, together
@@ -27,7 +27,7 @@ from megatron_gspo.runs.checkpoints import Checkpoints
 from megatron_gspo.train.assembly import Inputs, Run, build_run, load_inputs
 from megatron_gspo.train.evaluate import evaluate
 from megatron_gspo.runs.experiment import contents
-from megatron_gspo.train.models import served
+from megatron_gspo.train.models import placed_here, served
 from megatron_gspo.train.profile import Profiles
 from megatron_gspo.train.progress import Progress, seed_generators
 from megatron_gspo.runs.recording import MakeRecorder, Recorder, open_recorder
@@ -127,8 +127,12 @@ def reinforce(session: Session, inputs: Inputs) -> Models:
     """Builds what a run needs, brings it to the checkpoint if there is one, and trains; returns what was trained."""
     config, recorder = session.config, session.recorder
     with rollout_servers(config, session.groups, recorder) as serving:
-        run = build_run(config, session.groups, inputs, serving.urls, serving.access)
-        recorder.engine({"version": run.engine.version, "seeded": run.seeded, "urls": list(serving.urls)})
+        placement = serving.placement
+        run = build_run(
+            config, session.groups, inputs, serving.urls, serving.access, colocated=placement.colocated
+        )
+        described = {"version": run.engine.version, "seeded": run.seeded, "urls": list(serving.urls)}
+        recorder.engine({**described, "placement": placement.record()})
         if untested_engine := untested("sglang", run.engine.version):
             recorder.note(f"warning: {untested_engine}")
         progress = Progress(run.cursor)
@@ -198,6 +202,7 @@ class Serving:
     access: ServerAccess
     check: Callable[[], None]
     """Collective: raises EngineUnavailableError when a local server has died or lost its port."""
+    placement: Placement
 
 
 @contextlib.contextmanager
@@ -207,10 +212,13 @@ def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> It
     Raises ConfigError when local servers would have to serve ranks on other machines.
     """
     run = broadcast_object(secrets.token_hex(4), 0, groups.world)
-    if config.rollout.servers:
-        yield Serving(config.rollout.servers, ServerAccess(os.environ.get(SERVER_KEY, ""), run), nothing)
-        return
     world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    placement = together(lambda: placed_here(config, ranks=local), groups.world)
+    placement = broadcast_object(placement, 0, groups.world)  # one for all, whatever another machine looks like
+    if config.rollout.servers:
+        access = ServerAccess(os.environ.get(SERVER_KEY, ""), run)
+        yield Serving(config.rollout.servers, access, nothing, placement)
+        return
     if local != world:
         raise ConfigError(
             f"{world} ranks, {local} of them on this machine: servers started here would not be reached by the others; "
@@ -222,7 +230,7 @@ def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> It
         check: Callable[[], None] = nothing
         if dist.get_rank() == 0:
             device = here().device_type
-            rollout = served(config)
+            rollout = served(config, placement)
             servers = local_servers(rollout)(
                 rollout,
                 config.model.path,
@@ -231,6 +239,7 @@ def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> It
                 dtype=config.rollout.engine_dtype or config.model.dtype,
                 seed=config.train.seed,
                 routes=config.replay.uses_engine_routes,
+                placement=placement,
             )
             recorder.phase("waiting for the servers")
             try:
@@ -240,7 +249,7 @@ def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> It
                 error = caught
         agree(error, groups.world)
         urls, key = broadcast_object((urls, key), 0, groups.world)
-        yield Serving(urls, ServerAccess(key, run), lambda: together(check, groups.world))
+        yield Serving(urls, ServerAccess(key, run), lambda: together(check, groups.world), placement)
 
 
 def nothing() -> None:

@@ -21,12 +21,13 @@ from megatron_gspo.hf.carried import carried_names
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.megatron.checkpoint_files import is_distributed
 from megatron_gspo.megatron.groups import Groups
+from megatron_gspo.megatron.network import Network
 from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.parallel.exchange import agree, gather_objects
 from megatron_gspo.platforms import here
 from megatron_gspo.rewards.references import ReferenceCheck
 from megatron_gspo.rewards.registry import Reward, resolve_reward
-from megatron_gspo.rollout.engine import Engine, Sampling, make_engine
+from megatron_gspo.rollout.engine import Engine, Sampling, make_control, make_engine
 from megatron_gspo.sync.base import WeightSync, make_weight_sync
 from megatron_gspo.sync.gap import in_dtype, with_router_noise
 from megatron_gspo.sync.head import HEAD, with_head
@@ -35,6 +36,7 @@ from megatron_gspo.train.engine_gate import EngineGate, make_gate
 from megatron_gspo.train.learner import Learner, build_learner
 from megatron_gspo.train.models import check_models, check_served, engine_holds_head
 from megatron_gspo.train.progress import fingerprint
+from megatron_gspo.train.turns import Apart, Colocated
 from megatron_gspo.types import OPEN, ServerAccess
 
 
@@ -53,6 +55,9 @@ class Run(Learner):
     gate: EngineGate
     references: ReferenceCheck | None = None
     """What is known of reference answers; None when nobody looked."""
+    access: ServerAccess = OPEN
+    turns: Apart = field(default_factory=Apart)
+    """Of trainer and servers on the same cards."""
     notes: list[str] = field(default_factory=list)
     """What the recorder is to say after the step."""
 
@@ -80,8 +85,19 @@ class Run(Learner):
         if config.rollout.engine_dtype:
             kept = self.policy.family.bias_names(self.policy.shape)
             weights = in_dtype(weights, getattr(torch, config.rollout.engine_dtype), kept)
+        self.turns.update(self.trained)
         if verified := self.sync.push(weights, version):
             self.notes.append(verified)
+        self.turns.serve(self.access.version_name(version))
+
+    def learn(self) -> None:
+        """The trainer's turn: after the responses of an outer step, before what learns from them. Collective."""
+        self.turns.train(self.trained)
+
+    @property
+    def trained(self) -> list[Network]:
+        """What is trained."""
+        return list(self.models.values())
 
     def sampling(self, outer_step: int) -> Sampling:
         """How this outer step's responses are drawn."""
@@ -155,9 +171,18 @@ def load_inputs(config: RunConfig) -> Inputs:
 
 
 def build_run(
-    config: RunConfig, groups: Groups, inputs: Inputs, urls: tuple[str, ...], access: ServerAccess = OPEN
+    config: RunConfig,
+    groups: Groups,
+    inputs: Inputs,
+    urls: tuple[str, ...],
+    access: ServerAccess = OPEN,
+    *,
+    colocated: bool = False,
 ) -> Run:
-    """Loads model and weights and connects to the servers. Collective. Raises UserError for what the user can mend."""
+    """Loads model and weights and connects to the servers, which sleep first where they are ``colocated``. Collective.
+    Raises UserError for what the user can mend."""
+    turns = take_turns(config, groups, urls, access) if colocated else Apart()
+    turns.begin()
     learner = build_learner(config, groups)
     policy = learner.policy
     run = Run(
@@ -186,9 +211,18 @@ def build_run(
         reward=inputs.reward,
         gate=make_gate(config),
         references=inputs.references,
+        access=access,
+        turns=turns,
     )
-    connect(run, own_servers(urls, groups), access)
+    connect(run, own_servers(urls, groups), access, awake=not colocated)
     return run
+
+
+def take_turns(config: RunConfig, groups: Groups, urls: tuple[str, ...], access: ServerAccess) -> Colocated:
+    """Turns with the servers at ``urls``, which the first rank asks."""
+    first = dist.get_rank() == 0
+    control = make_control(config.rollout.engine, urls, config.sync.timeout_s, access.key) if first else None
+    return Colocated(control, groups.world)
 
 
 def expected_names(config: RunConfig, policy: Policy) -> set[str]:
@@ -204,14 +238,14 @@ def expected_names(config: RunConfig, policy: Policy) -> set[str]:
     return names | {HEAD} if engine_holds_head(config.rollout.engine, policy.shape) else names
 
 
-def connect(run: Run, urls: Sequence[str], access: ServerAccess) -> None:
-    """Each leader says hello to its servers: one that is down, or of another model, is found before anything is
-    trained. Collective."""
+def connect(run: Run, urls: Sequence[str], access: ServerAccess, *, awake: bool = True) -> None:
+    """Each leader says hello to its servers: one that is down, or of another model, or asleep where it should be
+    ``awake``, is found before anything is trained. Collective."""
     error: Exception | None = None
     if run.groups.is_leader:
         try:
             asyncio.run(_enter_and_leave(run.engine))
-            check_served(urls, run.config.model.path, access.key)
+            check_served(urls, run.config.model.path, access.key, awake=awake)
         except Exception as caught:
             error = caught
     agree(error, run.groups.world)

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_gspo.algorithm.importance import rule_named
-from megatron_gspo.config import RolloutConfig, RunConfig
+from megatron_gspo.config import Placement, RolloutConfig, RunConfig
 from megatron_gspo.errors import ConfigError, UserError
 from megatron_gspo.hf.catalog import read_config, read_model
 from megatron_gspo.hf.checkpoint import HfReader
@@ -18,10 +20,11 @@ from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.hf.layout import check_layout, check_positions
 from megatron_gspo.hf.names import holds_weights
 from megatron_gspo.megatron.checkpoint_files import is_distributed
-from megatron_gspo.platforms import here
+from megatron_gspo.platforms import CUDA, here
 from megatron_gspo.rollout.engine import ENGINES
 from megatron_gspo.rollout.sglang.probe import probe
 from megatron_gspo.train.passes import find_pass
+from megatron_gspo.train.turns import ASLEEP, TURNING
 
 TOLD_APART_BY = ("architectures", "vocab_size", "num_hidden_layers", "hidden_size", "num_experts")
 """Of config.json: a model of others takes none of the policy's weights, or keeps some of its own."""
@@ -96,12 +99,17 @@ def unread(engine: str, path: str | Path, shape: ModelShape) -> str:
     return _not_loaded(Path(path))
 
 
-def served(config: RunConfig, path: str | Path = "", *, cores: int | None = None) -> RolloutConfig:
-    """``rollout`` for servers on ``path``, ``model.path`` unless given; as many as ``cores`` (this machine's) are for.
-    Where the engine cannot load what is there, they start with whatever is in memory, and the first push fills it."""
-    cores = len(os.sched_getaffinity(0)) if cores is None else cores
-    on_gpu = here().device_type == "cuda"
-    update: dict[str, Any] = {"local_servers": config.local_servers(cores, on_gpu=on_gpu)}
+def placed_here(config: RunConfig, *, ranks: int, cores: int | None = None) -> Placement:
+    """Where ``ranks`` trainer ranks of this machine and servers lie, on CPUs so many as ``cores`` (this machine's) are
+    for. Raises ConfigError."""
+    cards = torch.cuda.device_count() if here() is CUDA else 0
+    return config.placed(ranks=ranks, cards=cards, cores=len(os.sched_getaffinity(0)) if cores is None else cores)
+
+
+def served(config: RunConfig, placement: Placement, path: str | Path = "") -> RolloutConfig:
+    """``rollout`` for the local servers of ``placement`` on ``path``, ``model.path`` unless given. Where the engine
+    cannot load what is there, they start with whatever is in memory, and the first push fills it."""
+    update: dict[str, Any] = {"local_servers": len(placement.first_cards)}
     if _not_loaded(Path(path or config.model.path)):
         update["server_args"] = ("--load-format", "dummy", *config.rollout.server_args)
     return config.rollout.model_copy(update=update)
@@ -115,15 +123,21 @@ def _not_loaded(path: Path) -> str:
     return ""
 
 
-def check_served(urls: Sequence[str], model: str, key: str = "") -> None:
-    """Raises ConfigError for a server that was started from another model than ``model``.
+def check_served(urls: Sequence[str], model: str, key: str = "", *, awake: bool = True) -> None:
+    """Raises ConfigError for a server that was started from another model than ``model``, and, unless it may be, for
+    one that a run with ``placement.mode = "colocated"`` has left asleep.
 
     Weight sync would not notice one of more layers. Asked are servers whose directory can be read from here.
     """
     own = read_config(model)
-    for state in probe(urls, timeout_s=10.0, key=key):
+    for state in probe(urls, timeout_s=10.0, key=key, health=False):  # they may be asleep
         if state.model_path is None:
             continue  # that it does not answer is said when it is asked for responses
+        if awake and str(state.weight_version).endswith((ASLEEP, TURNING)):
+            raise ConfigError(
+                f"rollout.servers: {state.url} was left asleep (weight version {state.weight_version}) by a run that "
+                f'took turns with it: start it again, or set placement.mode = "colocated"'
+            )
         served = Path(state.model_path)
         difference = first_difference(own, read_config(served)) if (served / "config.json").is_file() else ""
         if difference:

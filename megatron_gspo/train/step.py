@@ -61,6 +61,8 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
     minibatches = place(collected.samples, run.config, run.groups)
     if not minibatches:
         return [skip_step(run, number, first_step, summary, clock)], []
+    with clock("sync"):
+        run.learn()
     with clock("logprobs"):
         routing = open_routing(run, collected.samples, minibatches, number)
         minibatches = pi_old_pass(run, minibatches, routing)

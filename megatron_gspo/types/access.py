@@ -35,7 +35,7 @@ class ServerAccess:
 
 def is_of_another_run(name: Any, own: str) -> bool:
     """Whether a weight version names a run, by ``ServerAccess.version_name``, and another one than ``own`` does."""
-    shape = re.compile(r"[0-9]+-([0-9a-f]+)(-incomplete)?")
+    shape = re.compile(r"[0-9]+-([0-9a-f]+)(-[a-z]+)?")
     found, ours = (shape.fullmatch(each) if isinstance(each, str) else None for each in (name, own))
     return found is not None and (ours is None or found[1] != ours[1])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_gspo.config import RolloutConfig
+from megatron_gspo.config import Placement, PlacementConfig, RolloutConfig
+from megatron_gspo.config.servers import server_sizes
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.rollout.sglang import launcher
 from megatron_gspo.rollout.sglang.cards import (
     GIB,
-    ServerSizes,
     check_divides,
-    place,
-    server_sizes,
+    check_fits,
     weight_bytes,
 )
 from megatron_gspo.rollout.sglang.launcher import SERVER_SCRIPT, LocalServers, find_server_python, server_arguments
@@ -38,13 +37,18 @@ QWEN3_30B = {
 CARD = 80 * GIB
 
 
+def placed(args: Sequence[str] = (), servers: int | None = None, cards: int = 8, **settings: Any) -> Placement:
+    rollout = RolloutConfig(server_args=tuple(args), local_servers=servers)
+    return PlacementConfig(**settings).resolved(rollout, ranks=settings.pop("ranks", 0), cards=cards)
+
+
 def test_servers_of_two_cards_lie_behind_each_other() -> None:
-    assert place(server_sizes(["--tp-size", "2"]), 2, None, [CARD] * 4) == [0, 2]
-    assert place(server_sizes(["--tp=2", "--pp-size=2"]), 2, None, [CARD] * 8) == [0, 4]
-    assert place(server_sizes(["--dp-size", "2"]), 3, None, [CARD] * 6) == [0, 2, 4]
-    assert place(server_sizes(["--tp-size", "4", "--attn-dp-size", "4"]), 1, None, [CARD] * 4) == [0]
-    assert place(server_sizes(["--tp-size", "2", "--base-gpu-id", "6"]), 1, None, [CARD] * 8) == [6]
-    assert place(server_sizes(["--tp-size", "2", "--gpu-id-step", "2"]), 2, None, [CARD] * 6) == [0, 3]
+    assert placed(["--tp-size", "2"], 2, 4).first_cards == (0, 2)
+    assert placed(["--tp=2", "--pp-size=2"], 2, 8).first_cards == (0, 4)
+    assert placed(["--dp-size", "2"], 3, 6).first_cards == (0, 2, 4)
+    assert placed(["--tp-size", "4", "--attn-dp-size", "4"], 1, 4).first_cards == (0,)
+    assert placed(["--tp-size", "2", "--base-gpu-id", "6"], 1).first_cards == (6,)
+    assert placed(["--tp-size", "2", "--gpu-id-step", "2"], 2, 6).first_cards == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -52,23 +56,23 @@ def test_servers_of_two_cards_lie_behind_each_other() -> None:
     [
         (["--tp-size", "2"], 3, 4, r"3 local server\(s\) of 2 card\(s\) each need 6 cards, and this machine shows 4"),
         (["--base-gpu-id", "3", "--tp", "2"], 1, 4, "from card 3 on need 5 cards, and this machine shows 4"),
-        ([], 1, 0, "need 1 cards, and this machine shows 0"),
         (["--base-gpu-id", "0"], 2, 4, "--base-gpu-id 0 puts all 2 local servers on the same cards"),
     ],
 )
 def test_cards_that_are_not_there_are_one_error(args: list[str], servers: int, cards: int, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        place(server_sizes(args), servers, None, [CARD] * cards)
+        placed(args, servers, cards)
 
 
 def test_weights_that_do_not_fit_into_a_servers_share_are_refused_with_the_sums() -> None:
     weights = 57 * GIB
-    with pytest.raises(ConfigError, match=r"57\.0 GiB of weights over 1 card\(s\).*0\.4 of 80\.0 GiB = 32\.0 GiB"):
-        place(ServerSizes(), 1, weights, [CARD])
-    place(server_sizes(["--tp-size", "2"]), 1, weights, [CARD] * 2)
-    place(server_sizes(["--mem-fraction-static=0.85"]), 1, weights, [CARD])
-    with pytest.raises(ConfigError, match=r"28\.5 GiB each, and a local server has 0\.4 of 40\.0 GiB"):
-        place(server_sizes(["--tp-size", "2"]), 1, weights, [CARD, CARD // 2])
+    with pytest.raises(ConfigError, match=r"57\.0 GiB of weights over 1 card\(s\).*0\.5 of 80\.0 GiB = 40\.0 GiB"):
+        check_fits(placed(mode="colocated"), weights, CARD)
+    check_fits(placed(["--tp-size", "2"], mode="colocated"), weights, CARD)
+    check_fits(placed(["--mem-fraction-static=0.85"], mode="colocated"), weights, CARD)
+    check_fits(placed(), weights, CARD)
+    with pytest.raises(ConfigError, match=r"28\.5 GiB each, and a local server has 0\.5 of 40\.0 GiB"):
+        check_fits(placed(tensor=2, mode="colocated"), weights, CARD // 2)
 
 
 def test_weights_are_counted_in_the_engines_dtype_from_the_files_headers(tmp_path: Path) -> None:
@@ -140,18 +144,20 @@ def test_the_launcher_starts_servers_for_cuda_each_on_cards_of_its_own(
         ).__enter__()
 
 
-PARALLEL = (
-    (),
-    ("--tp-size", "2"),
-    ("--tp-size", "4", "--ep-size", "4"),
-    ("--tp-size", "4", "--attn-dp-size", "2"),
-    ("--tp-size", "2", "--mem-fraction-static", "0.8"),
-    ("--load-format", "dummy"),
+PARALLEL: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    ((), {}),
+    (("--tp-size", "2"), {"mode": "colocated"}),
+    ((), {"tensor": 4, "expert": 4}),
+    ((), {"tensor": 4, "attention_data": 2, "mode": "colocated"}),
+    (("--mem-fraction-static", "0.7"), {"tensor": 2}),
+    (("--load-format", "dummy"), {"memory": 0.45}),
 )
 LINES = [
-    (device, args, routes, seeded)
-    for device, args, routes, seeded in itertools.product(("cuda", "cpu"), PARALLEL, (False, True), (False, True))
-    if device == "cuda" or not args
+    (device, args, settings, routes, seeded)
+    for device, (args, settings), routes, seeded in itertools.product(
+        ("cuda", "cpu"), PARALLEL, (False, True), (False, True)
+    )
+    if device == "cuda" or not (args or settings)
 ]
 PARSE = """
 import json, logging, sys
@@ -165,9 +171,15 @@ for line in json.load(sys.stdin):
     said.clear()
     settings = prepare_server_args(line)
     names = ("tp_size", "ep_size", "attn_dp_size", "dp_size", "mem_fraction_static", "base_gpu_id", "device",
-             "enable_fp32_lm_head", "enable_return_routed_experts", "enable_deterministic_inference")
+             "enable_fp32_lm_head", "enable_return_routed_experts", "enable_deterministic_inference",
+             "enable_memory_saver")
     print(json.dumps({{"said": said, **{{name: getattr(settings, name) for name in names}}}}))
 """
+
+
+def on(device: str, args: tuple[str, ...], settings: dict[str, Any]) -> Placement:
+    cards = 8 if device == "cuda" else 0
+    return PlacementConfig(**settings).resolved(RolloutConfig(server_args=args), ranks=4, cards=cards)
 
 
 @pytest.fixture(scope="module")
@@ -177,10 +189,12 @@ def parsed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     model = tmp_path_factory.mktemp("model")
     (model / "config.json").write_text(json.dumps({"architectures": ["Qwen3MoeForCausalLM"], **QWEN3_30B}))
     lines = []
-    for device, args, routes, seeded in LINES:
+    for device, args, settings, routes, seeded in LINES:
         config = RolloutConfig(server_args=args, seeded=seeded)
-        check_divides(server_sizes(args), QWEN3_30B)
-        lines.append(server_arguments(config, model, 30000, device=device, dtype="bfloat16", gpu=1, routes=routes))
+        placement = on(device, args, settings)
+        check_divides(placement.sizes, QWEN3_30B)
+        told = {"device": device, "dtype": "bfloat16", "gpu": 1, "routes": routes, "placed": placement.server_args}
+        lines.append(server_arguments(config, model, 30000, **told))
     lines.append(["--model-path", str(model), "--disable-cuda-graph"])
     done = subprocess.run(
         [str(find_server_python()), "-P", "-c", PARSE.format(directory=str(SERVER_SCRIPT.parent))],
@@ -205,8 +219,9 @@ def environment() -> Mapping[str, str]:
 
 @pytest.mark.parametrize("index", range(len(LINES)), ids=[" ".join(map(str, line)) for line in LINES])
 def test_sglang_takes_the_command_line_without_a_deprecation(index: int, parsed: list[dict[str, Any]]) -> None:
-    device, args, routes, seeded = LINES[index]
-    seen, sizes = parsed[index], server_sizes(args)
+    device, args, settings, routes, seeded = LINES[index]
+    seen, placement = parsed[index], on(device, args, settings)
+    sizes = placement.sizes
     assert not [text for text in seen["said"] if "deprecated" in text.lower()]
     assert (seen["tp_size"], seen["ep_size"], seen["attn_dp_size"]) == (
         sizes.tensor,
@@ -216,4 +231,5 @@ def test_sglang_takes_the_command_line_without_a_deprecation(index: int, parsed:
     assert seen["dp_size"] == 1 and seen["device"] == device and seen["enable_fp32_lm_head"]
     assert (seen["enable_return_routed_experts"], seen["enable_deterministic_inference"]) == (routes, seeded)
     if device == "cuda":
-        assert (seen["base_gpu_id"], seen["mem_fraction_static"]) == (1, sizes.share or launcher.GPU_SHARE)
+        assert (seen["base_gpu_id"], seen["mem_fraction_static"]) == (1, placement.share)
+    assert seen["enable_memory_saver"] == (device == "cuda" and placement.colocated)

@@ -242,7 +242,7 @@ class Processes:
     def __init__(self, ends: Any) -> None:
         self.ends, self.started = ends, list[str]()
 
-    def start(self, cell: Any, urls: tuple[str, ...], key: str | None) -> Any:
+    def start(self, cell: Any, urls: tuple[str, ...], key: str | None, placement: Any) -> Any:
         self.started.append(cell.name)
         status = self.ends(cell)
         if status == 0:

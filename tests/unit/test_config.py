@@ -209,23 +209,23 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "asked", "cores", "on_gpu", "servers"),
+    ("prompts", "asked", "cores", "cards", "servers"),
     [
-        (32, None, 2, False, 2),  # 256 responses
-        (32, None, 64, False, 4),
-        (4, None, 64, False, 1),
-        (1024, None, 64, False, 8),
-        (1024, None, 64, True, 1),
-        (4, 3, 2, False, 3),
-        (4, 3, 2, True, 3),
+        (32, None, 2, 0, 2),  # 256 responses
+        (32, None, 64, 0, 4),
+        (4, None, 64, 0, 1),
+        (1024, None, 64, 0, 8),
+        (1024, None, 64, 4, 3),  # those that one rank leaves
+        (4, 3, 2, 0, 3),
+        (4, 3, 2, 4, 3),
     ],
 )
-def test_local_servers_follow_cores_and_the_step_unless_the_user_says_how_many(
-    prompts: int, asked: int | None, cores: int, on_gpu: bool, servers: int
+def test_local_servers_follow_cores_or_cards_unless_the_user_says_how_many(
+    prompts: int, asked: int | None, cores: int, cards: int, servers: int
 ) -> None:
     known = {"model": {"path": "m"}, "data": {"path": "d"}, "train": {"run_dir": "r", "prompts_per_step": prompts}}
     config = RunConfig.model_validate(known | {"rollout": {"local_servers": asked, "group_size": 8}})
-    assert config.local_servers(cores, on_gpu=on_gpu) == servers
+    assert len(config.placed(ranks=1, cards=cards, cores=cores).first_cards) == servers
 
 
 def test_every_setting_has_a_docstring() -> None:

@@ -1,103 +1,21 @@
-"""How many cards a local server takes, and whether they and the model's sizes allow it. (Not run on a GPU yet.)"""
+"""Whether a local server's size divides the model, and its cards hold the weights. (Not run on a GPU yet.)"""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_gspo.config import Placement
+from megatron_gspo.config.servers import ServerSizes
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.untrusted import open_regular, read_json
 
-GPU_SHARE = 0.4
-"""Of a GPU's memory that a local server takes; the trainer has the rest."""
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 2**30
-SIZES = {
-    "tensor": ("--tp-size", "--tensor-parallel-size", "--tp"),
-    "pipeline": ("--pp-size", "--pipeline-parallel-size", "--pp"),
-    "data": ("--dp-size", "--data-parallel-size", "--dp"),
-    "attention_data": ("--attn-dp-size", "--attention-data-parallel-size"),
-    "expert": ("--ep-size", "--expert-parallel-size", "--ep"),
-    "step": ("--gpu-id-step",),
-}
-
-
-@dataclass(frozen=True)
-class ServerSizes:
-    """What ``rollout.server_args`` say of a server's ranks.
-
-    >>> server_sizes(["--tp-size", "4", "--attn-dp-size=2"]).cards
-    4
-    """
-
-    tensor: int = 1
-    pipeline: int = 1
-    data: int = 1
-    attention_data: int = 1
-    """Of the tensor ranks, groups that each attend to other requests."""
-    expert: int = 1
-    step: int = 1
-    """Distance of the cards of neighbouring ranks."""
-    base: int | None = None
-    """Its first card, where the user names it."""
-    share: float | None = None
-    """Of each card's memory, for weights and cache, where the user names it."""
-
-    @property
-    def cards(self) -> int:
-        """GPUs from its first to its last rank."""
-        return (self.tensor * self.pipeline * self.data - 1) * self.step + 1
-
-
-def server_sizes(server_args: Sequence[str]) -> ServerSizes:
-    """Reads a command line as SGLang 0.5.23 does. Raises ConfigError for what is no size, and for a flag that it has
-    deprecated."""
-    if "--enable-dp-attention" in server_args:
-        raise ConfigError(
-            "rollout.server_args: SGLang has deprecated --enable-dp-attention; --attn-dp-size N says it alone, and "
-            "--dp-size N then starts N copies of the server"
-        )
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name, flags in SIZES.items():
-        parser.add_argument(*flags, dest=name, type=int, default=1)
-    parser.add_argument("--base-gpu-id", dest="base", type=int)
-    parser.add_argument("--mem-fraction-static", dest="share", type=float)
-    try:
-        sizes = ServerSizes(**vars(parser.parse_known_args(list(server_args))[0]))
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"rollout.server_args: {error}") from None
-    for name, flags in SIZES.items():
-        if getattr(sizes, name) < 1:
-            raise ConfigError(f"rollout.server_args: {flags[0]} {getattr(sizes, name)} is no number of ranks")
-    return sizes
-
-
-def base_gpus(sizes: ServerSizes, servers: int, cards: int) -> list[int]:
-    """The first card of each server, one server's cards behind the other's.
-
-    Raises ConfigError when there are not ``cards`` enough, or the user's --base-gpu-id puts several on the same ones.
-    """
-    if sizes.base is not None and servers > 1:
-        raise ConfigError(
-            f"rollout.server_args: --base-gpu-id {sizes.base} puts all {servers} local servers on the same cards: "
-            f"leave it out, and each begins behind the one before"
-        )
-    first = sizes.base or 0
-    last = first + servers * sizes.cards
-    if last > cards:
-        ranks = f"{servers} local server(s) of {sizes.cards} card(s) each"
-        begin = f" from card {first} on" if first else ""
-        raise ConfigError(
-            f"rollout: {ranks}{begin} need {last} cards, and this machine shows {cards}: fewer rollout.local_servers, "
-            f"or a smaller --tp-size in rollout.server_args"
-        )
-    return [first + index * sizes.cards for index in range(servers)]
 
 
 def check_divides(sizes: ServerSizes, config: Mapping[str, Any]) -> None:
@@ -105,7 +23,7 @@ def check_divides(sizes: ServerSizes, config: Mapping[str, Any]) -> None:
     and fails when it makes the layers, or answers nonsense."""
     wrong = list(_misfits(sizes, config.get("text_config") or config))
     if wrong:
-        raise ConfigError(f"rollout.server_args: {'; '.join(wrong)}")
+        raise ConfigError(f"the size of a local server (placement, rollout.server_args): {'; '.join(wrong)}")
 
 
 def _misfits(sizes: ServerSizes, config: Mapping[str, Any]) -> list[str]:
@@ -136,21 +54,20 @@ def _experts(config: Mapping[str, Any]) -> int:
     return next((value for name in names if isinstance(value := config.get(name), int)), 0)
 
 
-def check_fits(sizes: ServerSizes, weights: int | None, card: int) -> None:
+def check_fits(placement: Placement, weights: int | None, card: int) -> None:
     """Raises ConfigError when a server's share of a card does not hold its part of the weights.
 
     ``weights``: bytes in the engine's dtype, None where nobody knows. ``card``: bytes of the smallest card.
     """
     if weights is None:
         return
-    share = GPU_SHARE if sizes.share is None else sizes.share
-    parts = sizes.tensor * sizes.pipeline
+    share, parts = placement.share, placement.sizes.tensor * placement.sizes.pipeline
     if weights / parts < share * card:
         return
     raise ConfigError(
         f"rollout: {weights / GIB:.1f} GiB of weights over {parts} card(s) are {weights / parts / GIB:.1f} GiB each, "
         f"and a local server has {share:g} of {card / GIB:.1f} GiB = {share * card / GIB:.1f} GiB for them and its "
-        f"cache: more cards a server (--tp-size), a larger --mem-fraction-static, or servers named in rollout.servers"
+        f"cache: more cards a server (placement.tensor), a larger placement.memory, or servers named in rollout.servers"
     )
 
 
@@ -175,23 +92,17 @@ def _numbers(path: Path) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
-def read_sizes(model: Path, server_args: Sequence[str]) -> ServerSizes:
-    """``server_sizes``, which divide the model. Raises ConfigError."""
-    sizes = server_sizes(server_args)
+def check_placement(placement: Placement, model: Path, dtype: str, cards: Sequence[int]) -> None:
+    """Raises ConfigError for servers whose sizes do not divide the model at ``model``, or whose share of a card (of
+    ``cards``, bytes of each; none on a CPU) does not hold its weights in ``dtype``."""
     try:
         config = read_json(model / "config.json")
     except (OSError, ValueError):  # the server says so
-        return sizes
+        config = None
     if isinstance(config, dict):
-        check_divides(sizes, config)
-    return sizes
-
-
-def place(sizes: ServerSizes, servers: int, weights: int | None, cards: Sequence[int]) -> list[int]:
-    """The first card of each local server on a machine with ``cards`` (bytes of each). Raises ConfigError."""
-    first = base_gpus(sizes, servers, len(cards))
-    check_fits(sizes, weights, min(cards))
-    return first
+        check_divides(placement.sizes, config)
+    if cards:
+        check_fits(placement, weight_bytes(model, dtype), min(cards))
 
 
 def cards_here() -> list[int]:

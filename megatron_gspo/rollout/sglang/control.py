@@ -122,9 +122,30 @@ class Servers:
         """Names the version of what they hold."""
         self.post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
+    def pause(self) -> None:
+        """Aborts what is being generated, and lets no request begin until ``unpause``: a question after the health
+        generates too (SGLang 0.5.23, srt/entrypoints/http_server.py), and would kill a server that goes to sleep."""
+        self.post("/pause_generation", {"mode": "abort"})
+
+    def unpause(self) -> None:
+        """Lets requests in again."""
+        self.post("/continue_generation")
+
+    def sleep(self, tags: Sequence[str]) -> None:
+        """Gives device memory back, by ``tags``. A scheduler that is not idle, or sleeps already, dies of it."""
+        self.post("/release_memory_occupation", {"tags": list(tags)})
+
+    def wake(self, tags: Sequence[str]) -> None:
+        """Takes the memory again. A scheduler that has not given it back dies of it."""
+        self.post("/resume_memory_occupation", {"tags": list(tags)})
+
+    def versions(self) -> list[str]:
+        """What each server says of the version of what it holds."""
+        return [str(info.get("weight_version")) for info in self._get("/model_info")]
+
     def check_version(self, version: str) -> None:
         """Raises SyncError unless every server reports ``version``."""
-        reported = [info.get("weight_version") for info in self._get("/model_info")]
+        reported = self.versions()
         wrong = [f"{url} {got!r}" for url, got in zip(self.urls, reported, strict=True) if got != version]
         if wrong:
             others = any(is_of_another_run(got, version) for got in reported)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
@@ -22,11 +22,10 @@ from urllib.parse import urlsplit
 import psutil
 
 from megatron_gspo.calls import SERVER_KEY
-from megatron_gspo.config import RolloutConfig
+from megatron_gspo.config import Placement, PlacementConfig, RolloutConfig
 from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
 from megatron_gspo.parallel.rendezvous import INTERFACES
-from megatron_gspo.rollout.sglang.cards import GPU_SHARE as GPU_SHARE
-from megatron_gspo.rollout.sglang.cards import cards_here, place, read_sizes, weight_bytes
+from megatron_gspo.rollout.sglang.cards import cards_here, check_placement
 from megatron_gspo.rollout.sglang.probe import KEY_FILE, get
 from megatron_gspo.rollout.sglang.server import FILES, remove, shared_memory
 from megatron_gspo.storage import writing
@@ -44,11 +43,15 @@ LONGEST_TMPDIR = 50
 """Bytes of a directory in which a server's own is made."""
 CAUSE = re.compile(r"(\w*(Error|Exception)|error)\b(:|$)")
 """In the line of a log that says why a program ended."""
+NO_GENERATED_HEALTH = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"}
+"""For servers that sleep: else each question after ``/health`` (``status`` asks) generates a token, in memory that is
+not theirs then."""
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class LocalServers:
-    """Starts ``config.local_servers`` servers, waits until all are healthy, and stops them on exit.
+    """Starts the servers of ``placement``, waits until all are healthy, and stops them on exit. Without a placement
+    they are as many as the configuration says or the cards hold, on a machine where no rank trains.
 
     A server also ends by itself, within a second, when this process is gone (even killed). ``urls`` is set on entry;
     logs go to ``log_dir/sglang-0.log`` and so on. They answer only requests with ``key``, but for questions after
@@ -68,11 +71,12 @@ class LocalServers:
         seed: int = 0,
         routes: bool = False,
         key: str | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.urls: tuple[str, ...] = ()
         self.key = secrets.token_urlsafe(32) if key is None else key
         self._config = config
-        self._count = config.local_servers or 1
+        self._placement = placement
         self._model_path = Path(model_path)
         self._log_dir = Path(log_dir)
         self._device: Device = device
@@ -83,7 +87,8 @@ class LocalServers:
 
     def __enter__(self) -> Self:
         python = find_server_python(self._config.server_python)
-        gpus = self._first_cards()
+        placement = self._placed()
+        gpus = placement.first_cards
         with writing(self._log_dir):
             self._log_dir.mkdir(parents=True, exist_ok=True)
             write_key(self._log_dir / KEY_FILE, self.key)
@@ -98,10 +103,12 @@ class LocalServers:
                     seed=self._seed + index,
                     gpu=gpu,
                     routes=self._routes,
+                    placed=placement.server_args,
                 )
+                extra = NO_GENERATED_HEALTH if placement.colocated else {}
                 log = self._log_dir / f"sglang-{index}.log"
                 self._servers.append(
-                    _Server(python, arguments, f"http://127.0.0.1:{port}", log, self._device, self.key)
+                    _Server(python, arguments, f"http://127.0.0.1:{port}", log, self._device, self.key, extra)
                 )
             deadline = time.monotonic() + self._config.server_start_s
             for server in self._servers:
@@ -117,13 +124,14 @@ class LocalServers:
     ) -> None:
         self.stop()
 
-    def _first_cards(self) -> list[int]:
-        """Of each server; zeros on a CPU. Raises ConfigError for sizes that neither the model nor the cards allow."""
-        sizes = read_sizes(self._model_path, self._config.server_args)
-        if self._device == "cpu":
-            return [0] * self._count
-        weights = weight_bytes(self._model_path, self._dtype)
-        return place(sizes, self._count, weights, cards_here())
+    def _placed(self) -> Placement:
+        """Where they lie. Raises ConfigError for what neither the model nor the cards allow."""
+        cards = cards_here() if self._device == "cuda" else []
+        placement = self._placement or PlacementConfig().resolved(
+            self._config, ranks=0, cards=len(cards), cpu_servers=self._config.local_servers or 1
+        )
+        check_placement(placement, self._model_path, self._dtype, cards)
+        return placement
 
     def check(self) -> None:
         """Raises EngineUnavailableError when a server has died, or its port is another program's."""
@@ -145,7 +153,16 @@ class LocalServers:
 class _Server:
     """One server: a process group of its own (HTTP server, scheduler, detokenizer)."""
 
-    def __init__(self, python: Path, arguments: list[str], url: str, log: Path, device: Device, key: str) -> None:
+    def __init__(
+        self,
+        python: Path,
+        arguments: list[str],
+        url: str,
+        log: Path,
+        device: Device,
+        key: str,
+        variables: Mapping[str, str],
+    ) -> None:
         self.url = url
         self._key = key
         self._answered = False
@@ -165,7 +182,8 @@ class _Server:
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(os.environ, device, key) | {"TMPDIR": self._files, FILES: self._files},
+                env=server_environment({**os.environ, **variables}, device, key)
+                | {"TMPDIR": self._files, FILES: self._files},
                 start_new_session=True,
             )
         except OSError as error:
@@ -263,8 +281,9 @@ def server_arguments(
     seed: int = 0,
     gpu: int = 0,
     routes: bool = False,
+    placed: Sequence[str] = (),
 ) -> list[str]:
-    """SGLang's command line for one server; ``config.server_args`` come last and win.
+    """SGLang's command line for one server, with what its placement says; ``config.server_args`` come last and win.
 
     ``routes``: the server keeps the experts of each token, and sends them with the responses that ask for them.
 
@@ -301,11 +320,8 @@ def server_arguments(
         # --sleep-on-idle: an idle scheduler polls, and takes a whole core from the trainer.
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
     else:
-        arguments |= {
-            "--base-gpu-id": str(gpu),
-            "--mem-fraction-static": str(GPU_SHARE),
-        }  # the trainer shares the device
-    return [word for pair in arguments.items() for word in pair] + flags + list(config.server_args)
+        arguments["--base-gpu-id"] = str(gpu)
+    return [word for pair in arguments.items() for word in pair] + flags + [*placed, *config.server_args]
 
 
 def cpu_cache_tokens(config: RolloutConfig) -> int:

@@ -35,17 +35,19 @@ class RefusedError(OSError):
     """An answer that is not 200."""
 
 
-def probe(urls: Sequence[str], timeout_s: float = 2.0, key: str = "") -> list[ServerState]:
-    """Asks each server for ``/health`` and ``/model_info``, all at a time, ``timeout_s`` seconds per request."""
+def probe(urls: Sequence[str], timeout_s: float = 2.0, key: str = "", *, health: bool = True) -> list[ServerState]:
+    """Asks each server for ``/health`` (unless it may be one that generates, and the server sleeps) and
+    ``/model_info``, all at a time, ``timeout_s`` seconds per request."""
     if not urls:
         return []
     with ThreadPoolExecutor(len(urls)) as threads:
-        return list(threads.map(lambda url: _probe(url.rstrip("/"), timeout_s, key), urls))
+        return list(threads.map(lambda url: _probe(url.rstrip("/"), timeout_s, key, health), urls))
 
 
-def _probe(url: str, timeout_s: float, key: str) -> ServerState:
+def _probe(url: str, timeout_s: float, key: str, health: bool) -> ServerState:
     try:
-        get(f"{url}/health", timeout_s)
+        if health:
+            get(f"{url}/health", timeout_s)
         info: Any = json.loads(get(f"{url}/model_info", timeout_s, key))
         return ServerState(url, None, str(info["model_path"]), str(info["weight_version"]))
     except OSError as error:
