@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_gspo.algorithm.base import Algorithm, algorithm_class
 from megatron_gspo.algorithm.catalog import policy_losses
-from megatron_gspo.config import RunConfig, parse, read
+from megatron_gspo.config import PlacementConfig, RunConfig, parse, read
 from megatron_gspo.errors import ConfigError, UserError
 
 VERSION = 1
@@ -34,6 +34,7 @@ WHERE = frozenset(
         "train.run_dir",
         "sync.directory",
         *(f"rollout.{name}" for name in ("servers", "local_servers", "server_python", "server_start_s")),
+        *(f"placement.{name}" for name in PlacementConfig.model_fields),
         *(f"rollout.{name}" for name in ("concurrency", "timeout_s", "retries")),
         *(f"reward.{name}" for name in ("timeout_s", "concurrency")),
     }

@@ -42,6 +42,11 @@ INERT: tuple[tuple[tuple[str, ...], When, str], ...] = (
         lambda c: c.rollout.servers,
         "rollout.servers names running servers, and none is started",
     ),
+    (
+        tuple(f"placement.{name}" for name in ("gpus", "tensor", "expert", "attention_data", "memory")),
+        lambda c: c.rollout.servers or not c.algorithm.draws_responses,
+        "it is about servers that are started here, and none is",
+    ),
     (("sync.directory",), lambda c: c.sync.method != "disk", 'only sync.method = "disk" writes there'),
     (("sync.backend",), lambda c: c.sync.method != "distributed", 'only sync.method = "distributed" makes a group'),
     (

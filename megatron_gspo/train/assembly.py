@@ -23,7 +23,7 @@ from megatron_gspo.megatron.checkpoint_files import is_distributed
 from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.megatron.network import Network
 from megatron_gspo.megatron.policy import Policy
-from megatron_gspo.parallel.exchange import agree, gather_objects
+from megatron_gspo.parallel.exchange import agree, gather_objects, together
 from megatron_gspo.platforms import here
 from megatron_gspo.rewards.references import ReferenceCheck
 from megatron_gspo.rewards.registry import Reward, resolve_reward
@@ -222,7 +222,7 @@ def take_turns(config: RunConfig, groups: Groups, urls: tuple[str, ...], access:
     """Turns with the servers at ``urls``, which the first rank asks."""
     first = dist.get_rank() == 0
     control = make_control(config.rollout.engine, urls, config.sync.timeout_s, access.key) if first else None
-    return Colocated(control, groups.world)
+    return Colocated(control, functools.partial(together, group=groups.world))
 
 
 def expected_names(config: RunConfig, policy: Policy) -> set[str]:

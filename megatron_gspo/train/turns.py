@@ -1,7 +1,7 @@
 """Turns of trainer and servers on the same cards: who computes, who waits with what, and in which order they change.
 
     training   servers asleep; gradients and optimizer states on the cards
-    updating   the servers' weights are on the cards, for a push to fill them; gradients are gone and optimizer states in
+    updating   the weights of the servers are on the cards, for a push to fill; gradients are gone, optimizer states in
                host memory
     serving    their cache too, and requests are let in
 
@@ -13,14 +13,13 @@ leaves servers of which nothing more is asked: two of SGLang's calls end a serve
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
-
-import torch.distributed as dist
+from typing import Any, Protocol
 
 from megatron_gspo.errors import ConfigError, SyncError
-from megatron_gspo.parallel.exchange import together
+from megatron_gspo.platforms import release_unused
 from megatron_gspo.rollout.engine import Control
 
+Together = Callable[[Callable[[], Any]], Any]
 WEIGHTS, CACHE = "weights", "kv_cache"
 ASLEEP, TURNING = "-asleep", "-turning"
 
@@ -54,9 +53,13 @@ class Apart:
 class Colocated(Apart):
     """Trainer and servers take turns. Failures of the servers are SyncErrors on every rank."""
 
-    def __init__(self, control: Control | None, world: dist.ProcessGroup) -> None:
-        """``control``: of the servers, on the rank that asks them; None on all others."""
-        self._control, self._world = control, world
+    def __init__(self, control: Control | None, together: Together = lambda action: action()) -> None:
+        """
+        Args:
+            control: of the servers, on the rank that asks them; None on all others.
+            together: runs something on every rank, and raises on all what one raises.
+        """
+        self._control, self._together = control, together
         self._turn = "starting"
 
     def begin(self) -> None:
@@ -73,12 +76,13 @@ class Colocated(Apart):
     def update(self, models: Sequence[Parked]) -> None:
         """What training needs leaves, on every rank, and then the servers' weights come back, with nothing in them.
         Servers that are awake, since nothing was trained, stay so."""
-        together(lambda: [model.park() for model in models], self._world)
+        self._together(lambda: _park(models))
         if self._turn != "serving":
             self._change("training", "updating", _wake_weights)
 
     def serve(self, version: str) -> None:
         """The cache comes back, empty, and requests are let in."""
+        self._together(release_unused)  # what the push has left
         if self._turn != "serving":
             self._change("updating", "serving", lambda control: _wake_cache(control, version))
 
@@ -89,8 +93,13 @@ class Colocated(Apart):
                 f"start the run again (train.resume = true), and servers of your own with it"
             )
         self._turn = "in an unknown state"
-        together(lambda: ask(self._control) if self._control is not None else None, self._world)
+        self._together(lambda: ask(self._control) if self._control is not None else None)
         self._turn = after
+
+
+def _park(models: Sequence[Parked]) -> None:
+    for model in models:
+        model.park()
 
 
 def _begin(control: Control) -> None:

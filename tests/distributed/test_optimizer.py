@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -183,3 +185,45 @@ def test_moments_in_bfloat16_move_weights_as_far_as_those_in_float32(ranks: Rank
     assert (wide_dtypes, dtypes) == ({torch.float32}, {torch.bfloat16})
     difference = max((weight - wide[name]).abs().max().item() for name, weight in found.items())
     assert 0 < difference < 3 * SETTINGS["lr"] * 0.02, "a step is about lr long, and a moment is within 1/128"
+
+
+# ------------------------------------------------------------------------------------------- turns with servers
+
+
+def trained_in_turns(
+    case: Case, parallel: dict[str, Any], turns: bool, directory: Path
+) -> tuple[list[dict[str, torch.Tensor]], set[int], str]:
+    """Weights after each of three steps, between which gradients and states leave, and a checkpoint is written of them
+    where they are; the sizes of the gradients' buffers meanwhile; the checkpoint's own hashes."""
+    from megatron_gspo.megatron.checkpoint import save_checkpoint
+
+    policy, _ = steps.make_policy(case, parallel)
+    batches = batches_of(policy, case, parallel)
+    found, sizes = [], set()
+    for step in range(3):
+        policy.gradients(batches, sum_of_logprobs)
+        policy.step(step, 3)
+        if turns:
+            policy.park()
+        sizes |= {buffer.grad_data.untyped_storage().nbytes() for buffer in policy.optimizer._buffers()}
+        found.append({name: tensor.clone() for name, tensor in policy.weights()})
+        policy.logprobs(batches)
+        if step == 1:
+            save_checkpoint({"policy": policy}, directory, {})
+        policy.unpark()
+    return found, sizes, json.dumps(json.loads((directory / "checkpoint.json").read_text())["files"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_leaves_between_steps_comes_back_bit_for_bit(
+    ranks: RankPool, case: Case, dtype: str, tmp_path: Path
+) -> None:
+    case = replace(case, dtype=dtype)
+    still, in_turns = (
+        ranks.run(2, trained_in_turns, case, {"expert": 2}, turns, tmp_path / str(turns)) for turns in (False, True)
+    )
+    for (mine, sizes, files), (theirs, none, same) in zip(still, in_turns, strict=True):
+        assert min(sizes) > 0 and none == {0}, "a gradient that is read meanwhile ends the test's process"
+        for here, there in zip(mine, theirs, strict=True):
+            assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
+        assert files == same

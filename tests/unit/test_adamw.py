@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator
 from unittest import mock
 
@@ -62,6 +63,41 @@ def test_states_in_host_memory_change_no_bit_of_a_step(dtype: torch.dtype, momen
     assert torch.equal(trained(here, gradients), trained(there, gradients))
     (one,), (other,) = here.state.values(), there.state.values()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("moments", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parked_states_come_back_bit_for_bit(dtype: torch.dtype, moments: torch.dtype | None) -> None:
+    weight, *gradients = random(5, 39)
+    still, parked = (optimizer_of(weight.to(dtype), moments=moments) for _ in range(2))
+    for gradient in gradients:
+        assert torch.equal(trained(still, [gradient]), trained(parked, [gradient]))
+        parked.park()
+        parked.park()  # of a step that was skipped
+        (one,), (other,) = still.state.values(), parked.state.values()
+        assert all(torch.equal(one[name], other[name]) for name in one), "as a checkpoint reads them"
+        parked.unpark()
+        parked.unpark()
+
+
+def test_parked_states_leave_their_memory_and_are_not_stepped() -> None:
+    [weight, gradient] = random(2, 39, torch.bfloat16)
+    optimizer = optimizer_of(weight)
+    trained(optimizer, [gradient])
+    [state] = optimizer.state.values()
+    names = ("param", "exp_avg", "exp_avg_sq")
+    before = {name: weakref.ref(state[name].untyped_storage()) for name in names}
+    before_at = {state[name].data_ptr() for name in names}
+    optimizer.park()
+    assert all(storage() is None for storage in before.values()), "nobody keeps them"
+    [block] = {state[name].untyped_storage().data_ptr() for name in names}
+    assert not before_at & {state[name].data_ptr() for name in names}
+    with pytest.raises(AssertionError, match="unpark first"):
+        trained(optimizer, [gradient])
+    optimizer.unpark()
+    assert block not in {state[name].untyped_storage().data_ptr() for name in names}
+    optimizer.park()
+    assert {state[name].untyped_storage().data_ptr() for name in names} == {block}, "host memory is taken once"
 
 
 def test_states_in_host_memory_lie_in_one_block_and_not_on_each_other() -> None:

@@ -85,7 +85,8 @@ def test_two_nccls_are_an_error_where_the_sync_needs_one(case: Case, have: Have)
     for settings, status in (
         (['sync.method="distributed"', 'sync.backend="nccl"'], "error"),
         (['sync.method="distributed"', 'rollout.server_args=["--base-gpu-id", "1"]'], "error"),
-        (['sync.method="distributed"'], "warning"),  # the server lies on the trainer's card: gloo
+        (['sync.method="distributed"'], "error"),  # the server has the card that the rank leaves
+        (['sync.method="distributed"', 'placement.mode="colocated"'], "warning"),  # it has the trainer's: gloo
         (['sync.method="distributed"', 'sync.backend="gloo"'], "warning"),
         ([], "warning"),
     ):
@@ -272,30 +273,64 @@ def test_a_rank_of_a_30b_on_eight_cards_is_counted_with_what_comes_and_goes(
 def test_a_servers_share_of_its_card_must_hold_weights_and_a_cache(case: Case, have: Have) -> None:
     have(gpus=8, memory=1500)
     server = memory(case)["a local server"]
-    assert server.status == "error" and "--tp-size" in server.fix
-    assert "40% of 80 GiB is 32 GiB: weights 56.9 GiB, and no room for one sequence of 8192" in server.detail
+    assert server.status == "error" and "placement.tensor" in server.fix
+    assert "50% of 80 GiB is 40 GiB: weights 56.9 GiB, and no room for one sequence of 8192" in server.detail
     server = memory(case, TP4)["a local server"]
     assert server.status == "ok" and "weights 14.2 GiB + 9.78 GiB for keys and values: 52 sequences" in server.detail
+    apart = memory(case, "placement.tensor=4", "placement.attention_data=4", "placement.memory=0.3")["a local server"]
+    assert "9.78 GiB for keys and values: 52 sequences" in apart.detail, "4 times the heads, a quarter of the requests"
     have(gpus=8, size=56, memory=1500)
     assert memory(case, TP4)["a local server"].status == "warning"  # 13 sequences at once
 
 
-def test_a_rank_shares_its_card_with_a_server_only_where_one_lies(case: Case, have: Have) -> None:
+def test_a_card_that_is_shared_has_two_peaks_and_one_apart_has_one(case: Case, have: Have, an_h100: None) -> None:
     have(gpus=8, memory=1500)
-    assert "56 GiB free on the fullest GPU, 30% of it a local server's" in memory(case, TP4)["a rank"].detail
-    two = memory(case, 'rollout.server_args=["--tp-size=4"]', "rollout.local_servers=3")
-    assert any("need 12 cards, and this machine shows 8" in check.detail for check in two.values())
+    found = memory(case, TP4)
+    assert "of 80 GiB free on the fullest GPU, where a server sleeps" in found["a rank"].detail
+    turn = found["a card while its server"]
+    assert "weights 9.62 GiB + sync.bucket_mb 122 MiB + a server's 30% 24 GiB = 33.7 GiB" in turn.detail
+    assert turn.status == "ok" and "states (placement: colocated) 341 GiB" in found["host"].detail
+    tight = memory(case, "placement.tensor=4", "placement.memory=0.9", "algorithm.kl_loss_coef=0.01")
+    assert tight["a card while its server"].status == "error"
+    assert "reference 9.62 GiB" in tight["a card while its server"].detail
     have(gpus=16, memory=1500)
-    apart = memory(case, 'rollout.server_args=["--tp-size=4", "--base-gpu-id=8"]')["a rank"]
-    assert "80 GiB free on the fullest GPU" in apart.detail and "server" not in apart.detail
+    apart = memory(case, "placement.tensor=4")
+    assert "80 GiB free on the fullest GPU" in apart["a rank"].detail and "server" not in apart["a rank"].detail
+    assert "a card while its server" not in apart and "states" not in apart["host"].detail
+
+
+def test_where_trainer_and_servers_lie_is_a_line_with_its_reason(case: Case, have: Have) -> None:
+    def where(*settings: str) -> tuple[str, str]:
+        (case.model / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
+        [line] = lines(case.checks(*EIGHT, *settings, only="placement"))
+        return line
+
+    have(gpus=8)
+    status, said = where("placement.tensor=4")
+    assert status == "ok" and said.startswith("colocated: the ranks take 8 of 8 cards, and the servers need 4 at least")
+    assert said.endswith("2 servers of 4 cards on 0, 1, 2, 3, 4, 5, 6, 7; ranks on 0 to 7")
+    assert where("placement.tensor=3")[1].startswith("the size of a local server")
+    assert where("rollout.local_servers=9")[1].endswith("or servers named in rollout.servers")
+    assert where('rollout.servers=["http://a"]') == ("ok", "apart: rollout.servers names running servers")
+    have(gpus=8, servers=with_versions(torch_memory_saver=""))
+    status, said = where("placement.tensor=4")
+    assert status == "error" and "cannot sleep without torch-memory-saver" in said
+    have(gpus=16, servers=with_versions(torch_memory_saver=""))
+    assert where("placement.tensor=4")[0] == "ok"
+    have(gpus=0)
+    assert where() == ("ok", "apart: there is no GPU to share")
+    assert where('algorithm.name="sft"') == ("ok", "supervised fine-tuning has no servers")
 
 
 def test_the_hosts_memory_holds_what_was_sent_there(case: Case, have: Have) -> None:
     have(gpus=8, memory=1500)
     host = memory(case)["host"]
-    assert host.status == "ok" and "8 ranks 3.12 GiB + 1 server 2 GiB = 5.12 GiB of 1,500 GiB free" in host.detail
+    assert host.status == "ok" and "8 ranks 3.12 GiB + 8 servers 16 GiB + states (placement: col" in host.detail
+    host = memory(case, 'rollout.servers=["http://a"]')["host"]
+    assert host.status == "ok" and "8 ranks 3.12 GiB = 3.12 GiB of 1,500 GiB free" in host.detail
     have(gpus=8, memory=400)
-    host = memory(case, "optimizer.offload=true", "train.checkpoint_async=true", 'sync.method="disk"')["host"]
+    apart = 'rollout.servers=["http://a"]'
+    host = memory(case, apart, "optimizer.offload=true", "train.checkpoint_async=true", 'sync.method="disk"')["host"]
     assert host.status == "error" and host.fix == "copies (train.checkpoint_async) are most of it"
     for term in ("states (optimizer.offload) 341 GiB", "(train.checkpoint_async) 418 GiB", "in /dev/shm 56.9 GiB"):
         assert term in host.detail
