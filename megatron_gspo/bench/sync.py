@@ -24,7 +24,7 @@ from megatron_gspo.config import RolloutConfig, SyncConfig
 from megatron_gspo.hf.checkpoint import SINGLE, buckets
 from megatron_gspo.rollout.sglang.launcher import LocalServers
 from megatron_gspo.runs.waiting import starting_servers
-from megatron_gspo.sync.base import METHODS, WeightSync, make_weight_sync
+from megatron_gspo.sync.base import HOST_BUCKET_MB, METHODS, WeightSync, make_weight_sync
 from megatron_gspo.sync.peers import Peers
 from megatron_gspo.types import ServerAccess
 
@@ -43,7 +43,7 @@ class Settings:
     experts: int = 32
     expert_width: int = 384
     vocab: int = 16384
-    bucket_mb: int = SyncConfig.model_fields["bucket_mb"].default
+    bucket_mb: int = HOST_BUCKET_MB
     repetitions: int = 5
     methods: tuple[str, ...] = tuple(METHODS)
 
@@ -51,10 +51,11 @@ class Settings:
 def run(settings: Settings, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Pushes the model in turns: the bare broadcast, then each method, one turn more than ``repetitions`` to warm up.
 
-    Returns {"machine", "settings", "bytes", "rows": [{"method", "seconds", "bytes_per_s", "ratio", "cpu_seconds",
-    "cpu_ratio", "trainer_bytes", "server_bytes"}], "aim"}. ``ratio``: the broadcast's seconds by the method's in the
-    same turn; ``cpu_*``: processor time of all processes at both ends. ``*_bytes``: peak of resident memory above what
-    was held before, of this process and of its children (the server's; for the broadcast, its receiver) together.
+    Returns {"machine", "settings", "bytes", "rows": [{"method", "path", "seconds", "bytes_per_s", "ratio",
+    "cpu_seconds", "cpu_ratio", "trainer_bytes", "server_bytes"}], "aim"}. ``path``: over what it sends. ``ratio``: the
+    broadcast's seconds by the method's in the same turn; ``cpu_*``: processor time of all processes at both ends.
+    ``*_bytes``: peak of resident memory above what was held before, of this process and of its children (the server's;
+    for the broadcast, its receiver) together.
     ``say`` hears that the server is started.
     """
     with tempfile.TemporaryDirectory(prefix="bench-sync-") as directory:
@@ -75,7 +76,8 @@ def run(settings: Settings, say: Callable[[str], None] = lambda text: None) -> d
                 )
                 for method in settings.methods
             }
-            turns = [_turn(bare, syncs, weights, version=turn) for turn in range(settings.repetitions + 1)]
+            turns = [_turn(bare, syncs, weights) for _ in range(settings.repetitions + 1)]
+            paths = {name: sync.describe()["path"] for name, sync in syncs.items()} | {BROADCAST: "gloo"}
             for sync in syncs.values():
                 sync.close()
     size = sum(tensor.nbytes for tensor in weights.values())
@@ -83,7 +85,7 @@ def run(settings: Settings, say: Callable[[str], None] = lambda text: None) -> d
         "machine": machine(torch.device("cpu")),
         "settings": asdict(settings),
         "bytes": size,
-        "rows": [row(name, turns[1:], size) for name in (BROADCAST, *settings.methods)],
+        "rows": [{"path": paths[name], **row(name, turns[1:], size)} for name in (BROADCAST, *settings.methods)],
         "aim": AIM,
     }
 
@@ -102,10 +104,11 @@ Turn = dict[str, Sample]
 """Of the broadcast and each method."""
 
 
-def _turn(bare: BareBroadcast, syncs: dict[str, WeightSync], weights: dict[str, torch.Tensor], version: int) -> Turn:
+def _turn(bare: BareBroadcast, syncs: dict[str, WeightSync], weights: dict[str, torch.Tensor]) -> Turn:
+    """Every push is of one version: a server that holds another than a method has left is joined anew."""
     measured = {BROADCAST: _measured(bare.send)}
     for method, sync in syncs.items():
-        measured[method] = _measured(functools.partial(sync.push, iter(weights.items()), version))
+        measured[method] = _measured(functools.partial(sync.push, iter(weights.items()), 1))
     return measured
 
 

@@ -54,17 +54,22 @@ def _table(result: dict[str, Any]) -> str:
         f"{result['bytes'] / 1e6:.0f} MB of float32 in buckets of {settings['bucket_mb']} MB; median of "
         f"{settings['repetitions']} turns (smallest to largest); cpu: both ends; extra: peak above the start",
         "",
-        f"{'method':12} {'seconds':22} {'MB/s':>6}  {'of the broadcast':20} {'cpu s':>6} {'of it':>6} "
+        f"{'method':12} {'path':25} {'seconds':22} {'rate':>10}  {'of the broadcast':20} {'cpu s':>6} {'of it':>6} "
         f"{'trainer extra':>14} {'server extra':>13}",
     ]
     lines += [
-        f"{row['method']:12} {_spread(row['seconds']):22} {row['bytes_per_s'] / 1e6:6.0f}  {_spread(row['ratio']):20} "
+        f"{row['method']:12} {row['path']:25} {_spread(row['seconds']):22} {_rate(row['bytes_per_s']):>10}  "
+        f"{_spread(row['ratio']):20} "
         f"{row['cpu_seconds']['median']:6.2f} {row['cpu_ratio']['median']:6.2f} "
         f"{row['trainer_bytes'] / 1e6:11.0f} MB {row['server_bytes'] / 1e6:10.0f} MB"
         for row in result["rows"]
     ]
     lines.append(f'\n(aim: "distributed" at least {result["aim"]} of the broadcast)')
     return "\n".join(lines)
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.2f} GB/s" if bytes_per_s >= 1e9 else f"{bytes_per_s / 1e6:.0f} MB/s"
 
 
 def _spread(values: dict[str, float]) -> str:

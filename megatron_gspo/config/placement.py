@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -35,7 +35,7 @@ class Placement:
     """Why it is so, for a person."""
     first_cards: tuple[int, ...] = ()
     """Of each local server; zeros on a CPU, and none where running servers are named."""
-    sizes: ServerSizes = ServerSizes()
+    sizes: ServerSizes = field(default_factory=ServerSizes)
     """Of each local server."""
     server_args: tuple[str, ...] = ()
     """What a local server is told, before ``rollout.server_args``."""

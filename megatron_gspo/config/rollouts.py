@@ -123,13 +123,16 @@ class RolloutConfig(Section):
 class SyncConfig(Section):
     """How new weights reach the rollout servers."""
 
-    method: Literal["disk", "tensor", "distributed"] = "tensor"
-    """"disk": safetensors through a directory that servers can read; "tensor": over HTTP in an update session;
-    "distributed": broadcast over a process group that rank 0 shares with the servers."""
+    method: Literal["auto", "ipc", "distributed", "disk", "tensor"] = "auto"
+    """"ipc": servers on this machine open the trainer's memory, files of shared memory on CPUs and CUDA IPC on GPUs
+    that both share; "distributed": broadcast over a process group that rank 0 shares with the servers; "disk":
+    safetensors through a directory that servers can read; "tensor": over HTTP, slow. "auto" is "ipc" for servers that
+    the run starts beside the trainer, and "distributed" for others; a line and ``manifest.json`` say which."""
     directory: str = "/dev/shm"
     """Parent directory of the files of "disk"; each sync removes the one before."""
-    bucket_mb: Positive = 64
-    """Megabytes of tensors per request of "tensor", file of "disk" or broadcast of "distributed"."""
+    bucket_mb: Positive | None = None
+    """Megabytes of tensors per request of "tensor" or "ipc", file of "disk" or broadcast of "distributed". When absent,
+    64, and 512 between GPUs."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Of the process group of "distributed"; "auto" is nccl where trainer and servers all compute on GPUs, and on
     different ones as far as is known, gloo otherwise; a line says which and why."""

@@ -67,7 +67,7 @@ def check_disk(facts: Facts) -> list[Check]:
             checks.append(error(f"sync.directory = {directory} cannot be written", "sync.directory"))
         else:
             checks.append(
-                _room(f"a disk sync {gib(model)}", model, directory, 'sync.directory, or sync.method = "tensor"')
+                _room(f"a disk sync {gib(model)}", model, directory, 'sync.directory, or sync.method = "auto"')
             )
     return checks
 

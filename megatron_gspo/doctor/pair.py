@@ -58,11 +58,14 @@ def _between(facts: Facts, trainer: Environment, servers: Environment) -> list[C
 
 
 def _needs_nccl(facts: Facts) -> bool:
-    """Whether weights go to the local servers over NCCL: "auto" takes it where they lie on cards of their own."""
+    """Whether weights go to the local servers over NCCL: "auto", of method and backend, takes it where they lie on
+    cards of their own."""
     config = facts.config
-    if config.sync.method != "distributed":
+    if config.sync.method not in ("auto", "distributed"):
         return False
     apart = not facts.problem("placement") and not facts.placement.colocated
+    if config.sync.method == "auto" and not apart:
+        return False
     return config.sync.backend == "nccl" or (config.sync.backend == "auto" and apart)
 
 

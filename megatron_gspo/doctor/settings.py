@@ -48,7 +48,11 @@ INERT: tuple[tuple[tuple[str, ...], When, str], ...] = (
         "it is about servers that are started here, and none is",
     ),
     (("sync.directory",), lambda c: c.sync.method != "disk", 'only sync.method = "disk" writes there'),
-    (("sync.backend",), lambda c: c.sync.method != "distributed", 'only sync.method = "distributed" makes a group'),
+    (
+        ("sync.backend",),
+        lambda c: c.sync.method not in ("auto", "distributed"),
+        'only sync.method = "distributed" makes a group',
+    ),
     (
         ("train.keep_last", "train.keep_every", "train.checkpoint_async"),
         lambda c: not c.train.checkpoint_every,
@@ -200,7 +204,7 @@ def several_machines(facts: Facts) -> Iterator[Check]:
             yield warning(
                 f'sync.method = "disk" in {config.sync.directory}, memory of one machine'
                 + (f"; {away[0]} is perhaps another" if away else ""),
-                'a directory that all share in sync.directory, or sync.method = "tensor"',
+                'a directory that all share in sync.directory, or sync.method = "auto"',
             )
 
 

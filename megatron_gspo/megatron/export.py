@@ -35,19 +35,20 @@ def stream_tensors(
     value: Callable[[Own], torch.Tensor | None] = weight_of,
     *,
     copies: bool = True,
+    host: bool = True,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, CPU tensor) on the rank that owns each tensor, nothing elsewhere; every rank must exhaust it.
+    """Yields (name, tensor) on the rank that owns each tensor, nothing elsewhere; every rank must exhaust it.
 
     The owner is the first of the ranks that hold the same parameter: tensor rank 0 of context and data rank 0 of its
-    pipeline stage, and for an expert, rank 0 of those that hold the same expert. Without ``copies``, what lies whole on
-    the CPU comes as a view of live memory.
+    pipeline stage, and for an expert, rank 0 of those that hold the same expert. Tensors are on the CPU; without
+    ``host``, where the model is. Without ``copies``, what lies there whole comes as a view of live memory.
     """
     for chunk in chunks:
-        yield from _stream_chunk(chunk, family, value, copies)
+        yield from _stream_chunk(chunk, family, value, copies, host)
 
 
 def _stream_chunk(
-    model: PolicyModel, family: Family, value: Callable[[Own], torch.Tensor | None], copies: bool
+    model: PolicyModel, family: Family, value: Callable[[Own], torch.Tensor | None], copies: bool, host: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     groups = model.groups
     for own, named in model.rules(family):
@@ -63,7 +64,7 @@ def _stream_chunk(
             pieces = [piece] if named.rule.cut == "whole" else gather_pieces(piece, tensor)
             whole = put_together(pieces, named.rule.cut, model.shape.vocab_size)
             if tensor.rank() == 0:
-                yield name, whole.to("cpu", copy=copies).contiguous()
+                yield name, whole.to("cpu" if host else whole.device, copy=copies).contiguous()
 
 
 @torch.no_grad()

@@ -156,14 +156,15 @@ class Network:
         if self.optimizer is not None:
             self.optimizer.unpark()
 
-    def weights(self, *, copies: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self, *, copies: bool = True, host: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
         """The model in Hugging Face names, one tensor at a time, each on the one rank that owns it.
 
         Every rank must exhaust the iterator: making a tensor gathers it over tensor ranks. ``copies = False`` is for
-        who is done with a tensor before the next optimizer step, which moves what is a view on a CPU.
+        who is done with a tensor before the next optimizer step, which moves what is a view. ``host = False`` leaves
+        tensors in the memory where the model is.
         """
         finish_gathers(self.modules)
-        return stream_tensors(self.chunks, self.family, copies=copies)
+        return stream_tensors(self.chunks, self.family, copies=copies, host=host)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside its tensors."""

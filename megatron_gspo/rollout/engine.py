@@ -133,6 +133,10 @@ class Control(Protocol):
         """One bucket of named tensors, pickled and in base64, in an open session."""
         ...
 
+    def post_handles(self, payloads: Sequence[Sequence[bytes]]) -> None:
+        """One flat bucket in memory that servers open, in an open session: what each tensor rank of each is told."""
+        ...
+
     def update_from_disk(self, directory: str) -> None:
         """Loads a Hugging Face directory that the servers can read."""
         ...

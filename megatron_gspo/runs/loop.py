@@ -132,7 +132,7 @@ def reinforce(session: Session, inputs: Inputs) -> Models:
             config, session.groups, inputs, serving.urls, serving.access, colocated=placement.colocated
         )
         described = {"version": run.engine.version, "seeded": run.seeded, "urls": list(serving.urls)}
-        recorder.engine({**described, "placement": placement.record()})
+        recorder.engine({**described, "placement": placement.record(), "sync": run.sync.describe()})
         if untested_engine := untested("sglang", run.engine.version):
             recorder.note(f"warning: {untested_engine}")
         progress = Progress(run.cursor)

@@ -9,7 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import torch
+
 from megatron_gspo import platforms
+from megatron_gspo.errors import SyncError
 
 Backend = Literal["gloo", "nccl"]
 
@@ -57,6 +60,19 @@ def server_cards(info: Mapping[str, Any]) -> set[int]:
     size = {name: int(info.get(f"{name}_size") or 1) for name in ("tp", "pp", "dp")}
     first, step = int(info.get("base_gpu_id") or 0), int(info.get("gpu_id_step") or 1)
     return {first + step * rank for rank in range(size["tp"] * size["pp"] * size["dp"])}
+
+
+def tensor_cards(info: Mapping[str, Any]) -> tuple[int, ...]:
+    """The GPU of each tensor-parallel rank of a server with one pipeline stage, in their order."""
+    first, step = int(info.get("base_gpu_id") or 0), int(info.get("gpu_id_step") or 1)
+    return tuple(first + step * rank for rank in range(int(info.get("tp_size") or 1)))
+
+
+def this_card() -> torch.device:
+    """The GPU of this rank. (Not run on a GPU yet.) Raises SyncError where it has none."""
+    if not platforms.here().one_rank_a_device:
+        raise SyncError("the trainer computes on a CPU: it has no GPU memory to send from")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def is_here(url: str) -> bool:

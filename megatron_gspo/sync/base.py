@@ -6,7 +6,7 @@ import importlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -19,7 +19,7 @@ from megatron_gspo.sync.verify import Reset
 from megatron_gspo.types import OPEN, ServerAccess
 
 NamedTensor = tuple[str, torch.Tensor]
-"""A Hugging Face name and its whole tensor, on the CPU."""
+"""A Hugging Face name and its whole tensor, where the trainer has it."""
 Names = list[str]
 R = TypeVar("R")
 
@@ -27,8 +27,13 @@ METHODS = {
     "disk": "megatron_gspo.sync.disk:DiskSync",
     "tensor": "megatron_gspo.sync.tensor:TensorSync",
     "distributed": "megatron_gspo.sync.distributed:DistributedSync",
+    "ipc": "megatron_gspo.sync.ipc:IpcSync",
 }
 """Adding a method is one file with a subclass of ``BucketSync`` and one entry here (and in ``SyncConfig``)."""
+AUTO, CHOSEN = "auto", "megatron_gspo.sync.auto:ChosenSync"
+HOST_BUCKET_MB, CARD_BUCKET_MB = 64, 512
+"""Megabytes of a bucket in host memory, and of one that stays in GPU memory, where each request costs more than its
+bytes."""
 
 
 class WeightSync(Protocol):
@@ -47,6 +52,18 @@ class WeightSync(Protocol):
 
     def close(self) -> None:
         """Removes what the method keeps between pushes."""
+        ...
+
+    def fill(self, tensors: Iterator[NamedTensor], version: int, urls: Sequence[str] | None = None) -> str:
+        """Sends ``tensors`` to those servers alone that do not hold ``version``: started again, or new. Returns which
+        they were and what was verified, on rank 0; "" when all hold it, and then ``tensors`` is not touched.
+
+        ``urls``: all servers from now on, when they are others than before. Raises SyncError as ``push`` does.
+        """
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """For people and the manifest: {"method", "path"}, "path" as far as it is known by now. Collective."""
         ...
 
 
@@ -68,15 +85,23 @@ def make_weight_sync(
     safetensors files. A server ignores a tensor whose name it does not know, and keeps the old weights of one that it
     is not sent; neither is an error to it.
 
-    ``shared``: the servers may run as another user, who must be able to read the files of "disk". ``engine``: whose
-    servers they are.
+    "auto" asks the servers at the first push (``sync.auto``). ``shared``: the servers may run as another user, who must
+    be able to read the files of "disk". ``engine``: whose servers they are.
     """
-    module, _, name = METHODS[config.method].partition(":")
-    sync: BucketSync = getattr(importlib.import_module(module), name)(
-        config, urls, peers, model_path, expected_names, access, engine
-    )
-    sync.shared = shared
+
+    def make(config: SyncConfig) -> BucketSync:
+        kind = BucketSync if config.method == AUTO else _resolve(METHODS[config.method])
+        sync: BucketSync = kind(config, urls, peers, model_path, expected_names, access, engine)
+        sync.shared = shared
+        return sync
+
+    sync: WeightSync = _resolve(CHOSEN)(make(config), make) if config.method == AUTO else make(config)
     return sync
+
+
+def _resolve(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 class BucketSync:
@@ -92,6 +117,8 @@ class BucketSync:
     """As in ``make_weight_sync``."""
     _verified = False
     _reset: Reset | None = None
+    _pushed = ""
+    """The version that every server was left with."""
     _unverified = ""
     _remark = ""
     """On rank 0: what the method has to say of the next push that succeeds."""
@@ -109,30 +136,73 @@ class BucketSync:
         self.config = config
         self.peers = peers
         self.access = access
-        self.servers = make_control(engine, urls, config.timeout_s, access.key)
+        self._engine = engine
+        self.serve(urls)
         self.model_path = Path(model_path)
         self.expected_names = frozenset(HfReader(model_path).names() if expected_names is None else expected_names)
+
+    def serve(self, urls: Sequence[str]) -> None:
+        """Sends to these servers from now on."""
+        self.servers = make_control(self._engine, urls, self.config.timeout_s, self.access.key)
 
     def push(self, tensors: Iterator[NamedTensor], version: int) -> str:
         """See ``WeightSync.push``."""
         verifying = self.config.verify == "every" or (self.config.verify == "first" and not self._verified)
         try:
             place = self.peers.together(lambda: self._start(version, verifying) if self.peers.lead else "")[0]
+            self._agree(place)
             sent = self.peers.together(lambda: self._stream(place, tensors))
             said = self.peers.together(lambda: self._complete(place, version, sent) if self.peers.lead else "")[0]
         except SyncError:
             if self.peers.lead:
                 self._abandon()
             raise
+        finally:
+            self._rest()
         self._verified = self._verified or verifying
+        self._pushed = self.access.version_name(version)
         self._unverified = ""
         self._remark = ""
         return said
+
+    def fill(self, tensors: Iterator[NamedTensor], version: int, urls: Sequence[str] | None = None) -> str:
+        """See ``WeightSync.fill``."""
+        if urls is not None and tuple(urls) != self.servers.urls:
+            self.close()
+            self.serve(urls)
+        wanted = self.access.version_name(version)
+        empty = self.peers.together(lambda: self._without(wanted) if self.peers.lead else ())[0]
+        if not empty:
+            return ""
+        self.close()  # what was shared with a server that is gone serves nobody
+        part = type(self)(
+            self.config, empty, self.peers, self.model_path, self.expected_names, self.access, self._engine
+        )
+        part.shared = self.shared
+        try:
+            said = part.push(tensors, version)
+        finally:
+            part.close()
+        return "; ".join(filter(None, (f"weights of version {version} went to {', '.join(empty)}", said)))
+
+    def _without(self, version: str) -> tuple[str, ...]:
+        """The servers that report another version."""
+        found = zip(self.servers.urls, self.servers.versions(), strict=True)
+        return tuple(url for url, reported in found if reported != version)
+
+    def describe(self) -> dict[str, str]:
+        """See ``WeightSync.describe``."""
+        return {"method": self.config.method, "path": self._path()}
 
     def close(self) -> None:
         """See ``WeightSync.close``."""
 
     def _start(self, version: int, verifying: bool) -> str:
+        # A version of ours may have an ending while trainer and servers take turns.
+        if self._pushed and not all(found.startswith(self._pushed) for found in self.servers.versions()):
+            self.close()  # one was started again since: what was shared with it serves nobody
+            self.serve(self.servers.urls)
+            verifying = verifying or self.config.verify == "first"
         self.servers.flush_when_idle()
         self.servers.set_version(f"{self.access.version_name(version)}-incomplete")
         place = self._begin()
@@ -152,9 +222,9 @@ class BucketSync:
             return None
 
     def _stream(self, place: str, tensors: Iterator[NamedTensor]) -> list[tuple[Names, str]]:
-        self._open()
+        self._open(place)
         try:
-            return send_all(tensors, self.config.bucket_mb * 1_000_000, lambda bucket: self._send(place, bucket))
+            return send_all(tensors, self._bucket_mb() * 1_000_000, lambda bucket: self._send(place, bucket))
         finally:
             self._flush()
 
@@ -171,7 +241,17 @@ class BucketSync:
         """On rank 0, with generation idle; the result reaches ``_send`` on every rank."""
         raise NotImplementedError
 
-    def _open(self) -> None:
+    def _bucket_mb(self) -> int:
+        return self.config.bucket_mb or HOST_BUCKET_MB
+
+    def _path(self) -> str:
+        """Over what the method sends."""
+        raise NotImplementedError
+
+    def _agree(self, place: str) -> None:
+        """On every rank, before ``_open``: what ranks must ask each other. Raises SyncError on all of them, or none."""
+
+    def _open(self, place: str) -> None:
         """On every rank, before its first ``_send``."""
 
     def _send(self, place: str, bucket: list[NamedTensor]) -> str:
@@ -184,6 +264,9 @@ class BucketSync:
     def _finish(self, place: str, sent: list[list[tuple[Names, str]]]) -> None:
         """On rank 0, when every rank has sent its tensors; ``sent[rank]`` holds (names, ``_send``'s result)."""
         raise NotImplementedError
+
+    def _rest(self) -> None:
+        """On every rank, at the end of a push: what only a sync needs of a GPU's memory goes back."""
 
     def _abandon(self) -> None:
         """On rank 0, after a failure: leaves the servers able to begin again."""
@@ -221,6 +304,11 @@ def check_names(names: Sequence[str], expected: frozenset[str]) -> None:
             f"the trainer sent {len(names)} tensors, the servers' model has {len(expected)}: "
             f"missing {missing[:3]}, unknown {unknown[:3]}"
         )
+
+
+def on_host(bucket: list[NamedTensor]) -> list[NamedTensor]:
+    """A bucket's tensors in host memory."""
+    return [(name, tensor.cpu()) for name, tensor in bucket]
 
 
 def own_storage(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from megatron_gspo.errors import SyncError, WriteError
 from megatron_gspo.hf.stream import write_tensors
 from megatron_gspo.storage import writing
 from megatron_gspo.supervise import remove_afterwards
-from megatron_gspo.sync.base import BucketSync, NamedTensor, Names
+from megatron_gspo.sync.base import BucketSync, NamedTensor, Names, on_host
 from megatron_gspo.untrusted import read_bytes
 
 PREFIX = "megatron-gspo-"
@@ -66,9 +66,12 @@ class DiskSync(BucketSync):
         path = Path(place) / f"rank-{self.peers.rank:05}-{self._files:05}.safetensors"
         partial = path.with_suffix(".partial")
         with self._refusals():
-            write_tensors(partial, bucket, mode=self._mode)
+            write_tensors(partial, on_host(bucket), mode=self._mode)
             partial.rename(path)
         return path.name
+
+    def _path(self) -> str:
+        return f"files in {self.config.directory}"
 
     def _finish(self, place: str, sent: list[list[tuple[Names, str]]]) -> None:
         weight_map = {name: file for rank in sent for names, file in rank for name in names}

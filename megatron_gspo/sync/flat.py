@@ -12,6 +12,9 @@ import torch
 
 from megatron_gspo.sync.base import NamedTensor
 
+HOST = torch.device("cpu")
+PIECE = 16 * 2**20
+"""Bytes of a bucket that ranks send each other at a time."""
 Transfer = Callable[[torch.Tensor], object]
 """Sends a tensor, or receives into one; blocks until it may be reused."""
 
@@ -35,7 +38,8 @@ class FlatBucket:
 class Buffers:
     """Memory of flat buckets, used again: to copy into fresh pages takes five times as long."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = HOST) -> None:
+        self.device = device
         self._free: SimpleQueue[torch.UntypedStorage] = SimpleQueue()
 
     def take(self, size: int) -> torch.Tensor:
@@ -43,27 +47,49 @@ class Buffers:
         try:
             storage = self._free.get_nowait()
         except Empty:
-            storage = torch.UntypedStorage(size)
+            storage = self._storage(size)
         if storage.nbytes() < size:
-            storage = torch.UntypedStorage(size)
-        return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,))
+            storage = self._storage(size)
+        return torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage, 0, (size,), (1,))
 
     def give(self, data: torch.Tensor) -> None:
         """Takes a buffer back."""
         self._free.put(data.untyped_storage())
 
+    def rest(self) -> None:
+        """Between syncs: a GPU's memory is given back, for what is computed there meanwhile; the host's is kept."""
+        if self.device.type == "cuda":
+            self._free = SimpleQueue()
+
+    def _storage(self, size: int) -> torch.UntypedStorage:
+        return torch.UntypedStorage(size, device=self.device)
+
 
 def flatten(bucket: list[NamedTensor], buffers: Buffers) -> FlatBucket:
-    """Copies a bucket's tensors end to end, wide dtypes first: a server refuses a tensor that lies unaligned."""
+    """Copies a bucket's tensors end to end, wide dtypes first: a server refuses a tensor that lies unaligned.
+
+    The copy is over when this returns, on a GPU too: whoever sends it does so in a thread of its own.
+    """
     ordered = sorted(bucket, key=lambda named: -named[1].element_size())
     data = buffers.take(sum(tensor.nbytes for _, tensor in ordered))
-    torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in ordered], out=data)
+    parts = [tensor.reshape(-1).view(torch.uint8) for _, tensor in ordered]
+    if parts[0].device == data.device:
+        torch.cat(parts, out=data)
+    else:  # through the host: put together where the tensors lie, and moved once
+        data.copy_(torch.cat(parts))
+    settle(data.device)
     return FlatBucket(
         names=[name for name, _ in ordered],
         dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in ordered],
         shapes=[list(tensor.shape) for _, tensor in ordered],
         data=data,
     )
+
+
+def settle(device: torch.device) -> None:
+    """Waits for what this thread has given to a GPU. (Not run on a GPU yet.)"""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def send_bucket(send: Transfer, bucket: FlatBucket | None) -> None:
@@ -74,7 +100,8 @@ def send_bucket(send: Transfer, bucket: FlatBucket | None) -> None:
     layout = torch.frombuffer(bytearray(json.dumps(bucket.layout).encode()), dtype=torch.uint8)
     send(torch.tensor([len(layout), len(bucket.data)]))
     send(layout)
-    send(bucket.data)
+    for piece in bucket.data.split(PIECE):
+        send(piece)
 
 
 def receive_header(receive: Transfer) -> tuple[int, int] | None:
@@ -86,8 +113,17 @@ def receive_header(receive: Transfer) -> tuple[int, int] | None:
 
 
 def receive_bucket(receive: Transfer, header: tuple[int, int], buffers: Buffers) -> FlatBucket:
-    """The bucket that a header announced."""
-    layout, data = torch.empty(header[0], dtype=torch.uint8), buffers.take(header[1])
+    """The bucket that a header announced. One for which there is no memory is taken all the same, so that its sender
+    does not wait for ever, and then raises."""
+    layout = torch.empty(header[0], dtype=torch.uint8)
     receive(layout)
-    receive(data)
+    try:
+        data = buffers.take(header[1])
+    except Exception:
+        scrap = torch.empty(min(PIECE, header[1]), dtype=torch.uint8, device=buffers.device)
+        for start in range(0, header[1], PIECE):
+            receive(scrap[: header[1] - start])
+        raise
+    for piece in data.split(PIECE):
+        receive(piece)
     return FlatBucket(data=data, **json.loads(layout.numpy().tobytes()))

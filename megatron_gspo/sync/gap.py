@@ -31,7 +31,7 @@ def add_noise(tensor: torch.Tensor, relative: float, seed: int) -> torch.Tensor:
     """A new tensor: ``tensor`` with noise of ``relative`` times its root mean square."""
     wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(wide.shape, generator=generator, dtype=wide.dtype)
+    noise = torch.randn(wide.shape, generator=generator, dtype=wide.dtype).to(wide.device)
     return (wide + relative * wide.square().mean().sqrt() * noise).to(tensor.dtype)
 
 

@@ -18,9 +18,10 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # publi
 from megatron_gspo.calls import start
 from megatron_gspo.errors import NoAnswerError, SyncError
 from megatron_gspo.parallel.rendezvous import listening_store
+from megatron_gspo.parallel.transfers import on_own_stream
 from megatron_gspo.rollout.engine import Control
-from megatron_gspo.sync.backend import Backend
-from megatron_gspo.sync.flat import FlatBucket
+from megatron_gspo.sync.backend import Backend, this_card
+from megatron_gspo.sync.flat import HOST, FlatBucket, settle
 
 JOIN_S = 60.0
 """Seconds in which every server must have joined."""
@@ -41,7 +42,7 @@ class ServerGroup:
     def __init__(self, servers: Control, *, backend: Backend, timeout_s: float) -> None:
         """Joins with every server. Raises SyncError naming the one that does not."""
         self._servers = servers
-        self._backend = backend
+        self.backend = backend
         self._timeout_s = timeout_s
         self._join_s = min(JOIN_S, timeout_s)
         self._group: Any = None
@@ -75,13 +76,13 @@ class ServerGroup:
         """Ends our part of the group. A broadcast over nccl, whose kernel spins for a peer that is gone, ends with it;
         over gloo it ends by itself when the connections do. (nccl: not run on a GPU yet.)"""
         group, self._group = self._group, None
-        if self._backend == "nccl" and group is not None:
+        if self.backend == "nccl" and group is not None:
             wait([start(group.abort)], timeout=GRACE_S)
 
     def _join(self) -> Any:
         timeout = timedelta(seconds=self._join_s)
         store = PrefixStore(f"{self._name}/", PrefixStore(self._name, self._store))
-        if self._backend == "gloo":
+        if self.backend == "gloo":
             gloo: Any = dist.ProcessGroupGloo
             options = gloo._Options()
             options._timeout = timeout
@@ -94,11 +95,16 @@ class ServerGroup:
             return dist.ProcessGroupNCCL(PrefixStore("cuda/", store), 0, self._world_size, nccl_options)
 
     def _send(self, data: torch.Tensor) -> None:
+        """In a thread of its own, which has a GPU's streams of its own too: nothing else waits for a server."""
+        with on_own_stream(self._device):
+            self._broadcast(data)
+
+    def _broadcast(self, data: torch.Tensor) -> None:
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
         options.timeout = timedelta(seconds=self._timeout_s)
         self._group.broadcast([data], options).wait()
-        if self._backend == "nccl":
+        if self.backend == "nccl":
             drain(self._device)
 
     def _all_or_none(self, posts: list[Future[str]], transfer: Future[Any], timeout_s: float) -> None:
@@ -137,12 +143,12 @@ class ServerGroup:
 
 def device_of(backend: Backend) -> torch.device:
     """Where what is broadcast lies."""
-    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+    return this_card() if backend == "nccl" else HOST
 
 
 def drain(device: torch.device) -> None:
     """Waits for what was given to a GPU: over nccl a broadcast's own ``wait`` ends before it is over."""
-    torch.cuda.current_stream(device).synchronize()
+    settle(device)
 
 
 @contextlib.contextmanager

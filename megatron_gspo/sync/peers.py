@@ -29,11 +29,15 @@ class Peers:
     world_size: int = 1
     all_gather: Callable[[Any], list[Any]] = _alone
     """Every rank's picklable value, in rank order, on every rank (as ``torch.distributed.all_gather_object``). It is
-    the only collective of weight sync, and its barrier."""
+    the barrier of weight sync; one thread a rank calls it at a time."""
     send: Callable[[torch.Tensor], object] = _nobody
-    """A CPU tensor to rank 0; blocks until it may be reused. Tensors arrive in order."""
+    """A tensor to rank 0; blocks until it may be reused. Those on the CPU arrive in order, and so do a GPU's, which go
+    from card to card."""
     receive: Callable[[torch.Tensor, int], object] = _nobody
-    """Fills a CPU tensor with what the given rank sends. On rank 0; may be called from a thread for each rank."""
+    """Fills a tensor with what the given rank sends from the same kind of memory. On rank 0; may be called from a
+    thread for each rank."""
+    broadcast: Callable[[torch.Tensor], object] = _nobody
+    """Rank 0's tensor into every rank's, of the same size and kind of memory; from one thread a rank."""
 
     @property
     def lead(self) -> bool:

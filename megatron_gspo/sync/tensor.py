@@ -9,7 +9,7 @@ import pybase64
 import torch
 
 from megatron_gspo.errors import SyncError
-from megatron_gspo.sync.base import BucketSync, NamedTensor, Names, own_storage
+from megatron_gspo.sync.base import BucketSync, NamedTensor, Names, on_host, own_storage
 
 
 class TensorSync(BucketSync):
@@ -21,7 +21,10 @@ class TensorSync(BucketSync):
 
     def _send(self, place: str, bucket: list[NamedTensor]) -> None:  # type: ignore[override]  # nothing to report
         # Plain pickle: SGLang's own serializer shares file descriptors, which only a child process can open.
-        self.servers.post_tensors(pybase64.b64encode(pickled(bucket)))
+        self.servers.post_tensors(pybase64.b64encode(pickled(on_host(bucket))))
+
+    def _path(self) -> str:
+        return "HTTP, through host memory"
 
     def _finish(self, place: str, sent: list[list[tuple[Names, str]]]) -> None:
         self.servers.end_update()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,11 +24,12 @@ from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.megatron.network import Network
 from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.parallel.exchange import agree, gather_objects, together
+from megatron_gspo.parallel.transfers import Transfers
 from megatron_gspo.platforms import here
 from megatron_gspo.rewards.references import ReferenceCheck
 from megatron_gspo.rewards.registry import Reward, resolve_reward
 from megatron_gspo.rollout.engine import Engine, Sampling, make_control, make_engine
-from megatron_gspo.sync.base import WeightSync, make_weight_sync
+from megatron_gspo.sync.base import NamedTensor, WeightSync, make_weight_sync
 from megatron_gspo.sync.gap import in_dtype, with_router_noise
 from megatron_gspo.sync.head import HEAD, with_head
 from megatron_gspo.sync.peers import Peers
@@ -71,7 +72,21 @@ class Run(Learner):
 
         Raises SyncError.
         """
-        weights, config = self.policy.weights(copies=False), self.config
+        self.turns.update(self.trained)
+        self._note(self.sync.push(self._outgoing(version), version))
+        self.turns.serve(self.access.version_name(version))
+
+    def fill(self, version: int, urls: Sequence[str] | None = None) -> None:
+        """As ``push``, to those servers alone that do not hold ``version``; ``urls``: as in ``WeightSync.fill``."""
+        self._note(self.sync.fill(self._outgoing(version), version, urls))
+
+    def _note(self, said: str) -> None:
+        if said:
+            self.notes.append(said)
+
+    def _outgoing(self, version: int) -> Iterator[NamedTensor]:
+        """What servers are sent; made as it is taken."""
+        weights, config = self.policy.weights(copies=False, host=False), self.config
         if engine_holds_head(config.rollout.engine, self.policy.shape):
             weights = with_head(weights)
         if config.sync.router_noise:
@@ -85,10 +100,7 @@ class Run(Learner):
         if config.rollout.engine_dtype:
             kept = self.policy.family.bias_names(self.policy.shape)
             weights = in_dtype(weights, getattr(torch, config.rollout.engine_dtype), kept)
-        self.turns.update(self.trained)
-        if verified := self.sync.push(weights, version):
-            self.notes.append(verified)
-        self.turns.serve(self.access.version_name(version))
+        return weights
 
     def learn(self) -> None:
         """The trainer's turn: after the responses of an outer step, before what learns from them. Collective."""
@@ -263,14 +275,12 @@ def own_servers(urls: tuple[str, ...], groups: Groups) -> tuple[str, ...]:
 
 def make_peers(groups: Groups) -> Peers:
     """All trainer ranks, for weight sync."""
-
-    def receive(tensor: torch.Tensor, source: int) -> None:
-        dist.recv(tensor, source, group=groups.world)
-
+    way = Transfers(groups.world)
     return Peers(
         dist.get_rank(),
         dist.get_world_size(),
         functools.partial(gather_objects, group=groups.world),
-        send=functools.partial(dist.send, dst=0, group=groups.world),
-        receive=receive,
+        send=way.send,
+        receive=way.receive,
+        broadcast=way.broadcast,
     )

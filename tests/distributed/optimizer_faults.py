@@ -191,5 +191,5 @@ def a_sync_sends_the_weights_before_the_last_step() -> Iterator[None]:
         early[:] = list(weights(self))
         return step(self, *args)
 
-    with mock.patch.multiple(Policy, step=other, weights=lambda self, copies=True: iter(early)):
+    with mock.patch.multiple(Policy, step=other, weights=lambda self, **_: iter(early)):
         yield

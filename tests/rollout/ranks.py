@@ -25,6 +25,7 @@ def collect_failures(world_size: int, rank_main: Callable[[Peers], Any]) -> list
     mail: list[Queue[torch.Tensor]] = [Queue(maxsize=1) for _ in range(world_size)]
     slots: list[Any] = [None] * world_size
     failures: list[BaseException | None] = [None] * world_size
+    sent: list[torch.Tensor] = []
 
     def run(rank: int) -> None:
         def all_gather(value: Any) -> list[Any]:
@@ -34,6 +35,14 @@ def collect_failures(world_size: int, rank_main: Callable[[Peers], Any]) -> list
             barrier.wait()
             return values
 
+        def broadcast(tensor: torch.Tensor) -> None:
+            if rank == 0:
+                sent[:] = [tensor]
+            barrier.wait()
+            if rank:
+                tensor.copy_(sent[0])
+            barrier.wait()
+
         try:
             rank_main(
                 Peers(
@@ -42,12 +51,13 @@ def collect_failures(world_size: int, rank_main: Callable[[Peers], Any]) -> list
                     all_gather,
                     send=lambda tensor: mail[rank].put(tensor.clone()),
                     receive=lambda tensor, source: tensor.copy_(mail[source].get(timeout=60)),
+                    broadcast=broadcast,
                 )
             )
         except BaseException as error:
             failures[rank] = error
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(world_size)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -5,11 +5,14 @@ A real server (test_sglang.py) shows neither several tensor ranks on this machin
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
+import io
 import json
 import multiprocessing as mp
 import os
+import pickle
 import threading
 import time
 import urllib.request
@@ -18,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -53,10 +56,14 @@ class State:
         elif path == "/destroy_weights_update_group":
             self.groups = []
         elif path == "/update_weights_from_distributed":
-            return self._receive(body)
+            return self._receive(lambda rank: self._load(rank, body))
+        elif path == "/update_weights_from_tensor":
+            if not self.open or body["load_format"] != "flattened_bucket":
+                return 400, {"message": "this stand-in takes flattened buckets alone, in a session"}
+            return self._receive(lambda rank: self._open_handle(rank, body["serialized_named_tensors"][rank]))
         return 200, {}
 
-    def _receive(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def _receive(self, load: Any) -> tuple[int, dict[str, Any]]:
         self.buckets += 1
         if self.fault and self.buckets == 2:
             if self.fault == "dies":
@@ -65,7 +72,7 @@ class State:
                 time.sleep(60)
             return 400, {"message": "not now"}
         try:
-            self._on_ranks(lambda rank: self._load(rank, body))
+            self._on_ranks(load)
         except Exception as error:
             return 400, {"message": f"Failed to receive weights: {error}"}
         return 200, {}
@@ -81,6 +88,12 @@ class State:
         self.groups[rank].broadcast([flat], options).wait()
         for name, dtype, shape, data in zip(body["names"], dtypes, body["shapes"], flat.split(sizes), strict=True):
             self.received[rank][name] = digest(data.view(dtype).reshape(shape))
+
+    def _open_handle(self, rank: int, handle: str) -> None:
+        read = Allowed(io.BytesIO(base64.b64decode(handle, validate=True))).load()
+        for entry in read["metadata"]:
+            data = read["flattened_tensor"][entry.start_idx : entry.end_idx]
+            self.received[rank][entry.name] = digest(data.view(entry.dtype).reshape(entry.shape))
 
     def _on_ranks(self, action: Any) -> list[Any]:
         results: list[Any] = [None] * self.tensor_ranks
@@ -102,6 +115,24 @@ class State:
         return results
 
 
+class Allowed(pickle.Unpickler):
+    """Reads what SGLang 0.5.23 allows of a handle in shared memory (srt/utils/common.py, ``SafeUnpickler``)."""
+
+    NAMES: ClassVar = {
+        ("types", "SimpleNamespace"),
+        *(("torch.multiprocessing.reductions", f"rebuild_{what}") for what in ("tensor", "typed_storage")),
+        ("torch.multiprocessing.reductions", "rebuild_storage_filename"),
+        ("torch", "Tensor"),
+        ("torch.storage", "UntypedStorage"),
+        *(("torch", name) for name in ("uint8", "bfloat16", "float32", "float64", "float8_e4m3fn")),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.NAMES:
+            raise RuntimeError(f"Blocked unsafe global ({module}.{name})")
+        return super().find_class(module, name)
+
+
 def digest(tensor: torch.Tensor) -> str:
     """Of dtype, shape and bytes."""
     content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -115,14 +146,14 @@ def join(body: dict[str, Any], rank: int) -> Any:
     return dist.ProcessGroupGloo(prefixed, rank, body["world_size"], TIMEOUT)
 
 
-def serve(connection: Connection, tensor_ranks: int, fault: str | None) -> None:
+def serve(connection: Connection, tensor_ranks: int, fault: str | None, info: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     state = State(tensor_ranks, fault)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            known = {"tp_size": tensor_ranks, "device": "cpu", "weight_version": state.version}
-            self._answer(200, known | {"received": state.received, "open": state.open})
+            known = {"tp_size": tensor_ranks, "device": "cpu", "weight_version": state.version, **info}
+            self._answer(200, known | {"received": state.received, "open": state.open, "buckets": state.buckets})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -145,15 +176,16 @@ def serve(connection: Connection, tensor_ranks: int, fault: str | None) -> None:
 
 
 @contextmanager
-def stand_ins(*servers: tuple[int, str | None]) -> Iterator[list[str]]:
-    """URLs of a stand-in for each (tensor ranks, one of ``FAULTS`` or None); each is a process."""
+def stand_ins(*servers: tuple[int, str | None], info: dict[str, Any] | None = None) -> Iterator[list[str]]:
+    """URLs of a stand-in for each (tensor ranks, one of ``FAULTS`` or None); each is a process. ``info``: what they say
+    of themselves besides."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)  # one server forks these and the ranks of the pool
     with ExitStack() as stack:
         urls = []
         for tensor_ranks, fault in servers:
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, tensor_ranks, fault), daemon=True)
+            process = context.Process(target=serve, args=(theirs, tensor_ranks, fault, info or {}), daemon=True)
             process.start()
             stack.callback(process.join)
             stack.callback(process.kill)

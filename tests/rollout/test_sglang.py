@@ -41,7 +41,7 @@ pytestmark = pytest.mark.rollout
 STOPS = (0, 1)
 SAMPLING = Sampling(group_size=4, temperature=1.0, max_tokens=24, stop_token_ids=STOPS, seed=5)
 PROMPTS = [prompt(f"p{i}", tuple(2 + (7 * i + j) % 60 for j in range(3 + i))) for i in range(6)]
-METHODS = ("disk", "tensor", "distributed")
+METHODS = ("disk", "tensor", "distributed", "ipc")
 
 
 def draw(

@@ -21,6 +21,7 @@ from megatron_gspo.megatron.groups import make_groups
 from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.report.metrics import METRICS, PLACE, row_of
 from megatron_gspo.report.recorder import RunRecorder
+from megatron_gspo.rollout.sglang.control import Servers
 from megatron_gspo.runs.loop import train as train_with
 from megatron_gspo.sync.base import METHODS
 from megatron_gspo.train.assembly import Run, build_run, load_inputs
@@ -234,6 +235,30 @@ def step_without_sync(config: RunConfig) -> None:
     outer_step(run, 1, first_step=2)
 
 
+def test_a_server_that_has_lost_its_weights_is_filled_and_one_that_holds_them_is_left_alone(
+    ranks: RankPool, make_config: MakeConfig
+) -> None:
+    config = make_config("parallel.tensor=1", "parallel.expert=1")
+    ((lost, kept, gap),) = ranks.run(1, step_after_a_restart, config)
+    assert lost == [f"weights of version 1 went to {config.rollout.servers[0]}"] and kept == []
+    assert gap < 1e-9
+
+
+def step_after_a_restart(config: RunConfig) -> tuple[list[str], list[str], float]:
+    """What is noted when the server has forgotten its version, and when not; kl/engine_k3 afterwards."""
+    run = _run(config)
+    outer_step(run, 0, first_step=0)
+    run.notes.clear()
+    Servers(config.rollout.servers).set_version("0")
+    run.fill(1)
+    lost = [*run.notes]
+    run.notes.clear()
+    run.fill(1)
+    kept = [*run.notes]
+    reports, _ = outer_step(run, 1, first_step=2)
+    return lost, kept, reports[0].metrics["kl/engine_k3"]
+
+
 def test_a_sync_that_moves_the_version_and_not_the_weights_is_noticed_by_k3(
     ranks: RankPool, make_config: MakeConfig
 ) -> None:
@@ -290,7 +315,7 @@ def test_a_run_is_the_same_whichever_way_its_weights_travel(
         ranks.run(2, train, config)
         responses.append([record["response"] for record in responses_of(config)])
         assert max(line["kl/engine_k3"] for line in steps_of(config)) < 1e-9
-    assert responses[0] == responses[1] == responses[2]
+    assert all(response == responses[0] for response in responses)
 
 
 def test_a_reward_outside_its_range_stops_every_rank_with_the_response_named(

@@ -23,9 +23,9 @@ from tests.training.stand_in import StandIn
 from tests.training.test_critic_runs import PPO
 from tests.training.test_turns import PUSH, SERVE, SLEEP, WAKE, orders
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 COLOCATED = 'placement.mode="colocated"'
-ONE_RANK = ("parallel.tensor=1", "parallel.expert=1", "eval.prompts=4", "train.noise_floor_every=0")
+ONE_RANK = ("parallel.tensor=1", "parallel.expert=1", "eval.prompts=4", "eval.every=1", "train.noise_floor_every=0")
 UNCHECKED = ('sync.verify="off"', "rollout.max_engine_k3=0")
 """A stand-in draws from no model, and has no weights to hash."""
 

@@ -87,8 +87,10 @@ def test_two_nccls_are_an_error_where_the_sync_needs_one(case: Case, have: Have)
         (['sync.method="distributed"', 'rollout.server_args=["--base-gpu-id", "1"]'], "error"),
         (['sync.method="distributed"'], "error"),  # the server has the card that the rank leaves
         (['sync.method="distributed"', 'placement.mode="colocated"'], "warning"),  # it has the trainer's: gloo
+        (['rollout.server_args=["--base-gpu-id", "1"]'], "error"),
+        (['placement.mode="colocated"'], "warning"),
         (['sync.method="distributed"', 'sync.backend="gloo"'], "warning"),
-        ([], "warning"),
+        ([], "error"),  # between cards of their own "auto" is nccl
     ):
         (check,) = case.checks(*settings, only="trainer, servers")
         assert check.status == status and said in check.detail and "make install DEVICE=cuda" in check.fix

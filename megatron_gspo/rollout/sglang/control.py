@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import http.client
 import json
@@ -94,6 +95,16 @@ class Servers:
             for ranks in set(self.tensor_ranks())
         }
         self._all("/update_weights_from_tensor", [bodies[ranks] for ranks in self.tensor_ranks()])
+
+    def post_handles(self, payloads: Sequence[Sequence[bytes]]) -> None:
+        """One flat bucket in memory that servers open, in an open update session: ``payloads[server][tensor rank]``.
+
+        Each rank opens its own alone. Raises SyncError unless every server has loaded it.
+        """
+        common = {"load_format": "flattened_bucket", "flush_cache": False}
+        encoded = [[base64.b64encode(rank).decode() for rank in ranks] for ranks in payloads]
+        bodies = [json.dumps({"serialized_named_tensors": ranks, **common}).encode() for ranks in encoded]
+        self._all("/update_weights_from_tensor", bodies)
 
     def tensor_ranks(self) -> tuple[int, ...]:
         """Tensor-parallel ranks of each server."""
