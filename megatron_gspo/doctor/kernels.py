@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.kernels.choice import choose_kernels
+from megatron_gspo.kernels.modules import MODULES, has_module, missing_modules
 from megatron_gspo.versions import installed
 
 MAKE = "make kernels, after make install DEVICE=cuda"
@@ -29,20 +30,24 @@ FIRST = "sglang-kernel"
 
 
 def check_kernels(facts: Facts) -> list[Check]:
-    """Those of this environment. apex is known by what Megatron uses of it: the registry has another of that name."""
-    have = _trainers_kernels()
-    found = ", ".join(f"{name} {version}".strip() for name, version in have.items()) or "none"
-    absent = [name for name in TRAINERS if name not in have]
-    stranger = _is_other_apex()
+    """Those of this environment: what ``kernels.modules`` says of each."""
+    missing = {name: missing_modules(name) for name in TRAINERS}
+    have = [f"{name} {installed(name) or ''}".strip() for name, modules in missing.items() if not modules]
+    absent = [name for name, modules in missing.items() if modules]
     model = facts.config.model
-    text = f"optional kernels: {found}" + (f"; without {', '.join(absent)}" if absent else "")
+    text = f"optional kernels: {', '.join(have) or 'none'}" + (f"; without {', '.join(absent)}" if absent else "")
     text += f"; {choose_kernels(model.kernels, model.dtype)}"
-    if stranger:
+    if _is_other_apex():
         text += " (a package named apex is installed, but not NVIDIA's)"
         return [warning(text, "pip uninstall apex, or build NVIDIA's from source")]
     if facts.machine.gpus and absent:
-        return [warning(f"{name} is missing: {TRAINERS[name]}", FIXES[name]) for name in absent]
+        return [warning(f"{_what_is_missing(name, missing[name])}: {TRAINERS[name]}", FIXES[name]) for name in absent]
     return [ok(text)]
+
+
+def _what_is_missing(name: str, modules: list[str]) -> str:
+    """A package, or the part that it was built without."""
+    return f"{name} is missing" if modules == list(MODULES[name]) else f"{name} has no {', '.join(modules)}"
 
 
 def check_server_kernels(facts: Facts) -> list[Check]:
@@ -58,34 +63,13 @@ def check_server_kernels(facts: Facts) -> list[Check]:
     return [(error if name == FIRST else warning)(f"{name} is missing: {SERVERS[name]}", fix) for name in absent]
 
 
-def _trainers_kernels() -> dict[str, str]:
-    """Name -> version. Of Transformer Engine both halves: its core alone computes nothing of torch's."""
-    have = {}
-    if _has_module("transformer_engine") and _has_module("transformer_engine_torch"):
-        have["transformer-engine"] = installed("transformer-engine") or ""
-    if _has_fused_adam():
-        have["apex"] = "with optimizers.FusedAdam"
-    if _has_module("triton"):
-        have["triton"] = installed("triton") or ""
-    return have
-
-
-def _has_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
-
-
 def _apex_directories() -> list[Path]:
-    spec = importlib.util.find_spec("apex") if _has_module("apex") else None
+    spec = importlib.util.find_spec("apex") if has_module("apex") else None
     return [Path(place) for place in (spec.submodule_search_locations if spec else None) or ()]
 
 
-def _has_fused_adam() -> bool:
-    """Whether NVIDIA's apex is there, without importing a package that may be anything."""
-    return any((place / "optimizers" / "fused_adam.py").is_file() for place in _apex_directories())
-
-
 def _is_other_apex() -> bool:
-    return _has_module("apex") and not _has_fused_adam()
+    """Whether an apex is installed that is not NVIDIA's, without importing a package that may be anything."""
+    return has_module("apex") and not any(
+        (place / "optimizers/fused_adam.py").is_file() for place in _apex_directories()
+    )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from megatron_gspo.kernels.modules import has_package
 from megatron_gspo.platforms import CUDA, here
 
 HALF = ("bfloat16", "float16")
-APEX = "fused_weight_gradient_mlp_cuda"
-"""apex's extension that Megatron's linear layers call."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,7 @@ class Machine:
         import torch
 
         capability = torch.cuda.get_device_capability()[0] if here() is CUDA else 0
-        triton, apex = (importlib.util.find_spec(name) is not None for name in ("triton", APEX))
-        return cls(capability, triton, apex)
+        return cls(capability, has_package("triton"), has_package("apex"))
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,9 @@ def _install_in_megatron() -> None:
 
 
 def _mend_megatron() -> None:
-    """Names that 0.16.1 uses without Transformer Engine and never defines, with or without a GPU."""
+    """Names that 0.16.1 uses without Transformer Engine and never defines, and rotations of half types; with or without
+    a GPU."""
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
@@ -148,6 +150,20 @@ def _mend_megatron() -> None:
         moe_utils.te_general_gemm = None  # selects the plain matmul
     if not isinstance(multi_latent_attention.TELinear, type):
         multi_latent_attention.TELinear = type("TELinear", (), {})  # a mock, and no type to isinstance: nothing is one
+    rope_utils._apply_rotary_pos_emb_bshd = _rounded_once(rope_utils._apply_rotary_pos_emb_bshd)
+
+
+def _rounded_once(rotate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Megatron rounds cosines, sines, both products and their sum to a half type's bits: here they are float32's, as in
+    an engine, and only the result is rounded. (A cosine near 1 is off by up to 2^-9 in bfloat16.)"""
+
+    @functools.wraps(rotate)
+    def rotated(t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if t.dtype not in (torch.bfloat16, torch.float16):
+            return rotate(t, *args, **kwargs)
+        return rotate(t.float(), *args, **kwargs).to(t.dtype)
+
+    return rotated
 
 
 @contextlib.contextmanager

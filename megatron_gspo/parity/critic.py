@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from megatron_gspo.algorithm.base import make_algorithm
 from megatron_gspo.config import CriticConfig, RunConfig
+from megatron_gspo.errors import NonFiniteError
 from megatron_gspo.megatron.critic import Critic
 from megatron_gspo.parity import shards
 from megatron_gspo.parity.case import Case
@@ -80,7 +81,10 @@ def critic_step(case: Case, learner: Learner, minibatches: Sequence[Minibatch], 
     learner = replace(learner, config=config, critic=critic)
     made = iter(value_pass(learner, [batch for minibatch in minibatches for batch in minibatch.batches]))
     valued = [each.with_shards([shard | next(made) for shard in each.shards]) for each in minibatches]
-    credited = give_credit(learner, valued)
+    try:
+        credited = give_credit(learner, valued)
+    except NonFiniteError as error:  # raised on every rank; the step before it says whether it is the critic's alone
+        return CriticPart(not_finite=str(error))
     part = CriticPart(metrics=credited.metrics)
     for minibatch in credited.minibatches:
         for batch, shard in zip(minibatch.batches, minibatch.shards, strict=bool(minibatch.shards)):

@@ -91,6 +91,8 @@ class CriticPart:
     returns: list[np.ndarray] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     gradients: dict[str, Difference] = field(default_factory=dict)
+    not_finite: str = ""
+    """What stopped it, on every rank: an advantage or a return that is not finite. There is nothing else then."""
 
 
 @dataclass

@@ -277,6 +277,9 @@ def _judge_critic(
     mine = [part.critic for part in parts if part.critic is not None]
     if expected is None or not mine:
         return
+    for not_finite in filter(None, (part.not_finite for part in mine)):
+        column.take(float("inf"), not_finite)
+        return
     own = [part.critic for part in last]
     for name in ("values", "advantages", "returns"):
         array = getattr(expected, name)

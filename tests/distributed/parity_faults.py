@@ -423,6 +423,21 @@ def value_heads_are_not_all_reduced() -> Iterator[None]:
 
 
 @contextmanager
+def a_reward_within_a_response_is_a_nan() -> Iterator[None]:
+    """What GAE makes of it is not finite, and the step itself never reads it."""
+    from megatron_gspo.train import credit
+
+    rewards = credit.token_rewards
+
+    def other(run: Any, shard: Any) -> torch.Tensor:
+        rewards_T = rewards(run, shard)
+        return rewards_T * float("nan") if run.groups.data_rank == 1 else rewards_T
+
+    with mock.patch.object(credit, "token_rewards", other):
+        yield
+
+
+@contextmanager
 def advantages_see_a_ranks_own_tokens_alone() -> Iterator[None]:
     from megatron_gspo.train import credit
 
@@ -435,7 +450,14 @@ def advantages_see_a_ranks_own_tokens_alone() -> Iterator[None]:
 
 @contextmanager
 def advantages_are_whitened_by_data_rank() -> Iterator[None]:
+    """The advantages alone: what is said of the values is summed over all ranks, as it should be."""
     from megatron_gspo.train import credit
 
-    with mock.patch.object(credit, "reduce_token_sums", lambda sums, stage: sums):
+    moments = credit._moments
+
+    def of_this_rank(*args: Any) -> tuple[float, float]:
+        with mock.patch.object(credit, "reduce_token_sums", lambda sums, stage: sums):
+            return moments(*args)
+
+    with mock.patch.object(credit, "_moments", of_this_rank):
         yield

@@ -225,6 +225,7 @@ FAULTS: list[tuple[Any, str, set[str], str, str]] = [
     (faults.tokens_are_chosen_on_each_rank_alone, "DP2", {"objectives"}, "objectives", "-cov"),
     (faults.value_heads_are_not_all_reduced, "TP2", {"critic"}, "critic", "gradient of score."),
     (faults.advantages_see_a_ranks_own_tokens_alone, "CP2", {"critic"}, "critic", "response"),
+    (faults.a_reward_within_a_response_is_a_nan, "DP2", {"critic"}, "critic", "a critic's value is not finite"),
     (faults.advantages_are_whitened_by_data_rank, "DP2", {"critic"}, "critic", "advantages, response"),
 ]
 """(fault, a layout where it bites, the columns that must fail, one of them, what it must name)."""

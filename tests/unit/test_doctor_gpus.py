@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gspo.doctor import kernels, machine, packages
+from megatron_gspo.doctor import machine, packages
 from megatron_gspo.doctor.check import Check
 from megatron_gspo.doctor.installed import Environment, environment_of, own_environment
 from megatron_gspo.doctor.machine import Machine
 from megatron_gspo.kernels import choice
+from megatron_gspo.kernels import modules as kernel_modules
 from tests.unit.doctor_cases import Case
 
 GIB = 2**30
@@ -178,20 +179,29 @@ def test_torchs_cuda_and_nccl_are_read_without_importing_torch(tmp_path: Path) -
 
 def test_each_missing_kernel_of_the_trainer_is_a_line_with_its_cost_on_a_gpu(case: Case, have: Have, monkeypatch):
     modules = {"triton"}
-    monkeypatch.setattr(kernels, "_has_module", lambda name: name in modules)
+    monkeypatch.setattr(kernel_modules, "has_module", lambda name: name in modules)
     have()
     checks = case.checks(only="kernels")
     assert [check.detail.partition(" is missing: ")[0] for check in checks] == ["transformer-engine", "apex"]
     assert {check.status for check in checks} == {"warning"} and all("make kernels" in check.fix for check in checks)
     modules |= {"transformer_engine"}  # its core without torch's part
-    assert len(case.checks(only="kernels")) == 2
-    modules |= {"transformer_engine_torch"}
-    assert [check.detail.split()[0] for check in case.checks(only="kernels")] == ["apex"]
-    monkeypatch.setattr(kernels, "_has_fused_adam", lambda: True)
+    core = case.checks(only="kernels")[0].detail
+    assert core.startswith("transformer-engine has no transformer_engine_torch: attention runs on")
+    modules |= {"transformer_engine_torch", "apex", "fused_weight_gradient_mlp_cuda"}
     assert case.check("kernels").status == "ok"
     have(gpus=0)
     modules.clear()
     assert case.check("kernels").status == "ok"  # a CPU uses none
+
+
+def test_an_apex_built_without_the_product_is_missing_for_doctor_and_for_the_model(case, have: Have, monkeypatch):
+    modules = {"triton", "transformer_engine", "transformer_engine_torch", "apex"}
+    monkeypatch.setattr(kernel_modules, "has_module", lambda name: name in modules)
+    have()
+    for built in (False, True):
+        modules |= {"fused_weight_gradient_mlp_cuda"} if built else set()
+        assert choice.Machine.here().apex is built
+        assert ("apex has no fused_weight_gradient_mlp_cuda" in case.check("kernels").detail) is not built
 
 
 def test_each_missing_kernel_of_the_servers_is_a_line_and_one_of_them_an_error(case: Case, have: Have) -> None:

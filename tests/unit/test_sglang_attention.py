@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -10,6 +12,15 @@ from megatron_gspo.rollout.sglang.server import attend_decode, attend_extend
 
 HEADS, GROUPS, DIM, CACHE = 4, 2, 16, 400
 OPTIONS = {"scale": DIM**-0.5, "enable_gqa": True}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the server has: with several, the size of a batch says how its sums are cut."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
