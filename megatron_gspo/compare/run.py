@@ -21,6 +21,7 @@ from megatron_gspo.rollout.engine import local_servers
 from megatron_gspo.rollout.sglang.launcher import last_words
 from megatron_gspo.runs.waiting import starting_servers
 from megatron_gspo.storage import free_space
+from megatron_gspo.train.engine_dtype import served_directory
 from megatron_gspo.train.models import placed_here, served
 
 Ended = Callable[["Outcome"], None]
@@ -174,7 +175,7 @@ class Worker(threading.Thread):
         rollout = served(config, self._placement)
         self._servers = local_servers(rollout)(
             rollout,
-            cell.cold_start,
+            served_directory(rollout, cell.cold_start, self._logs, self._placement.sizes),
             self._logs,
             device=self._device,
             dtype=key.dtype,

@@ -115,8 +115,7 @@ class PlacementConfig(Section):
         Raises ConfigError for what is not there, or contradicts itself.
         """
         self.check_args(rollout.server_args)
-        args = [word for name in ("tensor", "expert", "attention_data") for word in self._flag(name)]
-        sizes = server_sizes([*args, *rollout.server_args])
+        args, sizes = self._flags(), self.sizes(rollout)
         if rollout.servers:
             colocated = self.mode == "colocated"
             why = 'placement.mode = "colocated"' if colocated else "rollout.servers names running servers"
@@ -130,6 +129,13 @@ class PlacementConfig(Section):
         share = MEMORY["colocated" if colocated else "apart"] if self.memory is None else self.memory
         args += [SHARE, f"{share:g}", *([SAVER] if colocated else [])]
         return Placement(colocated, why, first, server_sizes([*args, *rollout.server_args]), tuple(args))
+
+    def sizes(self, rollout: RolloutConfig) -> ServerSizes:
+        """Of each local server; what ``rollout.server_args`` say wins. Raises ConfigError."""
+        return server_sizes([*self._flags(), *rollout.server_args])
+
+    def _flags(self) -> list[str]:
+        return [word for name in ("tensor", "expert", "attention_data") for word in self._flag(name)]
 
     def _flag(self, name: str) -> list[str]:
         value = getattr(self, name)

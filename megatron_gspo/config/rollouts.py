@@ -20,6 +20,8 @@ def _server_url(text: str) -> str:
 
 
 Url = Annotated[str, AfterValidator(_server_url)]
+EIGHT_BITS = "fp8"
+"""Of ``rollout.engine_dtype``: no dtype of torch's, but one with scales."""
 StopToken = Annotated[str, Field(min_length=1)] | Annotated[int, Field(ge=0)]
 
 
@@ -37,9 +39,10 @@ class RolloutConfig(Section):
     server_python: str = ""
     """Python of the environment that holds sglang; found at ``.venv-sglang/bin/python`` (in the working directory or
     the checkout) or in $MEGATRON_GSPO_SGLANG_PYTHON when empty."""
-    engine_dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    engine_dtype: Literal["", "float32", "bfloat16", "float16", "fp8"] = ""
     """Dtype of local servers and of the weights that are sent; ``model.dtype`` when empty. Another one makes an engine
-    gap: that of a reduced-precision engine, on a CPU too."""
+    gap: that of a reduced-precision engine, on a CPU too. "fp8": matrices in float8_e4m3fn with a scale for each block
+    of 128 x 128, all else in bfloat16 (docs/fp8.md); named servers must have been started from such weights."""
     server_args: Annotated[tuple[str, ...], AsList] = ()
     """More arguments for each local server, after those that ``[placement]`` and the launcher choose, which they
     overrule; a size that the configuration names in both places, with two values, is refused."""
@@ -90,7 +93,8 @@ class RolloutConfig(Section):
     max_engine_k3: NonNegativeFloat | None = None
     """Nats per token of ``kl/engine_k3``, how far the engine's logprobs are from the trainer's at equal weights, above
     which the first outer step of a start (a resumed one too) fails before anything is learned. When absent, 0.001 for a
-    float32 engine; 0.1 for a bfloat16 or float16 one, and with ``sync.router_noise``. 0 compares nothing."""
+    float32 engine; 0.1 for a bfloat16 or float16 one, and with ``sync.router_noise``; 0.3 for an fp8 one. 0 compares
+    nothing."""
     on_engine_drift: Literal["warn", "stop"] = "warn"
     """A later outer step above ``max_engine_k3``: a warning, once until it is below again, or the run fails."""
     on_empty_step: Literal["error", "skip"] = "error"

@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from megatron_gspo.convert.eight_bits import AsStored, EightBits
 from megatron_gspo.convert.sources import REPEATED, HuggingFaceSource, MegatronSource, Source, same_dtype
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.carried import CARRIED
 from megatron_gspo.hf.directory import copy_companions, write_index
+from megatron_gspo.hf.fp8 import READ
 from megatron_gspo.hf.names import MODEL, shard_name
 from megatron_gspo.hf.stream import StreamWriter, TensorInfo
 from megatron_gspo.megatron.checkpoint import plain
@@ -64,7 +66,8 @@ class ToMegatron:
     def write(self, shard: Shard, path: Path, moved: Moved) -> list[Any]:
         """Writes a file; returns its blocks, as JSON can hold them, or the names of carried tensors."""
         if shard.carried:
-            return _write_tensors(self.source, path, [self.source.info(name) for name in shard.carried], moved)
+            infos = [self.source.info(name) for name in shard.carried]
+            return _write_tensors(self.source.read, path, infos, moved)
         writer = BlockWriter(path)
         try:
             for key in self._model.places.objects if shard.first else ():
@@ -121,10 +124,11 @@ def check_dtypes(dtypes: Mapping[Place, torch.dtype]) -> None:
 class ToHuggingFace:
     """Megatron's parameters split into Hugging Face tensors."""
 
-    def __init__(self, source: MegatronSource, max_shard_bytes: int) -> None:
-        self.source, self._model = source, source.model
-        sized = [(place, sum(info.nbytes for info in self._infos(place))) for place in self._model.places.parameters]
-        cut = list(_cut([*sized, *_sized(source)], max_shard_bytes))
+    def __init__(self, source: MegatronSource, max_shard_bytes: int, form: AsStored) -> None:
+        self.source, self._model, self._form = source, source.model, form
+        sized = [(place, _total(self._infos(place))) for place in self._model.places.parameters]
+        carried = [(name, _total(form.infos(source.info(name)))) for name in source.carried]
+        cut = list(_cut([*sized, *carried], max_shard_bytes))
         self.shards = [
             Shard(
                 name=shard_name(MODEL, number, len(cut)),
@@ -138,23 +142,28 @@ class ToHuggingFace:
 
     def write(self, shard: Shard, path: Path, moved: Moved) -> list[str]:
         """Writes a file; returns the names of its tensors."""
-        return _write_tensors(self.source, path, self._infos_of(shard), moved)
+        repeated = self.source.repeated
+        return _write_tensors(
+            lambda name: self._form.read(repeated.get(name, name)), path, self._infos_of(shard), moved
+        )
 
     def complete(self, partial: Path, entries: Mapping[str, dict[str, Any]]) -> list[str]:
         """As ``ToMegatron.complete``."""
         write_index(partial, _weight_map(entries))
         dtype = None
-        if self._model.home != self.source.directory:  # of the model that training started from: perhaps in bfloat16
+        if self._form.quantization:
+            dtype = str(READ).removeprefix("torch.")
+        elif self._model.home != self.source.directory:  # of the model that training started from: perhaps in bfloat16
             dtype = str(self._most_common_dtype()).removeprefix("torch.")
-        return copy_companions(self._model.home, partial, dtype=dtype)
+        return copy_companions(self._model.home, partial, dtype=dtype, quantization=self._form.quantization)
 
     def _infos_of(self, shard: Shard) -> list[TensorInfo]:
         parameters = [info for place in shard.places for info in self._infos(place)]
-        return parameters + [self.source.info(name) for name in shard.carried]
+        return parameters + [info for name in shard.carried for info in self._form.infos(self.source.info(name))]
 
     def _infos(self, place: Place) -> list[TensorInfo]:
         """A place's tensors, and those that repeat one of them."""
-        infos = [self.source.info(name) for name in place.named.hf_names]
+        infos = [info for name in place.named.hf_names for info in self._form.infos(self.source.info(name))]
         again = [
             TensorInfo(name, info.dtype, info.shape)
             for info in infos
@@ -174,11 +183,16 @@ class ToHuggingFace:
 Job = ToMegatron | ToHuggingFace
 
 
-def make_job(source: Source, max_shard_bytes: int) -> Job:
-    """The direction is what the source is not."""
-    if isinstance(source, HuggingFaceSource):
-        return ToMegatron(source, max_shard_bytes)
-    return ToHuggingFace(source, max_shard_bytes)
+def make_job(source: Source, max_shard_bytes: int, *, eight_bits: bool = False) -> Job:
+    """The direction is what the source is not. Raises ConfigError for ``eight_bits`` in a checkpoint to train from."""
+    if isinstance(source, MegatronSource):
+        return ToHuggingFace(source, max_shard_bytes, EightBits(source) if eight_bits else AsStored(source))
+    if eight_bits:
+        raise ConfigError(
+            f"{source.directory} is a Hugging Face directory, and a Megatron checkpoint of it holds what is trained: "
+            f"eight bits are for engines; convert without --dtype, and what that wrote with it"
+        )
+    return ToMegatron(source, max_shard_bytes)
 
 
 def ahead(values: Iterator[Item]) -> Iterator[Item]:
@@ -214,10 +228,16 @@ def _cut(sized: Iterable[tuple[Item, int]], most: int) -> Iterator[tuple[tuple[I
         yield tuple(items), total
 
 
-def _write_tensors(source: Source, path: Path, infos: Sequence[TensorInfo], moved: Moved) -> list[str]:
+def _total(infos: Iterable[TensorInfo]) -> int:
+    return sum(info.nbytes for info in infos)
+
+
+def _write_tensors(
+    read: Callable[[str], torch.Tensor], path: Path, infos: Sequence[TensorInfo], moved: Moved
+) -> list[str]:
     """Writes a safetensors file; returns its names."""
     writer = StreamWriter(path, infos)
-    tensors = (source.read(source.repeated.get(info.name, info.name)) for info in infos)
+    tensors = (read(info.name) for info in infos)
     for info, tensor in zip(infos, ahead(tensors), strict=True):
         writer.write(info.name, tensor)
         moved(tensor.nbytes)

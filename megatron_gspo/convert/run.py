@@ -42,6 +42,8 @@ class Options:
     config: Path | None = None
     """Where ``config.json`` and the tokenizer are, when not in the source."""
     drop_unknown: bool = False
+    eight_bits: bool = False
+    """Write a Hugging Face directory for an engine in eight bits."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def convert(source: Path, destination: Path, options: Options, groups: Groups, s
     first = dist.get_rank() == 0
     together(lambda: _check_paths(source, destination, options), world)
     opened = together(lambda: open_source(source, options.config, groups, drop_unknown=options.drop_unknown), world)
-    job = together(lambda: make_job(opened, options.max_shard_bytes), world)
+    job = together(lambda: make_job(opened, options.max_shard_bytes, eight_bits=options.eight_bits), world)
     watch = Watch(opened.files())
     place = Workplace(destination)
     plan = _plan(job, watch, options)
@@ -206,6 +208,7 @@ def _plan(job: Job, watch: Watch, options: Options) -> dict[str, Any]:
         "files": watch.stamps(),
         "shards": [[shard.name, shard.bytes] for shard in job.shards],
         "drop_unknown": options.drop_unknown,
+        "eight_bits": options.eight_bits,
     }
     return dict(json.loads(json.dumps(plan)))  # as it is read back
 

@@ -12,11 +12,13 @@ from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.estimate import ITEM_BYTES, Estimate, longest_sequence, tokens_of_microbatch
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.machine import gib
+from megatron_gspo.doctor.served import engine_item, engine_weights
 from megatron_gspo.doctor.sums import RANK_PROCESS, SERVER_PROCESS, against, largest, spell
 from megatron_gspo.doctor.tensors import stage_of
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.kernels.choice import choose_kernels
 from megatron_gspo.report.text import count
+from megatron_gspo.sync.base import CARD_BUCKET_MB
 
 FEW = 16
 """Of the longest sequences at once in a server's cache, below which most requests wait for each other."""
@@ -106,7 +108,7 @@ def _of_turn(facts: Facts, needed: Estimate) -> Check:
         "weights": needed.weights,
         "reference": needed.reference,
         "the critic's weights": needed.weights if needed.critic else 0,
-        "sync.bucket_mb": 2 * config.sync.bucket_mb * 10**6,
+        "sync.bucket_mb": 2 * (config.sync.bucket_mb or CARD_BUCKET_MB) * 10**6,
         f"a server's {placement.share:.0%}": int(placement.share * card),
     }
     total, free = sum(terms.values()), _free(facts)
@@ -119,11 +121,9 @@ def _of_turn(facts: Facts, needed: Estimate) -> Check:
 def _of_servers(facts: Facts) -> Check:
     """A server's share of a card: its part of the weights, and how many sequences its cache then holds."""
     config, shape, sizes, share = facts.config, facts.shape, facts.placement.sizes, facts.placement.share
-    item = min(4, ITEM_BYTES[config.model.dtype])
-    parts = sizes.tensor * sizes.pipeline
-    weights = sum(tensor.local_size(1, 1) for tensor in facts.tensors) * item // parts
+    weights = engine_weights(facts) // (sizes.tensor * sizes.pipeline)
     heads = max(1, shape.num_query_groups * sizes.attention_data // sizes.tensor)
-    token = 2 * shape.num_layers // sizes.pipeline * heads * shape.head_dim * item
+    token = 2 * shape.num_layers // sizes.pipeline * heads * shape.head_dim * engine_item(facts)
     card = min(total for _, total in facts.machine.gpus)
     room, longest = int(share * card) - weights, longest_sequence(config)
     text = f"a local server's {share:.0%} of {gib(card)} is {gib(share * card)}: weights {gib(weights)}"
@@ -159,7 +159,7 @@ def _weights_in_memory(facts: Facts) -> int:
     in_memory = config.sync.directory.startswith("/dev/shm")
     if facts.supervised or config.sync.method != "disk" or not in_memory:
         return 0
-    return sum(tensor.local_size(1, 1) for tensor in facts.tensors) * min(4, ITEM_BYTES[config.model.dtype])
+    return engine_weights(facts)
 
 
 def _takes_turns(facts: Facts) -> bool:

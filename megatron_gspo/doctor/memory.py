@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from megatron_gspo.doctor.check import Check
-from megatron_gspo.doctor.estimate import ITEM_BYTES, Estimate, worst_stage
+from megatron_gspo.doctor.estimate import Estimate, worst_stage
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.gpus import on_gpus
 from megatron_gspo.doctor.machine import gib
+from megatron_gspo.doctor.served import engine_item, engine_weights
 from megatron_gspo.doctor.sums import RANK_PROCESS, SERVER_PROCESS, against, largest, spell
 from megatron_gspo.report.text import count
 from megatron_gspo.rollout.sglang.launcher import cpu_cache_tokens
@@ -38,10 +39,8 @@ def check_memory(facts: Facts) -> Check | list[Check]:
 def _server_bytes(facts: Facts) -> int:
     """A local CPU server: process, weights, and the cache of keys and values that ``server_arguments`` asks for."""
     config, shape = facts.config, facts.shape
-    item = min(4, ITEM_BYTES[config.model.dtype])
-    weights = sum(tensor.local_size(1, 1) for tensor in facts.tensors) * item
-    cache = cpu_cache_tokens(config.rollout) * shape.num_layers * 2 * shape.num_query_groups * shape.head_dim * item
-    return SERVER_PROCESS + weights + cache
+    keys = shape.num_layers * 2 * shape.num_query_groups * shape.head_dim * engine_item(facts)
+    return SERVER_PROCESS + engine_weights(facts) + cpu_cache_tokens(config.rollout) * keys
 
 
 def _most(needed: Estimate, ranks: int, servers: int) -> str:

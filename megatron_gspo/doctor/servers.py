@@ -14,10 +14,12 @@ from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.lengths import fit_into, kept_positions
-from megatron_gspo.errors import MegatronGspoError
+from megatron_gspo.errors import ConfigError, MegatronGspoError
 from megatron_gspo.hf.catalog import read_config
+from megatron_gspo.rollout.sglang.cards import check_cards
 from megatron_gspo.rollout.sglang.launcher import free_ports
 from megatron_gspo.rollout.sglang.probe import get
+from megatron_gspo.train.engine_dtype import check_eight_bits, check_form
 from megatron_gspo.train.models import check_engine, first_difference
 from megatron_gspo.versions import untested
 
@@ -48,7 +50,9 @@ def check_servers(facts: Facts) -> list[Check]:
     if facts.supervised:
         return [ok("supervised fine-tuning needs none")]
     check_engine(facts.config.rollout.engine, facts.config.model.path, facts.shape)
+    check_eight_bits(rollout, facts.config.model.path, facts.family, facts.shape, facts.config.placement.sizes(rollout))
     if not rollout.servers:
+        check_cards(rollout.engine_dtype)
         ports = free_ports(facts.local_servers)
         return [ok(f"{facts.local_servers} to be started here; ports are free ({', '.join(map(str, ports))})")]
     with ThreadPoolExecutor(min(32, len(rollout.servers))) as pool:
@@ -118,15 +122,15 @@ def _model_problems(facts: Facts, server: Server) -> list[Check]:
             theirs |= read_config(path)
     except MegatronGspoError:
         pass
-    difference = first_difference(own, theirs)
-    if not difference:
-        return []
-    return [
-        error(
-            f"{server.url} holds another model ({path}): its {difference}",
-            f"{FIX}: a server that was started from model.path",
-        )
-    ]
+    if difference := first_difference(own, theirs):
+        fix = f"{FIX}: a server that was started from model.path"
+        return [error(f"{server.url} holds another model ({path}): its {difference}", fix)]
+    read = theirs if theirs.keys() - {"architectures"} else {}
+    try:
+        check_form(facts.config.rollout.engine_dtype, server.url, read, server.info.get("quantization"))
+    except ConfigError as caught:
+        return [error(str(caught), "rollout.engine_dtype, or rollout.servers")]
+    return []
 
 
 def _setting_problems(facts: Facts, server: Server) -> list[Check]:

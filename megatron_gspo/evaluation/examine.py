@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.config import RunConfig
+from megatron_gspo.config.rollouts import EIGHT_BITS
 from megatron_gspo.data.prompts import PromptSet
 from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer, response_text
 from megatron_gspo.errors import ConfigError, EngineUnavailableError
@@ -28,9 +27,9 @@ from megatron_gspo.rollout.engine import Progress, Sampling, local_servers, make
 from megatron_gspo.rollout.sglang.probe import ServerState, probe
 from megatron_gspo.runs.waiting import starting_servers
 from megatron_gspo.sync.base import NamedTensor, make_weight_sync
-from megatron_gspo.sync.gap import in_dtype
 from megatron_gspo.sync.head import HEAD, with_head
 from megatron_gspo.sync.peers import Peers
+from megatron_gspo.train.engine_dtype import sent, sent_names, served_directory
 from megatron_gspo.train.grade import Graded, evaluation_sampling, grade
 from megatron_gspo.train.models import check_engine, engine_holds_head, placed_here, served, unread
 from megatron_gspo.train.survey import usable_questions
@@ -122,7 +121,7 @@ def _servers(
     rollout = served(config, placement, model)
     servers = local_servers(rollout)(
         rollout,
-        model,
+        served_directory(rollout, model, logs, placement.sizes),
         logs,
         device=device,
         dtype=config.rollout.engine_dtype or config.model.dtype,
@@ -132,7 +131,7 @@ def _servers(
     with contextlib.ExitStack() as stack:
         with starting_servers(rollout, device, phase):
             stack.enter_context(servers)
-        if unread(config.rollout.engine, model, shape):
+        if unread(config.rollout.engine, model, shape) or rollout.engine_dtype == EIGHT_BITS:
             send(config, model, servers.urls, ServerAccess(servers.key))
         yield servers.urls, servers.key, None
 
@@ -145,8 +144,8 @@ def send(config: RunConfig, model: Path, urls: Sequence[str], access: ServerAcce
     tensors: Iterator[NamedTensor] = ((name, reader.read(name)) for name in names)
     if engine_holds_head(config.rollout.engine, shape):
         tensors, names = with_head(tensors), [*names, HEAD]
-    if config.rollout.engine_dtype:
-        tensors = in_dtype(tensors, getattr(torch, config.rollout.engine_dtype), family.bias_names(shape))
+    dtype = config.rollout.engine_dtype
+    tensors, names = sent(dtype, tensors, family, shape), sorted(sent_names(dtype, set(names), family, shape))
     settings = config.sync.model_copy(update={"method": "tensor"})
     sync = make_weight_sync(settings, urls, Peers(), model_path=model, expected_names=names, access=access)
     try:

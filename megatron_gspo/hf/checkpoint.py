@@ -22,7 +22,7 @@ from megatron_gspo.untrusted import check_regular, read_json
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Of weights that are read."""
-STORED = {name: dtype for dtype, name in NAMES.items()}
+STORED = {NAMES[dtype]: dtype for dtype in DTYPES}
 
 
 class HfReader:

@@ -43,12 +43,14 @@ def companions(source: Path) -> list[Path]:
     return sorted(path.relative_to(source) for path in kept if not OF_WEIGHTS.fullmatch(path.name))
 
 
-def copy_companions(source: Path, directory: Path, *, dtype: str | None = None) -> list[str]:
+def copy_companions(
+    source: Path, directory: Path, *, dtype: str | None = None, quantization: dict[str, Any] | None = None
+) -> list[str]:
     """Copies them, byte for byte but for what would be wrong of the weights in ``directory``.
 
-    ``config.json`` loses the quantisation that the weights have lost, and names ``dtype`` where that is given and it
-    names another. An ``auto_map`` keeps the references whose code is there; the code is copied with what it imports
-    from beside it. Returns a line for each reference that was left out.
+    ``config.json`` loses the quantisation that the weights have lost, gets the ``quantization`` that they now have, and
+    names ``dtype`` where that is given and it names another. An ``auto_map`` keeps the references whose code is there;
+    the code is copied with what it imports from beside it. Returns a line for each reference that was left out.
     """
     said: list[str] = []
     code: set[Path] = set()
@@ -62,7 +64,7 @@ def copy_companions(source: Path, directory: Path, *, dtype: str | None = None) 
     for path in sorted(code):
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
         _copy(source, path, directory)
-    _describe_weights(directory, dtype)
+    _describe_weights(directory, dtype, quantization)
     return said
 
 
@@ -86,7 +88,7 @@ def _copy(source: Path, path: Path, directory: Path) -> None:
     shutil.copyfile(source / path, directory / path)
 
 
-def _describe_weights(directory: Path, dtype: str | None) -> None:
+def _describe_weights(directory: Path, dtype: str | None, quantization: dict[str, Any] | None) -> None:
     """Makes ``config.json`` say how the weights are stored, as far as they changed."""
     config = read_config(directory)
     changed = config
@@ -96,6 +98,8 @@ def _describe_weights(directory: Path, dtype: str | None) -> None:
     if dtype:
         keys = [key for key in DTYPE_KEYS if key in changed] or list(DTYPE_KEYS[:1])
         changed = changed | dict.fromkeys(keys, dtype)
+    if quantization:
+        changed = changed | {"quantization_config": quantization}
     if changed != config:
         write_json(directory / "config.json", changed)
 

@@ -19,6 +19,7 @@ NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 """Of dtypes in a safetensors header (https://huggingface.co/docs/safetensors: Format)."""
 ALIGNMENT = 8

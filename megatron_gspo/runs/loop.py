@@ -25,6 +25,7 @@ from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.rollout.engine import local_servers
 from megatron_gspo.runs.checkpoints import Checkpoints
 from megatron_gspo.train.assembly import Inputs, Run, build_run, load_inputs
+from megatron_gspo.train.engine_dtype import served_directory
 from megatron_gspo.train.evaluate import evaluate
 from megatron_gspo.runs.experiment import contents
 from megatron_gspo.train.models import placed_here, served
@@ -230,19 +231,20 @@ def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> It
         check: Callable[[], None] = nothing
         if dist.get_rank() == 0:
             device = here().device_type
-            rollout = served(config, placement)
-            servers = local_servers(rollout)(
-                rollout,
-                config.model.path,
-                Path(config.train.run_dir) / "servers",
-                device=device,
-                dtype=config.rollout.engine_dtype or config.model.dtype,
-                seed=config.train.seed,
-                routes=config.replay.uses_engine_routes,
-                placement=placement,
-            )
+            logs = Path(config.train.run_dir) / "servers"
             recorder.phase("waiting for the servers")
             try:
+                rollout = served(config, placement)
+                servers = local_servers(rollout)(
+                    rollout,
+                    served_directory(rollout, config.model.path, logs, placement.sizes),
+                    logs,
+                    device=device,
+                    dtype=config.rollout.engine_dtype or config.model.dtype,
+                    seed=config.train.seed,
+                    routes=config.replay.uses_engine_routes,
+                    placement=placement,
+                )
                 with starting_servers(rollout, device, recorder.note):
                     urls, key, check = stack.enter_context(servers).urls, servers.key, servers.check
             except Exception as caught:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 
+from megatron_gspo.hf import fp8
 from megatron_gspo.sync.base import NamedTensor
 
 
@@ -48,3 +49,30 @@ def in_dtype(
     whatever its dtype."""
     for name, tensor in tensors:
         yield name, tensor if name in kept else tensor.to(dtype)
+
+
+def in_eight_bits(
+    tensors: Iterator[NamedTensor], chosen: Callable[[str], bool], kept: Collection[str] = frozenset()
+) -> Iterator[NamedTensor]:
+    """The stream with each matrix that is ``chosen`` as its eight bits and, behind them, their scales; all others in
+    bfloat16 but for those named in ``kept``. A tensor at a time; the tensors are not changed.
+
+    Raises WeightError for a chosen one with elements that are not finite, once the stream is exhausted: producing it
+    may be collective.
+    """
+    failure: Exception | None = None
+    for name, tensor in tensors:
+        if failure is not None:
+            continue
+        if not chosen(name):
+            yield name, tensor if name in kept else tensor.to(fp8.READ)
+            continue
+        try:
+            narrow, scale = fp8.quantise(name, tensor)
+        except Exception as error:
+            failure = error
+            continue
+        yield name, narrow
+        yield name + fp8.SCALE, scale
+    if failure is not None:
+        raise failure

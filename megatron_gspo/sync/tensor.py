@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+from collections import OrderedDict
+from typing import Any
 
 import pybase64
 import torch
@@ -42,4 +44,22 @@ def pickled(bucket: list[NamedTensor]) -> bytes:
     """
     load = torch.storage._load_from_bytes
     load.__module__, load.__qualname__ = "torch.storage", "_load_from_bytes"
-    return pickle.dumps([(name, own_storage(tensor)) for name, tensor in bucket])
+    return pickle.dumps([(name, _picklable(own_storage(tensor))) for name, tensor in bucket])
+
+
+class _EightBits:
+    """A tensor whose pickle has its bytes as those of uint8: torch's own has a storage of no dtype, which a server's
+    ``torch.load(weights_only=True)`` does not read in the format of pickles (torch 2.13)."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        tensor = self._tensor
+        storage = tensor.view(torch.uint8)._typed_storage()
+        parts = (storage, 0, tuple(tensor.size()), tensor.stride(), False, OrderedDict(), tensor.dtype)
+        return torch._utils._rebuild_tensor_v3, parts
+
+
+def _picklable(tensor: torch.Tensor) -> torch.Tensor | _EightBits:
+    return _EightBits(tensor) if tensor.dtype == torch.float8_e4m3fn else tensor

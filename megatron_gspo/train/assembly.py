@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from megatron_gspo.config import RunConfig
@@ -30,9 +29,10 @@ from megatron_gspo.rewards.references import ReferenceCheck
 from megatron_gspo.rewards.registry import Reward, resolve_reward
 from megatron_gspo.rollout.engine import Engine, Sampling, make_control, make_engine
 from megatron_gspo.sync.base import NamedTensor, WeightSync, make_weight_sync
-from megatron_gspo.sync.gap import in_dtype, with_router_noise
+from megatron_gspo.sync.gap import with_router_noise
 from megatron_gspo.sync.head import HEAD, with_head
 from megatron_gspo.sync.peers import Peers
+from megatron_gspo.train.engine_dtype import sent, sent_names
 from megatron_gspo.train.engine_gate import EngineGate, make_gate
 from megatron_gspo.train.learner import Learner, build_learner
 from megatron_gspo.train.models import check_models, check_served, engine_holds_head
@@ -97,10 +97,7 @@ class Run(Learner):
                 seed=config.train.seed,
                 version=version,
             )
-        if config.rollout.engine_dtype:
-            kept = self.policy.family.bias_names(self.policy.shape)
-            weights = in_dtype(weights, getattr(torch, config.rollout.engine_dtype), kept)
-        return weights
+        return sent(config.rollout.engine_dtype, weights, self.policy.family, self.policy.shape)
 
     def learn(self) -> None:
         """The trainer's turn: after the responses of an outer step, before what learns from them. Collective."""
@@ -239,7 +236,8 @@ def take_turns(config: RunConfig, groups: Groups, urls: tuple[str, ...], access:
 
 def expected_names(config: RunConfig, policy: Policy) -> set[str]:
     """The tensors that a sync must send: those of the checkpoint, without layers that nothing here computes. A tied
-    head, stored there or not, is sent to an engine that holds one of its own. Collective."""
+    head, stored there or not, is sent to an engine that holds one of its own; eight bits with their scales.
+    Collective."""
     if is_distributed(Path(config.model.path)):
         names = set().union(*gather_objects(policy.names(), policy.groups.world))
     else:
@@ -247,7 +245,8 @@ def expected_names(config: RunConfig, policy: Policy) -> set[str]:
         names -= set(carried_names(names, policy.shape))
     if policy.shape.tied_embeddings:
         names -= {HEAD}
-    return names | {HEAD} if engine_holds_head(config.rollout.engine, policy.shape) else names
+    names |= {HEAD} if engine_holds_head(config.rollout.engine, policy.shape) else set()
+    return sent_names(config.rollout.engine_dtype, names, policy.family, policy.shape)
 
 
 def connect(run: Run, urls: Sequence[str], access: ServerAccess, *, awake: bool = True) -> None:
@@ -257,7 +256,7 @@ def connect(run: Run, urls: Sequence[str], access: ServerAccess, *, awake: bool 
     if run.groups.is_leader:
         try:
             asyncio.run(_enter_and_leave(run.engine))
-            check_served(urls, run.config.model.path, access.key, awake=awake)
+            check_served(urls, run.config.model.path, access.key, run.config.rollout.engine_dtype, awake=awake)
         except Exception as caught:
             error = caught
     agree(error, run.groups.world)

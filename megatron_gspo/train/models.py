@@ -12,6 +12,7 @@ import torch
 
 from megatron_gspo.algorithm.importance import rule_named
 from megatron_gspo.config import Placement, RolloutConfig, RunConfig
+from megatron_gspo.config.rollouts import EIGHT_BITS
 from megatron_gspo.errors import ConfigError, UserError
 from megatron_gspo.hf.catalog import read_config, read_model
 from megatron_gspo.hf.checkpoint import HfReader
@@ -22,12 +23,15 @@ from megatron_gspo.hf.names import holds_weights
 from megatron_gspo.megatron.checkpoint_files import is_distributed
 from megatron_gspo.platforms import CUDA, here
 from megatron_gspo.rollout.engine import ENGINES
-from megatron_gspo.rollout.sglang.probe import probe
+from megatron_gspo.rollout.sglang.probe import probe, quantization_of
+from megatron_gspo.train.engine_dtype import check_eight_bits, check_form
 from megatron_gspo.train.passes import find_pass
 from megatron_gspo.train.turns import ASLEEP, TURNING
 
 TOLD_APART_BY = ("architectures", "vocab_size", "num_hidden_layers", "hidden_size", "num_experts")
 """Of config.json: a model of others takes none of the policy's weights, or keeps some of its own."""
+TIMEOUT_S = 10.0
+"""Of a question to a server."""
 
 
 def check_own_code(config: RunConfig) -> None:
@@ -39,14 +43,16 @@ def check_own_code(config: RunConfig) -> None:
 
 
 def check_models(config: RunConfig) -> None:
-    """Raises ConfigError, naming the setting, for a policy of too few positions or of layers that the engine does not
-    have, noise on the routers of a model that has none, and a reference that cannot be one."""
+    """Raises ConfigError, naming the setting, for a policy of too few positions, of layers that the engine does not
+    have or sizes that it does not take, noise on the routers of a model that has none, and a reference that cannot be
+    one."""
     check_own_code(config)
     family, shape = read_model(config.model.path)
     check_companions(Path(config.model.path))
     check_positions(config.rollout, shape)
     if config.algorithm.draws_responses:
         check_engine(config.rollout.engine, config.model.path, shape)
+        check_eight_bits(config.rollout, config.model.path, family, shape, config.placement.sizes(config.rollout))
     if config.sync.router_noise and not family.router_names(shape):
         raise ConfigError(
             f"sync.router_noise = {config.sync.router_noise:g}, but {config.model.path} has no router: set it to 0"
@@ -108,9 +114,10 @@ def placed_here(config: RunConfig, *, ranks: int, cores: int | None = None) -> P
 
 def served(config: RunConfig, placement: Placement, path: str | Path = "") -> RolloutConfig:
     """``rollout`` for the local servers of ``placement`` on ``path``, ``model.path`` unless given. Where the engine
-    cannot load what is there, they start with whatever is in memory, and the first push fills it."""
+    cannot load what is there, or wants it in eight bits, they start with whatever is in memory, and the first push
+    fills it."""
     update: dict[str, Any] = {"local_servers": len(placement.first_cards)}
-    if _not_loaded(Path(path or config.model.path)):
+    if config.rollout.engine_dtype == EIGHT_BITS or _not_loaded(Path(path or config.model.path)):
         update["server_args"] = ("--load-format", "dummy", *config.rollout.server_args)
     return config.rollout.model_copy(update=update)
 
@@ -123,14 +130,15 @@ def _not_loaded(path: Path) -> str:
     return ""
 
 
-def check_served(urls: Sequence[str], model: str, key: str = "", *, awake: bool = True) -> None:
-    """Raises ConfigError for a server that was started from another model than ``model``, and, unless it may be, for
-    one that a run with ``placement.mode = "colocated"`` has left asleep.
+def check_served(urls: Sequence[str], model: str, key: str = "", dtype: str = "", *, awake: bool = True) -> None:
+    """Raises ConfigError for a server that was started from another model than ``model``, or for weights in another
+    form than ``dtype``, the ``rollout.engine_dtype``; and, unless it may be, for one that a run with
+    ``placement.mode = "colocated"`` has left asleep.
 
     Weight sync would not notice one of more layers. Asked are servers whose directory can be read from here.
     """
     own = read_config(model)
-    for state in probe(urls, timeout_s=10.0, key=key, health=False):  # they may be asleep
+    for state in probe(urls, TIMEOUT_S, key, health=False):  # they may be asleep
         if state.model_path is None:
             continue  # that it does not answer is said when it is asked for responses
         if awake and str(state.weight_version).endswith((ASLEEP, TURNING)):
@@ -139,9 +147,10 @@ def check_served(urls: Sequence[str], model: str, key: str = "", *, awake: bool 
                 f'took turns with it: start it again, or set placement.mode = "colocated"'
             )
         served = Path(state.model_path)
-        difference = first_difference(own, read_config(served)) if (served / "config.json").is_file() else ""
-        if difference:
+        theirs = read_config(served) if (served / "config.json").is_file() else {}
+        if difference := first_difference(own, theirs):
             raise ConfigError(f"rollout.servers: {state.url} holds another model ({served}): its {difference}")
+        check_form(dtype, state.url, theirs, quantization_of(state.url, TIMEOUT_S, key))
 
 
 def first_difference(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:

@@ -88,6 +88,30 @@ SERVED: dict[str, dict[str, Any]] = FURTHER | {
 """Every family's."""
 
 
+WIDE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 128,
+    "head_dim": 64,
+    "n_routed_experts": 4,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "shared_expert_intermediate_size": 128,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "v_head_dim": 32,
+}
+"""Sizes of whole blocks of 128, but for latent attention's key and value: 144 rows."""
+
+
+def save_wide_model(model_type: str, directory: Path, seed: int, **asked: Any) -> Path:
+    """A random model of ``SERVED`` that an engine takes in eight bits."""
+    own = {name: size for name, size in WIDE.items() if name in FRAME | SERVED[model_type]}
+    if model_type == "deepseek_v3":
+        del own["head_dim"]  # its heads follow from other sizes
+    return save_further_model(model_type, directory, seed, **own | asked)
+
+
 def save_further_model(model_type: str, directory: Path, seed: int, **asked: Any) -> Path:
     """A tiny random model of ``SERVED``, with what else its ``config.json`` asks for."""
     config = AutoConfig.for_model(**FRAME | SERVED[model_type] | asked, model_type=model_type)

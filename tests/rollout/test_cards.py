@@ -20,6 +20,7 @@ from megatron_gspo.errors import ConfigError
 from megatron_gspo.rollout.sglang import launcher
 from megatron_gspo.rollout.sglang.cards import (
     GIB,
+    check_cards,
     check_divides,
     check_fits,
     weight_bytes,
@@ -121,6 +122,22 @@ def test_key_value_heads_and_experts_and_widths_divide_too() -> None:
             check_divides(server_sizes(["--tp-size", "4", "--ep-size", "4"]), QWEN3_30B | changed)
 
 
+@pytest.mark.parametrize(("capability", "taken"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_cards_that_do_not_multiply_eight_bits_are_refused_for_them(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], taken: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", [(9, 0), capability].__getitem__)
+    check_cards("bfloat16")
+    if taken:
+        return check_cards("fp8")
+    with pytest.raises(
+        ConfigError, match=f"compute capability 8.9 .*, and one here has {capability[0]}.{capability[1]}"
+    ):
+        check_cards("fp8")
+    return None
+
+
 def test_the_launcher_starts_servers_for_cuda_each_on_cards_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +189,7 @@ for line in json.load(sys.stdin):
     settings = prepare_server_args(line)
     names = ("tp_size", "ep_size", "attn_dp_size", "dp_size", "mem_fraction_static", "base_gpu_id", "device",
              "enable_fp32_lm_head", "enable_return_routed_experts", "enable_deterministic_inference",
-             "enable_memory_saver")
+             "enable_memory_saver", "dtype", "fp8_gemm_runner_backend", "moe_runner_backend")
     print(json.dumps({{"said": said, **{{name: getattr(settings, name) for name in names}}}}))
 """
 
@@ -196,6 +213,7 @@ def parsed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         told = {"device": device, "dtype": "bfloat16", "gpu": 1, "routes": routes, "placed": placement.server_args}
         lines.append(server_arguments(config, model, 30000, **told))
     lines.append(["--model-path", str(model), "--disable-cuda-graph"])
+    lines += [server_arguments(RolloutConfig(), model, 30000, device=device, dtype="fp8") for device in ("cuda", "cpu")]
     done = subprocess.run(
         [str(find_server_python()), "-P", "-c", PARSE.format(directory=str(SERVER_SCRIPT.parent))],
         input=json.dumps(lines),
@@ -233,3 +251,13 @@ def test_sglang_takes_the_command_line_without_a_deprecation(index: int, parsed:
     if device == "cuda":
         assert (seen["base_gpu_id"], seen["mem_fraction_static"]) == (1, placement.share)
     assert seen["enable_memory_saver"] == (device == "cuda" and placement.colocated)
+
+
+def test_servers_of_eight_bits_compute_in_bfloat16_by_kernels_that_take_weights_as_they_come(
+    parsed: list[dict[str, Any]],
+) -> None:
+    cuda, cpu = parsed[-2:]
+    assert cuda["dtype"] == cpu["dtype"] == "bfloat16"
+    assert cuda["fp8_gemm_runner_backend"] == cuda["moe_runner_backend"] == "triton"
+    assert "triton" not in (cpu["fp8_gemm_runner_backend"], cpu["moe_runner_backend"])
+    assert not [text for text in cuda["said"] + cpu["said"] if "deprecated" in text.lower()]

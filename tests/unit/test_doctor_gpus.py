@@ -15,7 +15,7 @@ import pytest
 from megatron_gspo.doctor import machine, packages
 from megatron_gspo.doctor.check import Check
 from megatron_gspo.doctor.installed import Environment, environment_of, own_environment
-from megatron_gspo.doctor.machine import Machine
+from megatron_gspo.doctor.machine import Machine, gib
 from megatron_gspo.kernels import choice
 from megatron_gspo.kernels import modules as kernel_modules
 from tests.unit.doctor_cases import Case
@@ -295,12 +295,26 @@ def test_a_servers_share_of_its_card_must_hold_weights_and_a_cache(case: Case, h
     assert memory(case, TP4)["a local server"].status == "warning"  # 13 sequences at once
 
 
+def test_a_server_in_eight_bits_holds_matrices_of_a_byte_with_their_scales_and_two_bytes_of_the_rest(
+    case: Case, have: Have, an_h100: None
+) -> None:
+    have(gpus=8, memory=1500)
+    attention, experts = 2 * 2048 * 4096 + 2 * 2048 * 512, 128 * 3 * 2048 * 768
+    narrow = 48 * (attention + experts)
+    wide = 2 * 151936 * 2048 + 48 * (128 * 2048 + 2 * 2048 + 2 * 128) + 2048
+    size = narrow + 4 * narrow // 128**2 + 2 * wide
+    assert f"weights {gib(size)} + " in memory(case, 'rollout.engine_dtype="fp8"')["a local server"].detail
+    disk = memory(case, 'rollout.engine_dtype="fp8"', 'sync.method="disk"')["host"].detail
+    assert f"weights in /dev/shm {gib(size)}" in disk
+    assert "weights 114 GiB," in memory(case, 'rollout.engine_dtype="float32"')["a local server"].detail
+
+
 def test_a_card_that_is_shared_has_two_peaks_and_one_apart_has_one(case: Case, have: Have, an_h100: None) -> None:
     have(gpus=8, memory=1500)
     found = memory(case, TP4)
     assert "of 80 GiB free on the fullest GPU, where a server sleeps" in found["a rank"].detail
     turn = found["a card while its server"]
-    assert "weights 9.62 GiB + sync.bucket_mb 122 MiB + a server's 30% 24 GiB = 33.7 GiB" in turn.detail
+    assert "weights 9.62 GiB + sync.bucket_mb 977 MiB + a server's 30% 24 GiB = 34.6 GiB" in turn.detail
     assert turn.status == "ok" and "states (placement: colocated) 341 GiB" in found["host"].detail
     tight = memory(case, "placement.tensor=4", "placement.memory=0.9", "algorithm.kl_loss_coef=0.01")
     assert tight["a card while its server"].status == "error"

@@ -29,6 +29,7 @@ def config(model: dict[str, str] | None = None, **sections: dict[str, object]) -
         ({"dtype": "bfloat16"}, {}, 0.1),
         ({"dtype": "float32"}, {"rollout": {"engine_dtype": "bfloat16"}}, 0.1),
         ({"dtype": "bfloat16"}, {"rollout": {"engine_dtype": "float32"}}, 1e-3),
+        ({"dtype": "bfloat16"}, {"rollout": {"engine_dtype": "fp8"}}, 0.3),
         ({"dtype": "float32"}, {"sync": {"router_noise": 0.01}}, 0.1),
         ({"dtype": "float32"}, {"rollout": {"max_engine_k3": 0.5}, "sync": {"router_noise": 0.01}}, 0.5),
         ({"dtype": "float32"}, {"rollout": {"max_engine_k3": 0}}, None),

@@ -16,6 +16,10 @@ from megatron_gspo.untrusted import open_regular, read_json
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 2**30
+EIGHT_BIT_CARD = (8, 9)
+FP8_KERNELS = {"--fp8-gemm-backend": "triton", "--moe-runner-backend": "triton"}
+"""Take weights and scales as a sync brings them, on every card. Others make them anew as they load: DeepGEMM, which is
+the default on Blackwell, rounds scales to powers of two and packs them, and does not at a second sync."""
 
 
 def check_divides(sizes: ServerSizes, config: Mapping[str, Any]) -> None:
@@ -69,6 +73,20 @@ def check_fits(placement: Placement, weights: int | None, card: int) -> None:
         f"and a local server has {share:g} of {card / GIB:.1f} GiB = {share * card / GIB:.1f} GiB for them and its "
         f"cache: more cards a server (placement.tensor), a larger placement.memory, or servers named in rollout.servers"
     )
+
+
+def check_cards(dtype: str) -> None:
+    """Raises ConfigError for eight bits on GPUs that do not multiply them: SGLang packs the weights for another kernel
+    as it loads them, and those of a sync would be read as if they were packed."""
+    if dtype != "fp8":
+        return
+    found = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    older = [f"{major}.{minor}" for major, minor in found if (major, minor) < EIGHT_BIT_CARD]
+    if older:
+        raise ConfigError(
+            f'rollout.engine_dtype = "fp8" needs cards of compute capability {EIGHT_BIT_CARD[0]}.{EIGHT_BIT_CARD[1]} '
+            f'(Ada, Hopper or later), and one here has {older[0]}: use "bfloat16"'
+        )
 
 
 def weight_bytes(model: Path, dtype: str) -> int | None:

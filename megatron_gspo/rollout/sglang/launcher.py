@@ -25,7 +25,7 @@ from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.config import Placement, PlacementConfig, RolloutConfig
 from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
 from megatron_gspo.parallel.rendezvous import INTERFACES
-from megatron_gspo.rollout.sglang.cards import cards_here, check_placement
+from megatron_gspo.rollout.sglang.cards import FP8_KERNELS, cards_here, check_cards, check_placement
 from megatron_gspo.rollout.sglang.probe import KEY_FILE, get
 from megatron_gspo.rollout.sglang.server import FILES, remove, shared_memory
 from megatron_gspo.storage import writing
@@ -39,6 +39,8 @@ GRACE_S = {"cpu": 1.0, "cuda": 30.0}
 """Seconds between asking servers to stop and killing them. SGLang takes 10 to stop by itself, which a CPU server has no
 reason to; a scheduler that is killed while it holds device memory may leave it held."""
 POLL_S = 0.25
+ACTIVATIONS = {"float64": "float32", "fp8": "bfloat16"}
+"""What the engine computes in where it has no such dtype, or it is one of matrices alone."""
 LONGEST_TMPDIR = 50
 """Bytes of a directory in which a server's own is made."""
 CAUSE = re.compile(r"(\w*(Error|Exception)|error)\b(:|$)")
@@ -130,6 +132,8 @@ class LocalServers:
         placement = self._placement or PlacementConfig().resolved(
             self._config, ranks=0, cards=len(cards), cpu_servers=self._config.local_servers or 1
         )
+        if cards:
+            check_cards(self._dtype)
         check_placement(placement, self._model_path, self._dtype, cards)
         return placement
 
@@ -294,7 +298,7 @@ def server_arguments(
         "--host": "127.0.0.1",
         "--port": str(port),
         "--device": device,
-        "--dtype": "float32" if dtype == "float64" else dtype,  # the engine has no float64
+        "--dtype": ACTIVATIONS.get(dtype, dtype),
         "--weight-version": "0",
         "--random-seed": str(seed),
     }
@@ -321,6 +325,7 @@ def server_arguments(
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
     else:
         arguments["--base-gpu-id"] = str(gpu)
+        arguments |= FP8_KERNELS if dtype == "fp8" else {}
     return [word for pair in arguments.items() for word in pair] + flags + [*placed, *config.server_args]
 
 

@@ -56,6 +56,17 @@ def _probe(url: str, timeout_s: float, key: str, health: bool) -> ServerState:
         return ServerState(url, f"not a reply of /model_info ({type(error).__name__}: {error})")
 
 
+def quantization_of(url: str, timeout_s: float, key: str = "") -> str | None:
+    """What a server was told to make of its weights (``--quantization``); None where it was told nothing, or does not
+    say. (It waits for the server's scheduler, as ``/model_info`` does not.)"""
+    try:
+        info = json.loads(get(f"{url}/server_info", timeout_s, key))
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
+    named = info.get("quantization") if isinstance(info, dict) else None
+    return named if isinstance(named, str) else None
+
+
 def find_key(logs: Path) -> str:
     """The key of the servers whose logs lie there, else that of the environment; "" for neither, or another user's."""
     with contextlib.suppress(OSError):

@@ -11,7 +11,7 @@ are spawned processes that import this file again, so the stand-ins are installe
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -213,6 +214,35 @@ def _shared_expert_gate() -> None:
     elementwise.fused_gate_sigmoid_mul_add = add
 
 
+def _matrices_of_eight_bits() -> None:
+    """SGLang multiplies by them on GPUs, and on CPUs with AMX; elsewhere it does not load them."""
+    from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+    from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod, Fp8MoEMethod
+
+    blocks = _beside("blocks")
+
+    def linear(self: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        out: torch.Tensor = blocks.product(x, layer.weight, layer.weight_scale_inv)
+        return out if bias is None else out + bias
+
+    def experts(self: Any, layer: Any, dispatch_output: Any) -> Any:
+        gate_up, down = (layer.w13_weight, layer.w13_weight_scale_inv), (layer.w2_weight, layer.w2_weight_scale_inv)
+        weights_TK, chosen_TK = dispatch_output.topk_output[:2]
+        return StandardCombineInput(blocks.experts(dispatch_output.hidden_states, gate_up, down, weights_TK, chosen_TK))
+
+    Fp8LinearMethod.apply, Fp8MoEMethod.apply = linear, experts
+    for method in (Fp8LinearMethod, Fp8MoEMethod):  # what would pack them for AMX: they stay as they came
+        method.process_weights_after_loading = lambda self, layer: None
+
+
+def _beside(name: str) -> Any:
+    """A module of this directory, which no path of imports has."""
+    spec: Any = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _attention_by_length() -> None:
     """SGLang's attention in torch takes one sequence at a time, which is most of what a small model costs."""
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend as Backend
@@ -301,6 +331,7 @@ STAND_INS = (
     _sgl_kernel,
     _pinned_memory,
     _shared_expert_gate,
+    _matrices_of_eight_bits,
     _attention_by_length,
     # Seeded sampling:
     _deterministic_attention,
