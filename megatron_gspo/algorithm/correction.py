@@ -39,7 +39,8 @@ class Correction(Section):
     is above this, in training."""
     bypass: bool = False
     """Losses take the engine's mu for pi_old: their ratios carry the whole distance from what was drawn. The pi_old
-    pass still runs, for ``kl/engine_*`` and Routing Replay."""
+    pass is left out where nothing else reads it: a mixture of experts has it unless ``replay.mode`` is "off",
+    ``replay.drift_every`` 0, and no engine routes are asked for."""
 
     @property
     def weighs(self) -> bool:

@@ -57,7 +57,7 @@ class _EightBits:
     def __reduce__(self) -> tuple[Any, ...]:
         tensor = self._tensor
         storage = tensor.view(torch.uint8)._typed_storage()
-        parts = (storage, 0, tuple(tensor.size()), tensor.stride(), False, OrderedDict(), tensor.dtype)
+        parts: tuple[Any, ...] = (storage, 0, tuple(tensor.size()), tensor.stride(), False, OrderedDict(), tensor.dtype)
         return torch._utils._rebuild_tensor_v3, parts
 
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.config.rollouts import EIGHT_BITS
-from megatron_gspo.config.servers import ServerSizes
+from megatron_gspo.config.servers import ONE_CARD, ServerSizes
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.catalog import read_config, read_model
 from megatron_gspo.hf.directory import write_json
@@ -40,7 +40,7 @@ def sent_names(dtype: str, names: set[str], family: Family, model: ModelShape) -
 
 
 def served_directory(
-    rollout: RolloutConfig, model: str | Path, beside: Path, sizes: ServerSizes = ServerSizes()
+    rollout: RolloutConfig, model: str | Path, beside: Path, sizes: ServerSizes = ONE_CARD
 ) -> Path:
     """What local servers start from: the model's directory, or for eight bits one in ``beside`` that holds no weights.
 
@@ -60,7 +60,7 @@ def served_directory(
 
 
 def check_eight_bits(
-    rollout: RolloutConfig, path: str | Path, family: Family, model: ModelShape, sizes: ServerSizes = ServerSizes()
+    rollout: RolloutConfig, path: str | Path, family: Family, model: ModelShape, sizes: ServerSizes = ONE_CARD
 ) -> None:
     """Raises ConfigError for a model, that at ``path``, whose matrices local servers of these ``sizes`` would not take
     in eight bits."""

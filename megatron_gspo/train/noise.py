@@ -15,6 +15,7 @@ from megatron_gspo.batching.packing import shard_tokens
 from megatron_gspo.parallel.exchange import broadcast_object, gather_objects
 from megatron_gspo.train.assembly import Run
 from megatron_gspo.train.batch import Minibatch, pack_on_device
+from megatron_gspo.train.passes import needs_old_pass
 from megatron_gspo.types import TokenShard
 
 
@@ -30,15 +31,16 @@ def measure_noise(run: Run, minibatch: Minibatch, outer_step: int) -> dict[str, 
         shard = shard_tokens(batch, run.groups.shard)
         means |= _mean_logprobs(run, shard, logprobs_T)
     differences = []
-    for shard, old_T in zip(minibatch.shards, _routed_live(run, minibatch), strict=True):
+    for shard, old_T in zip(minibatch.shards, _routed_live(run, minibatch, outer_step), strict=True):
         for key, mean in _mean_logprobs(run, shard, old_T).items():
             differences.append(means[key] - mean)
     return _reduce(run, differences)
 
 
-def _routed_live(run: Run, minibatch: Minibatch) -> list[torch.Tensor]:
+def _routed_live(run: Run, minibatch: Minibatch, outer_step: int) -> list[torch.Tensor]:
     """Old logprobs of the mini-batch as it is packed, under the routes that the policy chooses for itself."""
-    if run.config.replay.mode == "r3":  # the engine's were replayed, and the difference would be the engine's
+    replayed = run.config.replay.mode == "r3"  # the engine's, and the difference would be the engine's
+    if replayed or not needs_old_pass(run, outer_step):
         return [logprobs_T for logprobs_T, _ in run.policy.logprobs(minibatch.batches)]
     return [shard.old_logprobs_T for shard in minibatch.shards]
 

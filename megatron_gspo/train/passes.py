@@ -39,6 +39,16 @@ def value_pass(run: Learner, batches: Sequence[PackedBatch]) -> Made:
 PASSES: dict[str, Pass] = {"reference": reference_pass, "values": value_pass}
 
 
+def needs_old_pass(run: Learner, outer_step: int) -> bool:
+    """Whether anything reads what pi_old's own pass gives: always, unless ``correction.bypass`` puts the engine's
+    policy in its place, and neither routes nor a KL in the reward are held against the trainer's. Equal on all ranks.
+    """
+    config, replay = run.config, run.config.replay
+    drifts = run.policy.shape.num_experts > 0 and replay.measures_drift(outer_step)
+    reads_routes = replay.asks_for_routes(outer_step) or drifts
+    return not config.correction.bypass or bool(config.algorithm.kl_reward_coef) or reads_routes
+
+
 def find_pass(name: str) -> Pass:
     """An entry of ``PASSES``, or ``module:function``. Raises ConfigError for what is neither."""
     if name in PASSES:

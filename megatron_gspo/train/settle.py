@@ -55,11 +55,9 @@ def _corrected(run: Learner, shards: list[TokenShard]) -> tuple[dict[str, float]
 
 
 def _held_against_engine(shard: TokenShard) -> TokenShard:
-    """log mu in the place of log pi_old, which metrics still read."""
-    return shard | {
-        TokenShard.old_logprobs_T: shard.rollout_logprobs_T.to(shard.advantages_T.dtype),
-        TokenShard.trainer_logprobs_T: shard.old_logprobs_T,
-    }
+    """log mu in the place of log pi_old, which metrics still read where there was a pass of it."""
+    known = {TokenShard.trainer_logprobs_T: shard.old_logprobs_T} if TokenShard.old_logprobs_T in shard else {}
+    return shard | known | {TokenShard.old_logprobs_T: shard.rollout_logprobs_T.to(shard.advantages_T.dtype)}
 
 
 def _with_weights(run: Learner, shard: TokenShard, corrected: Corrected) -> TokenShard:

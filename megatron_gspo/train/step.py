@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -28,7 +28,7 @@ from megatron_gspo.train.collect import collect, summarise
 from megatron_gspo.train.credit import give_credit
 from megatron_gspo.train.learner import Learner
 from megatron_gspo.train.noise import measure_noise
-from megatron_gspo.train.passes import find_pass
+from megatron_gspo.train.passes import Made, find_pass, needs_old_pass
 from megatron_gspo.train.progress import SKIPPED
 from megatron_gspo.train.reading import read_samples
 from megatron_gspo.train.routing import Routing, open_routing, routing_metrics
@@ -65,17 +65,21 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
         run.learn()
     with clock("logprobs"):
         routing = open_routing(run, collected.samples, minibatches, number)
-        minibatches = pi_old_pass(run, minibatches, routing)
+        has_old = needs_old_pass(run, number)
+        minibatches = pi_old_pass(run, minibatches, routing, evaluates=has_old)
         credited = give_credit(run, minibatches)
         minibatches, summary = credited.minibatches, summary | credited.metrics
         summary |= routing.mismatch(run, minibatches) | measure_noise(run, minibatches[0], number)
     reports, done = [], []
-    run.notes.extend(run.gate.check([each.shards for each in minibatches], run.groups, number))
+    gate = functools.partial(hold_against_engine, run, number)
+    if has_old:
+        gate(minibatches)
     with clock("train"):
         for index, minibatch in enumerate(minibatches):
             step, frozen = first_step + index, number < run.config.critic.pretraining_steps
             settled = settle(run, minibatch)
-            trained, metrics, live = train_minibatch(run, settled.minibatch, step, frozen=frozen)
+            before_step = None if has_old or index else gate
+            trained, metrics, live = train_minibatch(run, settled.minibatch, step, frozen=frozen, check=before_step)
             metrics |= train_critic(run, settled.minibatch, step)
             metrics |= settled.metrics | routing_metrics(run, trained, live, number)
             reports.append(StepReport(step, number, index, summary | {SKIPPED: 0.0} | metrics))
@@ -111,22 +115,27 @@ def _kinds(summary: Mapping[str, float]) -> str:
     return ", ".join(f"{count:g} {kind.replace('_', ' ')}" for kind, count in counts.items() if count)
 
 
-def pi_old_pass(run: Learner, minibatches: Sequence[Minibatch], routing: Routing) -> list[Minibatch]:
+def pi_old_pass(
+    run: Learner, minibatches: Sequence[Minibatch], routing: Routing, *, evaluates: bool = True
+) -> list[Minibatch]:
     """The mini-batches with old logprobs, with what the algorithm's other passes make, and with the routes that
     training replays. Collective.
 
     A forward pass of its own over exactly the micro-batches that are trained on: the first mini-batch's ratios are
-    then exactly 1 because two evaluations agree, and not because one was copied.
+    then exactly 1 because two evaluations agree, and not because one was copied. ``evaluates`` False leaves it out.
     """
     batches = [batch for minibatch in minibatches for batch in minibatch.batches]
-    with run.policy.replay.replay(routing.of_old_pass()) as live:
-        old = run.policy.logprobs(batches)
-    made = [find_pass(name)(run, batches) for name in run.config.algorithm.passes]
+    made, live = list[Made](), list[RouteShard]()
+    if evaluates:
+        with run.policy.replay.replay(routing.of_old_pass()) as live:
+            made = [[{TokenShard.old_logprobs_T: old_T} for old_T, _ in run.policy.logprobs(batches)]]
+    made += [find_pass(name)(run, batches) for name in run.config.algorithm.passes]
     error, shards = None, []
-    for batch, (old_T, _), *columns in zip(batches if old else [], old, *made, strict=True):
-        shard = shard_tokens(batch, run.groups.shard) | {TokenShard.old_logprobs_T: old_T}
-        error = error or non_finite_error(old_T, shard, "pi_old")
-        shards.append(functools.reduce(operator.or_, columns, shard))
+    for batch, *columns in zip(batches if run.groups.is_last_stage else [], *made, strict=True):
+        shard = functools.reduce(operator.or_, columns, shard_tokens(batch, run.groups.shard))
+        if evaluates:
+            error = error or non_finite_error(shard.old_logprobs_T, shard, "pi_old")
+        shards.append(shard)
     agree(error, run.groups.world)
     routes = routing.of_training([len(minibatch.batches) for minibatch in minibatches], live)
     rest = iter(shards)
@@ -136,12 +145,25 @@ def pi_old_pass(run: Learner, minibatches: Sequence[Minibatch], routing: Routing
     ]
 
 
+def hold_against_engine(run: Run, outer_step: int, minibatches: Sequence[Minibatch]) -> None:
+    """Stops the run, or notes a warning, where these logprobs are not the engine's. Collective."""
+    run.notes.extend(run.gate.check([each.shards for each in minibatches], run.groups, outer_step))
+
+
 def train_minibatch(
-    run: Learner, minibatch: Minibatch, step: int, *, frozen: bool = False
+    run: Learner,
+    minibatch: Minibatch,
+    step: int,
+    *,
+    frozen: bool = False,
+    check: Callable[[Sequence[Minibatch]], None] | None = None,
 ) -> tuple[Minibatch, dict[str, float], list[RouteShard]]:
     """One optimizer step; returns the mini-batch with what each micro-batch gave, the metrics, and what this rank's
-    routers would have chosen by themselves. ``frozen``: nothing is differentiated, and the weights stay. Collective."""
+    routers would have chosen by themselves. ``frozen``: nothing is differentiated, and the weights stay. ``check``
+    looks at the mini-batch before they move. Collective."""
     trained, sums, live = minibatch_gradients(run, minibatch, frozen=frozen)
+    if check:
+        check([trained])
     if frozen:
         return trained, minibatch_metrics(run, sums) | {"grad_norm": 0.0, "lr": 0.0}, live
     return trained, take_step(run, sums, step), live
@@ -154,15 +176,18 @@ def minibatch_gradients(
 
     Raises NonFiniteError on every rank when a logprob of a response is not finite.
     """
-    algorithm, opsm = run.config.algorithm, run.config.correction.opsm
+    algorithm, correction = run.config.algorithm, run.config.correction
     outputs: list[Trained] = []
+    shards = list(minibatch.shards)
     sums = MetricSums.zeros(device())
     error: NonFiniteError | None = None
 
     def loss_of(index: int, new_logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
         nonlocal sums, error
-        shard = minibatch.shards[index]
-        output = objective(algorithm, shard, new_logprobs_T, run.sequence_sum, opsm)
+        shard = shards[index]
+        output = objective(algorithm, shard, new_logprobs_T, run.sequence_sum, correction.opsm)
+        if correction.bypass and TokenShard.trainer_logprobs_T not in shard:  # to the bit the same in the first one
+            shards[index] = shard = shard | {TokenShard.trainer_logprobs_T: new_logprobs_T.detach()}
         error = error or non_finite_error(new_logprobs_T, shard, "pi_theta")
         sums = sums + minibatch_sums(shard, output, entropy_T, new_logprobs_T)
         outputs.append(Trained(new_logprobs_T.detach(), entropy_T.detach(), output))
@@ -171,7 +196,7 @@ def minibatch_gradients(
     with run.policy.replay.replay(minibatch.routes.replayed) as live:
         (run.policy.evaluate if frozen else run.policy.gradients)(minibatch.batches, loss_of)
     agree(error, run.groups.world)  # before the optimizer moves
-    return replace(minibatch, trained=tuple(outputs)), sums, live
+    return replace(minibatch, shards=tuple(shards), trained=tuple(outputs)), sums, live
 
 
 def take_step(run: Learner, sums: MetricSums, step: int) -> dict[str, float]:

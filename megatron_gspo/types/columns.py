@@ -132,8 +132,8 @@ class Columns:
         "trainer_logprobs_T",
         Axis.PREDICTION,
         None,
-        "log pi_old of the trainer, where old_logprobs_T is the engine's",
-        made_by="the pi_old pass with correction.bypass",
+        "log pi_old of the trainer, where old_logprobs_T is the engine's; log pi_theta where there was no pass of it",
+        made_by="the pi_old pass, or training, with correction.bypass",
     )
     ref_logprobs_T = Column(
         "ref_logprobs_T", Axis.PREDICTION, None, "log pi_ref", made_by="the pass of the reference policy"

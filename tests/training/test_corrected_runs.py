@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from megatron_gspo.algorithm.objective import objective
 from megatron_gspo.config import RunConfig, load
+from megatron_gspo.errors import EngineMismatchError
 from megatron_gspo.megatron.groups import make_groups, start_distributed
+from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.parallel.exchange import gather_objects
 from megatron_gspo.report.recorder import RunRecorder
 from megatron_gspo.runs.loop import train
@@ -152,3 +155,57 @@ def test_masking_by_the_policys_own_move_and_bypass_change_the_step_and_not_what
     assert before["reward/mean"] == after["reward/mean"] and before["grad_norm"] != after["grad_norm"]
     gaps = [json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[0]) for n in ("plain", "changed")]
     assert gaps[0]["kl/engine_k3"] == gaps[1]["kl/engine_k3"] > 0, "the gap that is reported is the trainer's own"
+
+
+BYPASS = ("correction.bypass=true", "optimizer.lr=3e-3")
+
+
+@pytest.mark.parametrize(("world", "noise"), [(1, 0), (2, 1)])
+def test_bypass_without_a_pass_of_pi_old_trains_what_it_does_with_one(
+    ranks: RankPool, settings: Settings, quickstart: Path, tmp_path: Path, world: int, noise: int
+) -> None:
+    layout = (*ALONE, f"parallel.pipeline={world}", f"train.noise_floor_every={noise}", *BYPASS)
+    passes, lines, records = {}, {}, {}
+    for name, drift_every in (("with", 1), ("without", 0)):
+        own = (f'train.run_dir="{tmp_path / name}"', f"replay.drift_every={drift_every}")
+        with StandIn(quickstart / "model") as server:
+            passes[name] = ranks.run(world, passes_of_a_run, settings(server, *layout, *own))
+        lines[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        (file,) = (tmp_path / name / "rollouts").glob("*.jsonl")
+        records[name] = [json.loads(line) for line in file.read_text().splitlines()]
+    assert passes == {"with": [1 + noise] * world, "without": [2 * noise] * world}, "noise takes one of its own"
+    (first, second), (first_without, second_without) = lines["with"], lines["without"]
+    trained = [name for name in first if not name.startswith(("time/", "throughput/", "route/", "memory/"))]
+    assert {"loss", "grad_norm", "ratio/mean", "kl/engine_k3"} < set(trained)
+    assert [first_without[name] for name in trained] == [first[name] for name in trained]
+    moved = [name for name in trained if not name.startswith("kl/engine_") and name in second]
+    assert [second_without[name] for name in moved] == [second[name] for name in moved]
+    assert second_without["kl/engine_k3"] != second["kl/engine_k3"] > 0
+    assert any(record in records["with"] for record in records["without"]), "responses of the first mini-batch"
+    assert [record["new_logprobs"] for record in records["without"]] == [
+        record["new_logprobs"] for record in records["with"]
+    ]
+
+
+def passes_of_a_run(settings: list[str]) -> int:
+    """How often the policy made a forward pass of its own."""
+    with mock.patch.object(Policy, "logprobs", autospec=True, side_effect=Policy.logprobs) as logprobs:
+        run(settings)
+    return logprobs.call_count
+
+
+def test_an_engine_that_is_not_the_trainers_stops_a_bypassing_run_before_its_weights_move(
+    ranks: RankPool, settings: Settings, quickstart: Path, tmp_path: Path
+) -> None:
+    own = (f'train.run_dir="{tmp_path / "run"}"', "replay.drift_every=0", "rollout.max_engine_k3=1e-9")
+    with StandIn(quickstart / "model") as server:
+        assert ranks.run(1, stopped_with, settings(server, *ALONE, *BYPASS, *own)) == [0]
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def stopped_with(settings: list[str]) -> int:
+    """How many optimizer steps there were before the engine was found to be another."""
+    refused = pytest.raises(EngineMismatchError, match="the engine's logprobs are not the trainer's")
+    with refused, mock.patch.object(Policy, "step", autospec=True, side_effect=Policy.step) as step:
+        run(settings)
+    return step.call_count
