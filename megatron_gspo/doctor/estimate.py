@@ -15,10 +15,10 @@ from math import ceil
 
 from megatron_gspo.batching.planning import padded_length
 from megatron_gspo.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
-from megatron_gspo.doctor.tensors import Tensor, elements_of_stage, stage_of
+from megatron_gspo.doctor.tensors import HEAD, Elements, Tensor, elements_of_stage, stage_of
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.hf.layout import stage_layers
-from megatron_gspo.kernels.choice import choose_kernels
+from megatron_gspo.kernels.choice import Machine, choose_kernels
 from megatron_gspo.kernels.tiles import COLUMNS
 from megatron_gspo.types import DTYPES
 
@@ -51,26 +51,38 @@ class Estimate:
 
 
 def estimate(
-    config: RunConfig, model: ModelShape, tensors: tuple[Tensor, ...], *, data_size: int, stage: int
+    config: RunConfig,
+    model: ModelShape,
+    tensors: tuple[Tensor, ...],
+    *,
+    data_size: int,
+    stage: int,
+    machine: Machine | None = None,
 ) -> Estimate:
-    """What a rank of ``stage`` holds in a training step, each micro-batch as full as its budget allows."""
+    """What a rank of ``stage`` holds in a training step, each micro-batch as full as its budget allows.
+
+    ``machine``: whose kernels are taken; this one's unless given.
+    """
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     elements = elements_of_stage(tensors, model, parallel, stage)
     accumulated = max(4, item)
     dense_ranks = parallel.context * data_size
     expert_ranks = max(1, parallel.tensor * dense_ranks // (parallel.expert * parallel.expert_tensor))
     last = stage == parallel.pipeline - 1
-    stepped = ceil(elements.dense / dense_ranks) + ceil(elements.expert / expert_ranks)
+    valued = tuple(tensor for tensor in tensors if tensor.megatron != HEAD) if config.algorithm.uses_critic else ()
+    critic = elements_of_stage(valued, model, parallel, stage)
+
+    def stepped(moved: Elements) -> int:
+        return ceil(moved.dense / dense_ranks) + ceil(moved.expert / expert_ranks)
+
     return Estimate(
         weights=elements.total * item,
         gradients=elements.total * accumulated,
-        optimizer=stepped * _state_bytes(config.optimizer, item),
-        activations=_activations(config, model, stage, data_size),
-        logprobs=_logprobs(config, model, data_size) if last else 0,
+        optimizer=stepped(elements) * _state_bytes(config.optimizer, item),
+        activations=_activations(config, model, stage, data_size, machine),
+        logprobs=_logprobs(config, model, data_size, machine) if last else 0,
         reference=elements.total * item if config.algorithm.uses_reference else 0,
-        critic=elements.total * (item + accumulated) + stepped * _state_bytes(config.critic, item)
-        if config.algorithm.uses_critic
-        else 0,
+        critic=critic.total * (item + accumulated) + stepped(critic) * _state_bytes(config.critic, item),
     )
 
 
@@ -81,11 +93,15 @@ def _state_bytes(optimizer: OptimizerConfig, item: int) -> int:
 
 
 def worst_stage(
-    config: RunConfig, model: ModelShape, tensors: tuple[Tensor, ...], data_size: int
+    config: RunConfig,
+    model: ModelShape,
+    tensors: tuple[Tensor, ...],
+    data_size: int,
+    machine: Machine | None = None,
 ) -> tuple[int, Estimate]:
     """The pipeline stage whose ranks hold most, and what they hold."""
     stages = {
-        stage: estimate(config, model, tensors, data_size=data_size, stage=stage)
+        stage: estimate(config, model, tensors, data_size=data_size, stage=stage, machine=machine)
         for stage in range(config.parallel.pipeline)
     }
     return max(stages.items(), key=lambda item: item[1].total)
@@ -117,22 +133,54 @@ def tokens_of_microbatch(config: RunConfig, data_size: int) -> int:
     return min(max(config.train.microbatch_tokens, longest_sequence(config)), ceil(tokens / data_size))
 
 
-def _activations(config: RunConfig, model: ModelShape, stage: int, data_size: int) -> int:
-    """1F1B keeps a micro-batch for each later stage; interleaved stages keep up to one more (arXiv 2104.04473, 2.2)."""
+def _activations(config: RunConfig, model: ModelShape, stage: int, data_size: int, machine: Machine | None) -> int:
+    """Of each micro-batch in flight, and of one layer.
+
+    Of a micro-batch: what layers keep, and what goes in and comes out behind the last of them; and ``recomputed``.
+    """
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     tokens = tokens_of_microbatch(config, data_size) / parallel.context
-    experts = choose_kernels(config.model.kernels, config.model.dtype)["experts"]
-    layers = [
-        (LayerBytes.of(model, parallel, item, is_moe, experts), _run_again(config.model, parallel, model, layer))
+    layers = layers_of(config, model, stage, machine)
+    in_flight = min(_in_flight(parallel, stage), microbatches(config, data_size))
+    kept = sum(layer.kept(again) for layer, again in layers)
+    if choose_kernels(config.model.kernels, config.model.dtype, machine)["norm"] == "triton":
+        kept += (1 + (stage == parallel.pipeline - 1)) * item * model.hidden_size / parallel.tensor
+    return int(tokens * in_flight * kept) + recomputed(config, model, stage, data_size, machine)
+
+
+def recomputed(config: RunConfig, model: ModelShape, stage: int, data_size: int, machine: Machine | None = None) -> int:
+    """Of the activations, those that backward makes again: one layer's, or those of layers that run again together."""
+    tokens = tokens_of_microbatch(config, data_size) / config.parallel.context
+    layers = layers_of(config, model, stage, machine)
+    most = max([layer.kept(()) - layer.kept(again) for layer, again in layers], default=0.0)
+    return int(tokens * most * (config.model.recompute_layers if config.model.recompute_method == "uniform" else 1))
+
+
+def _in_flight(parallel: ParallelConfig, stage: int) -> float:
+    """Micro-batches: 1F1B keeps one for each later stage, and its own (arXiv 2104.04473, 2.2).
+
+    Virtual stages warm up by twice as many parts and a round of stages for each part but the last, each of which is one
+    micro-batch's share of the rank's layers.
+    """
+    later, parts = parallel.pipeline - stage - 1, parallel.virtual_pipeline
+    return later + 1.0 if parts == 1 else (2 * later + (parts - 1) * parallel.pipeline + 1) / parts
+
+
+def layers_of(
+    config: RunConfig, model: ModelShape, stage: int, machine: Machine | None = None
+) -> list[tuple[LayerBytes, Sequence[str]]]:
+    """A stage's layers, and what backward runs again of each."""
+    parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
+    kernels = choose_kernels(config.model.kernels, config.model.dtype, machine)
+    count = LayerBytes.fused if kernels["norm"] == "triton" else LayerBytes.of
+    return [
+        (
+            count(model, parallel, item, is_moe, kernels["experts"]),
+            _run_again(config.model, parallel, model, layer),
+        )
         for layer, is_moe in enumerate(model.moe_layers)
         if stage_of(layer, model.num_layers, parallel) == stage
     ]
-    in_flight = min(parallel.pipeline - stage + (parallel.virtual_pipeline > 1), microbatches(config, data_size))
-    kept = sum(layer.kept(again) for layer, again in layers)
-    running = max([layer.kept(()) - layer.kept(again) for layer, again in layers], default=0.0)
-    if config.model.recompute_method == "uniform":
-        running *= config.model.recompute_layers  # which run again together
-    return int(tokens * (in_flight * kept + running))
 
 
 def _run_again(model: ModelConfig, parallel: ParallelConfig, shape: ModelShape, layer: int) -> Sequence[str]:
@@ -188,6 +236,30 @@ class LayerBytes:
         rotary = 4 * wide * dim  # each rank its own, of all tokens
         return cls(entry / ranks, (norms + linear - core - entry) / ranks + rotary, core / ranks, mlp / ranks)
 
+    @classmethod
+    def fused(cls, model: ModelShape, parallel: ParallelConfig, item: int, is_moe: bool, experts: str) -> LayerBytes:
+        """The same with the kernels of a GPU for half types, counted from what a dry run keeps (docs/dryrun.md).
+
+        Norms keep what they are given, attention query, key, value, result and a float32 sum a score row; a rotated
+        query has a copy before it.
+        """
+        hidden, dim, ranks = model.hidden_size, model.head_dim, parallel.tensor
+        heads, context = model.num_attention_heads, parallel.context
+        q, k = heads * dim, model.num_query_groups * dim
+        keys = k if context == 1 else 2 * k * (context + 0.5)  # gathered, and laid end to end for each run of queries
+        core = item * (2 * q + keys) + 4 * heads
+        attention = item * (2 * hidden + 2 * q + 2 * k)
+        mlp = item * (hidden + 5.0 * (model.shared_expert_hidden_size if is_moe else model.ffn_hidden_size))
+        if is_moe:
+            copies, local = parallel.expert_tensor, parallel.expert * parallel.expert_tensor > 1
+            routing = 4 * model.num_experts + 12 * model.top_k
+            rows = item * (copies * (model.hidden_size + 3 * model.expert_hidden_size / copies)) + 4 * copies
+            places = 16 + 16 * copies + 16 * copies * local
+            mlp += routing + model.top_k * (rows + places)
+        return cls(
+            item * hidden / ranks, (attention - item * hidden) / ranks + 4 * item * dim, core / ranks, mlp / ranks
+        )
+
     def kept(self, again: Sequence[str]) -> float:
         """Without what is run again in backward: "layer", or any of "core_attn", "mlp", "moe"."""
         if "layer" in again:
@@ -197,16 +269,19 @@ class LayerBytes:
         return self.entry + self.attention + core + mlp
 
 
-def _logprobs(config: RunConfig, model: ModelShape, data_size: int) -> int:
+def _logprobs(config: RunConfig, model: ModelShape, data_size: int, machine: Machine | None) -> int:
     """Tiles [chunk, columns]: two in forward; in backward one, its gradient in a half type and the float32 product that
-    is added to the head's (Triton writes the gradient alone). And what backward returns for the head, whose gradient is
-    added in place unless it is tied to the embedding."""
+    is added to the head's (Triton writes the gradient alone). The gradient of the hidden states, and what backward
+    returns for the head, whose gradient is added in place unless it is tied to the embedding."""
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     wide, rows = max(4, item), ceil(model.vocab_size / parallel.tensor)
-    chunk = min(config.model.logprob_chunk, ceil(tokens_of_microbatch(config, data_size) / parallel.context))
+    tokens = ceil(tokens_of_microbatch(config, data_size) / parallel.context)
+    chunk = min(config.model.logprob_chunk, tokens)
     columns = min(rows, COLUMNS)
     half = item < 4
     backward = columns * (chunk * item + model.hidden_size * wide) if half else 0
-    if choose_kernels(config.model.kernels, config.model.dtype)["head"] == "tiles":
+    if choose_kernels(config.model.kernels, config.model.dtype, machine)["head"] == "tiles":
         backward = max(2 * wide * chunk * columns, wide * chunk * columns + backward)
+    else:
+        backward += chunk * model.hidden_size * wide + tokens * model.hidden_size * item // parallel.tensor
     return backward + rows * model.hidden_size * (wide if model.tied_embeddings else item)

@@ -5,25 +5,20 @@ Counted, and not measured on a GPU yet. What a card also holds, CUDA's context a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from megatron_gspo.config import ParallelConfig, RunConfig
 from megatron_gspo.doctor.check import Check, error, ok, warning
-from megatron_gspo.doctor.estimate import ITEM_BYTES, Estimate, longest_sequence, tokens_of_microbatch
+from megatron_gspo.doctor.estimate import Estimate, longest_sequence
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.machine import gib
+from megatron_gspo.doctor.passing import Passing, peak
 from megatron_gspo.doctor.served import engine_item, engine_weights
 from megatron_gspo.doctor.sums import RANK_PROCESS, SERVER_PROCESS, against, largest, spell
-from megatron_gspo.doctor.tensors import stage_of
-from megatron_gspo.hf.family import ModelShape
-from megatron_gspo.kernels.choice import choose_kernels
 from megatron_gspo.report.text import count
 from megatron_gspo.sync.base import CARD_BUCKET_MB
 
 FEW = 16
 """Of the longest sequences at once in a server's cache, below which most requests wait for each other."""
-PIECE = 4 * 4 * 2**24
-"""Bytes of the pieces in which ``megatron.adamw`` brings or widens states: weight, gradient and two moments."""
 
 
 def on_gpus(facts: Facts, needed: Estimate, stage: int) -> list[Check]:
@@ -31,58 +26,6 @@ def on_gpus(facts: Facts, needed: Estimate, stage: int) -> list[Check]:
     servers = [_of_servers(facts)] if facts.local_servers else []
     turn = [_of_turn(facts, needed)] if _takes_turns(facts) else []
     return [_of_ranks(facts, needed, stage), *turn, *servers, _of_host(facts, needed)]
-
-
-@dataclass(frozen=True)
-class Passing:
-    """Bytes of a rank that come and go in a step, beside what ``Estimate`` counts; not all at the same time."""
-
-    experts: int
-    """Backward of one layer's experts or MLP: gradients of what it is made of, and the fp32 sum of returning tokens."""
-    attention: int
-    """Backward of one layer's attention: gradients of query, key and value, and an fp32 sum of the query's."""
-    optimizer: int
-    """States that are brought to the card or widened, a piece at a time."""
-
-    @classmethod
-    def of(cls, config: RunConfig, model: ModelShape, stage: int, data_size: int) -> Passing:
-        """Of a stage's ranks, with micro-batches as full as their budget allows and experts evenly loaded."""
-        parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
-        tokens = tokens_of_microbatch(config, data_size) / parallel.context
-        kinds = {
-            is_moe for layer, is_moe in enumerate(model.moe_layers) if _lies_on(layer, stage, model, config.parallel)
-        }
-        plain = choose_kernels(config.model.kernels, config.model.dtype)["swiglu"] == "torch"
-        mlp = max((_mlp(model, parallel, item, is_moe, plain=plain) for is_moe in kinds), default=0.0)
-        q, k = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
-        attention = (item * (2 * q + 2 * k) + max(4, item) * q) / parallel.tensor
-        pieces = config.optimizer.offload or config.optimizer.state_dtype != "float32"
-        return cls(int(tokens * mlp), int(tokens * attention), PIECE if pieces else 0)
-
-
-def peak(needed: Estimate, passing: Passing) -> int:
-    """Bytes of a rank at its fullest: in backward, at the head or in a layer, or in the optimizer's step."""
-    states = needed.total - needed.activations - needed.logprobs
-    backward = needed.activations + max(needed.logprobs, passing.experts, passing.attention)
-    return states + max(backward, passing.optimizer)
-
-
-def _mlp(model: ModelShape, parallel: ParallelConfig, item: int, is_moe: bool, *, plain: bool) -> float:
-    """For one token: gradients of a routed copy before and after each exchange, of both projections, and its sum.
-
-    ``plain``: torch's operations, which widen half types: gate, up, both gradients and what lies between, and the copy.
-    """
-    if not is_moe:
-        return 3 * item * model.ffn_hidden_size / parallel.tensor
-    copy = item * 3 * (parallel.expert_tensor * model.hidden_size + model.expert_hidden_size)
-    if plain and item < 4:
-        copy += 4 * (8 * model.expert_hidden_size + parallel.expert_tensor * model.hidden_size)
-    total = model.top_k * (copy + max(4, item) * model.hidden_size)
-    return (total + 3 * item * model.shared_expert_hidden_size) / parallel.tensor
-
-
-def _lies_on(layer: int, stage: int, model: ModelShape, parallel: ParallelConfig) -> bool:
-    return stage_of(layer, model.num_layers, parallel) == stage
 
 
 def _of_ranks(facts: Facts, needed: Estimate, stage: int) -> Check:
@@ -93,7 +36,7 @@ def _of_ranks(facts: Facts, needed: Estimate, stage: int) -> Check:
     fullest, free = peak(there, passing), _free(facts)
     text = f"a rank: {spell(needed)}"
     text += f"; of it, {gib(needed.optimizer)} in host memory (optimizer.offload)" * (there is not needed)
-    text += f"; {gib(fullest)} at its fullest, with {gib(max(vars(passing).values()))} that come and go"
+    text += f"; {gib(fullest)} at its fullest, with {gib(passing.most)} that come and go"
     asleep = ", where a server sleeps" if _takes_turns(facts) else ""
     text += f", without context and NCCL buffers, of {gib(free)} free on the fullest GPU{asleep}"
     return against(text, fullest, free, largest(there))

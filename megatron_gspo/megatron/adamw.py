@@ -142,7 +142,7 @@ class ShardedAdamW:
 
     def _bring(self, tensor: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A state where it is stepped: itself, unless it lies in host memory or is narrower."""
-        if tensor.data_ptr() == weight.data_ptr():  # of a weight that is its own master
+        if _same_memory(tensor, weight):  # of a weight that is its own master
             return weight
         return tensor.to(weight.device, dtype, non_blocking=True, copy=self.on_host)
 
@@ -227,5 +227,11 @@ def _keep(kept: torch.Tensor, new: torch.Tensor, seed: int) -> None:
 
 
 def _overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
-    if target.data_ptr() != source.data_ptr():
+    if not _same_memory(target, source):
         target.copy_(source, non_blocking=True)
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether they begin at the same element; asked of storages, which tensors of a dry run have, and no address."""
+    storages = (tensor.untyped_storage()._cdata for tensor in (one, other))
+    return one.storage_offset() == other.storage_offset() and len(set(storages)) == 1

@@ -83,7 +83,7 @@ def plan_dispatch(chosen_TE: torch.Tensor, top_k: int, group: dist.ProcessGroup,
     counts_nE = counts_nE.view(-1, experts)
     owner, local = group.rank() // shards, experts // owners
     counts_ne = counts_nE[:, owner * local : (owner + 1) * local]
-    received, sent = _to_host(counts_ne.sum(dim=1), counts_E.view(owners, local).sum(dim=1))
+    received, sent = exchange_sizes(counts_ne.sum(dim=1), counts_E.view(owners, local).sum(dim=1), choices)
     order = _experts_order(counts_ne, sum(received)) if local > 1 else None
     return Dispatch(
         *common,
@@ -201,7 +201,11 @@ def _inverse(permutation: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(permutation).scatter_(0, permutation, count)
 
 
-def _to_host(*counts: torch.Tensor) -> list[list[int]]:
-    """The one wait for the device in a layer: an all-to-all wants its sizes on the host."""
-    parts = torch.cat(counts).cpu().split([len(part) for part in counts])
-    return [part.tolist() for part in parts]
+def exchange_sizes(from_n: torch.Tensor, to_o: torch.Tensor, choices: int) -> tuple[list[int], list[int]]:
+    """Rows from each rank and rows for each owner, ``choices`` of them, as the all-to-all wants them: on the host.
+
+    The one wait for the device in a layer. A dry run, whose counts have no values, puts balanced ones in its place.
+    """
+    received, sent = (part.tolist() for part in torch.cat([from_n, to_o]).cpu().split([len(from_n), len(to_o)]))
+    assert sum(sent) == choices, f"{sum(sent)} rows to send of {choices} choices"
+    return received, sent

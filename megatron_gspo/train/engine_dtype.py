@@ -39,9 +39,7 @@ def sent_names(dtype: str, names: set[str], family: Family, model: ModelShape) -
     return with_scales(names, in_eight_bits(family, model)) if dtype == EIGHT_BITS else names
 
 
-def served_directory(
-    rollout: RolloutConfig, model: str | Path, beside: Path, sizes: ServerSizes = ONE_CARD
-) -> Path:
+def served_directory(rollout: RolloutConfig, model: str | Path, beside: Path, sizes: ServerSizes = ONE_CARD) -> Path:
     """What local servers start from: the model's directory, or for eight bits one in ``beside`` that holds no weights.
 
     Its ``config.json`` says how those are stored that will be sent: SGLang makes layers from it. Raises ConfigError.

@@ -24,6 +24,7 @@ LAYERS = [
     {"runs"},
     {"evaluation"},
     {"bench", "compare", "doctor", "parity"},
+    {"dryrun"},
     {"commands"},
     {"cli", "__init__", "__main__"},
 ]
