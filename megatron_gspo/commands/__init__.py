@@ -7,7 +7,7 @@ inside ``run``: every module here is imported to print the list of commands.
 
 GROUPS = {
     "train and measure a policy": ("train", "eval", "compare"),
-    "look before, during and after a run": ("doctor", "explain", "parity", "status", "report"),
+    "look before, during and after a run": ("plan", "doctor", "explain", "parity", "status", "report"),
     "convert checkpoints": ("convert",),
     "measure this machine": ("bench",),
 }

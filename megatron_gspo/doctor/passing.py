@@ -14,6 +14,7 @@ from megatron_gspo.doctor.estimate import ITEM_BYTES, Estimate, LayerBytes, laye
 from megatron_gspo.doctor.tensors import stage_of
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.kernels.choice import Machine, choose_kernels
+from megatron_gspo.sync.base import CARD_BUCKET_MB
 
 PIECE = 2**24
 """Elements that ``megatron.adamw`` steps at a time where it brings states to the card or widens them."""
@@ -61,7 +62,7 @@ class Passing:
             attention=int(tokens * max((_attention(model, parallel, item, each, flash) for each in layers), default=0)),
             optimizer=_pieces(config, model),
             gather=_gather(config, model, stage),
-            bucket=config.sync.bucket_mb * 10**6,
+            bucket=(config.sync.bucket_mb or CARD_BUCKET_MB) * 10**6,
             again=recomputed(config, model, stage, data_size, machine),
             returned=3 * _weight(model, parallel, item) if True in kinds and kernels["experts"] == "grouped" else 0,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from math import prod
 
@@ -69,15 +70,21 @@ def _exists(rule: WeightRule, is_moe: bool) -> bool:
 
 def stage_of(layer: int, num_layers: int, parallel: ParallelConfig) -> int:
     """The pipeline stage that holds a layer: stages take turns at the chunks of ``hf.layout.stage_layers``."""
-    chunk = bisect_right(list(accumulate(stage_layers(parallel, num_layers))), layer)
-    return chunk % parallel.pipeline
+    return bisect_right(_ends(parallel, num_layers), layer) % parallel.pipeline
+
+
+@lru_cache(maxsize=64)
+def _ends(parallel: ParallelConfig, num_layers: int) -> tuple[int, ...]:
+    """The layer behind each chunk: it is asked for every tensor."""
+    return tuple(accumulate(stage_layers(parallel, num_layers)))
 
 
 def elements_of_stage(tensors: tuple[Tensor, ...], model: ModelShape, parallel: ParallelConfig, stage: int) -> Elements:
     """Parameters that a rank of one pipeline stage holds."""
+    layers = {layer for layer in range(model.num_layers) if stage_of(layer, model.num_layers, parallel) == stage}
     dense = expert = 0
     for tensor in tensors:
-        if not _on_stage(tensor, model, parallel, stage):
+        if not _on_stage(tensor, model, parallel, stage, layers):
             continue
         size = tensor.local_size(parallel.tensor, parallel.expert_tensor)
         if tensor.is_expert:
@@ -100,10 +107,10 @@ class Elements:
         return self.dense + self.expert
 
 
-def _on_stage(tensor: Tensor, model: ModelShape, parallel: ParallelConfig, stage: int) -> bool:
+def _on_stage(tensor: Tensor, model: ModelShape, parallel: ParallelConfig, stage: int, layers: set[int]) -> bool:
     last = parallel.pipeline - 1
     if tensor.layer is not None:
-        return stage_of(tensor.layer, model.num_layers, parallel) == stage
+        return tensor.layer in layers
     if tensor.megatron == EMBEDDING:
         return stage == 0
     if tensor.megatron == HEAD and model.tied_embeddings:

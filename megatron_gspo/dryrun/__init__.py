@@ -24,11 +24,11 @@ from megatron_gspo.dryrun.depths import kinds_of
 from megatron_gspo.dryrun.result import Collectives, DryRun, Moment, Peak, Rank
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.catalog import read_model
-from megatron_gspo.hf.family import ModelShape
+from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.layout import check_layout, check_recompute
 from megatron_gspo.kernels.choice import Machine
 
-__all__ = ["Collectives", "DryRun", "Moment", "Peak", "Rank", "verify"]
+__all__ = ["Collectives", "DryRun", "Moment", "Peak", "Rank", "verify", "verify_shape"]
 
 GPU = Machine(capability=9, triton=True, apex=False)
 """An H100 with the kernels of ``make install DEVICE=cuda``, without those that ``make kernels`` compiles."""
@@ -56,8 +56,22 @@ def verify(
     ConfigError or LayoutError for a layout that does not fit the model, and ConfigError with the last line of what went
     wrong in the dry run.
     """
-    start, path = time.monotonic(), Path(model)
+    path = Path(model)
     family, shape = read_model(path.parent if path.name == "config.json" else path)
+    return verify_shape(config, family, shape, world_size, machine=machine, full_depth=full_depth)
+
+
+def verify_shape(
+    config: RunConfig,
+    family: Family,
+    shape: ModelShape,
+    world_size: int,
+    *,
+    machine: Machine = GPU,
+    full_depth: bool = False,
+) -> DryRun:
+    """As ``verify``, of a model whose config.json has been read."""
+    start = time.monotonic()
     _check(config, shape)
     data_size = config.parallel.data_size(world_size)
     check_layout(config.parallel, shape)

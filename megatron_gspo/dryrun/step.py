@@ -26,6 +26,7 @@ from megatron_gspo.megatron import critic as critics
 from megatron_gspo.megatron import policy as policies
 from megatron_gspo.megatron.groups import Groups, make_groups
 from megatron_gspo.parallel.gradients import no_gradient
+from megatron_gspo.sync.base import CARD_BUCKET_MB
 from megatron_gspo.types import DTYPES, PackedBatch, Sample
 
 PER_STEP = ("data_context", "expert_data")
@@ -86,7 +87,7 @@ def _step(config: RunConfig, groups: Groups, fake: FakeTensorMode, meter: Meter)
         with meter.at(phase="optimizer", site="step", part="passing"):
             policy.step(0, 10)
         with meter.at(phase="sync", site="gather", part="passing"):
-            _stream(policy, config.sync.bucket_mb * 1_000_000)
+            _stream(policy, (config.sync.bucket_mb or CARD_BUCKET_MB) * 1_000_000)
 
 
 def _return_gradients(policy: policies.Policy) -> None:

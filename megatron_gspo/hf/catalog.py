@@ -66,6 +66,18 @@ def read_model(
     config = read_config(directory)
     if problem := strange_entry(Path(directory)):
         raise ConfigError(f"{directory}: {problem}")
+    return model_of(config, directory, dequantised=dequantised, renamed=renamed)
+
+
+def model_of(
+    config: dict[str, Any],
+    directory: str | Path,
+    *,
+    dequantised: bool = False,
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[Family, ModelShape]:
+    """The family and shape of a ``config.json`` that has been read; ``directory`` is what errors name. See
+    ``read_model``."""
     config = without_quantization(config) if dequantised else config
     names = config.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else "(none)"

@@ -25,6 +25,7 @@ LAYERS = [
     {"evaluation"},
     {"bench", "compare", "doctor", "parity"},
     {"dryrun"},
+    {"plan"},
     {"commands"},
     {"cli", "__init__", "__main__"},
 ]

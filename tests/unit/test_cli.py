@@ -162,8 +162,9 @@ def test_a_command_without_its_argument_says_which(name, missing, capsys):
 
 def test_the_other_commands_need_none(capsys):
     """All are covered, here or above; those that would work for minutes are only parsed."""
-    alone = {"explain", "compare", "parity", "bench"}
+    alone = {"explain", "compare", "parity", "bench", "plan"}
     assert alone | set(NEEDS) == set(COMMANDS)
+    assert refusal(capsys, "plan")[1].startswith("name a model (a directory, a config.json or a published shape)")
     assert refusal(capsys, "compare")[1] == "name a configuration and --out DIR, or --redraw DIR"
     status, out, _ = ended(capsys, "explain")
     assert status == 0 and out.startswith("model ")

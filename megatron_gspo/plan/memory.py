@@ -1,0 +1,177 @@
+"""What each card and each node would hold: the trainer by ``doctor.estimate``, servers and host added here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_gspo.config import RunConfig
+from megatron_gspo.config.placement import MEMORY
+from megatron_gspo.doctor.estimate import Estimate, estimate
+from megatron_gspo.doctor.passing import Passing, peak
+from megatron_gspo.doctor.tensors import Elements, elements_of_stage, stage_of
+from megatron_gspo.kernels.choice import Machine
+from megatron_gspo.plan import rates
+from megatron_gspo.plan.models import Model
+from megatron_gspo.plan.rates import Gpu
+from megatron_gspo.plan.serving import cache_per_token, sequences_at_once, weights_per_card
+from megatron_gspo.plan.settings import Choice, Request, bare_config
+
+FEW = 16
+"""Of the longest sequences that a server must hold at once."""
+PLANNED = Machine(capability=9, triton=True, apex=True)
+"""The kernels that are planned with: a GPU's with all that ``make install DEVICE=cuda`` and ``make kernels`` bring."""
+
+
+@dataclass(frozen=True)
+class TrainerMemory:
+    """Of the fullest rank."""
+
+    parts: dict[str, int]
+    """Part -> bytes on the card while it trains; "context" is what nobody counts."""
+    offloaded: int
+    """Of its states, what stays in host memory."""
+    moved: int
+    """What goes to host memory while servers generate on the same card, and comes back."""
+    elements: Elements
+    """That are trained: all of its own, or adapters."""
+    states: int
+    """Of the optimizer, wherever they lie."""
+
+    @property
+    def total(self) -> int:
+        """Of a card."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class ServerMemory:
+    """Of one of its cards, while it is awake."""
+
+    parts: dict[str, int]
+    """Part -> bytes: weights, cache, working memory, what of the trainer stays beside them."""
+    at_once: int
+    """Sequences of the longest length whose keys and values it holds."""
+    at_once_mean: int
+    """Of mean length, on average half done."""
+    sequence: int
+    """Bytes of the longest sequence's keys and values."""
+    share: float
+    """Of the card, weights and cache: ``placement.memory``."""
+
+    @property
+    def total(self) -> int:
+        """With a cache as large as there is room for."""
+        return sum(self.parts.values())
+
+    @property
+    def needed(self) -> int:
+        """With a cache for ``FEW`` of the longest sequences at least."""
+        return self.total + max(0, FEW * self.sequence - self.parts["cache"])
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of a candidate."""
+
+    trainer: TrainerMemory
+    server: ServerMemory
+    host: int
+    """Of a node's host memory."""
+    limit: int
+    """Bytes of a card that may be planned for."""
+
+    @property
+    def lacking(self) -> str:
+        """What does not fit: "training", "serving" or "host"; empty where all does."""
+        if self.trainer.total > self.limit:
+            return "training"
+        if self.server.at_once < FEW:
+            return "serving"
+        return "host" if self.host > rates.HOST_NODE else ""
+
+    @property
+    def needed(self) -> int:
+        """Bytes that a card would have to have free."""
+        return max(self.trainer.total, self.server.needed if self.server.at_once < FEW else 0)
+
+
+def limit_of(gpu: Gpu) -> int:
+    """Bytes of a card that may be planned for: not what uneven experts and fragments may take."""
+    return int((1 - rates.HEADROOM) * gpu.memory)
+
+
+def trainer_memory(model: Model, request: Request, choice: Choice) -> TrainerMemory:
+    """Of a candidate's fullest rank: the first pipeline stage has most micro-batches in flight, the last one the
+    head."""
+    config = bare_config(model, request, choice)
+    data = choice.parallel.data_size(choice.gpus)
+    stages = sorted({0, choice.parallel.pipeline - 1})
+    ranks = [_rank(model, config, choice, data, stage) for stage in stages]
+    return max(ranks, key=lambda rank: rank.total)
+
+
+def memory_of(request: Request, gpu: Gpu, choice: Choice, trainer: TrainerMemory, server: ServerMemory) -> Memory:
+    """Both, and the host of a node: its ranks' states and processes, its servers' processes."""
+    ranks = min(choice.gpus, request.per_node)
+    servers = max(1, min(choice.servers.count, request.per_node // choice.servers.tensor))
+    host = ranks * (trainer.offloaded + trainer.moved + rates.HOST_RANK) + servers * rates.HOST_SERVER
+    return Memory(trainer, server, host, limit_of(gpu))
+
+
+def _rank(model: Model, config: RunConfig, choice: Choice, data: int, stage: int) -> TrainerMemory:
+    needed = estimate(config, model.shape, model.tensors, data_size=data, stage=stage, machine=PLANNED)
+    passing = Passing.of(config, model.shape, stage, data, PLANNED)
+    elements = elements_of_stage(model.tensors, model.shape, choice.parallel, stage)
+    if choice.lora:
+        needed, elements = with_adapters(model, needed, choice, data, stage)
+    there = replace(needed, optimizer=0) if choice.offload else needed
+    parts = vars(there) | {"temporary": peak(there, passing) - there.total, "context": rates.CONTEXT}
+    if choice.colocated:
+        parts["sleeping server"] = rates.ASLEEP
+    return TrainerMemory(
+        parts={name: size for name, size in parts.items() if size},
+        offloaded=needed.optimizer - there.optimizer,
+        moved=there.gradients + there.optimizer if choice.colocated else 0,
+        elements=elements,
+        states=needed.optimizer,
+    )
+
+
+def with_adapters(model: Model, needed: Estimate, choice: Choice, data: int, stage: int) -> tuple[Estimate, Elements]:
+    """An estimate of full training as one of adapters: of the base there are only weights, and an adapter of rank r on
+    a matrix [m, n] has r (m + n) elements, with float32 gradients and states of its own."""
+    parallel, shape = choice.parallel, model.shape
+    dense = expert = 0
+    for (layer, is_expert), width in model.widths.items():
+        if stage_of(layer, shape.num_layers, parallel) == stage:
+            size = choice.lora * width
+            dense, expert = (dense, expert + size) if is_expert else (dense + size, expert)
+    elements = Elements(dense, expert // parallel.expert)
+    replicas = data * parallel.context
+    copies = max(1, parallel.tensor * replicas // (parallel.expert * parallel.expert_tensor))
+    state = 4 + (4 if choice.state_dtype == "bfloat16" else 8)
+    adapted_estimate = replace(
+        needed,
+        weights=needed.weights + 2 * elements.total,
+        gradients=4 * elements.total,
+        optimizer=state * (elements.dense // replicas + elements.expert // copies),
+        reference=0,
+    )
+    return adapted_estimate, elements
+
+
+def server_memory(model: Model, gpu: Gpu, request: Request, tensor: int, trainer: TrainerMemory | None) -> ServerMemory:
+    """A server over ``tensor`` cards; ``trainer``: the one that shares them and keeps its weights there."""
+    weights, work, shape = weights_per_card(model, tensor), request.work, model.shape
+    stays = trainer.parts["weights"] + trainer.parts.get("reference", 0) if trainer else 0
+    beside = rates.CONTEXT + rates.SERVER_WORK + stays
+    share = max(0.01, int(100 * min(MEMORY["apart"], 1 - rates.HEADROOM / 2 - beside / gpu.memory)) / 100)
+    room = max(0, int(share * gpu.memory) - weights)
+    parts = {"weights": weights, "cache": room, "working": rates.SERVER_WORK, "context": rates.CONTEXT}
+    return ServerMemory(
+        parts=parts | ({"trainer's weights": stays} if stays else {}),
+        at_once=sequences_at_once(room, shape, tensor, work.longest),
+        at_once_mean=sequences_at_once(room, shape, tensor, work.mean_prompt + work.mean_response / 2),
+        sequence=cache_per_token(shape, tensor) * work.longest,
+        share=share,
+    )
