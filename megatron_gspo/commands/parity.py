@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss", choices=policy_losses(), help="default: CONFIG's, else gspo")
     parser.add_argument("--kernels", choices=("auto", "reference"), help="model.kernels (default: CONFIG's, else auto)")
     parser.add_argument(
+        "--lora",
+        type=int,
+        metavar="RANK",
+        help="train adapters of this rank on every matrix, in place of the weights (default: CONFIG's lora.rank)",
+    )
+    parser.add_argument(
         "--replay",
         action="store_true",
         help="make routers choose random experts, the same in every layout, instead of their own (default: with a "
@@ -111,6 +117,8 @@ def _settings(options: argparse.Namespace, config: RunConfig | None, layouts: li
         raise ConfigError(f"--layers {options.layers}: a model has one at least")
     if options.tolerance is not None and not options.tolerance > 0:
         raise ConfigError(f"--tolerance {options.tolerance:g}: it must be above 0")
+    if options.lora is not None and options.lora < 0:
+        raise ConfigError(f"--lora {options.lora}: a rank is 1 or more, and 0 is none")
     trained = config.algorithm.name if config and config.algorithm.draws_responses else "gspo"
     return Settings(
         layouts=layouts,
@@ -124,6 +132,7 @@ def _settings(options: argparse.Namespace, config: RunConfig | None, layouts: li
         temperature=config.rollout.temperature if config else Settings.temperature,
         chunk=config.model.logprob_chunk if config else Settings.chunk,
         kernels=options.kernels or (config.model.kernels if config else Settings.kernels),
+        lora=options.lora if options.lora is not None else (config.lora.rank if config else 0),
         replay=options.replay or (config is not None and config.replay.mode != "off"),
     )
 

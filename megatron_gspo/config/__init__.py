@@ -6,6 +6,7 @@ means and in which unit. An unknown key, a value out of range or two settings th
 """
 
 from megatron_gspo.config.layout import ParallelConfig
+from megatron_gspo.config.lora import LoraConfig
 from megatron_gspo.config.placement import Placement, PlacementConfig
 from megatron_gspo.config.rollouts import EvalConfig, ReplayConfig, RewardConfig, RolloutConfig, SyncConfig
 from megatron_gspo.config.run import RunConfig
@@ -17,6 +18,7 @@ __all__ = [
     "CriticConfig",
     "DataConfig",
     "EvalConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",

@@ -48,10 +48,6 @@ class ServerSizes:
         return (self.tensor * self.pipeline * self.data - 1) * self.step + 1
 
 
-ONE_CARD = ServerSizes()
-"""Of a server without any parallelism."""
-
-
 def server_sizes(server_args: Sequence[str]) -> ServerSizes:
     """Reads a command line as SGLang 0.5.23 does: of a flag that stands twice, the last one counts. Raises ConfigError
     for what is no size, and for a flag that it has deprecated."""

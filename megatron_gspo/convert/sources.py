@@ -17,7 +17,7 @@ from megatron_gspo.hf.elsewhere import other_names, some
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.names import INDEX
 from megatron_gspo.hf.stream import TensorInfo
-from megatron_gspo.megatron.checkpoint import header_of_model
+from megatron_gspo.megatron.checkpoint import check_adapters, header_of_model
 from megatron_gspo.megatron.checkpoint_files import HEADER
 from megatron_gspo.megatron.checkpoint_stream import DistributedReader
 from megatron_gspo.megatron.groups import Groups
@@ -158,6 +158,7 @@ class MegatronSource:
         self.header: dict[str, Any] = {}
         if (directory / HEADER).is_file():
             self.header = header_of_model(directory, model.shape)
+            check_adapters(directory, self.header)
         self.repeated: dict[str, str] = self.header.get("extra", {}).get(REPEATED, {})
         self.reader = DistributedReader(directory)
         keys = self.reader.keys()

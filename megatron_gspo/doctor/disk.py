@@ -50,12 +50,14 @@ def check_disk(facts: Facts) -> list[Check]:
     item = ITEM_BYTES[config.model.dtype]
     elements = sum({tensor.name: tensor.local_size(1, 1) for tensor in facts.tensors}.values())
     model = elements * item
-    checkpoint = model + 3 * elements * max(4, item)
+    trained = sum(tensor.local_size(1, 1) for tensor in facts.adapters) if config.lora.rank else elements
+    checkpoint = trained * (item + 3 * max(4, item))
     kept = checkpoints_kept(config)
     exports = config.train.outer_steps // config.train.save_hf_every if config.train.save_hf_every else 0
     needed = checkpoint * (kept + 1) + model * (exports + config.train.save_hf)
+    held = "adapters" if config.lora.rank else "weights"
     text = (
-        f"a checkpoint {gib(checkpoint)} (weights, fp32 master and two moments) x ({kept} kept + 1 being written)"
+        f"a checkpoint {gib(checkpoint)} ({held}, fp32 master and two moments) x ({kept} kept + 1 being written)"
         f"{f' + hf/ {gib(model)}' if config.train.save_hf else ''}"
         f"{f' + exports/ {exports} x {gib(model)}' if exports else ''} = {gib(needed)}"
     )

@@ -30,6 +30,7 @@ class Estimate:
     """Bytes of one rank."""
 
     weights: int
+    """Adapters among them."""
     gradients: int
     """fp32 for a bfloat16 model, else in the model's dtype."""
     optimizer: int
@@ -57,14 +58,19 @@ def estimate(
     *,
     data_size: int,
     stage: int,
+    adapters: tuple[Tensor, ...] = (),
     machine: Machine | None = None,
 ) -> Estimate:
     """What a rank of ``stage`` holds in a training step, each micro-batch as full as its budget allows.
 
-    ``machine``: whose kernels are taken; this one's unless given.
+    With ``lora.rank``, ``adapters`` alone have gradients and optimizer states, and a reference is the policy without
+    them. ``machine``: whose kernels are taken; this one's unless given.
     """
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     elements = elements_of_stage(tensors, model, parallel, stage)
+    trained = elements_of_stage(adapters, model, parallel, stage) if config.lora.rank else elements
+    held = elements.total + (trained.total if config.lora.rank else 0)
+    on_base = config.lora.rank and config.algorithm.reference in ("", config.model.path)
     accumulated = max(4, item)
     dense_ranks = parallel.context * data_size
     expert_ranks = max(1, parallel.tensor * dense_ranks // (parallel.expert * parallel.expert_tensor))
@@ -76,12 +82,12 @@ def estimate(
         return ceil(moved.dense / dense_ranks) + ceil(moved.expert / expert_ranks)
 
     return Estimate(
-        weights=elements.total * item,
-        gradients=elements.total * accumulated,
-        optimizer=stepped(elements) * _state_bytes(config.optimizer, item),
+        weights=held * item,
+        gradients=trained.total * accumulated,
+        optimizer=stepped(trained) * _state_bytes(config.optimizer, item),
         activations=_activations(config, model, stage, data_size, machine),
         logprobs=_logprobs(config, model, data_size, machine) if last else 0,
-        reference=elements.total * item if config.algorithm.uses_reference else 0,
+        reference=elements.total * item if config.algorithm.uses_reference and not on_base else 0,
         critic=critic.total * (item + accumulated) + stepped(critic) * _state_bytes(config.critic, item),
     )
 
@@ -97,11 +103,12 @@ def worst_stage(
     model: ModelShape,
     tensors: tuple[Tensor, ...],
     data_size: int,
+    adapters: tuple[Tensor, ...] = (),
     machine: Machine | None = None,
 ) -> tuple[int, Estimate]:
     """The pipeline stage whose ranks hold most, and what they hold."""
     stages = {
-        stage: estimate(config, model, tensors, data_size=data_size, stage=stage, machine=machine)
+        stage: estimate(config, model, tensors, data_size=data_size, stage=stage, adapters=adapters, machine=machine)
         for stage in range(config.parallel.pipeline)
     }
     return max(stages.items(), key=lambda item: item[1].total)

@@ -15,7 +15,7 @@ from megatron_gspo.data.prompts import CompletionSet, PromptSet, load_completion
 from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_gspo.doctor.installed import Environment, environment_of, own_environment
 from megatron_gspo.doctor.machine import Machine, look_at_machine
-from megatron_gspo.doctor.tensors import Tensor, tensors_of
+from megatron_gspo.doctor.tensors import Tensor, adapters_of, tensors_of
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.family import Family, ModelShape
@@ -132,6 +132,11 @@ class Facts:
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor of the policy, by the tables of its family."""
         return tuple(tensors_of(self.family, self.shape))
+
+    @fact
+    def adapters(self) -> tuple[Tensor, ...]:
+        """Every matrix of the policy's adapters; none without ``lora.rank``. Raises ConfigError for other targets."""
+        return tuple(adapters_of(self.family, self.shape, self.config.lora))
 
     @fact
     def ranks(self) -> int:

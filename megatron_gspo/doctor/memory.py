@@ -19,7 +19,7 @@ the allocator. Measured with a 194 MiB model on one and two ranks: 1.1 to 1.4, a
 
 def check_memory(facts: Facts) -> Check | list[Check]:
     """The sum for the fullest rank, and all ranks and servers of this machine against what is free."""
-    stage, needed = worst_stage(facts.config, facts.shape, facts.tensors, facts.layout)
+    stage, needed = worst_stage(facts.config, facts.shape, facts.tensors, facts.layout, facts.adapters)
     if facts.machine.gpus:
         return on_gpus(facts, needed, stage)
     copies = needed.weights + needed.optimizer if facts.config.train.checkpoint_async else 0

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.lengths import fit_into, kept_positions, longest_prompt
-from megatron_gspo.errors import MegatronGspoError
+from megatron_gspo.errors import ConfigError, MegatronGspoError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.report.rundir import RunDirectory
 
 LONG_WARMUP = 0.5
 """Share of a run above which warm-up is most of what happens."""
+LOW_RATE = 1e-5
+"""Of adapters."""
 NOISE = "noise/abs_log_ratio_p99"
 
 When = Callable[[RunConfig], object]
@@ -163,6 +166,28 @@ def reference(facts: Facts) -> Iterator[Check]:
         yield ok("algorithm.reference is model.path, which it is when it is empty: KL starts at 0")
 
 
+def adapters(facts: Facts) -> Iterator[Check]:
+    """What adapters stand on, and how much of the model they are; a learning rate that is one for whole weights."""
+    lora = facts.config.lora
+    if not lora.rank or facts.problem("model"):
+        return
+    try:
+        every = facts.adapters
+    except ConfigError as caught:
+        yield error(str(caught), "lora.targets")
+        return
+    trained, of = (sum(prod(tensor.shape) for tensor in tensors) for tensors in (every, facts.tensors))
+    names = dict.fromkeys(tensor.name.rsplit(".", 3)[1] for tensor in every)
+    share = f"{trained:,} parameters, {trained / of:.2%} of {of:,}"
+    yield ok(f"adapters of rank {lora.rank} on {', '.join(names)}: {share}")
+    if facts.config.optimizer.lr < LOW_RATE:
+        yield warning(
+            f"optimizer.lr = {facts.config.optimizer.lr:g} is one for whole weights: adapters learn as fast at about "
+            f"ten times such a rate",
+            "optimizer.lr",
+        )
+
+
 def precision(facts: Facts) -> Iterator[Check]:
     """Whether the dtype is one for this machine."""
     dtype = facts.config.model.dtype
@@ -214,6 +239,7 @@ RULES: tuple[Callable[[Facts], Iterator[Check]], ...] = (
     warmup,
     clip_and_noise,
     reference,
+    adapters,
     precision,
     extras,
     several_machines,

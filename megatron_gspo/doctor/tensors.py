@@ -9,10 +9,11 @@ from functools import lru_cache
 from itertools import accumulate
 from math import prod
 
-from megatron_gspo.config import ParallelConfig
+from megatron_gspo.config import LoraConfig, ParallelConfig
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.layout import stage_layers
+from megatron_gspo.hf.lora import every_adapter
 from megatron_gspo.hf.weights import Cut, WeightRule, padded_vocab_size
 
 MOST_TENSORS = 2_000_000
@@ -59,6 +60,13 @@ def tensors_of(family: Family, model: ModelShape) -> Iterator[Tensor]:
                     for name in rule.hf:
                         filled = name.format(layer=layer, expert=expert)
                         yield Tensor(filled, shapes[name], rule.cut, rule.megatron, layer, rule.is_expert)
+
+
+def adapters_of(family: Family, model: ModelShape, lora: LoraConfig) -> Iterator[Tensor]:
+    """Every matrix of a model's adapters. Raises ConfigError for targets that it does not have."""
+    for adapter in every_adapter(family, model, lora):
+        rule = adapter.rule
+        yield Tensor(adapter.name, adapter.shape, rule.cut, rule.megatron, adapter.layer, rule.is_expert)
 
 
 def _exists(rule: WeightRule, is_moe: bool) -> bool:

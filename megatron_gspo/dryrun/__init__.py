@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_gspo.config import RunConfig
 from megatron_gspo.doctor.estimate import estimate
 from megatron_gspo.doctor.passing import Passing, peak
-from megatron_gspo.doctor.tensors import tensors_of
+from megatron_gspo.doctor.tensors import adapters_of, tensors_of
 from megatron_gspo.dryrun.child import Job
 from megatron_gspo.dryrun.depths import kinds_of
 from megatron_gspo.dryrun.result import Collectives, DryRun, Moment, Peak, Rank
@@ -80,9 +80,12 @@ def verify_shape(
     jobs = [Job(config, shape, kind.stage, world_size, machine, full_depth) for kind in kinds]
     ranks = run_jobs(jobs)
     tensors = tuple(tensors_of(family, shape))
+    adapters = tuple(adapters_of(family, shape, config.lora))
     sums: dict[str, float] = {}
     for kind in kinds:
-        needed = estimate(config, shape, tensors, data_size=data_size, stage=kind.stage, machine=machine)
+        needed = estimate(
+            config, shape, tensors, data_size=data_size, stage=kind.stage, adapters=adapters, machine=machine
+        )
         there = replace(needed, optimizer=0) if config.optimizer.offload else needed
         sums[kind.name] = peak(there, Passing.of(config, shape, kind.stage, data_size, machine))
     return DryRun(

@@ -33,6 +33,7 @@ from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.megatron.checkpoint_files import check_metadata, read_header, verify, weights_only
 from megatron_gspo.megatron.checkpoint_stream import DistributedReader
 from megatron_gspo.megatron.checkpoint_write import PendingSave, Share, pieces_of, place_of, to_write
+from megatron_gspo.megatron.lora import sharded_adapters
 from megatron_gspo.megatron.optimizer import finish_gathers
 from megatron_gspo.parallel.exchange import broadcast_object, together
 
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 Models = Mapping[str, "Network"]
 """By the name that a model has in a checkpoint; "policy" is one of them."""
 POLICY = "policy"
+ADAPTERS = "lora"
+"""In ``checkpoint.json`` of a policy with adapters: what they are, and a hash of the weights that they stand on."""
 STATE = "optimizer.state."
 """Before the name of a parameter's state and the parameter's own key."""
 
@@ -72,6 +75,7 @@ def begin_save(models: Models, directory: Path, extra: Mapping[str, Any], *, bac
         if name != POLICY
     }
     header |= {"models": others} if others else {}
+    header |= {} if policy.adapters_header is None else {ADAPTERS: policy.adapters_header}
     json.dumps(header)
     shares = (_on_host(share, copy=background) for share in _shares(models))
     return PendingSave(shares, directory, header, policy.groups.world, background=background)
@@ -117,7 +121,8 @@ def _load_chunks(models: Models, state: dict[str, Any], directory: Path, *, stri
     loaded = together(lambda: _read(state, directory), models[POLICY].groups.world)
     for name, model in models.items():
         for index, chunk in enumerate(model.chunks):
-            chunk.load_state_dict(loaded[_prefix(name) + _chunk_entry(index)], strict=strict)
+            own = loaded[_prefix(name) + _chunk_entry(index)]
+            chunk.load_state_dict(own, strict=strict and chunk.lora is None)
 
 
 def _weights_of_all(models: Models) -> dict[str, Any]:
@@ -144,6 +149,8 @@ def _sharded_weights(model: Network, prefix: str = "") -> dict[str, Any]:
     finish_gathers(model.modules)
     state = {
         _chunk_entry(index): chunk.sharded_state_dict(metadata={"dp_cp_group": model.groups.data_context})
+        if chunk.lora is None
+        else sharded_adapters(chunk)  # the weights below them are model.path's
         for index, chunk in enumerate(model.chunks)
     }
     if prefix:
@@ -302,6 +309,7 @@ def _verified_header(models: Models, directory: Path) -> dict[str, Any]:
 def header_of_models(directory: Path, models: Models) -> dict[str, Any]:
     """``checkpoint.json`` of a checkpoint of such models. Raises WeightError."""
     header = header_of_model(directory, models[POLICY].shape)
+    check_adapters(directory, header, models[POLICY].adapters_header)
     kept = header.get("models", {})
     for name, model in models.items():
         if name != POLICY:
@@ -309,6 +317,25 @@ def header_of_models(directory: Path, models: Models) -> dict[str, Any]:
                 raise WeightError(f"{directory}: a checkpoint without a {name}: it was saved by a run that had none")
             _check_same(directory, model.shape, kept[name]["model"])
     return header
+
+
+def check_adapters(directory: Path, header: Mapping[str, Any], wanted: Mapping[str, Any] | None = None) -> None:
+    """Raises WeightError unless a checkpoint has adapters as the policy has, by default none, on the same weights."""
+    kept: dict[str, Any] | None = header.get(ADAPTERS)
+    if kept is None and wanted is None:
+        return
+    if wanted is None:
+        assert kept is not None
+        raise WeightError(
+            f"{directory} holds adapters of rank {kept['rank']} alone: {kept['model']} with them merged in is in the "
+            f"run's directory, in hf/ and exports/"
+        )
+    if kept is None:
+        raise WeightError(f"{directory} holds all weights, and no adapters: it was saved with lora.rank = 0")
+    for name in ("rank", "alpha", "rslora", "targets", "weights"):
+        if kept[name] != wanted[name]:
+            what = f"adapters on other weights than {wanted['model']} has" if name == "weights" else "other adapters"
+            raise WeightError(f"{directory} holds {what}: {name} {kept[name]} then, {wanted[name]} now")
 
 
 def header_of_model(directory: Path, shape: ModelShape) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,11 @@ class Critic(Network):
         but on the last stage."""
         return [self.scale.mean + self.scale.std * values_T for (values_T,) in self.outputs(batches)]
 
-    def weights(self, *, copies: bool = True, host: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(
+        self, *, copies: bool = True, host: bool = True, only: Collection[str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """As ``Network.weights``, with a value head that gives values in the rewards' units."""
-        for name, tensor in super().weights(copies=copies, host=host):
+        for name, tensor in super().weights(copies=copies, host=host, only=only):
             if name.startswith("score."):
                 tensor = (tensor.double() * self.scale.std).to(tensor.dtype)
             yield name, tensor + self.scale.mean if name == "score.bias" else tensor

@@ -29,6 +29,11 @@ Offsets = Sequence[tuple[int, int, int]]
 class OrderedMoELayer(MoELayer):
     """Megatron's MoE layer, whose tokens go to experts and come back by ``parallel.dispatch``, in one order always."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        megatrons = self.__dict__.pop("token_dispatcher")  # no token takes it, and what would ask for it fails
+        self.expert_group, self.shards = megatrons.tp_ep_group, megatrons.tp_size
+
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         """[T_local, 1, H] -> the same shape, and no bias."""
         if self.moe_layer_recompute:
@@ -38,8 +43,7 @@ class OrderedMoELayer(MoELayer):
     def _mixture(self, hidden_states: torch.Tensor) -> torch.Tensor:
         shared = self.shared_experts_compute(hidden_states)
         probs_TE, chosen_TE = self.route(hidden_states)
-        group, shards = self.token_dispatcher.tp_ep_group, self.token_dispatcher.tp_size
-        plan = plan_dispatch(chosen_TE, self.config.moe_router_topk, group, shards)
+        plan = plan_dispatch(chosen_TE, self.config.moe_router_topk, self.expert_group, self.shards)
         rows_NH = to_experts(hidden_states.view(-1, hidden_states.shape[-1]), plan)
         out_NH, _ = self.experts(rows_NH, plan.counts_e, probs_to_experts(probs_TE, plan))
         mixture = from_experts(out_NH, plan).view(hidden_states.shape)
@@ -64,8 +68,8 @@ class GroupedExperts(torch.nn.Module):
         super().__init__()
         self.groups, self.kernel = pg_collection, kernel
         rows = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
-        self.linear_fc1 = _Weight(config, num_local_experts, 2 * rows, config.hidden_size)
-        self.linear_fc2 = _Weight(config, num_local_experts, config.hidden_size, rows)
+        self.linear_fc1 = GroupedLinear(config, num_local_experts, 2 * rows, config.hidden_size)
+        self.linear_fc2 = GroupedLinear(config, num_local_experts, config.hidden_size, rows)
         self.num_local_experts = num_local_experts
         self.register_load_state_dict_post_hook(_forget_nothing)
 
@@ -73,9 +77,9 @@ class GroupedExperts(torch.nn.Module):
         self, rows_NH: torch.Tensor, counts_e: torch.Tensor, probs_N: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """[N, H] rows, ``counts_e`` of each expert in turn -> [N, H], weighted by ``probs_N``; and no bias."""
-        runs, fc1, fc2 = Runs(counts_e), self.linear_fc1.weight, self.linear_fc2.weight
-        gate_up = grouped_linear(rows_NH, fc1, runs)
-        return grouped_linear(swiglu(gate_up, probs_N, self.kernel), fc2, runs), None
+        runs = Runs(counts_e)
+        gate_up = self.linear_fc1(rows_NH, runs)
+        return self.linear_fc2(swiglu(gate_up, probs_N, self.kernel), runs), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: Mapping[str, Any] | None = None
@@ -129,8 +133,8 @@ def _forget_nothing(module: torch.nn.Module, keys: Any) -> None:
     keys.unexpected_keys[:] = [key for key in keys.unexpected_keys if not key.endswith("._extra_state")]
 
 
-class _Weight(torch.nn.Module):
-    """[experts, out, in], without values."""
+class GroupedLinear(torch.nn.Module):
+    """``weight`` [experts, out, in], without values."""
 
     def __init__(self, config: TransformerConfig, experts: int, outputs: int, inputs: int) -> None:
         super().__init__()
@@ -138,3 +142,7 @@ class _Weight(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.empty(experts, outputs, inputs, dtype=config.params_dtype, device=device)
         )
+
+    def forward(self, rows: torch.Tensor, runs: Runs) -> torch.Tensor:
+        """[N, in] -> [N, out], each row by its expert's weight."""
+        return grouped_linear(rows, self.weight, runs)

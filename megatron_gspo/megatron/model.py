@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -19,7 +20,8 @@ from megatron_gspo.errors import WeightError
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.layout import stage_layers
-from megatron_gspo.hf.weights import NamedRule, find_rule, padded_vocab_size, take_piece
+from megatron_gspo.hf.lora import INSIDE
+from megatron_gspo.hf.weights import NamedRule, WeightRule, find_rule, padded_vocab_size, take_piece
 from megatron_gspo.kernels.choice import choose_kernels
 from megatron_gspo.megatron.attention import packed_sequences
 from megatron_gspo.megatron.groups import Groups, device
@@ -27,6 +29,9 @@ from megatron_gspo.megatron.heads import Head, ValueOutput
 from megatron_gspo.megatron.spec import block_spec
 from megatron_gspo.platforms import here
 from megatron_gspo.types import DTYPES, PackedBatch
+
+if TYPE_CHECKING:
+    from megatron_gspo.megatron.lora import Lora
 
 GROUPED = ".mlp.experts.linear_"
 """Stands in the names of what is one parameter for all experts of a layer."""
@@ -76,6 +81,8 @@ class PolicyModel(GPTModel):
         self.shape, self.groups, self.chunk = shape, groups, model.logprob_chunk
         self.kernels = kernels
         self.layer_offset = offset
+        self.lora: Lora | None = None
+        """Its adapters, where it has any: then they are all that is trained."""
         self.counted_T: torch.Tensor | None = None
         """[T_local] bool, while ``forward`` runs: this rank's tokens that are neither padding nor a dummy's."""
 
@@ -110,15 +117,29 @@ class PolicyModel(GPTModel):
         return hidden_states
 
     def rules(self, family: Family) -> Iterator[tuple[Own, NamedRule]]:
-        """Every parameter of this stage with its Hugging Face names, in an order that tensor ranks share.
+        """Every parameter of this stage's model with its Hugging Face names, in an order that tensor ranks share.
 
         Experts that are one parameter come one by one. Behind all of them the routers' expert biases, which are
         buffers: without gradient, and no optimizer moves them.
         """
-        rules = family.rules(self.shape)
-        experts = self.shape.num_experts // self.groups.expert.size()
+        parameters = [(name, parameter) for name, parameter in self.named_parameters() if INSIDE not in name]
         biases = [(name, buffer) for name, buffer in self.named_buffers() if name.endswith(".expert_bias")]
-        for name, parameter in (*self.named_parameters(), *biases):
+        return self._find_rules(family.rules(self.shape), (*parameters, *biases))
+
+    def adapter_rules(self) -> Iterator[tuple[Own, NamedRule]]:
+        """Every parameter of this stage's adapters likewise; none without any."""
+        rules = () if self.lora is None else self.lora.rules
+        return self._find_rules(rules, [(n, parameter) for n, parameter in self.named_parameters() if INSIDE in n])
+
+    def trained_rules(self, family: Family) -> Iterator[tuple[Own, NamedRule]]:
+        """Of what training changes: the adapters where there are any, else the model."""
+        return self.rules(family) if self.lora is None else self.adapter_rules()
+
+    def _find_rules(
+        self, rules: Sequence[WeightRule], parameters: Sequence[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[Own, NamedRule]]:
+        experts = self.shape.num_experts // self.groups.expert.size()
+        for name, parameter in parameters:
             for own, own_name in _one_by_one(name, parameter):
                 yield own, find_rule(rules, self._global_name(own_name, experts * self.groups.expert.rank()))
 

@@ -5,27 +5,33 @@ A policy (``megatron.policy``) and a critic (``megatron.critic``) are one, each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.profiler import record_function
 
-from megatron_gspo.config import OptimizerConfig, RunConfig
+from megatron_gspo.config import LoraConfig, OptimizerConfig, RunConfig
 from megatron_gspo.errors import BatchError
 from megatron_gspo.hf.checkpoint import HfReader
+from megatron_gspo.hf.digest import weights_digest
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.layout import check_layout, check_recompute
+from megatron_gspo.hf.peft import open_adapters
+from megatron_gspo.hf.weights import NamedRule
 from megatron_gspo.megatron.checkpoint import load_weights_of
 from megatron_gspo.megatron.checkpoint_files import is_distributed
-from megatron_gspo.megatron.export import complete_gradients, gradient_of, stream_tensors
+from megatron_gspo.megatron.export import complete_gradients, gradient_of, stream_tensors, stream_weights
 from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.megatron.heads import Head
 from megatron_gspo.megatron.load import ExpertLoad
-from megatron_gspo.megatron.model import PolicyModel, build_chunks, load_weights
+from megatron_gspo.megatron.lora import Lora, fill_adapters, mark_adapters, sum_shared_gradients
+from megatron_gspo.megatron.model import Own, PolicyModel, build_chunks, load_weights
 from megatron_gspo.megatron.optimizer import (
     Optimizer,
     finish_gathers,
@@ -35,7 +41,7 @@ from megatron_gspo.megatron.optimizer import (
 )
 from megatron_gspo.megatron.pipeline import stage_communicator
 from megatron_gspo.megatron.replay import Replay
-from megatron_gspo.parallel.exchange import together
+from megatron_gspo.parallel.exchange import broadcast_object, gather_objects, together
 from megatron_gspo.platforms import release_unused
 from megatron_gspo.types import PackedBatch
 
@@ -63,6 +69,7 @@ class Network:
         optimizer: OptimizerConfig | None,
         *,
         valued: bool = False,
+        lora: LoraConfig | None = None,
     ) -> None:
         """Builds the model and loads this rank's weights from ``directory``.
 
@@ -70,6 +77,7 @@ class Network:
             head: what a pass gives, unless it names another.
             optimizer: its settings; None for a model that is not trained.
             valued: whether it has the parameters of a value head, in the place of those over the vocabulary.
+            lora: its adapters, which are then all that is trained; None, or of rank 0, for none.
         Raises:
             ConfigError, LayoutError or WeightError.
         """
@@ -90,6 +98,10 @@ class Network:
         self.replay = Replay(self.chunks, groups.world)
         self.modules: Sequence[torch.nn.Module] = self.chunks
         self._load(directory)
+        self.adapters_header: dict[str, Any] | None = None
+        """What a checkpoint says of its adapters; None without any."""
+        if lora is not None and lora.rank:
+            self._adapt(lora, directory)
         self.expert_load = ExpertLoad(self.chunks)
         if optimizer is not None:
             overlap = config.parallel.overlap
@@ -156,15 +168,45 @@ class Network:
         if self.optimizer is not None:
             self.optimizer.unpark()
 
-    def weights(self, *, copies: bool = True, host: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-        """The model in Hugging Face names, one tensor at a time, each on the one rank that owns it.
+    def weights(
+        self, *, copies: bool = True, host: bool = True, only: Collection[str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The model in Hugging Face names, adapters merged, one tensor at a time, each on the one rank that owns it.
 
         Every rank must exhaust the iterator: making a tensor gathers it over tensor ranks. ``copies = False`` is for
         who is done with a tensor before the next optimizer step, which moves what is a view. ``host = False`` leaves
-        tensors in the memory where the model is.
+        tensors in the memory where the model is. ``only``: of these names, the same on every rank.
         """
         finish_gathers(self.modules)
-        return stream_tensors(self.chunks, self.family, copies=copies, host=host)
+        return stream_weights(self.chunks, self.family, copies=copies, host=host, only=only)
+
+    def trained_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What training changes, streamed as ``weights`` is: the adapters where there are any, else the model."""
+        finish_gathers(self.modules)
+        return stream_tensors(self.chunks, self._trained_rules)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are all that is trained of it."""
+        return self.chunks[0].lora is not None
+
+    def adapted_names(self) -> set[str]:
+        """Hugging Face names of the weights of this rank that adapters change."""
+        return {name for chunk in self.chunks if chunk.lora is not None for name in chunk.lora.by_weight}
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Within it passes are those of the model that training began with."""
+        with ExitStack() as stack:
+            for chunk in self.chunks:
+                if chunk.lora is not None:
+                    stack.enter_context(chunk.lora.off())
+            yield
+
+    def trained_parameters(self) -> int:
+        """Of the whole model, each once: what an optimizer moves. Collective."""
+        mine = sum(tensor.numel() for _, tensor in self.trained_weights())
+        return sum(gather_objects(mine, self.groups.world))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside its tensors."""
@@ -182,7 +224,29 @@ class Network:
         """The accumulated gradients in Hugging Face names, streamed as ``weights`` is."""
         for module in self.modules:
             complete_gradients(module)
-        return stream_tensors(self.chunks, self.family, gradient_of)
+        return stream_tensors(self.chunks, self._trained_rules, gradient_of)
+
+    def _trained_rules(self, chunk: PolicyModel) -> Iterator[tuple[Own, NamedRule]]:
+        return chunk.trained_rules(self.family)
+
+    def _adapt(self, lora: LoraConfig, directory: Path) -> None:
+        """Puts adapters onto every stage of what was loaded from ``directory``. Collective."""
+
+        def fill() -> None:
+            reader = open_adapters(Path(lora.path), self.family, self.shape, lora) if lora.path else None
+            for chunk in self.chunks:
+                fill_adapters(chunk, reader, self.config.train.seed)
+
+        for chunk in self.chunks:
+            chunk.lora = Lora(chunk, self.family, lora)
+            mark_adapters(chunk)
+        together(fill, self.groups.world)
+        digest = together(lambda: weights_digest(directory) if dist.get_rank() == 0 else None, self.groups.world)
+        kept = lora.model_dump(mode="json", exclude={"path"})
+        self.adapters_header = kept | {
+            "model": str(directory),
+            "weights": broadcast_object(digest, 0, self.groups.world),
+        }
 
     def _load(self, directory: Path) -> None:
         """Fills the chunks from safetensors, or from a distributed checkpoint beside ``config.json``. Collective."""
@@ -251,3 +315,4 @@ class Network:
 def _finalize_gradients(modules: list[torch.nn.Module], num_tokens: object = None, **kwargs: object) -> None:
     """Megatron's reductions without its division by a token count: the loss is normalised already."""
     finalize_model_grads(modules, None, **kwargs)
+    sum_shared_gradients(modules)

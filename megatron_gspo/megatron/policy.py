@@ -23,7 +23,8 @@ class Policy(Network):
     """
 
     def __init__(self, config: RunConfig, groups: Groups, *, path: str | None = None, trainable: bool = True) -> None:
-        """Builds the model at ``path`` (default ``model.path``) and loads this rank's weights.
+        """Builds the model at ``path`` and loads this rank's weights. Without a path it is the one at ``model.path``,
+        with the adapters of ``[lora]``.
 
         Raises ConfigError, LayoutError or WeightError.
         """
@@ -32,8 +33,28 @@ class Policy(Network):
         if trainable:
             check_replay(config.replay, model[1])
         head = LogprobHead(config.rollout.temperature if config.algorithm.draws_responses else 1.0)
-        super().__init__(config, groups, Path(directory), model, head, config.optimizer if trainable else None)
+        super().__init__(
+            config,
+            groups,
+            Path(directory),
+            model,
+            head,
+            config.optimizer if trainable else None,
+            lora=config.lora if path is None else None,
+        )
 
     def logprobs(self, batches: Sequence[PackedBatch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(logprobs, entropy) of each micro-batch, the tokens of ``groups.shard``; empty but on the last stage."""
         return [(logprobs_T, entropy_T) for logprobs_T, entropy_T in self.outputs(batches)]
+
+
+class BasePolicy:
+    """The policy as training found it, by the policy's own weights with its adapters left out: no second copy."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.replay = policy, policy.replay
+
+    def logprobs(self, batches: Sequence[PackedBatch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """As ``Policy.logprobs``. Collective."""
+        with self.policy.without_adapters():
+            return self.policy.logprobs(batches)

@@ -46,6 +46,30 @@ class _GatherRows(torch.autograd.Function):
         return own, None
 
 
+def scatter_sum(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[T, ...], a part of a sum on each of n ranks -> [T / n, ...], each rank's own rows of the sum: the transpose of
+    ``gather_rows``; differentiable."""
+    return rows if group.size() == 1 else _ScatterSum.apply(rows, group)
+
+
+class _ScatterSum(torch.autograd.Function):
+    """Reduce-scatter forward, all-gather backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        own = rows.new_empty(rows.shape[0] // group.size(), *rows.shape[1:])
+        dist.reduce_scatter_tensor(own, rows.contiguous(), group=group)
+        return own
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        own = grads[0].contiguous()
+        whole = own.new_empty(ctx.group.size() * own.shape[0], *own.shape[1:])
+        dist.all_gather_into_tensor(whole, own, group=ctx.group)
+        return whole, None
+
+
 def sum_over(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The sum of every rank's ``x``, on each of them; differentiable."""
     return x if group.size() == 1 else _SumOver.apply(x, group)

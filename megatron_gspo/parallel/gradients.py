@@ -7,7 +7,10 @@ head that is tied to the embedding of the same stage: the hook gets the sum of b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
 
 _unwritten: dict[tuple[torch.Size, torch.dtype, torch.device], torch.Tensor] = {}
 
@@ -31,3 +34,13 @@ def no_gradient(weight: torch.Tensor) -> torch.Tensor:
     if key not in _unwritten:
         _unwritten[key] = torch.empty_like(weight)
     return _unwritten[key].detach()
+
+
+def sum_gradients(gradients: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
+    """Replaces gradients, of one dtype, by their sums over the group, in one message. Collective."""
+    if group.size() == 1 or not gradients:
+        return
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(together, group=group)
+    for gradient, total in zip(gradients, together.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(total.view(gradient.shape))

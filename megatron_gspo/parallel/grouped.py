@@ -77,7 +77,7 @@ def grouped_linear(x_NI: torch.Tensor, weight_EOI: torch.Tensor, runs: Runs, for
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NI: torch.Tensor, weight_EOI: torch.Tensor, runs: Runs, form: Form) -> torch.Tensor:
-        ctx.save_for_backward(x_NI, weight_EOI)
+        ctx.save_for_backward(x_NI if ctx.needs_input_grad[1] else None, weight_EOI)  # a frozen weight needs no rows
         ctx.runs, ctx.form = runs, form
         return _PRODUCTS[form](x_NI, weight_EOI.transpose(1, 2), runs)
 

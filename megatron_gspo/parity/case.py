@@ -56,6 +56,10 @@ class Case:
     temperature: float = 0.8
     model: Mapping[str, Any] = field(default_factory=dict)
     """Further settings of ``[model]``."""
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of ``[lora]``, with a path of adapters whose B are not zero; empty: every weight is trained."""
+    merged: str = ""
+    """With adapters, the directory of the model that they make."""
     replay: bool = False
     """Whether routers are made to choose ``routes`` in every pass, which are not what they would choose."""
 
@@ -159,6 +163,7 @@ class Case:
                     "minibatches": 2,
                     "microbatch_tokens": -(-longest // 16) * 16,
                 },
+                "lora": dict(self.lora),
                 "parallel": dict(layout.parallel),
                 "optimizer": {
                     "lr": self.precision.lr,

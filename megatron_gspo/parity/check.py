@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from megatron_gspo.errors import ConfigError, LayoutError, MegatronGspoError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.layout import check_layout
+from megatron_gspo.parity.adapters import make_adapters
 from megatron_gspo.parity.case import Case, random_samples
 from megatron_gspo.parity.independent import transformers_step
 from megatron_gspo.parity.layouts import Layout
@@ -54,6 +55,8 @@ class Settings:
     """Replaces the dtype's own."""
     kernels: str = "auto"
     """``model.kernels``."""
+    lora: int = 0
+    """Rank of adapters, which are then what is trained; 0: every weight is."""
     replay: bool = False
     """Random routes are replayed in every pass."""
 
@@ -106,7 +109,11 @@ def check(
 
 def make_reference(settings: Settings, ranks: Ranks, directory: str) -> Reference:
     """Makes the model and the mini-batch and runs the reference; its files are in ``directory``, for all ranks."""
-    reference: Reference = ranks.once(reference_step, _case(settings, _model(settings, ranks, directory)), directory)
+    case = _case(settings, _model(settings, ranks, directory))
+    if settings.lora:
+        case = replace(case, **ranks.once(make_adapters, case, f"{directory}/adapters", settings.lora))
+        ranks.share(directory)
+    reference: Reference = ranks.once(reference_step, case, directory)
     ranks.share(directory)
     return reference
 

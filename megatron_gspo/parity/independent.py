@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_gspo.parity.adapters import adapter_gradients
 from megatron_gspo.parity.case import Case
 from megatron_gspo.parity.critic import GRADIENTS as CRITIC_GRADIENTS
 from megatron_gspo.parity.critic import head_weight, naive_critic
@@ -45,6 +46,8 @@ def transformers_step(reference: Reference, directory: str) -> Part:
         step.training.entropy.append(entropy_R.detach().double().cpu().numpy())
         step.training.clipped.append(np.array(term.clipped))
     gradients = dict(_stored_gradients(model))
+    if case.lora:
+        gradients = adapter_gradients(case, gradients)
     step.gradients = compare(iter(gradients.items()), Path(directory) / GRADIENTS.format(step=0))
     step.metrics = {"grad_norm": gradient_norm(gradients)}
     part.steps.append(step)
@@ -134,7 +137,10 @@ def _load(case: Case) -> Any:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # a model cut to its first layers has files of the others
     return AutoModelForCausalLM.from_pretrained(
-        case.path, dtype=getattr(torch, case.dtype), attn_implementation="sdpa", experts_implementation="eager"
+        case.merged or case.path,
+        dtype=getattr(torch, case.dtype),
+        attn_implementation="sdpa",
+        experts_implementation="eager",
     ).eval()
 
 

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_gspo.errors import BatchError
+from megatron_gspo.hf.lora import PEFT_PREFIX
+from megatron_gspo.megatron.lora import fill_adapters
 from megatron_gspo.megatron.model import load_weights
-from megatron_gspo.megatron.policy import Policy
+from megatron_gspo.megatron.policy import BasePolicy, Policy
 from megatron_gspo.megatron.recorded_routes import record_routes
 from megatron_gspo.parity import shards
 from megatron_gspo.parity.case import (
@@ -78,6 +80,8 @@ class StepReference:
     """Of gradients."""
     weights: set[str] = field(default_factory=set)
     """Of parameters, and of what is no parameter but part of the model: routers' expert biases."""
+    trained: set[str] = field(default_factory=set)
+    """Of what the step may change: the same, or with adapters theirs."""
     objectives: dict[str, Expected] = field(default_factory=dict)
     """Every loss and correction, where they are compared."""
     idle: list[str] = field(default_factory=list)
@@ -169,8 +173,9 @@ class _Steps:
         )
         step.metrics["lr"] = Metric(lr, lr)
         self._update(step, gradients, lr)
-        parameters = dict(self.policy.weights())
-        step.weights = set(parameters)
+        trained, parameters = dict(self.policy.trained_weights()), dict(self.policy.weights())
+        step.trained, step.weights = set(trained), set(parameters)
+        parameters |= trained
         step.parameter_scale = max(float(parameter.abs().max()) for parameter in parameters.values())
         save_file(parameters, self.directory / PARAMETERS.format(step=number))
         return step
@@ -187,13 +192,16 @@ class _Steps:
             count = sum(gradient.numel() for gradient in gradients.values())
             eps = float(f"{self.case.precision.eps * clip / math.sqrt(count):.2g}")
             self.case = replace(self.case, clip_grad=clip, eps=eps)
-            weights = {name: weight.double() for name, weight in self.policy.weights()}
+            weights = {name: weight.double() for name, weight in self.policy.trained_weights()}
             self._adam = NaiveAdamW(weights, BETAS, eps, WEIGHT_DECAY, clip)
         self._adam.step(gradients, lr)
         source = _InMemory(self._adam.weights)
         with torch.no_grad():
             for chunk in self.policy.chunks:
-                load_weights(chunk, self.policy.family, source)  # type: ignore[arg-type]
+                if self.policy.adapted:
+                    fill_adapters(chunk, source, 0)  # type: ignore[arg-type]
+                else:
+                    load_weights(chunk, self.policy.family, source)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -204,7 +212,7 @@ class _InMemory:
     directory: str = "the naive optimizer's weights"
 
     def read(self, name: str) -> torch.Tensor:
-        return self.weights[name]
+        return self.weights[name.removeprefix(PEFT_PREFIX)]
 
 
 def near_ties(case: Case, margins: dict[int, np.ndarray]) -> list[int]:
@@ -248,10 +256,13 @@ def _routes(case: Case, policy: Policy, indices: Sequence[int]) -> list[RouteSha
     return [shards.routes(case, shards.pack_alone(case, index), policy) for index in indices]
 
 
-def _logprobs(case: Case, policy: Policy, indices: Sequence[int], *, live: bool = False) -> dict[int, np.ndarray]:
+def _logprobs(
+    case: Case, policy: Policy | BasePolicy, indices: Sequence[int], *, live: bool = False
+) -> dict[int, np.ndarray]:
     """Sample -> [R] float64; ``live``: routers choose for themselves, as those of a reference policy always do."""
     batches = [shards.pack_alone(case, index) for index in indices]
-    with policy.replay.replay(None if live else _routes(case, policy, indices)):
+    routes = _routes(case, policy, indices) if isinstance(policy, Policy) and not live else None
+    with policy.replay.replay(routes):
         results = policy.logprobs(batches)
     return {index: _of_response(case, index, new_T) for index, (new_T, _) in zip(indices, results, strict=True)}
 

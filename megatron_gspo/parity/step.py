@@ -60,8 +60,8 @@ def build(case: Case, layout: Layout) -> Learner:
     """The layout's models on this rank. Raises LayoutError where we or Megatron refuse it."""
     settings = case.run_config(layout)
     learner = build_learner(settings, make_groups(settings.parallel))
-    assert learner.reference is not None
-    disturb(learner.reference)
+    if isinstance(learner.reference, Policy):  # and not the policy without its adapters, which differs from it
+        disturb(learner.reference)
     return learner
 
 
@@ -83,6 +83,7 @@ def old_pass(
     with record_routes(learner.policy.chunks) as routers:
         minibatches = training.pi_old_pass(learner, minibatches, routing)
     batches = [batch for minibatch in minibatches for batch in minibatch.batches]
+    routers = [choices[: len(batches)] for choices in routers]  # a reference may be the same model, without adapters
     part.choices = recorded(routers, [shards.own_numbers(case, batch, learner.groups) for batch in batches])
     prepared = []
     for minibatch in minibatches:

@@ -27,7 +27,7 @@ def gradient_copies(policy: Network, reference: Path) -> dict[str, Difference]:
 
 
 def parameter_copies(policy: Network, reference: Path) -> dict[str, Difference]:
-    """Every parameter that this rank holds a copy or a piece of, from its own memory: no rank speaks for another."""
+    """Every trained parameter that this rank has a copy or a piece of, from its own memory: none speaks for another."""
     finish_gathers(policy.modules)
     return _copies(policy, weight_of, reference)
 
@@ -50,7 +50,7 @@ def _copies(policy: Network, value: Callable[[Own], torch.Tensor | None], refere
     with safe_open(reference, framework="pt", device="cpu") as file:
         known = set(file.keys())
         for chunk in policy.chunks:
-            for own, named in chunk.rules(policy.family):
+            for own, named in chunk.trained_rules(policy.family):
                 mine = value(own)
                 if mine is None:
                     continue

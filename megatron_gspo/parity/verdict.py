@@ -126,7 +126,7 @@ class _Step:
         self._tensors("gradients", [step.gradients for step in self.mine], self.expected.names)
         self._metrics(clipping=len(self.row.near_ties) == ties)
         if all(step.parameters is not None for step in self.mine):
-            self._tensors("parameters", [step.parameters or {} for step in self.mine], self.expected.weights)
+            self._tensors("parameters", [step.parameters or {} for step in self.mine], self.expected.trained)
             self._sent()
 
     def _sequences(self) -> None:

@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,23 @@ def describe(config: RunConfig, world_size: int, engine: Mapping[str, Any] | Non
         **({"placement": placement} if placement else {}),
         "kernels": choose_kernels(config.model.kernels, config.model.dtype).record(),
         "seeds": {"train": config.train.seed},
+        **adapters(config),
         "engine": {"name": config.rollout.engine, **engine},
         "versions": versions(engine.get("version")),
         "process": process_record(os.getpid()),
         "git": git_state(PACKAGE_DIRECTORY),
     }
+
+
+def adapters(config: RunConfig) -> dict[str, Any]:
+    """What ``[lora]`` trains: its settings, with the number of parameters; nothing without a rank."""
+    if not config.lora.rank:
+        return {}
+    from megatron_gspo.hf.catalog import read_model  # who reads a manifest needs no torch
+    from megatron_gspo.hf.lora import every_adapter
+
+    every = every_adapter(*read_model(config.model.path), config.lora)
+    return {"lora": config.lora.model_dump(mode="json") | {"parameters": sum(prod(each.shape) for each in every)}}
 
 
 def with_start(

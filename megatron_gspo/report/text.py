@@ -9,11 +9,12 @@ from megatron_gspo.config import RunConfig
 
 
 def algorithm_text(config: RunConfig) -> str:
-    """``gspo, clip 1 - 0.0003 ... 1 + 0.0004``, and replay when it is on."""
+    """``gspo, clip 1 - 0.0003 ... 1 + 0.0004``; with replay and adapters where they are on."""
     clip_range = config.algorithm.clip_range()
     clip = "" if clip_range is None else f", clip 1 - {clip_range[0]:g} ... 1 + {clip_range[1]:g}"
     replay = "" if config.replay.mode == "off" else f", replay {config.replay.mode}"
-    return f"{config.algorithm.name}{clip}{replay}"
+    adapters = f", adapters of rank {config.lora.rank}" if config.lora.rank else ""
+    return f"{config.algorithm.name}{clip}{replay}{adapters}"
 
 
 def layout_text(layout: Mapping[str, int], world_size: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 from megatron_gspo.algorithm.base import make_algorithm
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.model_files import read_json
+from megatron_gspo.hf.digest import files_digest as files_digest
+from megatron_gspo.hf.digest import weights_digest
 from megatron_gspo.rewards.registry import BUILTIN_REWARDS
 
 Flat = Mapping[str, Any]
@@ -117,6 +119,8 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
         _decays,
         _names("train", "outer_steps"),
     ),
+    ("what is trained is another", _always, _names("lora", "rank alpha rslora targets")),
+    ("the checkpoint has the adapters", _never, _names("lora", "path")),
     ("other prompts come together", _always, _names("train", "seed prompts_per_step minibatches")),
     ("other prompts come together", _always, _names("data", "shuffle")),
     (
@@ -225,43 +229,14 @@ def contents(config: RunConfig) -> dict[str, str]:
         if (source := _source(config.reward.function)) is not None:
             found["reward.function"] = files_digest([source])
         if config.algorithm.uses_reference:
-            directory = Path(config.algorithm.reference or config.model.path)
-            weights = [*directory.glob("*.safetensors"), *directory.glob("*.distcp")]
-            found["algorithm.reference"] = files_digest([directory / "config.json", *sorted(weights)])
+            found["algorithm.reference"] = weights_digest(Path(config.algorithm.reference or config.model.path))
     return found
-
-
-WHOLE = 8 * 1024**2
-"""Bytes of a file up to which all of it is hashed."""
-PIECES, PIECE = 64, 16 * 1024
-"""Of a larger file, so many pieces of so many bytes, spread evenly: a terabyte of weights takes seconds. Training
-changes every tensor."""
-
-
-def files_digest(paths: Iterable[Path]) -> str:
-    """A short hash of files' names, sizes and contents (of large ones, pieces); those that are missing are left out."""
-    digest = hashlib.sha256()
-    for path in paths:
-        if path.is_file():
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode())
-            with path.open("rb") as file:
-                for start, length in _spread(size):
-                    file.seek(start)
-                    digest.update(file.read(length))
-    return digest.hexdigest()[:16]
 
 
 def _stop_tokens(model: Path) -> str:
     """A hash of the end-of-sequence tokens in ``config.json``, which is none of the tokenizer's files."""
     named = json.dumps(read_json(model).get("eos_token_id"))
     return hashlib.sha256(named.encode()).hexdigest()[:16]
-
-
-def _spread(size: int) -> list[tuple[int, int]]:
-    if size <= WHOLE:
-        return [(0, size)]
-    return [(round(i * (size - PIECE) / (PIECES - 1)), PIECE) for i in range(PIECES)]
 
 
 def _source(function: str) -> Path | None:

@@ -23,6 +23,7 @@ from megatron_gspo.megatron.checkpoint import POLICY, Models
 from megatron_gspo.megatron.groups import Groups, make_groups, start_distributed
 from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.rollout.engine import local_servers
+from megatron_gspo.runs.adapters import save_adapters
 from megatron_gspo.runs.checkpoints import Checkpoints
 from megatron_gspo.train.assembly import Inputs, Run, build_run, load_inputs
 from megatron_gspo.train.engine_dtype import served_directory
@@ -71,6 +72,9 @@ def train(config: RunConfig, make_recorder: MakeRecorder) -> None:
                     recorder.note(resumption.describe())
                 session = Session(config, groups, identity, resumption, stop, recorder)
                 models = supervise(session, inputs) if isinstance(inputs, Examples) else reinforce(session, inputs)
+                if models[POLICY].adapted:
+                    recorder.phase("saving")
+                    save_adapters(models[POLICY], config, groups)
                 if config.train.save_hf:
                     recorder.phase("saving")
                     save_models(models, config, groups)

@@ -77,9 +77,14 @@ class ChosenSync:
         self._chosen: BucketSync | None = None
         self._why = self._remark = ""
 
-    def push(self, tensors: Iterator[NamedTensor], version: int) -> str:
+    @property
+    def wants_all(self) -> bool:
+        """See ``WeightSync.wants_all``."""
+        return self._chosen is None or self._chosen.wants_all
+
+    def push(self, tensors: Iterator[NamedTensor], version: int, names: Collection[str] | None = None) -> str:
         """See ``WeightSync.push``."""
-        said = self._sync().push(tensors, version)
+        said = self._sync().push(tensors, version, names)
         remark, self._remark = self._remark, ""
         return "; ".join(filter(None, (said, remark if self._asking.peers.lead else "")))
 

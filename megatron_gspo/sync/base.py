@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -39,9 +40,14 @@ bytes."""
 class WeightSync(Protocol):
     """Called by all trainer ranks."""
 
-    def push(self, tensors: Iterator[NamedTensor], version: int) -> str:
+    @property
+    def wants_all(self) -> bool:
+        """Whether the next push must have every tensor: servers are fresh, or verifying overwrites what they have."""
+        ...
+
+    def push(self, tensors: Iterator[NamedTensor], version: int, names: Collection[str] | None = None) -> str:
         """Replaces the servers' weights by ``tensors`` and their version by ``version``; returns what was verified, on
-        rank 0, or "".
+        rank 0, or "". ``names``: those that come, the same on every rank, where not all tensors do (``wants_all``).
 
         ``tensors`` yields on the rank that owns a tensor, once over all ranks, and is exhausted on every rank, since
         producing it may be collective. They may be views of live weights: nothing reads them after the push. No rank
@@ -116,6 +122,8 @@ class BucketSync:
     shared = False
     """As in ``make_weight_sync``."""
     _verified = False
+    _filled = False
+    """Whether the servers have every tensor, from a push that succeeded."""
     _reset: Reset | None = None
     _pushed = ""
     """The version that every server was left with."""
@@ -145,20 +153,33 @@ class BucketSync:
         """Sends to these servers from now on."""
         self.servers = make_control(self._engine, urls, self.config.timeout_s, self.access.key)
 
-    def push(self, tensors: Iterator[NamedTensor], version: int) -> str:
+    @property
+    def wants_all(self) -> bool:
+        """See ``WeightSync.wants_all``."""
+        return not self._filled or self.config.verify == "every"
+
+    def push(self, tensors: Iterator[NamedTensor], version: int, names: Collection[str] | None = None) -> str:
         """See ``WeightSync.push``."""
+        if names is not None and self.wants_all:
+            raise SyncError(f"a push of {len(names)} tensors, and the servers have no others yet")
+        expected = self.expected_names if names is None else frozenset(names)
         verifying = self.config.verify == "every" or (self.config.verify == "first" and not self._verified)
         try:
-            place = self.peers.together(lambda: self._start(version, verifying) if self.peers.lead else "")[0]
+            begin = functools.partial(self._start, version, verifying=verifying, whole=names is None)
+            place = self.peers.together(lambda: begin() if self.peers.lead else "")[0]
             self._agree(place)
             sent = self.peers.together(lambda: self._stream(place, tensors))
-            said = self.peers.together(lambda: self._complete(place, version, sent) if self.peers.lead else "")[0]
+            said = self.peers.together(
+                lambda: self._complete(place, version, sent, expected) if self.peers.lead else ""
+            )[0]
         except SyncError:
+            self._filled = False
             if self.peers.lead:
                 self._abandon()
             raise
         finally:
             self._rest()
+        self._filled = True
         self._verified = self._verified or verifying
         self._pushed = self.access.version_name(version)
         self._unverified = ""
@@ -197,9 +218,12 @@ class BucketSync:
     def close(self) -> None:
         """See ``WeightSync.close``."""
 
-    def _start(self, version: int, verifying: bool) -> str:
+    def _start(self, version: int, *, verifying: bool, whole: bool) -> str:
         # A version of ours may have an ending while trainer and servers take turns.
         if self._pushed and not all(found.startswith(self._pushed) for found in self.servers.versions()):
+            if not whole:
+                restarted = ", ".join(self._without(self._pushed))
+                raise SyncError(f"{restarted}: started again since the last push, and this one is not of all weights")
             self.close()  # one was started again since: what was shared with it serves nobody
             self.serve(self.servers.urls)
             verifying = verifying or self.config.verify == "first"
@@ -228,8 +252,8 @@ class BucketSync:
         finally:
             self._flush()
 
-    def _complete(self, place: str, version: int, sent: list[list[tuple[Names, str]]]) -> str:
-        check_names([name for rank in sent for names, _ in rank for name in names], self.expected_names)
+    def _complete(self, place: str, version: int, sent: list[list[tuple[Names, str]]], expected: frozenset[str]) -> str:
+        check_names([name for rank in sent for names, _ in rank for name in names], expected)
         self._finish(place, sent)
         said = self._unverified if self._reset is None else self._reset.check()
         self.servers.flush_when_idle()  # whatever was cached since _start comes from half-written weights

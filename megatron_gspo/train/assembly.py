@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +59,8 @@ class Run(Learner):
     access: ServerAccess = OPEN
     turns: Apart = field(default_factory=Apart)
     """Of trainer and servers on the same cards."""
+    changed_names: frozenset[str] | None = None
+    """With adapters, the tensors that a step can have changed: what a push sends once the servers have the others."""
     notes: list[str] = field(default_factory=list)
     """What the recorder is to say after the step."""
 
@@ -68,12 +70,14 @@ class Run(Learner):
         return self.config.rollout.is_seeded(on_gpu=here().device_type == "cuda")
 
     def push(self, version: int) -> None:
-        """Puts the policy's weights onto the servers as ``version``, with the engine gap that is asked for. Collective.
+        """Puts the policy's weights onto the servers as ``version``, with the engine gap that is asked for; of a policy
+        with adapters only what those change, once the servers have the rest. Collective.
 
         Raises SyncError.
         """
+        names = None if self.sync.wants_all or self.turns.forgets else self.changed_names
         self.turns.update(self.trained)
-        self._note(self.sync.push(self._outgoing(version), version))
+        self._note(self.sync.push(self._outgoing(version, names), version, names and self._sent(names)))
         self.turns.serve(self.access.version_name(version))
 
     def fill(self, version: int, urls: Sequence[str] | None = None) -> None:
@@ -84,9 +88,12 @@ class Run(Learner):
         if said:
             self.notes.append(said)
 
-    def _outgoing(self, version: int) -> Iterator[NamedTensor]:
+    def _sent(self, names: Collection[str]) -> set[str]:
+        return sent_names(self.config.rollout.engine_dtype, set(names), self.policy.family, self.policy.shape)
+
+    def _outgoing(self, version: int, names: Collection[str] | None = None) -> Iterator[NamedTensor]:
         """What servers are sent; made as it is taken."""
-        weights, config = self.policy.weights(copies=False, host=False), self.config
+        weights, config = self.policy.weights(copies=False, host=False, only=names), self.config
         if engine_holds_head(config.rollout.engine, self.policy.shape):
             weights = with_head(weights)
         if config.sync.router_noise:
@@ -222,6 +229,7 @@ def build_run(
         references=inputs.references,
         access=access,
         turns=turns,
+        changed_names=changed_names(config, policy),
     )
     connect(run, own_servers(urls, groups), access, awake=not colocated)
     return run
@@ -247,6 +255,15 @@ def expected_names(config: RunConfig, policy: Policy) -> set[str]:
         names -= {HEAD}
     names |= {HEAD} if engine_holds_head(config.rollout.engine, policy.shape) else set()
     return sent_names(config.rollout.engine_dtype, names, policy.family, policy.shape)
+
+
+def changed_names(config: RunConfig, policy: Policy) -> frozenset[str] | None:
+    """What servers that have all tensors must be sent after a step: those with adapters, and what noise is put on; None
+    where every tensor is trained. Collective."""
+    if not policy.adapted:
+        return None
+    noisy = policy.family.router_names(policy.shape) if config.sync.router_noise else frozenset()
+    return noisy.union(*gather_objects(policy.adapted_names(), policy.groups.world))
 
 
 def connect(run: Run, urls: Sequence[str], access: ServerAccess, *, awake: bool = True) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.megatron.critic import Critic
 from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.megatron.network import Network
-from megatron_gspo.megatron.policy import Policy
+from megatron_gspo.megatron.policy import BasePolicy, Policy
 from megatron_gspo.parallel.sequence import ShardedSequenceSum
 
 
@@ -19,8 +20,9 @@ class Learner:
     config: RunConfig
     groups: Groups
     policy: Policy
-    reference: Policy | None
-    """The frozen reference; None unless the loss or the reward has a KL term."""
+    reference: Policy | BasePolicy | None
+    """The frozen reference; None unless the loss or the reward has a KL term. With adapters it is the policy without
+    them, unless ``algorithm.reference`` names another model."""
     sequence_sum: ShardedSequenceSum
     critic: Critic | None
     """None unless credit is given by its values."""
@@ -37,10 +39,11 @@ def build_learner(config: RunConfig, groups: Groups) -> Learner:
     Raises UserError for what the user can mend.
     """
     policy = Policy(config, groups)
-    reference = None
+    reference: Policy | BasePolicy | None = None
     if config.algorithm.uses_reference:
         path = config.algorithm.reference or config.model.path
-        reference = Policy(config, groups, path=path, trainable=False)
+        on_base = policy.adapted and os.path.realpath(path) == os.path.realpath(config.model.path)
+        reference = BasePolicy(policy) if on_base else Policy(config, groups, path=path, trainable=False)
     return Learner(
         config=config,
         groups=groups,

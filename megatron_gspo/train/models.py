@@ -17,9 +17,11 @@ from megatron_gspo.errors import ConfigError, UserError
 from megatron_gspo.hf.catalog import read_config, read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.directory import check_companions
-from megatron_gspo.hf.family import ModelShape
+from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.layout import check_layout, check_positions
+from megatron_gspo.hf.lora import lora_targets
 from megatron_gspo.hf.names import holds_weights
+from megatron_gspo.hf.peft import check_adapters
 from megatron_gspo.megatron.checkpoint_files import is_distributed
 from megatron_gspo.platforms import CUDA, here
 from megatron_gspo.rollout.engine import ENGINES
@@ -57,6 +59,7 @@ def check_models(config: RunConfig) -> None:
         raise ConfigError(
             f"sync.router_noise = {config.sync.router_noise:g}, but {config.model.path} has no router: set it to 0"
         )
+    check_lora(config, family, shape)
     path = config.algorithm.reference
     if not (path and config.algorithm.uses_reference):
         return
@@ -72,6 +75,13 @@ def check_models(config: RunConfig) -> None:
             f"algorithm.reference = {path} has a vocabulary of {other.vocab_size}, model.path one of "
             f"{shape.vocab_size}: the reference must be a model of the same tokenizer"
         )
+
+
+def check_lora(config: RunConfig, family: Family, shape: ModelShape) -> None:
+    """Raises ConfigError for targets that the model does not have, and for adapters to start from that are others."""
+    lora_targets(family, shape, config.lora)
+    if config.lora.path:
+        check_adapters(Path(config.lora.path), family, shape, config.lora)
 
 
 def check_engine(engine: str, path: str | Path, shape: ModelShape) -> None:

@@ -37,6 +37,9 @@ class Parked(Protocol):
 class Apart:
     """Servers have cards of their own, and nobody waits for anybody. Every method is collective."""
 
+    forgets = False
+    """Whether servers come to a push without the weights of the one before."""
+
     def begin(self) -> None:
         """Before any model is built."""
 
@@ -52,6 +55,8 @@ class Apart:
 
 class Colocated(Apart):
     """Trainer and servers take turns. Failures of the servers are SyncErrors on every rank."""
+
+    forgets = True
 
     def __init__(self, control: Control | None, together: Together = lambda action: action()) -> None:
         """

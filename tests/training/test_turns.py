@@ -35,7 +35,7 @@ SERVE = [
     *("/update_weight_version", "/continue_generation"),
 ]
 QUESTIONS = ("/server_info", "/model_info")
-CALLS = 55
+CALLS = 56
 """Of a run of one step, with questions: the order above, which the next step repeats."""
 
 

@@ -52,6 +52,7 @@ def doctor(capsys: Captured, *words: str) -> tuple[list[str], str]:
 
 EXAMPLES = {
     "quickstart/gspo": f"{PREPARE} && megatron-gspo train examples/quickstart/sft.toml",
+    "quickstart/lora": f"{PREPARE} && megatron-gspo train examples/quickstart/sft.toml",
     "quickstart/ppo": f"{PREPARE} && megatron-gspo train examples/quickstart/sft.toml",
     "quickstart/sft": PREPARE,
     "gsm8k_tiny/gspo": "python examples/gsm8k_tiny/prepare.py path/to/gsm8k/train.jsonl .cache/gsm8k_tiny && "
