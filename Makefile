@@ -99,7 +99,7 @@ lock: ## resolve the packages for GPUs anew, into requirements/cuda
 	@build/lock/bin/python tools/lock.py
 
 .PHONY: docs
-docs: $(EXTENSION_STAMP) ## build the documentation into build/docs
+docs: $(EXTENSION_STAMP) ## build the documentation into build/docs (three and a half minutes of a processor)
 	$(RUN) sphinx -W --keep-going -q -b html docs build/docs
 	@echo "The documentation: $(CURDIR)/build/docs/index.html"
 

@@ -21,7 +21,7 @@ apidoc_modules = [
         "path": "../megatron_gspo",
         "destination": "api",
         "exclude_patterns": ["**/sglang/server.py", "**/__main__.py"],  # the server's lives in another environment
-        "separate_modules": True,
+        "separate_modules": False,  # a page a package: of each page the theme makes the whole tree of pages anew
         "module_first": True,
     }
 ]

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from megatron_gspo.config import RolloutConfig, SyncConfig
 from megatron_gspo.hf.catalog import read_config, read_model
@@ -44,6 +43,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=ENGINES)
     options = parser.parse_args()
+    from transformers import AutoModelForCausalLM  # seconds, which --help does not have
+
     torch.set_num_threads(1)
     policy = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     print("| engine | k1 | k3 | largest | twofold | std of log s | geometric outside 0.999..1.001 |")

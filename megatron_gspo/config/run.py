@@ -63,6 +63,12 @@ class RunConfig(Section):
         return max(1, min(cores, MOST_SERVERS, responses // RESPONSES_A_SERVER))
 
     @property
+    def reference_is_base(self) -> bool:
+        """Whether the reference, if the algorithm uses one, is the policy without its adapters."""
+        path = self.algorithm.reference or self.model.path
+        return bool(self.lora.rank) and os.path.realpath(path) == os.path.realpath(self.model.path)
+
+    @property
     def engine_k3_limit(self) -> float | None:
         """``rollout.max_engine_k3`` with its default filled in, nats per token; None where nothing is compared.
 

@@ -70,7 +70,6 @@ def estimate(
     elements = elements_of_stage(tensors, model, parallel, stage)
     trained = elements_of_stage(adapters, model, parallel, stage) if config.lora.rank else elements
     held = elements.total + (trained.total if config.lora.rank else 0)
-    on_base = config.lora.rank and config.algorithm.reference in ("", config.model.path)
     accumulated = max(4, item)
     dense_ranks = parallel.context * data_size
     expert_ranks = max(1, parallel.tensor * dense_ranks // (parallel.expert * parallel.expert_tensor))
@@ -87,7 +86,7 @@ def estimate(
         optimizer=stepped(trained) * _state_bytes(config.optimizer, item),
         activations=_activations(config, model, stage, data_size, machine),
         logprobs=_logprobs(config, model, data_size, machine) if last else 0,
-        reference=elements.total * item if config.algorithm.uses_reference and not on_base else 0,
+        reference=elements.total * item if config.algorithm.uses_reference and not config.reference_is_base else 0,
         critic=critic.total * (item + accumulated) + stepped(critic) * _state_bytes(config.critic, item),
     )
 
@@ -209,7 +208,7 @@ class LayerBytes:
 
     Counted from the tensors that a layer saves: residuals and the inputs of norms, projections and router (each
     tensor rank its own tokens); query, key, value and what attention makes of them (its own heads); the routed copies
-    of a token, evenly spread. Below fp32 a norm keeps its input in fp32.
+    of a token, evenly spread. Below fp32 a norm keeps two fp32 copies.
     """
 
     entry: float
@@ -227,7 +226,11 @@ class LayerBytes:
         hidden, dim, ranks = model.hidden_size, model.head_dim, parallel.tensor
         q, k = model.num_attention_heads * dim, model.num_query_groups * dim
         wide = max(4, item)
-        norms = wide * (2 * hidden + q + k) if item < 4 else item * 2 * (hidden + q + k)
+        norms = item * 2 * (hidden + q + k)
+        if (
+            item < 4
+        ):  # what they are given in fp32, and divided by its root mean square, in place of what they are given
+            norms = (2 * wide - item) * (2 * hidden + q + k)
         linear = item * (3 * hidden + 5 * q + 3 * k) + item * hidden  # the last: what the MLP is given
         core = item * (2 * q + k)
         mlp = 5.0 * item * (model.shared_expert_hidden_size if is_moe else model.ffn_hidden_size)

@@ -110,7 +110,8 @@ def _build(config: RunConfig, groups: Groups, meter: Meter) -> policies.Policy:
             tensors = [tensor for state in states for tensor in state.values()]
             meter.belongs([t for t in tensors if t.untyped_storage()._cdata not in own], "optimizer")
         with meter.at(part="reference"):
-            policy.reference = DryPolicy(config, groups, trainable=False) if config.algorithm.uses_reference else None  # type: ignore[attr-defined]
+            apart = config.algorithm.uses_reference and not config.reference_is_base
+            policy.reference = DryPolicy(config, groups, trainable=False) if apart else None  # type: ignore[attr-defined]
         with meter.at(part="critic"):
             policy.critic = DryCritic(config, groups) if config.algorithm.uses_critic else None  # type: ignore[attr-defined]
     _watch(policy, meter)

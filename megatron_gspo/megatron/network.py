@@ -97,9 +97,9 @@ class Network:
         self.optimizer: Optimizer | None = None
         self.replay = Replay(self.chunks, groups.world)
         self.modules: Sequence[torch.nn.Module] = self.chunks
-        self._load(directory)
         self.adapters_header: dict[str, Any] | None = None
         """What a checkpoint says of its adapters; None without any."""
+        self._load(directory)
         if lora is not None and lora.rank:
             self._adapt(lora, directory)
         self.expert_load = ExpertLoad(self.chunks)

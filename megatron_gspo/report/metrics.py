@@ -123,7 +123,10 @@ METRICS: dict[str, Metric] = {
         "Falls slowly; near 0, exploration is over.",
     ),
     "kl/engine_k1": Metric(
-        "nats/token", "Mean of log mu - log pi_old over response tokens.", "Near 0, of either sign."
+        "nats/token",
+        "Mean of log mu - log pi_old over response tokens. With `correction.bypass` and no pass of pi_old, pi_theta "
+        "stands for pi_old here and below.",
+        "Near 0, of either sign.",
     ),
     "kl/engine_k3": Metric(
         "nats/token",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from megatron_gspo.config import RunConfig
@@ -42,8 +41,8 @@ def build_learner(config: RunConfig, groups: Groups) -> Learner:
     reference: Policy | BasePolicy | None = None
     if config.algorithm.uses_reference:
         path = config.algorithm.reference or config.model.path
-        on_base = policy.adapted and os.path.realpath(path) == os.path.realpath(config.model.path)
-        reference = BasePolicy(policy) if on_base else Policy(config, groups, path=path, trainable=False)
+        base = config.reference_is_base
+        reference = BasePolicy(policy) if base else Policy(config, groups, path=path, trainable=False)
     return Learner(
         config=config,
         groups=groups,

@@ -23,7 +23,7 @@ from tests.training.stand_in import StandIn
 from tests.training.test_critic_runs import PPO
 from tests.training.test_turns import PUSH, SERVE, SLEEP, WAKE, orders
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 COLOCATED = 'placement.mode="colocated"'
 ONE_RANK = ("parallel.tensor=1", "parallel.expert=1", "eval.prompts=4", "eval.every=1", "train.noise_floor_every=0")
 UNCHECKED = ('sync.verify="off"', "rollout.max_engine_k3=0")
@@ -64,18 +64,14 @@ def test_turns_with_a_real_server_change_no_bit_and_do_not_kill_it(
     ranks: RankPool, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     """A CPU server gives no memory back, and dies of a second resume or of a release while it is busy."""
-    more = ("algorithm.kl_loss_coef=0.01", "eval.every=1", "train.checkpoint_every=1", "optimizer.lr=3e-3")
+    more = ("algorithm.kl_loss_coef=0.01", "eval.every=1", "eval.prompts=4", "optimizer.lr=3e-3")
     apart, turns = (
         make_config(*more, f'placement.mode="{mode}"', f'train.run_dir="{tmp_path}/{mode}"')
         for mode in ("apart", "colocated")
     )
-    for config in (
-        apart,
-        turns,
-        turns.model_copy(update={"train": turns.train.model_copy(update={"overwrite": True})}),
-    ):
+    for config in (apart, turns):
         ranks.run(2, run, config)
-        assert call(f"{config.rollout.servers[0]}/health_generate", timeout_s=30).status == 200
+        assert call(f"{config.rollout.servers[0]}/health_generate", timeout_s=60).status == 200
     assert_equal(tmp_path / "apart", tmp_path / "colocated")
     assert placement(tmp_path / "apart")["mode"] == "apart"
     assert placement(tmp_path / "colocated") == {

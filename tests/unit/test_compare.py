@@ -287,7 +287,7 @@ class Servers:
 
     started: list[str] = []  # noqa: RUF012
 
-    def __init__(self, config: Any, model: str, logs: Path, *, device: str, dtype: str, routes: bool) -> None:
+    def __init__(self, config: Any, model: str, logs: Path, *, device: str, dtype: str, routes: bool, **_: Any) -> None:
         self.started.append(f"{model} {dtype}" + " with routes" * routes)
         self.urls, self.dead, self.running = ("http://a",), False, False
 

@@ -57,7 +57,7 @@ def test_tests_that_a_page_names_are_there(page: Path):
         assert f"def {name}" in (ROOT / path).read_text(encoding="utf-8"), name
 
 
-@pytest.mark.slow_suite  # four minutes of a processor
+@pytest.mark.slow_suite  # three and a half minutes of a processor
 @pytest.mark.timeout(1800)
 def test_the_documentation_builds_without_warnings(tmp_path: Path):
     build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", str(tmp_path / "trees")]

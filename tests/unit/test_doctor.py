@@ -363,7 +363,7 @@ def test_memory_that_is_not_there_is_an_error_that_shows_the_whole_sum(case: Cas
 
 def test_a_gpu_is_shared_with_the_local_server_on_it(case: Case, gpus) -> None:
     gpus(1)
-    assert "48 GiB free on the fullest GPU, 40% of it a local server's" in case.check("memory").detail
+    assert "80 GiB free on the fullest GPU, where a server sleeps" in case.check("memory").detail
     detail = case.check("memory", 'rollout.servers=["http://a"]').detail
     assert "80 GiB free" in detail and "server" not in detail
 

@@ -79,7 +79,7 @@ def test_doctor_on_a_fresh_example_names_the_commands_that_come_first(name, comm
         assert err.startswith("error: model: ") and err.endswith(f" -> make it: {commands}\n")
     unchecked = [line for line in lines if "not checked" in line]
     assert len(unchecked) == 2 and unchecked[0].startswith("warning  model ")
-    assert "without the model's config.json: weights, tokenizer, layout, memory," in unchecked[0]
+    assert "without the model's config.json: weights, tokenizer, layout, placement, memory," in unchecked[0]
     wrong = {re.split(r"  +", line)[1] for line in lines if line.startswith("error")} - {"engine"}
     assert wrong == {"model", "prompts"} | (set() if name.endswith("sft") else {"eval prompts"})
     prompts = [line for line in lines if "no such data file" in line]

@@ -235,11 +235,12 @@ class Recorded(BucketSync):
     def __init__(self, verify: str = "first", *, fails: bool = False) -> None:
         from megatron_gspo.config import SyncConfig
         from megatron_gspo.sync.peers import Peers
+        from megatron_gspo.types import OPEN
 
         self.config, self.peers, self.pushes, self.fails = SyncConfig(verify=verify), Peers(), [], fails
-        self.expected_names = frozenset({"a", "b", "c"})
+        self.access, self.expected_names = OPEN, frozenset({"a", "b", "c"})
 
-    def _start(self, version, verifying):
+    def _start(self, version, *, verifying, whole):
         return ""
 
     def _complete(self, place, version, sent, expected):

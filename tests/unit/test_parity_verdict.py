@@ -41,6 +41,7 @@ def reference_of(case: Case) -> Reference:
         parameter_scale=1.0,
         names=set(NAMES),
         weights=set(NAMES),
+        trained=set(NAMES),
     )
     return Reference(case, step.logprobs.copy(), step.logprobs - 0.5, routing(), [step])
 

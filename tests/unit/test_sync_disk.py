@@ -43,16 +43,19 @@ def make(parent: Path, tmp_path: Path) -> Iterator[Callable[..., BucketSync]]:
 
     class Servers:
         def __init__(self, look: Callable[[Path], None]) -> None:
-            self.look = look
+            self.look, self.version = look, ""
 
         def update_from_disk(self, directory: str) -> None:
             self.look(Path(directory))
 
         def flush_when_idle(self) -> None: ...
-        def set_version(self, version: str) -> None: ...
         def check_version(self, version: str) -> None: ...
-        def without(self, version: str) -> tuple[str, ...]:
-            return ()
+
+        def set_version(self, version: str) -> None:
+            self.version = version
+
+        def versions(self) -> list[str]:
+            return [self.version]
 
     def make_one(look: Callable[[Path], None], *, shared: bool) -> BucketSync:
         config = SyncConfig(method="disk", directory=str(parent), bucket_mb=1, verify="off")

@@ -266,24 +266,26 @@ def test_experts_that_are_stacked_the_other_way_round_are_refused(case: Case) ->
 
 def test_servers_start_empty_where_experts_are_stacked(case: Case) -> None:
     from megatron_gspo.config import load
-    from megatron_gspo.train.models import served
+    from megatron_gspo.train.models import placed_here, served
 
     config = load(case.config)
-    assert served(config).server_args == config.rollout.server_args
+    placement = placed_here(config, ranks=1)
+    assert served(config, placement).server_args == config.rollout.server_args
     rewrite(case.model, stack)
-    assert served(config).server_args[:2] == ("--load-format", "dummy")
+    assert served(config, placement).server_args[:2] == ("--load-format", "dummy")
 
 
 def test_an_evaluation_sends_stacked_experts_to_a_server_of_its_own_and_refuses_those_of_others(case: Case) -> None:
     from megatron_gspo.evaluation.examine import read_questions
     from megatron_gspo.evaluation.lengths import fitting
     from megatron_gspo.evaluation.subject import of_model
-    from megatron_gspo.train.models import served
+    from megatron_gspo.train.models import placed_here, served
 
     rewrite(case.model, stack)
     asked = [f'data.eval_path="{case.root}/eval.jsonl"', 'reward.function="exact"']
     assert read_questions(fitting(of_model(case.model, asked)), greedy=True).prompts
-    assert served(of_model(case.model, asked).config, case.model).server_args[:2] == ("--load-format", "dummy")
+    config = of_model(case.model, asked).config
+    assert served(config, placed_here(config, ranks=0), case.model).server_args[:2] == ("--load-format", "dummy")
     subject = of_model(case.model, [*asked, 'rollout.servers=["http://127.0.0.1:9"]'])
     with pytest.raises(ConfigError, match=r"its experts are stacked .*rollout\.servers=\[\]"):
         read_questions(subject, greedy=True)
