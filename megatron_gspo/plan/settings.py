@@ -1,4 +1,4 @@
-"""A candidate as a configuration, and the two sections that a version of this package may not have yet."""
+"""A candidate as a configuration."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Request:
 
 
 def tree_of(model: Model, request: Request, choice: Choice) -> dict[str, Any]:
-    """Plain values of a complete configuration; of sections that ``RunConfig`` lacks there is none."""
+    """Plain values of a complete configuration."""
     work, parallel = request.work, choice.parallel
     sizes = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
     model_tree: dict[str, Any] = {"path": model.path, "dtype": "bfloat16"}
@@ -92,7 +92,7 @@ def tree_of(model: Model, request: Request, choice: Choice) -> dict[str, Any]:
     }
     if work.reference:
         tree["algorithm"] = {"kl_loss_coef": 0.001}
-    return _known(tree | _sections(choice))
+    return tree | _sections(choice)
 
 
 def config_of(model: Model, request: Request, choice: Choice) -> RunConfig:
@@ -117,14 +117,9 @@ def bare_config(model: Model, request: Request, choice: Choice) -> RunConfig:
 def _servers(request: Request, choice: Choice) -> dict[str, Any]:
     """Servers that one machine starts, or names of those that run on others."""
     count, together = choice.servers.count, choice.gpus + (0 if choice.colocated else choice.servers.gpus)
-    placed = "placement" in RunConfig.model_fields
-    if together > request.per_node or not (placed or choice.colocated or count == 1):
+    if together > request.per_node:
         return {"servers": [f"http://server-{number}:30000" for number in range(count)]}
-    if placed:
-        return {"local_servers": count}
-    args = ["--tp-size", str(choice.servers.tensor), "--mem-fraction-static", f"{choice.share:.2f}"]
-    args += [] if choice.colocated else ["--base-gpu-id", str(choice.gpus)]
-    return {"local_servers": count, "server_args": args}
+    return {"local_servers": count}
 
 
 def _sections(choice: Choice) -> dict[str, Any]:
@@ -135,15 +130,3 @@ def _sections(choice: Choice) -> dict[str, Any]:
     if choice.lora:
         sections["lora"] = {"rank": choice.lora}
     return sections
-
-
-def _known(tree: dict[str, Any]) -> dict[str, Any]:
-    """Without sections, and without settings of ``[placement]`` and ``[lora]``, that ``RunConfig`` does not have."""
-    known = {}
-    for name, section in tree.items():
-        if name not in SECTIONS:
-            known[name] = section
-        elif name in RunConfig.model_fields:
-            fields = getattr(RunConfig.model_fields[name].annotation, "model_fields", {})
-            known[name] = {key: value for key, value in section.items() if key in fields}
-    return known

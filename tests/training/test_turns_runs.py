@@ -26,7 +26,7 @@ from tests.training.test_turns import PUSH, SERVE, SLEEP, WAKE, orders
 pytestmark = pytest.mark.timeout(600)
 COLOCATED = 'placement.mode="colocated"'
 ONE_RANK = ("parallel.tensor=1", "parallel.expert=1", "eval.prompts=4", "eval.every=1", "train.noise_floor_every=0")
-UNCHECKED = ('sync.verify="off"', "rollout.max_engine_k3=0")
+UNCHECKED = ('sync.method="tensor"', 'sync.verify="off"', "rollout.max_engine_k3=0")
 """A stand-in draws from no model, and has no weights to hash."""
 
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from megatron_gspo.cli import main
 from megatron_gspo.config import ParallelConfig, RunConfig, load, parse
+from megatron_gspo.config.servers import server_sizes
 from megatron_gspo.doctor.catalog import CHECKS
 from megatron_gspo.doctor.check import examine
 from megatron_gspo.doctor.estimate import estimate
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.machine import Machine
 from megatron_gspo.hf.layout import check_layout, check_recompute
-from megatron_gspo.plan import settings as plan_settings
 from megatron_gspo.plan.advice import to_fit, with_fewer
 from megatron_gspo.plan.candidates import balanced, splits
 from megatron_gspo.plan.memory import FEW, PLANNED, limit_of, server_memory, trainer_memory
@@ -30,8 +30,7 @@ from megatron_gspo.plan.serving import Servers
 from megatron_gspo.plan.settings import Choice, Request, bare_config, config_of, tree_of, written
 from megatron_gspo.plan.show import record, text_of
 from megatron_gspo.plan.workload import Workload
-from megatron_gspo.rollout.sglang.cards import check_divides, server_sizes
-from megatron_gspo.section import Section
+from megatron_gspo.rollout.sglang.cards import check_divides
 
 H100 = GPUS["h100-80"]
 GIB = 2**30
@@ -183,52 +182,12 @@ def test_more_memory_never_makes_the_best_plan_slower():
 # ------------------------------------------------------------------------------------------ configurations
 
 
-class PlacementStandIn(Section):
-    """As a later version has it."""
-
-    mode: str = "auto"
-    tensor: int = 1
-    memory: float | None = None
-
-
-class LoraStandIn(Section):
-    """As a later version has it."""
-
-    rank: int = 0
-
-
-class WithSections(RunConfig):
-    """A configuration that has both sections, whoever adds them first."""
-
-    placement: PlacementStandIn = PlacementStandIn()  # type: ignore[assignment]
-    lora: LoraStandIn = LoraStandIn()
-
-
-class WithoutSections(RunConfig):
-    """One that has neither."""
-
-
-for _name in ("placement", "lora"):
-    WithoutSections.model_fields.pop(_name, None)
-WithoutSections.model_rebuild(force=True)
-
-
-def test_sections_are_written_where_the_configuration_has_them(
-    moe: Model, on_eight: Outcome, monkeypatch: pytest.MonkeyPatch
-):
+def test_where_servers_lie_and_adapters_are_written(moe: Model, on_eight: Outcome):
     choice = replace(on_eight.plans[0].choice, lora=16)
-    monkeypatch.setattr(plan_settings, "RunConfig", WithSections)
     tree = tree_of(moe, EIGHT, choice)
     assert tree["placement"] == {"mode": "colocated", "tensor": choice.servers.tensor, "memory": choice.share}
-    assert tree["lora"] == {"rank": 16} and "server_args" not in tree["rollout"]
-    WithSections.model_validate(tree)
-    monkeypatch.setattr(plan_settings, "RunConfig", WithoutSections)
-    tree = tree_of(moe, EIGHT, choice)
-    assert not {"placement", "lora"} & set(tree)
-    assert (
-        tree["rollout"]["server_args"]
-        == f"--tp-size {choice.servers.tensor} --mem-fraction-static {choice.share:.2f}".split()
-    )
+    assert tree["lora"] == {"rank": 16} and tree["rollout"]["local_servers"] == choice.servers.count
+    RunConfig.model_validate(tree)
 
 
 def test_a_written_plan_is_a_configuration_that_loads_to_what_was_chosen(moe: Model, on_eight: Outcome, tmp_path: Path):
@@ -244,7 +203,7 @@ def test_a_written_plan_is_a_configuration_that_loads_to_what_was_chosen(moe: Mo
 
 
 def test_doctor_accepts_a_written_plan_but_for_its_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """On a machine of the planned kind: layout, memory and settings; apart, so that no version needs to know more."""
+    """On a machine of the planned kind and its kernels: layout, placement, memory and settings."""
     model, request = find_model("qwen3-1.7b"), Request(8, 8, WORK, placement="apart")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(dict(model.config)))
@@ -254,8 +213,9 @@ def test_doctor_accepts_a_written_plan_but_for_its_paths(tmp_path: Path, monkeyp
     path.write_text(written(model, request, plan.choice))
     machine = Machine(64, 2000 * GIB, ((H100.memory, H100.memory),) * 8, "13.0")
     monkeypatch.setattr("megatron_gspo.doctor.facts.look_at_machine", lambda: machine)
+    monkeypatch.setattr("megatron_gspo.kernels.choice.Machine.here", lambda: PLANNED)
     facts = Facts(path, [], plan.choice.gpus)
-    checks = examine(facts, [entry for entry in CHECKS if entry.name in ("layout", "memory", "settings")])
+    checks = examine(facts, [entry for entry in CHECKS if entry.name in ("layout", "placement", "memory", "settings")])
     assert [check.detail for check in checks if check.status == "error"] == []
     assert len(checks) > 3
 
