@@ -164,4 +164,4 @@ def test_a_step_keeps_little_beside_its_states(moments: torch.dtype | None, on_h
         shard.decoupled_grad = gradient  # type: ignore[attr-defined]
         peak = PeakMemory(torch.device("cpu"))
         optimizer.step()
-        assert peak.read() < 32 * 2**20, "the shard itself is 64 MiB"
+        assert peak.read() < 48 * 2**20, "the shard itself is 64 MiB"
