@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from megatron_gspo.config import RolloutConfig, SyncConfig
+from megatron_gspo.config.servers import ServerSizes
 from megatron_gspo.hf.catalog import read_config, read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.fp8 import dequantise, quantise
@@ -80,7 +81,7 @@ def measure(  # type: ignore[no-untyped-def]
     rollout = RolloutConfig(engine_dtype=engine_dtype, server_args=("--load-format", "dummy"), server_start_s=900)
     with tempfile.TemporaryDirectory() as directory:
         logs = Path(directory)
-        served = served_directory(rollout, options.model, logs)
+        served = served_directory(rollout, options.model, logs, ServerSizes())
         with LocalServers(rollout, served, logs, device="cpu", dtype=dtype, key="") as servers:
             for version, (label, tensors) in enumerate(sets.items(), start=1):
                 names = sent_names(engine_dtype, {name for name, _ in tensors}, family, shape)

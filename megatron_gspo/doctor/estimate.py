@@ -227,9 +227,7 @@ class LayerBytes:
         q, k = model.num_attention_heads * dim, model.num_query_groups * dim
         wide = max(4, item)
         norms = item * 2 * (hidden + q + k)
-        if (
-            item < 4
-        ):  # what they are given in fp32, and divided by its root mean square, in place of what they are given
+        if item < 4:  # in place of what they are given: that in fp32, and the same over its root mean square
             norms = (2 * wide - item) * (2 * hidden + q + k)
         linear = item * (3 * hidden + 5 * q + 3 * k) + item * hidden  # the last: what the MLP is given
         core = item * (2 * q + k)

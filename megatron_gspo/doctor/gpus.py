@@ -12,7 +12,7 @@ from megatron_gspo.doctor.estimate import Estimate, longest_sequence
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.machine import gib
 from megatron_gspo.doctor.passing import Passing, peak
-from megatron_gspo.doctor.served import engine_item, engine_weights
+from megatron_gspo.doctor.served import cache_per_token, engine_item, engine_weights
 from megatron_gspo.doctor.sums import RANK_PROCESS, SERVER_PROCESS, against, largest, spell
 from megatron_gspo.report.text import count
 from megatron_gspo.sync.base import CARD_BUCKET_MB
@@ -65,8 +65,8 @@ def _of_servers(facts: Facts) -> Check:
     """A server's share of a card: its part of the weights, and how many sequences its cache then holds."""
     config, shape, sizes, share = facts.config, facts.shape, facts.placement.sizes, facts.placement.share
     weights = engine_weights(facts) // (sizes.tensor * sizes.pipeline)
-    heads = max(1, shape.num_query_groups * sizes.attention_data // sizes.tensor)
-    token = 2 * shape.num_layers // sizes.pipeline * heads * shape.head_dim * engine_item(facts)
+    item, groups = engine_item(facts), sizes.attention_data
+    token = cache_per_token(shape, sizes.tensor, item=item, groups=groups, stages=sizes.pipeline)
     card = min(total for _, total in facts.machine.gpus)
     room, longest = int(share * card) - weights, longest_sequence(config)
     text = f"a local server's {share:.0%} of {gib(card)} is {gib(share * card)}: weights {gib(weights)}"

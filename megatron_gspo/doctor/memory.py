@@ -7,10 +7,10 @@ from megatron_gspo.doctor.estimate import Estimate, worst_stage
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.gpus import on_gpus
 from megatron_gspo.doctor.machine import gib
-from megatron_gspo.doctor.served import engine_item, engine_weights
+from megatron_gspo.doctor.served import cache_per_token, engine_item, engine_weights
 from megatron_gspo.doctor.sums import RANK_PROCESS, SERVER_PROCESS, against, largest, spell
 from megatron_gspo.report.text import count
-from megatron_gspo.rollout.sglang.launcher import cpu_cache_tokens
+from megatron_gspo.rollout.sglang.arguments import cpu_cache_tokens
 
 HEAP = 1.4
 """Resident bytes of a rank on a CPU over the estimate: temporaries, buffers of gloo, and freed pieces that stay with
@@ -38,9 +38,8 @@ def check_memory(facts: Facts) -> Check | list[Check]:
 
 def _server_bytes(facts: Facts) -> int:
     """A local CPU server: process, weights, and the cache of keys and values that ``server_arguments`` asks for."""
-    config, shape = facts.config, facts.shape
-    keys = shape.num_layers * 2 * shape.num_query_groups * shape.head_dim * engine_item(facts)
-    return SERVER_PROCESS + engine_weights(facts) + cpu_cache_tokens(config.rollout) * keys
+    cache = cpu_cache_tokens(facts.config.rollout) * cache_per_token(facts.shape, 1, item=engine_item(facts))
+    return SERVER_PROCESS + engine_weights(facts) + cache
 
 
 def _most(needed: Estimate, ranks: int, servers: int) -> str:

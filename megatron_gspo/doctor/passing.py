@@ -64,7 +64,9 @@ class Passing:
             gather=_gather(config, model, stage),
             bucket=(config.sync.bucket_mb or CARD_BUCKET_MB) * 10**6,
             again=recomputed(config, model, stage, data_size, machine),
-            returned=3 * _weight(model, parallel, item) if True in kinds and kernels["experts"] == "grouped" else 0,
+            returned=3 * _weight(model, parallel, item)
+            if True in kinds and kernels["experts"] == "grouped" and not config.lora.rank
+            else 0,
         )
 
     @property

@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.config.placement import MEMORY
-from megatron_gspo.doctor.estimate import Estimate, estimate
+from megatron_gspo.doctor.estimate import estimate
 from megatron_gspo.doctor.passing import Passing, peak
-from megatron_gspo.doctor.tensors import Elements, elements_of_stage, stage_of
+from megatron_gspo.doctor.served import cache_per_token
+from megatron_gspo.doctor.tensors import Elements, elements_of_stage
 from megatron_gspo.kernels.choice import Machine
 from megatron_gspo.plan import rates
-from megatron_gspo.plan.models import Model
+from megatron_gspo.plan.models import Model, adapters
 from megatron_gspo.plan.rates import Gpu
-from megatron_gspo.plan.serving import cache_per_token, sequences_at_once, weights_per_card
-from megatron_gspo.plan.settings import Choice, Request, bare_config
+from megatron_gspo.plan.serving import sequences_at_once, weights_per_card
+from megatron_gspo.plan.settings import Choice, Request, config_of
 
 FEW = 16
 """Of the longest sequences that a server must hold at once."""
@@ -103,7 +104,7 @@ def limit_of(gpu: Gpu) -> int:
 def trainer_memory(model: Model, request: Request, choice: Choice) -> TrainerMemory:
     """Of a candidate's fullest rank: the first pipeline stage has most micro-batches in flight, the last one the
     head."""
-    config = bare_config(model, request, choice)
+    config = config_of(model, request, choice)
     data = choice.parallel.data_size(choice.gpus)
     stages = sorted({0, choice.parallel.pipeline - 1})
     ranks = [_rank(model, config, choice, data, stage) for stage in stages]
@@ -119,11 +120,13 @@ def memory_of(request: Request, gpu: Gpu, choice: Choice, trainer: TrainerMemory
 
 
 def _rank(model: Model, config: RunConfig, choice: Choice, data: int, stage: int) -> TrainerMemory:
-    needed = estimate(config, model.shape, model.tensors, data_size=data, stage=stage, machine=PLANNED)
+    low_rank = adapters(model, config.lora)
+    needed = estimate(
+        config, model.shape, model.tensors, data_size=data, stage=stage, adapters=low_rank, machine=PLANNED
+    )
     passing = Passing.of(config, model.shape, stage, data, PLANNED)
-    elements = elements_of_stage(model.tensors, model.shape, choice.parallel, stage)
-    if choice.lora:
-        needed, elements = with_adapters(model, needed, choice, data, stage)
+    trained = low_rank if choice.lora else model.tensors
+    elements = elements_of_stage(trained, model.shape, choice.parallel, stage)
     there = replace(needed, optimizer=0) if choice.offload else needed
     parts = vars(there) | {"temporary": peak(there, passing) - there.total, "context": rates.CONTEXT}
     if choice.colocated:
@@ -135,29 +138,6 @@ def _rank(model: Model, config: RunConfig, choice: Choice, data: int, stage: int
         elements=elements,
         states=needed.optimizer,
     )
-
-
-def with_adapters(model: Model, needed: Estimate, choice: Choice, data: int, stage: int) -> tuple[Estimate, Elements]:
-    """An estimate of full training as one of adapters: of the base there are only weights, and an adapter of rank r on
-    a matrix [m, n] has r (m + n) elements, with float32 gradients and states of its own."""
-    parallel, shape = choice.parallel, model.shape
-    dense = expert = 0
-    for (layer, is_expert), width in model.widths.items():
-        if stage_of(layer, shape.num_layers, parallel) == stage:
-            size = choice.lora * width
-            dense, expert = (dense, expert + size) if is_expert else (dense + size, expert)
-    elements = Elements(dense, expert // parallel.expert)
-    replicas = data * parallel.context
-    copies = max(1, parallel.tensor * replicas // (parallel.expert * parallel.expert_tensor))
-    state = 4 + (4 if choice.state_dtype == "bfloat16" else 8)
-    adapted_estimate = replace(
-        needed,
-        weights=needed.weights + 2 * elements.total,
-        gradients=4 * elements.total,
-        optimizer=state * (elements.dense // replicas + elements.expert // copies),
-        reference=0,
-    )
-    return adapted_estimate, elements
 
 
 def server_memory(model: Model, gpu: Gpu, request: Request, tensor: int, trainer: TrainerMemory | None) -> ServerMemory:

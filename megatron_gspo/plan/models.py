@@ -7,12 +7,13 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from megatron_gspo.doctor.tensors import Tensor, tensors_of
+from megatron_gspo.config import LoraConfig
+from megatron_gspo.doctor.tensors import Tensor, adapters_of, tensors_of
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.catalog import model_of, read_config
 from megatron_gspo.hf.family import Family, ModelShape
@@ -56,17 +57,6 @@ class Model:
             head=self.shape.vocab_size * self.shape.hidden_size,
             share=self.shape.top_k / self.shape.num_experts if self.shape.num_experts else 0.0,
         )
-
-    @cached_property
-    def widths(self) -> dict[tuple[int, bool], int]:
-        """(layer, whether of experts) -> rows and columns of its matrices, added up: elements of adapters of rank 1 on
-        attention, MLPs and experts."""
-        sums: dict[tuple[int, bool], int] = {}
-        for tensor in self.every:
-            if tensor.layer is not None and len(tensor.shape) > 1 and "router" not in tensor.megatron:
-                key = (tensor.layer, tensor.is_expert)
-                sums[key] = sums.get(key, 0) + sum(tensor.shape)
-        return sums
 
 
 @dataclass(frozen=True)
@@ -125,6 +115,12 @@ def _model(name: str, path: str, config: dict[str, Any]) -> Model:
     family, shape = model_of(config, path)
     every = tuple(tensors_of(family, shape))
     return Model(name, path, config, family, shape, tuple(_merged(every)), every)
+
+
+@lru_cache(maxsize=64)
+def adapters(model: Model, lora: LoraConfig) -> tuple[Tensor, ...]:
+    """A model's adapters as ``Model.tensors`` are: those of a layer that are cut in the same way are one."""
+    return tuple(_merged(adapters_of(model.family, model.shape, lora)))
 
 
 def _merged(tensors: Iterable[Tensor]) -> Iterable[Tensor]:

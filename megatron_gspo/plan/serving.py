@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from megatron_gspo.doctor.served import cache_per_token
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.plan import rates
 from megatron_gspo.plan.estimates import Range
@@ -42,15 +43,6 @@ class Servers:
 def weights_per_card(model: Model, tensor: int) -> int:
     """Bytes of a server's weights on each of its cards."""
     return model.parameters * ITEM // tensor
-
-
-def cache_per_token(shape: ModelShape, tensor: int) -> int:
-    """Bytes of a token's keys and values on each card. Heads are cut over cards, and repeated where there are fewer;
-    latent attention keeps one vector a token (kv_lora_rank + qk_rope_head_dim), on every card."""
-    if latent := shape.megatron.get("kv_lora_rank"):
-        return int(shape.num_layers * (latent + shape.megatron["qk_pos_emb_head_dim"]) * ITEM)
-    heads = max(1, shape.num_query_groups // tensor)
-    return 2 * shape.num_layers * heads * shape.head_dim * ITEM
 
 
 def sequences_at_once(room: int, shape: ModelShape, tensor: int, length: float) -> int:

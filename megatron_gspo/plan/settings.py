@@ -12,8 +12,6 @@ from megatron_gspo.plan.models import Model
 from megatron_gspo.plan.serving import Servers
 from megatron_gspo.plan.workload import Workload
 
-SECTIONS = ("placement", "lora")
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -106,12 +104,6 @@ def written(model: Model, request: Request, choice: Choice) -> str:
     text = tomli_w.dumps(tree_of(model, request, choice))
     head = f"# {choice.name} on {choice.gpus} GPUs. Put your own paths in place of data.path, model.path and servers."
     return f"{head}\n{text}"
-
-
-def bare_config(model: Model, request: Request, choice: Choice) -> RunConfig:
-    """The same without ``[placement]`` and ``[lora]``: for sums in which these are added here."""
-    tree = tree_of(model, request, choice)
-    return parse({name: section for name, section in tree.items() if name not in SECTIONS}, source="a plan")
 
 
 def _servers(request: Request, choice: Choice) -> dict[str, Any]:

@@ -7,8 +7,8 @@ and one entry in ``ENGINES``.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -222,28 +222,23 @@ def make_engine(
     ``vocab_size`` is the Hugging Face ``config.vocab_size``: prompts and replies must lie within it. ``decode`` fills
     ``Rollout.text``. ``access`` opens the servers, and names the weight versions that are believed.
     """
-    make = _resolve(ENGINES[config.engine].engine)
+    make = pkgutil.resolve_name(ENGINES[config.engine].engine)
     engine: Engine = make(urls, config, vocab_size=vocab_size, decode=decode, access=access)
     return engine
 
 
 def make_control(engine: str, urls: Sequence[str], timeout_s: float, key: str = "") -> Control:
     """The control of an engine's servers. Raises SyncError when there is none."""
-    control: Control = _resolve(ENGINES[engine].control)(urls, timeout_s, key)
+    control: Control = pkgutil.resolve_name(ENGINES[engine].control)(urls, timeout_s, key)
     return control
 
 
 def local_servers(config: RolloutConfig) -> Any:
     """The class that starts servers of the configured engine on this machine."""
-    return _resolve(ENGINES[config.engine].servers)
+    return pkgutil.resolve_name(ENGINES[config.engine].servers)
 
 
 def rollout_seed(run_seed: int, outer_step: int, prompt_id: str, sample: int, visit: int = 0) -> int:
     """The seed of one response, in [0, 2**31): a hash, so that no two responses of a run share a stream by design."""
     key = json.dumps([run_seed, outer_step, prompt_id, sample, *([visit] if visit else [])]).encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
-
-
-def _resolve(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)

@@ -17,8 +17,7 @@ from typing import Any
 from megatron_gspo.algorithm.base import make_algorithm
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.model_files import read_json
-from megatron_gspo.hf.digest import files_digest as files_digest
-from megatron_gspo.hf.digest import weights_digest
+from megatron_gspo.hf.digest import files_digest, weights_digest
 from megatron_gspo.rewards.registry import BUILTIN_REWARDS
 
 Flat = Mapping[str, Any]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import pkgutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -96,18 +96,13 @@ def make_weight_sync(
     """
 
     def make(config: SyncConfig) -> BucketSync:
-        kind = BucketSync if config.method == AUTO else _resolve(METHODS[config.method])
+        kind = BucketSync if config.method == AUTO else pkgutil.resolve_name(METHODS[config.method])
         sync: BucketSync = kind(config, urls, peers, model_path, expected_names, access, engine)
         sync.shared = shared
         return sync
 
-    sync: WeightSync = _resolve(CHOSEN)(make(config), make) if config.method == AUTO else make(config)
+    sync: WeightSync = pkgutil.resolve_name(CHOSEN)(make(config), make) if config.method == AUTO else make(config)
     return sync
-
-
-def _resolve(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 class BucketSync:

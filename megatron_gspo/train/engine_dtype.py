@@ -11,7 +11,7 @@ import torch
 
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.config.rollouts import EIGHT_BITS
-from megatron_gspo.config.servers import ServerSizes, server_sizes
+from megatron_gspo.config.servers import ServerSizes
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.catalog import read_config, read_model
 from megatron_gspo.hf.directory import write_json
@@ -39,7 +39,7 @@ def sent_names(dtype: str, names: set[str], family: Family, model: ModelShape) -
     return with_scales(names, in_eight_bits(family, model)) if dtype == EIGHT_BITS else names
 
 
-def served_directory(rollout: RolloutConfig, model: str | Path, beside: Path, sizes: ServerSizes | None = None) -> Path:
+def served_directory(rollout: RolloutConfig, model: str | Path, beside: Path, sizes: ServerSizes) -> Path:
     """What local servers start from: the model's directory, or for eight bits one in ``beside`` that holds no weights.
 
     Its ``config.json`` says how those are stored that will be sent: SGLang makes layers from it. Raises ConfigError.
@@ -58,13 +58,12 @@ def served_directory(rollout: RolloutConfig, model: str | Path, beside: Path, si
 
 
 def check_eight_bits(
-    rollout: RolloutConfig, path: str | Path, family: Family, model: ModelShape, sizes: ServerSizes | None = None
+    rollout: RolloutConfig, path: str | Path, family: Family, model: ModelShape, sizes: ServerSizes
 ) -> None:
-    """Raises ConfigError for a model, that at ``path``, whose matrices local servers would not take in eight
-    bits; ``sizes`` of one are those of its arguments unless given."""
+    """Raises ConfigError for a model, that at ``path``, whose matrices local servers of these ``sizes`` would not take
+    in eight bits."""
     if rollout.engine_dtype != EIGHT_BITS or rollout.servers:
         return
-    sizes = sizes or server_sizes(rollout.server_args)
     wrong = misfits(
         family,
         model,

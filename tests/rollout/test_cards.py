@@ -18,6 +18,7 @@ from megatron_gspo.config import Placement, PlacementConfig, RolloutConfig
 from megatron_gspo.config.servers import server_sizes
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.rollout.sglang import launcher
+from megatron_gspo.rollout.sglang.arguments import server_arguments, server_environment
 from megatron_gspo.rollout.sglang.cards import (
     GIB,
     check_cards,
@@ -25,7 +26,7 @@ from megatron_gspo.rollout.sglang.cards import (
     check_fits,
     weight_bytes,
 )
-from megatron_gspo.rollout.sglang.launcher import SERVER_SCRIPT, LocalServers, find_server_python, server_arguments
+from megatron_gspo.rollout.sglang.launcher import SERVER_SCRIPT, LocalServers, find_server_python
 from tests.rollout.conftest import require_sglang
 from tests.rollout.test_launcher import HEALTHY, fake_python, processes_of
 
@@ -232,7 +233,7 @@ def test_a_deprecation_is_seen_where_there_is_one(parsed: list[dict[str, Any]]) 
 
 
 def environment() -> Mapping[str, str]:
-    return launcher.server_environment({"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}, "cpu")
+    return server_environment({"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}, "cpu")
 
 
 @pytest.mark.parametrize("index", range(len(LINES)), ids=[" ".join(map(str, line)) for line in LINES])

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import save_file
 
 from megatron_gspo.config import RolloutConfig, SyncConfig
+from megatron_gspo.config.servers import ServerSizes
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.rollout.sglang.control import Servers
 from megatron_gspo.rollout.sglang.launcher import LocalServers
@@ -34,7 +35,7 @@ def test_every_method_leaves_what_the_server_loads_by_itself(model_type: str, tm
     require_sglang()
     models = [save_wide_model(model_type, tmp_path / str(seed), seed) for seed in (0, 1)]
     family, shape = read_model(models[0])
-    narrow = served_directory(ROLLOUT, models[0], tmp_path)
+    narrow = served_directory(ROLLOUT, models[0], tmp_path, ServerSizes())
     save_file(dict(sent("fp8", tensors_of(models[0]), family, shape)), narrow / "model.safetensors", {"format": "pt"})
     names = sent_names("fp8", {name for name, _ in tensors_of(models[0])}, family, shape)
     with LocalServers(ROLLOUT, narrow, tmp_path / "logs", device="cpu", dtype="fp8", key="") as servers:

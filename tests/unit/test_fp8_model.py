@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_gspo import config
+from megatron_gspo.config.servers import ServerSizes, server_sizes
 from megatron_gspo.doctor.tensors import tensors_of
 from megatron_gspo.errors import ConfigError, WeightError
 from megatron_gspo.hf.catalog import FAMILIES, read_model
@@ -195,7 +196,7 @@ def model(tmp_path: Path) -> Path:
 
 def test_local_servers_start_from_a_directory_that_asks_for_eight_bits(model: Path, tmp_path: Path) -> None:
     rollout = run_config(model).rollout
-    served = served_directory(rollout, model, tmp_path / "servers")
+    served = served_directory(rollout, model, tmp_path / "servers", ServerSizes())
     assert served != model
     assert {path.name for path in served.iterdir()} == {"config.json", "generation_config.json"}
     written = json.loads((served / "config.json").read_text())
@@ -206,7 +207,7 @@ def test_local_servers_start_from_a_directory_that_asks_for_eight_bits(model: Pa
     assert read_model(served, dequantised=True)[1] == read_model(model)[1]
     check_form("fp8", "local", json.loads((served / "config.json").read_text()))
     plain = rollout.model_copy(update={"engine_dtype": "bfloat16"})
-    assert served_directory(plain, model, tmp_path / "servers") == model
+    assert served_directory(plain, model, tmp_path / "servers", ServerSizes()) == model
 
 
 @pytest.mark.parametrize(
@@ -223,10 +224,11 @@ def test_local_servers_start_from_a_directory_that_asks_for_eight_bits(model: Pa
 )
 def test_servers_whose_ranks_would_cut_a_block_are_refused(model: Path, arguments: tuple[str, ...], said: str) -> None:
     rollout = run_config(model, server_args=arguments).rollout
+    sizes = server_sizes(arguments)
     if not said:
-        return check_eight_bits(rollout, model, *read_model(model))
+        return check_eight_bits(rollout, model, *read_model(model), sizes)
     with pytest.raises(ConfigError, match=said):
-        check_eight_bits(rollout, model, *read_model(model))
+        check_eight_bits(rollout, model, *read_model(model), sizes)
     return None
 
 

@@ -27,7 +27,7 @@ from megatron_gspo.plan.models import Model, _model, find_model
 from megatron_gspo.plan.rates import GPUS, HOST_NODE
 from megatron_gspo.plan.search import Outcome, search
 from megatron_gspo.plan.serving import Servers
-from megatron_gspo.plan.settings import Choice, Request, bare_config, config_of, tree_of, written
+from megatron_gspo.plan.settings import Choice, Request, config_of, tree_of, written
 from megatron_gspo.plan.show import record, text_of
 from megatron_gspo.plan.workload import Workload
 from megatron_gspo.rollout.sglang.cards import check_divides
@@ -83,7 +83,7 @@ def test_memory_of_a_trainer_is_the_doctors_estimate(moe: Model):
     """At EP8 on eight ranks: 9.6 + 19.2 + 42.7 GiB (docs/gpu.md), by the sum that ``doctor`` does for a GPU."""
     choice = Choice(ParallelConfig(expert=8, data=8), 8, Servers(1, 8), True, 8192, "full")
     parts = trainer_memory(moe, EIGHT, choice).parts
-    needed = estimate(bare_config(moe, EIGHT, choice), moe.shape, moe.every, data_size=8, stage=0, machine=PLANNED)
+    needed = estimate(config_of(moe, EIGHT, choice), moe.shape, moe.every, data_size=8, stage=0, machine=PLANNED)
     assert {name: parts[name] for name in ("weights", "gradients", "optimizer", "activations", "logprobs")} == {
         name: getattr(needed, name) for name in ("weights", "gradients", "optimizer", "activations", "logprobs")
     }

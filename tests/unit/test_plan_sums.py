@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gspo.config import ParallelConfig
+from megatron_gspo.doctor.served import cache_per_token
 from megatron_gspo.doctor.tensors import elements_of_stage
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.plan import published, rates
@@ -19,7 +20,7 @@ from megatron_gspo.plan.estimates import Range, total
 from megatron_gspo.plan.flops import forward, training
 from megatron_gspo.plan.models import Model, find_model, names
 from megatron_gspo.plan.rates import GPUS
-from megatron_gspo.plan.serving import Servers, cache_per_token, decode_seconds, rollout_seconds, weights_per_card
+from megatron_gspo.plan.serving import Servers, decode_seconds, rollout_seconds, weights_per_card
 from megatron_gspo.plan.training import Trainer, balance, busy, gradients, links, optimizer, pass_seconds
 from megatron_gspo.plan.workload import Workload
 

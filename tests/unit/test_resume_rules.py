@@ -13,8 +13,9 @@ from megatron_gspo.config import RunConfig
 from megatron_gspo.config.reference import algorithms_with, settings
 from megatron_gspo.data.cursor import PromptCursor
 from megatron_gspo.errors import ConfigError, DataError, WeightError
+from megatron_gspo.hf.digest import files_digest
 from megatron_gspo.megatron import checkpoint_files as files
-from megatron_gspo.runs.experiment import RULES, TABLE, contents, files_digest, flat
+from megatron_gspo.runs.experiment import RULES, TABLE, contents, flat
 from megatron_gspo.runs.resume import CONTENTS, _find
 from megatron_gspo.train.progress import Progress, fingerprint
 

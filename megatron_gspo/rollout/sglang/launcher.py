@@ -12,26 +12,22 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Literal, Self
+from typing import IO, Self
 from urllib.parse import urlsplit
 
 import psutil
 
-from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.config import Placement, PlacementConfig, RolloutConfig
 from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
-from megatron_gspo.parallel.rendezvous import INTERFACES
-from megatron_gspo.rollout.sglang.cards import FP8_KERNELS, cards_here, check_cards, check_placement
+from megatron_gspo.rollout.sglang.arguments import Device, server_arguments, server_environment
+from megatron_gspo.rollout.sglang.cards import cards_here, check_cards, check_placement
 from megatron_gspo.rollout.sglang.probe import KEY_FILE, get
 from megatron_gspo.rollout.sglang.server import FILES, remove, shared_memory
 from megatron_gspo.storage import writing
 from megatron_gspo.supervise import remove_afterwards
-
-Device = Literal["cpu", "cuda"]
 
 SERVER_PYTHON = "MEGATRON_GSPO_SGLANG_PYTHON"
 SERVER_SCRIPT = Path(__file__).with_name("server.py")
@@ -39,16 +35,10 @@ GRACE_S = {"cpu": 1.0, "cuda": 30.0}
 """Seconds between asking servers to stop and killing them. SGLang takes 10 to stop by itself, which a CPU server has no
 reason to; a scheduler that is killed while it holds device memory may leave it held."""
 POLL_S = 0.25
-ACTIVATIONS = {"float64": "float32", "fp8": "bfloat16"}
-"""What the engine computes in where it has no such dtype, or it is one of matrices alone."""
 LONGEST_TMPDIR = 50
 """Bytes of a directory in which a server's own is made."""
 CAUSE = re.compile(r"(\w*(Error|Exception)|error)\b(:|$)")
 """In the line of a log that says why a program ended."""
-NO_GENERATED_HEALTH = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"}
-"""For servers that sleep: else each question after ``/health`` (``status`` asks) generates a token, in memory that is
-not theirs then."""
-TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class LocalServers:
@@ -107,10 +97,16 @@ class LocalServers:
                     routes=self._routes,
                     placed=placement.server_args,
                 )
-                extra = NO_GENERATED_HEALTH if placement.colocated else {}
                 log = self._log_dir / f"sglang-{index}.log"
                 self._servers.append(
-                    _Server(python, arguments, f"http://127.0.0.1:{port}", log, self._device, self.key, extra)
+                    _Server(
+                        python,
+                        arguments,
+                        f"http://127.0.0.1:{port}",
+                        log,
+                        server_environment(os.environ, self._device, self.key, sleeps=placement.colocated),
+                        self.key,
+                    )
                 )
             deadline = time.monotonic() + self._config.server_start_s
             for server in self._servers:
@@ -163,9 +159,8 @@ class _Server:
         arguments: list[str],
         url: str,
         log: Path,
-        device: Device,
+        environment: dict[str, str],
         key: str,
-        variables: Mapping[str, str],
     ) -> None:
         self.url = url
         self._key = key
@@ -186,8 +181,7 @@ class _Server:
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
-                env=server_environment({**os.environ, **variables}, device, key)
-                | {"TMPDIR": self._files, FILES: self._files},
+                env=environment | {"TMPDIR": self._files, FILES: self._files},
                 start_new_session=True,
             )
         except OSError as error:
@@ -273,78 +267,6 @@ def private_files() -> str:
     directory = tempfile.mkdtemp(prefix="mgspo-server-", dir=place)  # 0700
     remove_afterwards(directory)
     return directory
-
-
-def server_arguments(
-    config: RolloutConfig,
-    model_path: str | Path,
-    port: int,
-    *,
-    device: Device,
-    dtype: str,
-    seed: int = 0,
-    gpu: int = 0,
-    routes: bool = False,
-    placed: Sequence[str] = (),
-) -> list[str]:
-    """SGLang's command line for one server, with what its placement says; ``config.server_args`` come last and win.
-
-    ``routes``: the server keeps the experts of each token, and sends them with the responses that ask for them.
-
-    Weights start as version 0. Without a tokenizer: token ids go in and come out.
-    """
-    arguments = {
-        "--model-path": str(model_path),
-        "--host": "127.0.0.1",
-        "--port": str(port),
-        "--device": device,
-        "--dtype": ACTIVATIONS.get(dtype, dtype),
-        "--weight-version": "0",
-        "--random-seed": str(seed),
-    }
-    # --enable-fp32-lm-head: logits in bfloat16 are 0.125 apart at 16 to 32, and the clip range is 3e-4.
-    flags = ["--skip-tokenizer-init", "--skip-server-warmup", "--enable-fp32-lm-head"]
-    if routes:
-        flags.append("--enable-return-routed-experts")
-    if config.is_seeded(on_gpu=device == "cuda"):
-        flags.append("--enable-deterministic-inference")
-    if device == "cpu":
-        arguments |= {
-            "--attention-backend": "torch_native",
-            "--sampling-backend": "pytorch",
-            "--grammar-backend": "none",
-            "--max-running-requests": "256",
-            "--max-total-tokens": str(cpu_cache_tokens(config)),
-            # --max-total-tokens is what bounds it. The share is of what was free before the weights were read: a small
-            # one fails when other processes take memory meanwhile.
-            "--mem-fraction-static": "0.5",
-            "--cuda-graph-backend-decode": "disabled",
-            "--cuda-graph-backend-prefill": "disabled",
-        }
-        # --sleep-on-idle: an idle scheduler polls, and takes a whole core from the trainer.
-        flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
-    else:
-        arguments["--base-gpu-id"] = str(gpu)
-        arguments |= FP8_KERNELS if dtype == "fp8" else {}
-    return [word for pair in arguments.items() for word in pair] + flags + [*placed, *config.server_args]
-
-
-def cpu_cache_tokens(config: RolloutConfig) -> int:
-    """Tokens whose keys and values a local CPU server keeps: for 16 of the longest sequences, at least 16,384."""
-    return max(16384, 16 * (config.max_prompt_tokens + config.max_response_tokens))
-
-
-def server_environment(environment: Mapping[str, str], device: Device, key: str = "") -> dict[str, str]:
-    """Its environment variables: its parent, its key (which a command line would show to everybody), one thread on a
-    CPU, and nothing of torchrun's or this Python's."""
-    drop = {*TORCHRUN_VARIABLES, "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
-    kept = {key: value for key, value in environment.items() if key not in drop and not key.startswith("TORCHELASTIC")}
-    kept["MEGATRON_GSPO_PARENT_PID"] = str(os.getpid())
-    kept[SERVER_KEY] = key
-    kept = dict.fromkeys(INTERFACES, "lo") | kept  # it serves this machine alone
-    if device == "cpu":
-        kept["OMP_NUM_THREADS"] = "1"  # before torch is imported: its threads spin, 10 to 30 times slower on few cores
-    return kept
 
 
 def write_key(path: Path, key: str) -> None:

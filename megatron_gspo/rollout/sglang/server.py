@@ -4,8 +4,9 @@ Executed by path with the Python of the environment that holds sglang, where meg
 
     .venv-sglang/bin/python megatron_gspo/rollout/sglang/server.py --model-path DIR --port 30000 ...
 
-The arguments are SGLang's own (``rollout.sglang.launcher.server_arguments`` writes them). Its scheduler and detokenizer
-are spawned processes that import this file again, so the stand-ins are installed at import, not under ``__main__``.
+The arguments are SGLang's own (``rollout.sglang.arguments.server_arguments`` writes them). Its scheduler and
+detokenizer are spawned processes that import this file again, so the stand-ins are installed at import, not under
+``__main__``.
 """
 
 from __future__ import annotations
