@@ -14,7 +14,7 @@ from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.layout import stage_layers
 from megatron_gspo.hf.lora import every_adapter
-from megatron_gspo.hf.weights import Cut, WeightRule, padded_vocab_size
+from megatron_gspo.hf.weights import Cut, padded_vocab_size
 
 MOST_TENSORS = 2_000_000
 """A config.json that asks for more is mistyped: it would take this list minutes, and no model has so many."""
@@ -55,7 +55,7 @@ def tensors_of(family: Family, model: ModelShape) -> Iterator[Tensor]:
     shapes = family.tensor_shapes(model)
     for rule in family.rules(model):
         for layer in range(model.num_layers) if "{layer}" in rule.megatron else (None,):
-            if layer is None or _exists(rule, model.moe_layers[layer]):
+            if layer is None or rule.in_layer(model.moe_layers[layer]):
                 for expert in range(model.num_experts) if rule.is_expert else (None,):
                     for name in rule.hf:
                         filled = name.format(layer=layer, expert=expert)
@@ -67,13 +67,6 @@ def adapters_of(family: Family, model: ModelShape, lora: LoraConfig) -> Iterator
     for adapter in every_adapter(family, model, lora):
         rule = adapter.rule
         yield Tensor(adapter.name, adapter.shape, rule.cut, rule.megatron, adapter.layer, rule.is_expert)
-
-
-def _exists(rule: WeightRule, is_moe: bool) -> bool:
-    """Whether a layer has a rule's parameter: the table lists a dense MLP and a mixture of experts side by side."""
-    if ".mlp." not in rule.megatron:
-        return True
-    return is_moe != (".mlp.linear_fc" in rule.megatron)
 
 
 def stage_of(layer: int, num_layers: int, parallel: ParallelConfig) -> int:

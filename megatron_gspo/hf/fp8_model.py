@@ -68,13 +68,9 @@ def _rules(family: Family, model: ModelShape) -> Iterator[WeightRule]:
     shapes = family.tensor_shapes(model)
     for rule in family.rules(model):
         matrix = all(len(shapes[name]) == 2 for name in rule.hf)
-        absent = not any(model.moe_layers) if rule.is_expert else all(model.moe_layers) and _is_dense(rule)
-        if matrix and rule.cut != "vocabulary" and not rule.megatron.endswith(KEPT) and not absent:
+        there = any(rule.in_layer(is_moe) for is_moe in set(model.moe_layers))
+        if matrix and rule.cut != "vocabulary" and not rule.megatron.endswith(KEPT) and there:
             yield rule
-
-
-def _is_dense(rule: WeightRule) -> bool:
-    return ".mlp.linear_fc" in rule.megatron
 
 
 def _form(name: str) -> str:

@@ -134,10 +134,9 @@ def _exists(rule: WeightRule, model: ModelShape) -> bool:
 
 
 def _in_layer(rule: WeightRule, model: ModelShape, is_moe: bool) -> bool:
-    """Whether such a layer has it: a table lists a dense MLP, experts and shared experts side by side."""
-    if ".mlp.shared_experts." in rule.megatron:
-        return is_moe and model.shared_expert_hidden_size > 0
-    return ".mlp." not in rule.megatron or is_moe == rule.is_expert
+    """Whether such a layer of this model has it, which may have no shared experts."""
+    shared = ".mlp.shared_experts." in rule.megatron
+    return rule.in_layer(is_moe) and (not shared or model.shared_expert_hidden_size > 0)
 
 
 def _no_target(name: str, every: Sequence[Target], family: Family, model: ModelShape) -> str:

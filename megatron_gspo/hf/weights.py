@@ -64,6 +64,10 @@ class WeightRule:
         text = re.escape(self.megatron)
         return re.compile(text.replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"(?P<expert>\d+)"))
 
+    def in_layer(self, is_moe: bool) -> bool:
+        """Whether such a layer has the parameter: a table lists a dense MLP and a mixture of experts side by side."""
+        return ".mlp." not in self.megatron or is_moe != (".mlp.linear_fc" in self.megatron)
+
 
 @dataclass(frozen=True)
 class NamedRule:

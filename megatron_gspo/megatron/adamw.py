@@ -213,7 +213,7 @@ def _aligned(size: int) -> int:
 
 def _beside(shard: torch.Tensor, state: dict[str, torch.Tensor]) -> list[str]:
     """The states that lie in memory of their own: of a weight that is its own master, the moments."""
-    return [name for name in ("param", *MOMENTS) if state[name].data_ptr() != shard.data_ptr()]
+    return [name for name in ("param", *MOMENTS) if not _same_memory(state[name], shard)]
 
 
 def _cut(state: dict[str, torch.Tensor], piece: slice) -> dict[str, torch.Tensor]:

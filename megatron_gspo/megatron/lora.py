@@ -75,7 +75,7 @@ class Adapter(torch.nn.Module):
         # A weight of several experts is cut like one expert's, with the experts behind.
         pieces = rule.split(_experts_last(weight.detach()))
         self._rows = [piece.shape[0] for piece in pieces]
-        self._names = [rule.hf[i].rsplit(".", 2)[1] for i in range(len(rule.hf))]
+        self._names = [name.rsplit(".", 2)[1] for name in rule.hf]
         self.projections = [target.projection for target in targets]
         for name, piece in zip(self._names, pieces, strict=True):
             if name in self.projections:
