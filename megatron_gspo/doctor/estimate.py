@@ -9,7 +9,7 @@ here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import ceil
 
@@ -146,7 +146,7 @@ def _activations(config: RunConfig, model: ModelShape, stage: int, data_size: in
     """
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     tokens = tokens_of_microbatch(config, data_size) / parallel.context
-    layers = layers_of(config, model, stage, machine)
+    layers = layers_of(config, model, stage, data_size, machine)
     in_flight = min(_in_flight(parallel, stage), microbatches(config, data_size))
     kept = sum(layer.kept(again) for layer, again in layers)
     if choose_kernels(config.model.kernels, config.model.dtype, machine)["norm"] == "triton":
@@ -157,7 +157,7 @@ def _activations(config: RunConfig, model: ModelShape, stage: int, data_size: in
 def recomputed(config: RunConfig, model: ModelShape, stage: int, data_size: int, machine: Machine | None = None) -> int:
     """Of the activations, those that backward makes again: one layer's, or those of layers that run again together."""
     tokens = tokens_of_microbatch(config, data_size) / config.parallel.context
-    layers = layers_of(config, model, stage, machine)
+    layers = layers_of(config, model, stage, data_size, machine)
     most = max([layer.kept(()) - layer.kept(again) for layer, again in layers], default=0.0)
     return int(tokens * most * (config.model.recompute_layers if config.model.recompute_method == "uniform" else 1))
 
@@ -173,15 +173,16 @@ def _in_flight(parallel: ParallelConfig, stage: int) -> float:
 
 
 def layers_of(
-    config: RunConfig, model: ModelShape, stage: int, machine: Machine | None = None
+    config: RunConfig, model: ModelShape, stage: int, data_size: int, machine: Machine | None = None
 ) -> list[tuple[LayerBytes, Sequence[str]]]:
-    """A stage's layers, and what backward runs again of each."""
+    """A stage's layers with their adapters, and what backward runs again of each."""
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     kernels = choose_kernels(config.model.kernels, config.model.dtype, machine)
     count = LayerBytes.fused if kernels["norm"] == "triton" else LayerBytes.of
+    tokens = tokens_of_microbatch(config, data_size) / parallel.context
     return [
         (
-            count(model, parallel, item, is_moe, kernels["experts"]),
+            count(model, parallel, item, is_moe, kernels["experts"]).adapted(config, model, is_moe, tokens),
             _run_again(config.model, parallel, model, layer),
         )
         for layer, is_moe in enumerate(model.moe_layers)
@@ -268,6 +269,32 @@ class LayerBytes:
             item * hidden / ranks, (attention - item * hidden) / ranks + 4 * item * dim, core / ranks, mlp / ranks
         )
 
+    def adapted(self, config: RunConfig, model: ModelShape, is_moe: bool, tokens: float) -> LayerBytes:
+        """The same with what adapters on every matrix keep; fewer targets keep less.
+
+        Of each product the rank-wide rows between A and B, and A and B as they are put together for a micro-batch of
+        ``tokens``: the A of a layer's p matrices below each other, and their B in one matrix with zeros between them
+        (``megatron.lora``).
+        """
+        rank, parallel, item = config.lora.rank, config.parallel, ITEM_BYTES[config.model.dtype]
+        if not rank:
+            return self
+        hidden, ranks, shards = model.hidden_size, parallel.tensor, parallel.expert_tensor
+        q, k = (count * model.head_dim for count in (model.num_attention_heads, model.num_query_groups))
+        width = model.shared_expert_hidden_size if is_moe else model.ffn_hidden_size
+        attention = 3 * hidden + q / ranks + 3 * (q + 2 * k) / ranks + hidden
+        mlp = (2 * hidden + width / ranks + 4 * width / ranks + hidden) * bool(width)
+        rows = 3 + 1 / ranks, (2 + 1 / ranks) * bool(width)
+        if is_moe:
+            inner = model.expert_hidden_size / shards
+            mlp += model.num_experts / parallel.expert * (3 * hidden + 5 * inner)
+            rows = rows[0], rows[1] + 3 * model.top_k * shards / ranks
+        return replace(
+            self,
+            attention=self.attention + item * rank * (attention / tokens + rows[0]),
+            mlp=self.mlp + item * rank * (mlp / tokens + rows[1]),
+        )
+
     def kept(self, again: Sequence[str]) -> float:
         """Without what is run again in backward: "layer", or any of "core_attn", "mlp", "moe"."""
         if "layer" in again:
@@ -280,16 +307,18 @@ class LayerBytes:
 def _logprobs(config: RunConfig, model: ModelShape, data_size: int, machine: Machine | None) -> int:
     """Tiles [chunk, columns]: two in forward; in backward one, its gradient in a half type and the float32 product that
     is added to the head's (Triton writes the gradient alone). The gradient of the hidden states, and what backward
-    returns for the head, whose gradient is added in place unless it is tied to the embedding."""
+    returns for the head, whose gradient is added in place unless it is tied to the embedding. A frozen one has none."""
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     wide, rows = max(4, item), ceil(model.vocab_size / parallel.tensor)
     tokens = ceil(tokens_of_microbatch(config, data_size) / parallel.context)
     chunk = min(config.model.logprob_chunk, tokens)
     columns = min(rows, COLUMNS)
     half = item < 4
-    backward = columns * (chunk * item + model.hidden_size * wide) if half else 0
+    frozen = config.lora.rank > 0
+    product = (chunk if frozen else columns) * model.hidden_size * wide
+    backward = columns * chunk * item + product if half else 0
     if choose_kernels(config.model.kernels, config.model.dtype, machine)["head"] == "tiles":
         backward = max(2 * wide * chunk * columns, wide * chunk * columns + backward)
     else:
         backward += chunk * model.hidden_size * wide + tokens * model.hidden_size * item // parallel.tensor
-    return backward + rows * model.hidden_size * (wide if model.tied_embeddings else item)
+    return backward + (0 if frozen else rows * model.hidden_size * (wide if model.tied_embeddings else item))

@@ -53,7 +53,7 @@ class Passing:
             for layer, is_moe in enumerate(model.moe_layers)
             if stage_of(layer, model.num_layers, parallel) == stage
         }
-        layers = [layer for layer, _ in layers_of(config, model, stage, machine)]
+        layers = [layer for layer, _ in layers_of(config, model, stage, data_size, machine)]
         flash = kernels["norm"] == "triton"
         count = _backward_of_mlp if kernels["swiglu"] == "triton" else _widened_mlp
         mlp = max((count(model, parallel, item, is_moe, tokens) for is_moe in kinds), default=0.0)

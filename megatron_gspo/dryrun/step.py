@@ -91,9 +91,10 @@ def _step(config: RunConfig, groups: Groups, fake: FakeTensorMode, meter: Meter)
 
 
 def _return_gradients(policy: policies.Policy) -> None:
-    """What the first backward of experts makes for good: every later step finds it there."""
+    """What the first backward of experts makes for good: every later step finds it there. Of frozen ones none does, and
+    adapters' gradients are not added in place: their products take matrices that were put together."""
     for parameter in (each for chunk in policy.chunks for each in chunk.parameters()):
-        if parameter.requires_grad and parameter.dim() == 3:  # grouped experts alone have so many
+        if not policy.adapted and parameter.dim() == 3:  # grouped experts alone have so many
             no_gradient(parameter)
 
 

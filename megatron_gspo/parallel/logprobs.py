@@ -25,6 +25,7 @@ on its rank. z is computed again in backward from h and the stored lse.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ import torch.distributed as dist
 
 from megatron_gspo.kernels.head import head_shard
 from megatron_gspo.kernels.products import add_product
+from megatron_gspo.parallel.gradients import where_gradients_add
 
 
 def vocab_parallel_logprobs(
@@ -114,32 +116,42 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         shard = head_shard(kernel, weight_VH[:valid], first, temperature, ranks * chunk)
         grad_logprobs, labels = grads[0].contiguous(), labels_T.view(ranks, rows)
         grad_hidden = torch.empty_like(hidden_TH)
-        grad_weight, returned = _weight_gradient(weight_VH, lse.dtype)
+        grad_weight, returned = _weight_gradient(weight_VH) if ctx.needs_input_grad[1] else (None, None)
         for start in range(0, rows, chunk):
             own = slice(start, start + chunk)
             h, g = _gather(hidden_TH[own], group), _gather(grad_logprobs[own], group) / temperature
             lse_c, labels_c = lse[:, own].reshape(-1), labels[:, own].reshape(-1)
-            dh = torch.zeros_like(h, dtype=lse.dtype)
-            for columns, weight, dz in shard.gradients(h, labels_c, lse_c, g):
-                add_product(dh, dz, weight)
-                add_product(grad_weight[columns], dz.t(), h)
-            grad_hidden[own] = _reduce_scatter(dh, group)
-        return grad_hidden, returned.to(weight_VH.dtype), None, None, None, None, None, None
+            gradients = shard.gradients(h, labels_c, lse_c, g)
+            grad_hidden[own] = _reduce_scatter(_through_logits(gradients, h, lse.dtype, grad_weight), group)
+        grad_weight = None if returned is None else returned.to(weight_VH.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
-def _weight_gradient(weight_VH: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(where to add the head's gradient, what backward returns for it).
+def _through_logits(
+    gradients: Iterator[tuple[slice, torch.Tensor, torch.Tensor]],
+    h: torch.Tensor,
+    dtype: torch.dtype,
+    grad_weight: torch.Tensor | None,
+) -> torch.Tensor:
+    """dh = dz W in ``dtype``, of a chunk's gradients of logits; adds dz^T h to ``grad_weight`` where there is one.
 
-    ``grad_added_to_main_grad`` tells DDP's hook to throw away what is returned, which is then never written.
-    ``zero_out_wgrad`` marks a head that is tied to the embedding of the same stage: the hook gets the sum of both.
+    A function of its own, so that a chunk's tile is let go before the next one's is made.
     """
-    main_grad = getattr(weight_VH, "main_grad", None)
-    fused = hasattr(weight_VH, "grad_added_to_main_grad") and not getattr(weight_VH, "zero_out_wgrad", False)
-    if main_grad is None or main_grad.dtype != dtype or not fused:
-        grad = torch.zeros_like(weight_VH, dtype=dtype)
-        return grad, grad
-    weight_VH.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return main_grad, torch.empty_like(weight_VH)
+    dh = torch.zeros_like(h, dtype=dtype)
+    for columns, weight, dz in gradients:
+        add_product(dh, dz, weight)
+        if grad_weight is not None:
+            add_product(grad_weight[columns], dz.t(), h)
+    return dh
+
+
+def _weight_gradient(weight_VH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(where to add the head's gradient, what backward returns for it: of one that is added, memory never written)."""
+    added = where_gradients_add(weight_VH)
+    if added is not None:
+        return added, torch.empty_like(weight_VH)
+    grad = torch.zeros_like(weight_VH, dtype=torch.promote_types(weight_VH.dtype, torch.float32))
+    return grad, grad
 
 
 def _gather(piece: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

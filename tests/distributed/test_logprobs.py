@@ -237,3 +237,40 @@ def test_a_head_tied_to_the_embedding_returns_its_gradient_for_ddp_to_add(ranks:
 
 def into_main_grad_of_a_tied_head() -> dict[str, np.ndarray]:
     return into_main_grad(Problem(), zero_out_wgrad=True)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_frozen_head_passes_gradients_on_and_none_of_its_own_is_computed(ranks: RankPool, tensor: int) -> None:
+    problem = Problem()
+    pieces = ranks.run(tensor, of_a_frozen_head, problem)
+    d_hidden = np.concatenate([piece["d hidden"] for piece in pieces])
+    np.testing.assert_allclose(d_hidden, reference(problem)["d hidden"], rtol=0, atol=1e-13)
+    for piece in pieces:
+        assert (piece["added to"] == (problem.tokens, problem.hidden)).all(), "something else than dh was computed"
+
+
+def of_a_frozen_head(problem: Problem) -> dict[str, np.ndarray]:
+    """The gradient of this rank's hidden states, and the shapes of what backward's products were added to."""
+    from torch.distributed import group as groups
+
+    from megatron_gspo.kernels import tiles
+    from megatron_gspo.parallel import logprobs as product
+
+    tiles.COLUMNS, tensor, shapes = problem.columns, groups.WORLD, []
+    assert tensor is not None
+    hidden_TH, weight_VH, labels_T, grad_T = problem.tensors()
+    hidden, weight, grad = (x.chunk(tensor.size())[tensor.rank()].clone() for x in (hidden_TH, weight_VH, grad_T))
+    hidden.requires_grad_()
+
+    def add(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        shapes.append(total.shape)
+        total += a @ b
+
+    with mock.patch.object(product, "add_product", add):
+        logprobs, _ = product.vocab_parallel_logprobs(
+            hidden, weight, labels_T, group=tensor, vocab_size=problem.vocab, temperature=problem.temperature,
+            chunk=problem.tokens,
+        )  # fmt: skip
+        logprobs.backward(grad)
+    assert weight.grad is None and hidden.grad is not None
+    return {"d hidden": hidden.grad.numpy(), "added to": np.array(shapes)}

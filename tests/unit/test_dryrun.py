@@ -20,7 +20,7 @@ from megatron_gspo import dryrun, kernels, platforms
 from megatron_gspo.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_gspo.doctor.estimate import estimate, layers_of
 from megatron_gspo.doctor.passing import Passing, peak
-from megatron_gspo.doctor.tensors import tensors_of
+from megatron_gspo.doctor.tensors import adapters_of, tensors_of
 from megatron_gspo.dryrun import GPU, Rank, run_jobs
 from megatron_gspo.dryrun import kernels as standins
 from megatron_gspo.dryrun.child import Job
@@ -56,6 +56,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor ranks": {"parallel": {"tensor": 2}},
     "context ranks": {**FULL, "parallel": {"context": 2}, "optimizer": {"offload": True}},
     "stages": {**FULL, "parallel": {"pipeline": 2}},
+    "adapters": {"lora": {"rank": 64}},
+    "adapters, tensor ranks": {**FULL, "lora": {"rank": 64}, "parallel": {"tensor": 2}, "sync": {"bucket_mb": 16}},
 }
 
 
@@ -93,7 +95,8 @@ def ranks(model: tuple[Family, ModelShape]) -> dict[tuple[str, int], tuple[RunCo
 
 def by_doctor(config: RunConfig, model: tuple[Family, ModelShape], stage: int) -> float:
     data, tensors = config.parallel.data_size(), tuple(tensors_of(*model))
-    needed = estimate(config, model[1], tensors, data_size=data, stage=stage, machine=GPU)
+    adapters = tuple(adapters_of(*model, config.lora))
+    needed = estimate(config, model[1], tensors, data_size=data, stage=stage, adapters=adapters, machine=GPU)
     there = replace(needed, optimizer=0) if config.optimizer.offload else needed
     return peak(there, Passing.of(config, model[1], stage, data, GPU))
 
@@ -275,7 +278,8 @@ def test_stand_ins_of_kernels_have_their_sizes() -> None:
 def test_kernels_keep_less_of_a_layer_than_torch_does(model: tuple[Family, ModelShape]) -> None:
     config = configured()
     kept = {
-        machine: layers_of(config, model[1], 0, machine)[0][0].kept(()) for machine in (GPU, replace(GPU, triton=False))
+        machine: layers_of(config, model[1], 0, 1, machine)[0][0].kept(())
+        for machine in (GPU, replace(GPU, triton=False))
     }
     assert kept[GPU] < 0.8 * kept[replace(GPU, triton=False)]
 
