@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.hf import deepseek_v3, glm4_moe, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
+from megatron_gspo.hf import deepseek_v3, glm4_moe, llama, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe
 from megatron_gspo.hf.elsewhere import what_is_there
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.quantisation import without_quantization
@@ -17,7 +17,7 @@ from megatron_gspo.untrusted import read_json, strange_entry
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.architecture: module.FAMILY
-    for module in (qwen3, qwen3_moe, mixtral, qwen2_moe, olmoe, deepseek_v3, glm4_moe)
+    for module in (qwen3, qwen3_moe, mixtral, qwen2_moe, olmoe, deepseek_v3, glm4_moe, qwen2, llama)
 }
 
 SIZES = (

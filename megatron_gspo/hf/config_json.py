@@ -7,11 +7,13 @@ transformers' own defaults (``Family.defaults``); a size of the model has to be 
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.hf.quantisation import refuse_quantised
+from megatron_gspo.hf.rotary import Llama3Rope, ScaledRope, YarnRope
 
 ROTARY_BASE = 10000.0
 """transformers' own, where a family has no other."""
@@ -110,6 +112,62 @@ def refuse_scaled_rope(config: Config) -> None:
     """Raises ConfigError for rotary angles other than the default ones."""
     if rope_type(config) != "default":
         raise ConfigError(f'rope_type = "{rope_type(config)}" in config.json is not supported: only "default"')
+
+
+def scaled_rope(config: Config) -> ScaledRope | None:
+    """How rotary frequencies are scaled: "llama3", "yarn", or not at all.
+
+    Raises ConfigError for another kind, for what is missing of one, and for numbers that make no angle.
+    """
+    kind, settings = rope_type(config), rope(config)
+    if kind == "default":
+        return None
+    if kind == "llama3":
+        low, high = (_positive(settings, f"{name}_freq_factor") for name in ("low", "high"))
+        if low >= high:
+            raise ConfigError(f"low_freq_factor = {low:g} in config.json must be below high_freq_factor = {high:g}")
+        return Llama3Rope(_positive(settings, "factor", least=1), low, high, original_positions(config))
+    if kind == "yarn":
+        return _yarn(config, settings)
+    raise ConfigError(f'rope_type = "{kind}" in config.json is not supported: "default", "llama3" or "yarn"')
+
+
+def _yarn(config: Config, settings: Config) -> YarnRope:
+    """transformers reads ``attention_factor``, SGLang ``attn_factor``: stated, they would differ."""
+    for name in ("attention_factor", "attn_factor"):
+        if settings.get(name) is not None:
+            raise ConfigError(
+                f"{name} = {settings[name]!r:.80} in config.json's rotary settings is not supported: remove it, which "
+                f"means 0.1 ln(factor) + 1"
+            )
+    factor = _positive(settings, "factor", least=1)
+    mscale, all_dim = settings.get("mscale"), settings.get("mscale_all_dim")
+    scales = (float(mscale), float(all_dim)) if mscale and all_dim else (1.0, 0.0)
+    fast, slow = (_positive({name: settings.get(name) or default}, name) for name, default in _TURNS.items())
+    if fast <= slow:
+        raise ConfigError(f"beta_fast = {fast:g} in config.json must be above beta_slow = {slow:g}")
+    whole = settings.get("truncate") is not False
+    return YarnRope(factor, fast, slow, original_positions(config), *scales, whole)
+
+
+_TURNS = {"beta_fast": 32.0, "beta_slow": 1.0}
+
+
+def _positive(settings: Config, name: str, least: float = 0.0) -> float:
+    value = settings.get(name)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not max(least, 1e-9) <= value < math.inf:
+        wanted = f"a number of at least {least:g}" if least else "a positive number"
+        raise ConfigError(f"{name} = {json.dumps(value)[:80]} in config.json's rotary settings is not {wanted}")
+    return float(value)
+
+
+def original_positions(config: Config) -> int:
+    """Positions that the model had before they were stretched; where nothing says so, those that it has now."""
+    name = "original_max_position_embeddings"
+    value = rope_value(config, name, config["max_position_embeddings"])
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{name} = {json.dumps(value)[:80]} in config.json is not a number of positions")
+    return value
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

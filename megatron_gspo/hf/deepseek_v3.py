@@ -121,17 +121,12 @@ def rotary(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "rope_type": "yarn",
         "rotary_scaling_factor": float(rope["factor"]),
-        "original_max_position_embeddings": original_positions(config),
+        "original_max_position_embeddings": config_json.original_positions(config),
         "beta_fast": float(rope.get("beta_fast") or 32),
         "beta_slow": float(rope.get("beta_slow") or 1),
         "mscale": float(mscale) if mscale and all_dim else 1.0,
         "mscale_all_dim": float(all_dim) if mscale and all_dim else 0.0,
     }
-
-
-def original_positions(config: dict[str, Any]) -> int:
-    """Positions that the model had before YaRN; where nothing says so, those that it has now."""
-    return int(config_json.rope_value(config, "original_max_position_embeddings", config["max_position_embeddings"]))
 
 
 def rules(model: ModelShape) -> Sequence[WeightRule]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_gspo.hf.rotary import ScaledRope
 from megatron_gspo.hf.weights import WeightRule
 from megatron_gspo.types import RouteShape
 
@@ -47,6 +48,9 @@ class ModelShape:
     """Whether qk-norm is one norm over all heads of a token instead of one over each."""
     rotary_fraction: float = 1.0
     """Part of a head's dimensions, from the first on, that the rotary embedding turns."""
+    scaled_rope: ScaledRope | None = None
+    """How its frequencies are scaled for contexts that are longer than the first; latent attention has its own words
+    for it in ``megatron``."""
     carried_layers: int = 0
     """Layers that checkpoints store behind the last one (multi-token prediction): nothing here computes them, and a
     saved directory gets them from the one that was loaded, byte for byte."""

@@ -75,6 +75,11 @@ def dense_mlp_rules() -> Sequence[WeightRule]:
     return gated_mlp_rules(f"{LAYER}.mlp", f"{HF_LAYER}.mlp")
 
 
+def dense_rules(model: ModelShape) -> Sequence[WeightRule]:
+    """Every parameter of a dense model of these parts."""
+    return (*frame_rules(model), *norm_rules(), *attention_rules(model), *dense_mlp_rules())
+
+
 def gated_mlp_rules(megatron: str, hf: str, names: Sequence[str] = SWIGLU) -> Sequence[WeightRule]:
     """A SwiGLU MLP: Megatron's first matrix is a rank's gate rows over its up rows."""
     gate, up, down = (f"{hf}.{name}.weight" for name in names)
@@ -156,6 +161,16 @@ def attention_shapes(model: ModelShape) -> Shapes:
 def dense_mlp_shapes(model: ModelShape) -> Shapes:
     """The tensors of ``dense_mlp_rules``."""
     return gated_mlp_shapes(f"{HF_LAYER}.mlp", model.hidden_size, model.ffn_hidden_size)
+
+
+def dense_shapes(model: ModelShape) -> Shapes:
+    """The tensors of ``dense_rules``."""
+    return {
+        **frame_shapes(model),
+        **norm_shapes(model),
+        **attention_shapes(model),
+        **dense_mlp_shapes(model),
+    }
 
 
 def gated_mlp_shapes(hf: str, hidden: int, ffn: int, names: Sequence[str] = SWIGLU) -> Shapes:

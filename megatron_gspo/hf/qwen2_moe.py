@@ -23,9 +23,9 @@ DEFAULTS: dict[str, Any] = {
 def shape(config: dict[str, Any]) -> ModelShape:
     """Reads a Qwen2-MoE ``config.json``."""
     config = DEFAULTS | config_json.renamed(config, num_local_experts="num_experts")
-    config_json.refuse_scaled_rope(config)
     return config_json.dense_shape(
         config,
+        scaled_rope=config_json.scaled_rope(config),
         num_experts=config["num_experts"],
         top_k=config["num_experts_per_tok"],
         expert_hidden_size=config["moe_intermediate_size"],

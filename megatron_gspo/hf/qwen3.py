@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from megatron_gspo.hf import config_json, parts
 from megatron_gspo.hf.family import Family, ModelShape
-from megatron_gspo.hf.weights import WeightRule
 
 DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": 32,
@@ -21,29 +19,8 @@ DEFAULTS: dict[str, Any] = {
 def shape(config: dict[str, Any]) -> ModelShape:
     """Reads a Qwen3 ``config.json``."""
     config = DEFAULTS | config
-    config_json.refuse_scaled_rope(config)
     config_json.refuse(config, "attention_bias")
-    return config_json.dense_shape(config, megatron={"qk_layernorm": True})
+    return config_json.dense_shape(config, scaled_rope=config_json.scaled_rope(config), megatron={"qk_layernorm": True})
 
 
-def rules(model: ModelShape) -> Sequence[WeightRule]:
-    """Every parameter of a Qwen3 model."""
-    return (
-        *parts.frame_rules(model),
-        *parts.norm_rules(),
-        *parts.attention_rules(model),
-        *parts.dense_mlp_rules(),
-    )
-
-
-def tensor_shapes(model: ModelShape) -> parts.Shapes:
-    """What a Qwen3 checkpoint stores, by the names of ``rules``."""
-    return {
-        **parts.frame_shapes(model),
-        **parts.norm_shapes(model),
-        **parts.attention_shapes(model),
-        **parts.dense_mlp_shapes(model),
-    }
-
-
-FAMILY = Family("Qwen3ForCausalLM", shape, rules, tensor_shapes, DEFAULTS)
+FAMILY = Family("Qwen3ForCausalLM", shape, parts.dense_rules, parts.dense_shapes, DEFAULTS)

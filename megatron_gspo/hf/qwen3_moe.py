@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_gspo.hf import config_json, parts, qwen3
+from megatron_gspo.hf import config_json, parts
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.weights import WeightRule
 
@@ -21,10 +21,10 @@ DEFAULTS: dict[str, Any] = {
 def shape(config: dict[str, Any]) -> ModelShape:
     """Reads a Qwen3-MoE ``config.json``."""
     config = DEFAULTS | config_json.renamed(config, num_local_experts="num_experts")
-    config_json.refuse_scaled_rope(config)
     config_json.refuse(config, "attention_bias")
     return config_json.dense_shape(
         config,
+        scaled_rope=config_json.scaled_rope(config),
         num_experts=config["num_experts"],
         top_k=config["num_experts_per_tok"],
         expert_hidden_size=config["moe_intermediate_size"],
@@ -35,12 +35,12 @@ def shape(config: dict[str, Any]) -> ModelShape:
 
 def rules(model: ModelShape) -> Sequence[WeightRule]:
     """Every parameter of a Qwen3-MoE model."""
-    return (*qwen3.rules(model), *parts.expert_rules())
+    return (*parts.dense_rules(model), *parts.expert_rules())
 
 
 def tensor_shapes(model: ModelShape) -> parts.Shapes:
     """What a Qwen3-MoE checkpoint stores, by the names of ``rules``."""
-    return {**qwen3.tensor_shapes(model), **parts.expert_shapes(model)}
+    return {**parts.dense_shapes(model), **parts.expert_shapes(model)}
 
 
 FAMILY = Family("Qwen3MoeForCausalLM", shape, rules, tensor_shapes, DEFAULTS)

@@ -26,6 +26,7 @@ from megatron_gspo.kernels.choice import choose_kernels
 from megatron_gspo.megatron.attention import packed_sequences
 from megatron_gspo.megatron.groups import Groups, device
 from megatron_gspo.megatron.heads import Head, ValueOutput
+from megatron_gspo.megatron.rotary import scale_amplitudes, scale_angles
 from megatron_gspo.megatron.spec import block_spec
 from megatron_gspo.platforms import here
 from megatron_gspo.types import DTYPES, PackedBatch
@@ -74,6 +75,8 @@ class PolicyModel(GPTModel):
             pg_collection=groups.megatron,
             vp_stage=vp_stage,
         )
+        if shape.scaled_rope is not None:
+            scale_angles(self.rotary_pos_emb, shape)
         if self.post_process and valued:
             self.output_layer = ValueOutput(
                 shape.hidden_size, config.params_dtype, sequence_parallel=config.sequence_parallel
@@ -194,7 +197,7 @@ def transformer_config(
     tensor = groups.tensor.size()
     moe = {} if not shape.num_experts else _moe_settings(model, shape)
     kind = MLATransformerConfig if shape.megatron.get("multi_latent_attention") else TransformerConfig
-    return kind(
+    config = kind(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_attention_heads,
@@ -239,6 +242,8 @@ def transformer_config(
         **moe,
         **{name: value for name, value in shape.megatron.items() if shape.num_experts or not name.startswith("moe_")},
     )
+    scale_amplitudes(config, shape)
+    return config
 
 
 def _recompute_settings(model: ModelConfig) -> dict[str, object]:

@@ -94,6 +94,26 @@ MODELS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "num_key_value_heads": 8,
     },
+    "tiny-qwen2": {
+        "model_type": "qwen2",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "tiny-llama": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
     "tiny-glm4-moe": _SIGMOID
     | {
         "model_type": "glm4_moe",
@@ -122,7 +142,7 @@ def make_model(name: str, directory: Path, seed: int) -> Path:
     if name not in MODELS:
         raise ConfigError(f"no model {name} (known: {', '.join(MODELS)})")
     settings = {"model_type": "qwen3_moe", **_FRAME, **MODELS[name]}
-    if settings["model_type"] in ("olmoe", "deepseek_v3"):
+    if settings["model_type"] in ("olmoe", "deepseek_v3", "qwen2"):
         del settings["head_dim"]  # theirs follows from other sizes
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     _randomise(model.double(), seed)

@@ -25,6 +25,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "tiny-deepseek-v3": (4, {"tensor": 2, "pipeline": 2, "expert": 2}),
     "tiny-moonlight": (2, {"expert": 2}),
     "tiny-glm4-moe": (2, {"pipeline": 2}),
+    "tiny-qwen2": (2, {"tensor": 2}),
+    "tiny-llama": (2, {"pipeline": 2}),
 }
 """(Ranks, ``[parallel]``), one a family; Qwen3-MoE is at all of them in ``test_round_trip``."""
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 66, 0]

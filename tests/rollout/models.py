@@ -68,6 +68,8 @@ FURTHER: dict[str, dict[str, Any]] = {
 
 SERVED: dict[str, dict[str, Any]] = FURTHER | {
     "qwen3": {},
+    "qwen2": {},
+    "llama": {},
     "qwen3_moe": {"num_experts": 8, "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 8},
     "olmoe": {"num_experts": 8, "num_key_value_heads": 4, "pad_token_id": 2},

@@ -40,6 +40,10 @@ def test_every_method_fills_a_server_that_started_without_weights(model_type: st
             assert logprob_error(draw(url, version=version), model) < 1e-5
 
 
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+LLAMA: dict[str, Any] = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA |= {"original_max_position_embeddings": 16}
+"""Contexts that are shorter than what is drawn, so that angles are scaled."""
 REFUSED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("qwen3_moe", {"mlp_only_layers": [0]}),
     ("qwen3_moe", {"decoder_sparse_step": 2}),
@@ -64,6 +68,12 @@ SERVED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("qwen3_moe", {"num_key_value_heads": 4, "rope_theta": 1e6}),
     ("qwen3", {"tie_word_embeddings": True}),
     ("qwen3", {}),
+    ("qwen3", {"rope_scaling": YARN}),
+    ("qwen3_moe", {"rope_scaling": YARN}),
+    ("qwen2", {}),
+    ("qwen2", {"tie_word_embeddings": True, "rope_scaling": YARN}),
+    ("llama", {"rope_scaling": LLAMA}),
+    ("llama", {"tie_word_embeddings": True}),
     ("qwen2_moe", {"tie_word_embeddings": True}),
     ("qwen2_moe", {"norm_topk_prob": True}),
     ("qwen2_moe", {"qkv_bias": False}),

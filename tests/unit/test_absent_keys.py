@@ -46,6 +46,8 @@ SIGMOID: Config = {
 LATENT: Config = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
 BASES: dict[str, Config] = {
     "Qwen3ForCausalLM": FRAME | {"head_dim": 16},
+    "Qwen2ForCausalLM": FRAME,
+    "LlamaForCausalLM": FRAME | {"head_dim": 16},
     "Qwen3MoeForCausalLM": FRAME | QWEN | {"head_dim": 16},
     "Qwen2MoeForCausalLM": FRAME | QWEN | {"shared_expert_intermediate_size": 40, "qkv_bias": False, "head_dim": 16},
     "MixtralForCausalLM": FRAME | {"num_local_experts": 9, "num_experts_per_tok": 3, "head_dim": 16},
@@ -64,7 +66,7 @@ ALIASES |= {"num_local_experts": "num_experts", "num_nextn_predict_layers": "num
 
 def model_type(architecture: str) -> str:
     words = {"Qwen3": "qwen3", "Qwen3Moe": "qwen3_moe", "Qwen2Moe": "qwen2_moe", "Mixtral": "mixtral", "Olmoe": "olmoe"}
-    words |= {"DeepseekV3": "deepseek_v3", "Glm4Moe": "glm4_moe"}
+    words |= {"DeepseekV3": "deepseek_v3", "Glm4Moe": "glm4_moe", "Qwen2": "qwen2", "Llama": "llama"}
     return words[architecture.removesuffix("ForCausalLM")]
 
 

@@ -20,7 +20,9 @@ from megatron_gspo.hf.parts import join_qkv, split_qkv
 from megatron_gspo.parity.models import MODELS, make_model
 
 TINY = ("tiny-moe", "tiny-dense", "tiny-mixtral", "tiny-qwen2-moe", "tiny-olmoe")
-TINY += ("tiny-deepseek-v3", "tiny-moonlight", "tiny-glm4-moe")
+TINY += ("tiny-deepseek-v3", "tiny-moonlight", "tiny-glm4-moe", "tiny-qwen2", "tiny-llama")
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LLAMA = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,16 @@ def test_a_familys_table_is_what_transformers_saves_name_by_name_and_shape_by_sh
         ),
         ("tiny-glm4-moe", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 'rope_type = "yarn"'),
         ("tiny-glm4-moe", {"use_qk_norm": "yes"}, "use_qk_norm = 'yes'"),
+        ("tiny-llama", {"mlp_bias": True}, "mlp_bias = true"),
+        ("tiny-llama", {"attention_bias": True}, "attention_bias = true"),
+        ("tiny-llama", {"rope_parameters": {"rope_type": "longrope"}}, 'rope_type = "longrope"'),
+        ("tiny-llama", {"rope_parameters": LLAMA | {"factor": 0.5}}, "factor = 0.5"),
+        ("tiny-llama", {"rope_parameters": LLAMA | {"factor": None}}, "factor = null"),
+        ("tiny-llama", {"rope_parameters": LLAMA | {"low_freq_factor": 4.0}}, "low_freq_factor = 4 "),
+        ("tiny-llama", {"rope_parameters": LLAMA | {"original_max_position_embeddings": "8k"}}, '= "8k"'),
+        ("tiny-qwen2", {"rope_parameters": YARN | {"attention_factor": 1.0}}, "attention_factor = 1.0"),
+        ("tiny-qwen2", {"rope_parameters": YARN | {"beta_fast": 1.0}}, "beta_fast = 1 "),
+        ("tiny-qwen2", {"dual_chunk_attention_config": {"chunk_size": 262144}}, "dual_chunk_attention_config"),
         ("tiny-olmoe", {"architectures": ["Olmo3ForCausalLM"]}, "Olmo3ForCausalLM is not supported"),
     ],
 )
