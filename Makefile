@@ -73,6 +73,10 @@ test: install browser ## install, then run all tests
 test-slow: install ## install, then run the tests that take minutes, which `make test` leaves out
 	OMP_NUM_THREADS=1 $(RUN) pytest -q -s -m slow_suite --durations=0
 
+.PHONY: test-slurm
+test-slurm: install ## install, then run the job script on a Slurm of two nodes on this machine (as root; installs Debian's if need be)
+	OMP_NUM_THREADS=1 $(RUN) pytest -q -s -m slurm_suite tests/slurm --durations=0
+
 .PHONY: test-latest
 test-latest: $(LATEST_STAMP) $(SGLANG_STAMP) browser ## run all tests on Python 3.12, the newest Megatron-Core and the GPU servers' torch (PYTHON_LATEST=...)
 	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest $(PYTEST)

@@ -79,4 +79,4 @@ class BatchError(MegatronGspoError, ValueError):
 
 
 class RunStopped(MegatronGspoError):
-    """The run was asked to stop (SIGTERM) and has saved a checkpoint: it can be resumed."""
+    """The run was asked to stop (SIGTERM or SIGUSR1) and has saved a checkpoint: it can be resumed."""

@@ -39,6 +39,9 @@ PATIENCE_S = 5.0
 within a second that it is gone."""
 EXIT_FUNCTIONS_S = 10.0
 """That functions registered with ``atexit`` may take."""
+STOPS = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a run to finish its outer step, save and end. Schedulers send the first before they preempt a job,
+and the second where they are told to, before a time limit."""
 IMPATIENT = 4
 """Interrupts that kill the child. Of one Ctrl-C a rank may get two: the terminal's and its launcher's."""
 PREFIXES = OF_PROCESS, OF_RANKS = "mgspo-process-", "mgspo-ranks-"

@@ -6,7 +6,7 @@ inside ``run``: every module here is imported to print the list of commands.
 """
 
 GROUPS = {
-    "train and measure a policy": ("train", "eval", "compare"),
+    "train and measure a policy": ("train", "serve", "eval", "compare"),
     "look before, during and after a run": ("plan", "doctor", "explain", "parity", "status", "report"),
     "convert checkpoints": ("convert",),
     "measure this machine": ("bench",),

@@ -47,15 +47,26 @@ def run(options: argparse.Namespace) -> int:
 def look(path: Path) -> dict[str, Any]:
     """The summary of a run; while it goes on, with what its servers say now. Raises DataError if it is no run."""
     from megatron_gspo.report.status import summarise
-    from megatron_gspo.rollout.sglang.probe import find_key, probe
+    from megatron_gspo.rollout.sglang.probe import probe
 
     summary = summarise(path)
     if summary["status"] == "running":
-        states = probe([server["url"] for server in summary["servers"]], key=find_key(path / "servers"))
+        states = probe([server["url"] for server in summary["servers"]], key=key_of(path))
         summary["servers"] = [
             {"url": state.url, "error": state.error, "weight_version": state.weight_version} for state in states
         ]
     return summary
+
+
+def key_of(run: Path) -> str:
+    """Of the servers of a run: its own, or those that ``serve`` has started for it."""
+    from megatron_gspo.report.rundir import RunDirectory
+    from megatron_gspo.rollout.addresses import find_key as shared_key
+    from megatron_gspo.rollout.sglang.probe import find_key
+
+    config = RunDirectory(run).config()
+    named = config.rollout.servers_from if config else ""
+    return shared_key(Path(named)) if named else find_key(run / "servers")
 
 
 def watch(path: Path, interval: float) -> Iterator[dict[str, Any]]:

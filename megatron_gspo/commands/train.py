@@ -37,13 +37,21 @@ def run(options: argparse.Namespace) -> int:
         return run_rank(config, RunRecorder)
     from megatron_gspo.report.text import count
     from megatron_gspo.runs.launch import check_before_start, launch
+    from megatron_gspo.runs.restarts import Restarts
 
     check_before_start(config)
     ranks = config.parallel.world_size()
     if sys.stderr.isatty():  # the first rank's header takes some ten seconds
         print(f"starting {count(ranks, 'rank')} ...", file=sys.stderr, flush=True)
     run_dir = Path(config.train.run_dir)
-    status = launch(options.config, options.overrides, ranks=ranks, servers=config.rollout.servers, run_dir=run_dir)
+    status = launch(
+        options.config,
+        options.overrides,
+        ranks=ranks,
+        servers=config.rollout.places,
+        run_dir=run_dir,
+        restarts=Restarts(run_dir, config.train.max_restarts, resumes=config.train.resume),
+    )
     return status or check_finished(run_dir)
 
 

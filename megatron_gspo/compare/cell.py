@@ -97,7 +97,7 @@ def train(config: RunConfig) -> int:
         with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
             file.write(dump(config))
             file.flush()
-            return launch(Path(file.name), (), ranks=ranks, servers=config.rollout.servers)
+            return launch(Path(file.name), (), ranks=ranks, servers=config.rollout.places)
     import torch
 
     from megatron_gspo.parallel.rendezvous import keep_to_loopback, private_store
@@ -107,7 +107,7 @@ def train(config: RunConfig) -> int:
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     os.environ.update(alone)
     torch.set_num_threads(1)
-    keep_to_loopback(config.rollout.servers)
+    keep_to_loopback(config.rollout.places)
     with private_store():
         return run_rank(config, partial(RunRecorder, page=False))
 

@@ -194,6 +194,11 @@ def check_cells(plan: Plan) -> None:
         with _named(cell.arm.name):
             check_inputs(cell.config, plan.source)
             check_before_start(cell.config)
+    if plan.base.rollout.servers_from:
+        raise ConfigError(
+            f"rollout.servers_from = {plan.base.rollout.servers_from}: cells that run at a time would share the "
+            f"servers; name them in rollout.servers, or have each cell start its own"
+        )
     if not plan.base.rollout.servers:
         find_server_python(plan.base.rollout.server_python)
 

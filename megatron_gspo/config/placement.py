@@ -116,9 +116,9 @@ class PlacementConfig(Section):
         """
         self.check_args(rollout.server_args)
         args, sizes = self._flags(), self.sizes(rollout)
-        if rollout.servers:
+        if rollout.named:
             colocated = self.mode == "colocated"
-            why = 'placement.mode = "colocated"' if colocated else "rollout.servers names running servers"
+            why = 'placement.mode = "colocated"' if colocated else "running servers are named"
             return Placement(colocated, why)
         if not cards:
             colocated = self.mode == "colocated"

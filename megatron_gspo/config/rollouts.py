@@ -32,6 +32,11 @@ class RolloutConfig(Section):
     """Inference engine, an entry of ``rollout.engine.ENGINES``."""
     servers: Annotated[tuple[Url, ...], AsList] = ()
     """Base URLs of running servers. Empty: ``local_servers`` are started and stopped with the run."""
+    servers_from: str = ""
+    """Directory into which ``serve`` writes where its servers are, a file a node; all nodes must see it.
+    In the place of ``servers``: the run waits, ``server_start_s`` at most, for those of ``server_nodes`` nodes."""
+    server_nodes: Positive = 1
+    """Nodes in ``servers_from``, each with servers that answer, that a run begins with."""
     local_servers: Positive | None = None
     """Servers to start on this machine when ``servers`` is empty. Absent: on GPUs as many as ``[placement]`` has room
     for; on a CPU, where each computes on one core, one for every 64 responses of an outer step, at most one a core and
@@ -107,8 +112,22 @@ class RolloutConfig(Section):
         """``seeded``, with its default filled in."""
         return not on_gpu if self.seeded is None else self.seeded
 
+    @property
+    def named(self) -> bool:
+        """Whether running servers are named, so that a run starts none."""
+        return bool(self.servers or self.servers_from)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where they are: URLs, or the directory that will say so."""
+        return (self.servers_from,) if self.servers_from else self.servers
+
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:
+        if self.servers and self.servers_from:
+            raise ValueError("servers and servers_from both name running servers: keep one of them")
+        if self.server_nodes > 1 and not self.servers_from:
+            raise ValueError(f"server_nodes = {self.server_nodes} are those in servers_from, which is empty: set it")
         if self.overlong_buffer > self.max_response_tokens:
             raise ValueError(
                 f"overlong_buffer = {self.overlong_buffer} is longer than max_response_tokens = "

@@ -107,6 +107,9 @@ class TrainConfig(Section):
     resume: bool = False
     """Continues from ``checkpoints/latest`` in ``run_dir``; starts afresh where there is no checkpoint yet, so that a
     job can be queued again unchanged."""
+    max_restarts: Annotated[int, Field(ge=0)] = 0
+    """Where ``train`` starts the ranks itself: how often in a row, without a new checkpoint, it starts
+    them again after a failure, to go on from the latest checkpoint. Under torchrun its ``--max-restarts`` does that."""
     resume_changes: Annotated[tuple[str, ...], AsList] = ()
     """Settings that may differ from the checkpoint's although that makes it another experiment: ["optimizer.lr"]."""
     outer_steps: Positive = 100

@@ -25,8 +25,8 @@ def check_engine_version(facts: Facts) -> Check:
     """sglang in the servers' environment, asked there: this process never imports it."""
     if facts.supervised:
         return ok("supervised fine-tuning draws no rollouts")
-    if facts.config.rollout.servers:
-        return ok("rollout.servers names running servers, which say their version themselves")
+    if facts.config.rollout.named:
+        return ok("running servers are named, which say their version themselves")
     engine = facts.engine
     assert engine is not None
     version = engine.versions.get("sglang")

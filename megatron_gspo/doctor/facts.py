@@ -175,7 +175,7 @@ class Facts:
     @property
     def local_servers(self) -> int:
         """Servers that the run starts on this machine."""
-        if self.supervised or self.config.rollout.servers:
+        if self.supervised or self.config.rollout.named:
             return 0
         if self.problem("placement"):  # said by the placement's own check
             return self.config.rollout.local_servers or 1

@@ -19,7 +19,7 @@ def check_where(facts: Facts) -> Check:
     text = f"{placement.mode}: {placement.why}"
     if placement.colocated:
         text += "; in turns: the servers sleep while the trainer computes (docs/placement.md)"
-    if facts.config.rollout.servers:
+    if facts.config.rollout.named:
         return ok(text)
     check_divides(placement.sizes, read_config(facts.config.model.path))
     if not facts.machine.gpus:

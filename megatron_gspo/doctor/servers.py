@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.lengths import fit_into, kept_positions
 from megatron_gspo.errors import ConfigError, MegatronGspoError
 from megatron_gspo.hf.catalog import read_config
+from megatron_gspo.rollout.addresses import named
 from megatron_gspo.rollout.sglang.cards import check_cards
 from megatron_gspo.rollout.sglang.launcher import free_ports
 from megatron_gspo.rollout.sglang.probe import get
@@ -51,12 +50,16 @@ def check_servers(facts: Facts) -> list[Check]:
         return [ok("supervised fine-tuning needs none")]
     check_engine(facts.config.rollout.engine, facts.config.model.path, facts.shape)
     check_eight_bits(rollout, facts.config.model.path, facts.family, facts.shape, facts.config.placement.sizes(rollout))
-    if not rollout.servers:
+    if not rollout.named:
         check_cards(rollout.engine_dtype)
         ports = free_ports(facts.local_servers)
         return [ok(f"{facts.local_servers} to be started here; ports are free ({', '.join(map(str, ports))})")]
-    with ThreadPoolExecutor(min(32, len(rollout.servers))) as pool:
-        servers = list(pool.map(ask, rollout.servers))
+    try:
+        urls, key = named(rollout)
+    except ConfigError as caught:
+        return [error(str(caught), "rollout.servers_from")]
+    with ThreadPoolExecutor(min(32, len(urls))) as pool:
+        servers = list(pool.map(lambda url: ask(url, key), urls))
     checks = [check for server in servers for check in _judge(facts, server)]
     versions = {server.url: server.model.get("weight_version") for server in servers if not server.problem}
     if len(set(map(str, versions.values()))) > 1:
@@ -65,13 +68,12 @@ def check_servers(facts: Facts) -> list[Check]:
     return checks
 
 
-def ask(url: str) -> Server:
+def ask(url: str, key: str) -> Server:
     """Health, model and settings of one server, each page within ``TIMEOUT_S``. Never raises."""
     url = url.rstrip("/")
     start = time.monotonic()
     try:
         get(f"{url}/health", TIMEOUT_S)
-        key = os.environ.get(SERVER_KEY, "")
         pages = []
         slowest = 0.0
         for path in ("/model_info", "/server_info"):

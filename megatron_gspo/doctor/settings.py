@@ -42,12 +42,12 @@ INERT: tuple[tuple[tuple[str, ...], When, str], ...] = (
     ),
     (
         ("rollout.local_servers", "rollout.server_args", "rollout.server_python", "rollout.server_start_s"),
-        lambda c: c.rollout.servers,
-        "rollout.servers names running servers, and none is started",
+        lambda c: c.rollout.named,
+        "running servers are named, and none is started",
     ),
     (
         tuple(f"placement.{name}" for name in ("gpus", "tensor", "expert", "attention_data", "memory")),
-        lambda c: c.rollout.servers or not c.algorithm.draws_responses,
+        lambda c: c.rollout.named or not c.algorithm.draws_responses,
         "it is about servers that are started here, and none is",
     ),
     (("sync.directory",), lambda c: c.sync.method != "disk", 'only sync.method = "disk" writes there'),
@@ -217,11 +217,11 @@ def extras(facts: Facts) -> Iterator[Check]:
 def several_machines(facts: Facts) -> Iterator[Check]:
     """What runs over several machines need besides."""
     config, spread = facts.config, facts.nodes > 1
-    if spread and not facts.supervised and not config.rollout.servers:
+    if spread and not facts.supervised and not config.rollout.named:
         yield error(
             f"{facts.ranks} ranks on {facts.nodes} nodes of {facts.ranks_per_node} would not reach servers that one of "
             f"them starts",
-            "start servers and name them in rollout.servers",
+            "start servers with `megatron-gspo serve`, and name them in rollout.servers_from",
         )
     if config.sync.method == "disk" and config.sync.directory.startswith("/dev/shm"):
         away = [url for url in config.rollout.servers if not _is_local(url)]

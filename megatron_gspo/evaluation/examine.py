@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.config import RunConfig
 from megatron_gspo.config.rollouts import EIGHT_BITS
 from megatron_gspo.data.prompts import PromptSet
@@ -23,6 +21,7 @@ from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.platforms import here
 from megatron_gspo.rewards.registry import Reward, resolve_reward
 from megatron_gspo.rewards.scoring import guarded
+from megatron_gspo.rollout.addresses import named
 from megatron_gspo.rollout.engine import Progress, Sampling, local_servers, make_engine
 from megatron_gspo.rollout.sglang.probe import ServerState, probe
 from megatron_gspo.runs.waiting import starting_servers
@@ -64,7 +63,7 @@ def read_questions(subject: Subject, *, greedy: bool) -> Questions:
     directory = subject.model or Path(config.model.path)
     _, shape = read_model(directory)
     check_engine(config.rollout.engine, directory, shape)
-    if config.rollout.servers and (problem := unread(config.rollout.engine, directory, shape)):
+    if config.rollout.named and (problem := unread(config.rollout.engine, directory, shape)):
         raise ConfigError(
             f"{directory}: {problem}, so that servers that were started from it compute something else; let one be "
             f"started here, which is sent the weights: rollout.servers=[]"
@@ -104,7 +103,7 @@ def examine(
                     progress=progress,
                 )
             )
-    return Examination(graded, engine.version, config.rollout.servers, note)
+    return Examination(graded, engine.version, urls if config.rollout.named else (), note)
 
 
 @contextlib.contextmanager
@@ -112,9 +111,9 @@ def _servers(
     config: RunConfig, model: Path, shape: ModelShape, logs: Path, phase: Callable[[str], None]
 ) -> Iterator[tuple[tuple[str, ...], str, str | None]]:
     """URLs of servers that hold ``model`` as weight version 0, their key, and what could not be made sure of."""
-    if config.rollout.servers:
-        key = os.environ.get(SERVER_KEY, "")
-        yield config.rollout.servers, key, check_served(probe(config.rollout.servers, timeout_s=10.0, key=key), model)
+    if config.rollout.named:
+        urls, key = named(config.rollout)
+        yield urls, key, check_served(probe(urls, timeout_s=10.0, key=key), model)
         return
     device = here().device_type
     placement = placed_here(config, ranks=0)

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not marked so
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, but not marked so
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_gspo.supervise import OF_RANKS, STORE, locked, remove_afterwards
 
+_STARTS, _POLL_S = "megatron_gspo/starts", 0.05
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -43,12 +47,45 @@ def private_store() -> Iterator[Path]:
 def join_world(backend: str, timeout: timedelta) -> None:
     """``init_process_group``: through the file that ``STORE`` names, else as torchrun's variables say."""
     path = os.environ.get(STORE)
+    if path is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+        own = PrefixStore(name_this_start(store, rank, world, timeout.total_seconds()), store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
+        return
     if path is None:
         dist.init_process_group(backend, timeout=timeout)
         return
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.FileStore(path, world)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def name_this_start(store: Store, rank: int, world: int, timeout_s: float) -> str:
+    """A name that the ranks of this start agree on, and no start before had. Each rank calls it once.
+
+    torchrun (2.13) starts ranks again over the store of those before them, in which these have left addresses that
+    nobody answers at any more: gloo would connect to them, or nccl wait for them. And torch's own count of starts
+    is another one on each node. So every rank shows a name of its own, which the first one answers with its.
+
+    Raises TimeoutError with the ranks that do not come.
+    """
+    own = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"{_STARTS}/hello/{rank}", own)
+        start: str = store.get(f"{_STARTS}/start/{own}").decode()  # which waits for it
+        store.set(f"{_STARTS}/here/{start}/{rank}", "")
+        return start
+    missing, deadline = set(range(1, world)), time.monotonic() + timeout_s
+    while missing:
+        for other in [other for other in missing if store.check([f"{_STARTS}/hello/{other}"])]:
+            shown = store.get(f"{_STARTS}/hello/{other}").decode()  # perhaps of the start before
+            store.set(f"{_STARTS}/start/{shown}", own)
+            if store.check([f"{_STARTS}/here/{own}/{other}"]):
+                missing.remove(other)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {sorted(missing)} of {world} did not come within {timeout_s:g} s")
+        time.sleep(_POLL_S)
+    return own
 
 
 def keep_to_loopback(urls: Sequence[str] = ()) -> None:

@@ -160,7 +160,7 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
     (
         "how servers are started and reached",
         _never,
-        _names("rollout", "servers local_servers server_python server_start_s concurrency timeout_s retries"),
+        _names("rollout", "servers servers_from server_nodes local_servers server_python server_start_s concurrency timeout_s retries"),
     ),
     ("how weights travel", _never, _names("sync", "method directory bucket_mb backend timeout_s verify")),
     ("when a run fails", _never, _names("rollout", "on_empty_step max_empty_steps max_engine_k3 on_engine_drift")),
@@ -179,7 +179,7 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
             "tensorboard wandb",
         ),
     ),
-    ("how this start begins", _never, _names("train", "overwrite resume resume_changes")),
+    ("how this start begins", _never, _names("train", "overwrite resume max_restarts resume_changes")),
 )
 """(reason, whether it alters numbers, settings). A setting stands once."""
 

@@ -10,7 +10,6 @@ import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -28,6 +27,8 @@ from megatron_gspo.limits import allow_open_files, name_of
 from megatron_gspo.parallel.rendezvous import keep_to_loopback, private_store
 from megatron_gspo.megatron.checkpoint_files import is_distributed, latest_in
 from megatron_gspo.rewards.registry import check_reward
+from megatron_gspo.runs.restarts import Restarts
+from megatron_gspo.supervise import STOPS
 from megatron_gspo.train.models import check_models
 
 
@@ -50,39 +51,69 @@ def check_before_start(config: RunConfig) -> None:
 
 
 def launch(
-    config_path: Path, overrides: Sequence[str], *, ranks: int, servers: Sequence[str] = (), run_dir: Path | None = None
+    config_path: Path,
+    overrides: Sequence[str],
+    *,
+    ranks: int,
+    servers: Sequence[str] = (),
+    run_dir: Path | None = None,
+    restarts: Restarts | None = None,
 ) -> int:
     """Runs ``train`` on ``ranks`` processes, which talk to ``servers`` (URLs).
 
-    SIGTERM goes on to the ranks, which finish their outer step, save and stop. Returns 0, the exit status (1, 2, or 75
-    when stopped so) of the rank that failed first, or 128 + the signal that ended the run.
+    SIGTERM and SIGUSR1 go on to the ranks, which finish their outer step, save and stop. Ranks that fail otherwise, and
+    not by a mistake of the user's, are started again as ``restarts`` says. Returns 0, the exit status (1, 2, or 75 when
+    stopped so) of the rank that failed first, or 128 + the signal that ended the run.
     """
     # Several ranks on few cores fight over them when each starts a thread a core.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):  # each has a level of its own; a rank says itself what failed
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    signal.signal(signal.SIGTERM, _pass_on)
+    asked: list[int] = []
+    for number in STOPS:
+        signal.signal(number, lambda number, frame: _pass_on(number, asked))
     command = ("-m", "megatron_gspo.cli", "train", str(config_path), *overrides)
+    more: tuple[str, ...] = ()
+    while True:
+        status, failed, said = _run_once((*command, *more), ranks, servers, run_dir)
+        again = restarts.after(failed) if restarts and failed and not asked else None
+        if again is None:
+            if failed and not said:
+                print(f"error: {failed}", file=sys.stderr)
+            if failed and restarts and not asked and (words := restarts.given_up()):
+                print(f"error: {words}", file=sys.stderr)
+            return status
+        line, more = again
+        print(line, file=sys.stderr, flush=True)
+
+
+def _run_once(
+    command: Sequence[str], ranks: int, servers: Sequence[str], run_dir: Path | None
+) -> tuple[int, str, bool]:
+    """One start of the ranks: its exit status, what failed ("" for what no further start would mend, and a run that is
+    done), and whether a rank has said so."""
     try:
         # On SIGTERM it would kill the ranks 30 s later, in their step.
         with ranks_here(ranks, servers, signals_to_handle="SIGINT,SIGHUP,SIGQUIT") as config:
             elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if -failure.exitcode in STOPS:  # before it could take it as a request
+            return _ended_by(signal.Signals(-failure.exitcode), run_dir), "", True
         if failure.exitcode < 0:  # it could not say so itself
-            if failure.exitcode == -signal.SIGTERM:  # before it could take it as a request
-                return _ended_by(signal.SIGTERM, run_dir)
-            print(f"error: rank {rank} was ended by {name_of(-failure.exitcode)}", file=sys.stderr)
-        return failure.exitcode if failure.exitcode in (1, 2, os.EX_TEMPFAIL) else 1
+            return 1, f"rank {rank} was ended by {name_of(-failure.exitcode)}", False
+        if failure.exitcode in (2, os.EX_TEMPFAIL):
+            return failure.exitcode, "", True
+        return 1, f"rank {rank} failed", True
     except SignalException as error:  # Ctrl-C, or a scheduler's end of the job; the ranks have been ended with it
-        return _ended_by(error.sigval, run_dir)
-    return 0
+        return _ended_by(error.sigval, run_dir), "", True
+    return 0, "", True
 
 
 @contextlib.contextmanager
 def ranks_here(ranks: int, servers: Sequence[str] = (), **settings: Any) -> Iterator[LaunchConfig]:
-    """So many processes on this machine, none of which is started again; further settings are ``LaunchConfig``'s.
+    """So many processes on this machine, which torch does not start again; further settings are ``LaunchConfig``'s.
 
     Ranks and torch's launcher meet in files of a private directory, and what gloo and nccl listen on is loopback,
     unless one of ``servers`` (URLs) is on another machine.
@@ -107,7 +138,8 @@ def ranks_here(ranks: int, servers: Sequence[str] = (), **settings: Any) -> Iter
         )
 
 
-def _pass_on(number: int, frame: FrameType | None) -> None:
+def _pass_on(number: int, asked: list[int]) -> None:
+    asked.append(number)
     for rank in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
             rank.send_signal(number)

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_gspo.platforms import here
-from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.config import Placement, RunConfig
 from megatron_gspo.data.cursor import PromptCursor
 from megatron_gspo.errors import ConfigError, RolloutError, RunStopped
@@ -32,6 +31,7 @@ from megatron_gspo.runs.experiment import contents
 from megatron_gspo.train.models import placed_here, served
 from megatron_gspo.train.profile import Profiles
 from megatron_gspo.train.progress import Progress, seed_generators
+from megatron_gspo.runs.nodes import named_servers
 from megatron_gspo.runs.recording import MakeRecorder, Recorder, open_recorder
 from megatron_gspo.runs.resume import Resumption, find_resumption, identify
 from megatron_gspo.runs.save import save_models
@@ -47,7 +47,7 @@ from megatron_gspo.versions import untested
 def train(config: RunConfig, make_recorder: MakeRecorder) -> None:
     """Trains as the configuration says; every rank of the world calls it.
 
-    Raises MegatronGspoError; RunStopped, once a checkpoint is saved, when SIGTERM asked a rank to stop.
+    Raises MegatronGspoError; RunStopped, once a checkpoint is saved, when a signal asked a rank to stop.
     """
     start_distributed()
     groups = make_groups(config.parallel)
@@ -106,10 +106,10 @@ class Session:
         """Saves if it is time. Collective. Raises RunStopped when a rank was asked to stop."""
         total = self.config.train.outer_steps
         stopping = self.stop.asked(self.groups.world)
-        checkpoints.after_step(progress, last=stopping or progress.outer_steps == total)
+        checkpoints.after_step(progress, last=bool(stopping) or progress.outer_steps == total)
         if stopping and progress.outer_steps < total:
             raise RunStopped(
-                f"stopped by SIGTERM after outer step {progress.outer_steps} of {total}, which is saved: "
+                f"stopped by {stopping} after outer step {progress.outer_steps} of {total}, which is saved: "
                 f"train.resume = true continues"
             )
 
@@ -220,18 +220,17 @@ def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> It
     world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     placement = together(lambda: placed_here(config, ranks=local), groups.world)
     placement = broadcast_object(placement, 0, groups.world)  # one for all, whatever another machine looks like
-    if config.rollout.servers:
-        access = ServerAccess(os.environ.get(SERVER_KEY, ""), run)
-        yield Serving(config.rollout.servers, access, nothing, placement)
+    if config.rollout.named:
+        urls, key = named_servers(config, groups, recorder)
+        yield Serving(urls, ServerAccess(key, run), nothing, placement)
         return
     if local != world:
         raise ConfigError(
             f"{world} ranks, {local} of them on this machine: servers started here would not be reached by the others; "
-            f"start servers and name them in rollout.servers"
+            f"start servers on their nodes with `megatron-gspo serve`, and name them in rollout.servers_from"
         )
     with contextlib.ExitStack() as stack:
-        urls: tuple[str, ...] = ()
-        key, error = "", None
+        urls, key, error = (), "", None
         check: Callable[[], None] = nothing
         if dist.get_rank() == 0:
             device = here().device_type

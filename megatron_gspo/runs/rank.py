@@ -13,14 +13,15 @@ from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import ConfigError, MegatronGspoError, RunStopped, UserError
 from megatron_gspo.limits import allow_open_files, explain
 from megatron_gspo.quiet import mute
-from megatron_gspo.supervise import INTERRUPTED, first_to_say, was_interrupted
+from megatron_gspo.supervise import INTERRUPTED, STORE, first_to_say, was_interrupted
 from megatron_gspo.versions import untested_here
 
 if TYPE_CHECKING:
     from megatron_gspo.runs.recording import MakeRecorder
 
 STOPPED = os.EX_TEMPFAIL
-"""Exit status (75) of a run that SIGTERM stopped after saving: queue it again with train.resume = true."""
+"""Exit status (75) of a run that SIGTERM or SIGUSR1 stopped after saving: queue it again with train.resume = true.
+Under ``torchrun --max-restarts N``, which starts again whatever does not end with 0, it is 0."""
 FIRST_RANKS_TURN_S = 1.0
 """Seconds by which the first rank goes before the others in saying what failed."""
 ANOTHER_IS_MISSING = re.compile("Connection (closed by|reset by) peer|Broken pipe|gloo/transport", re.IGNORECASE)
@@ -44,11 +45,28 @@ def world_of_torchrun() -> int | None:
     return int(world)
 
 
+def restarts_of_torchrun() -> int:
+    """How often torchrun starts ranks again (``--max-restarts``); 0 for ranks that ``megatron-gspo train`` starts."""
+    count = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "")
+    return int(count) if count.isdecimal() and STORE not in os.environ else 0
+
+
+def check_restarts(config: RunConfig) -> None:
+    """Raises ConfigError where ranks that torchrun starts again, with the same command line, would not go on."""
+    if (most := restarts_of_torchrun()) and not config.train.resume:
+        raise ConfigError(
+            f"torchrun --max-restarts {most} starts ranks again with the same command line, which would "
+            f"{'replace what the run has written' if config.train.overwrite else 'find its run directory in the way'}: "
+            f"add train.resume=true train.overwrite=false"
+        )
+
+
 def run_rank(config: RunConfig, make_recorder: MakeRecorder) -> int:
     """Trains as one rank; returns the process's exit status."""
     mute()
     if too_few := allow_open_files():
         raise ConfigError(too_few)
+    check_restarts(config)
     if os.environ["RANK"] == "0":
         from megatron_gspo.parallel.rendezvous import exposed_store
 
@@ -69,8 +87,9 @@ def _said(error: BaseException) -> int:
     if was_interrupted() or isinstance(error, KeyboardInterrupt):  # the launcher says so
         return INTERRUPTED
     if isinstance(error, RunStopped):
-        _say_once(str(error))
-        return STOPPED
+        again = restarts_of_torchrun()
+        _say_once(f"{error}{' (exit status 0, or torchrun would start it again)' if again else ''}")
+        return 0 if again else STOPPED
     if isinstance(error, MegatronGspoError):
         _show_the_unforeseen(error)
         _say_once(f"error: {_line(error)}")

@@ -1,4 +1,4 @@
-"""SIGTERM as a request: finish the outer step, save, and end (a scheduler that preempts a job sends it first)."""
+"""SIGTERM and SIGUSR1 as a request: finish the outer step, save, and end."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from megatron_gspo.parallel.exchange import gather_objects
+from megatron_gspo.supervise import STOPS
 
 
 class StopRequest:
-    """Within it SIGTERM ends nothing and is remembered. Python handles a signal between two of its instructions, so a
-    rank that waits in a collective does when the collective is over."""
+    """Within it SIGTERM and SIGUSR1 end nothing and are remembered. Python handles a signal between two of its
+    instructions, so a rank that waits in a collective does when the collective is over."""
 
     def __init__(self) -> None:
-        self._asked = False
-        self._before: Any = None
+        self._asked = ""
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # Python lets no other set a handler
-            self._before = signal.signal(signal.SIGTERM, self._remember)
+            self._before = {number: signal.signal(number, self._remember) for number in STOPS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            # Who was asked once is perhaps asked again (by Slurm, and by the launcher), and has saved by now.
+            signal.signal(number, signal.SIG_IGN if self._asked else handler)
 
-    def asked(self, world: dist.ProcessGroup) -> bool:
-        """Whether any rank was asked to stop. Collective."""
-        return any(gather_objects(self._asked, world))
+    def asked(self, world: dist.ProcessGroup) -> str:
+        """The signal by which a rank was asked to stop; empty when none was. Collective."""
+        return next(filter(None, gather_objects(self._asked, world)), "")
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+        self._asked = self._asked or signal.Signals(number).name

@@ -221,7 +221,7 @@ def build_run(
             model_path=config.model.path,
             expected_names=expected_names(config, policy),
             access=access,
-            shared=bool(config.rollout.servers),
+            shared=config.rollout.named,
             engine=config.rollout.engine,
         ),
         reward=inputs.reward,

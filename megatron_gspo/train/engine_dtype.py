@@ -62,7 +62,7 @@ def check_eight_bits(
 ) -> None:
     """Raises ConfigError for a model, that at ``path``, whose matrices local servers of these ``sizes`` would not take
     in eight bits."""
-    if rollout.engine_dtype != EIGHT_BITS or rollout.servers:
+    if rollout.engine_dtype != EIGHT_BITS or rollout.named:
         return
     wrong = misfits(
         family,

@@ -24,7 +24,12 @@ VOCABULARY = 13
 class StandIn:
     """Serves on a port of its own as long as the block lasts. ``answered`` counts requests to ``/generate``."""
 
-    def __init__(self, model: Path, answer: Answer = lambda reply, request, count: reply) -> None:
+    def __init__(
+        self,
+        model: Path,
+        answer: Answer = lambda reply, request, count: reply,
+        at: tuple[str, int] = ("127.0.0.1", 0),
+    ) -> None:
         self.model, self.version, self.answered = model, "0", 0
         self.received: dict[str, Any] = {}
         """Name -> the tensor of the last sync, of those over HTTP."""
@@ -42,9 +47,9 @@ class StandIn:
 
             def log_message(self, *args: object) -> None: ...
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(at, Handler)
         self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.url = f"http://{at[0]}:{self._server.server_port}"
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()

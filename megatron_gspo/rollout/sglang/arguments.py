@@ -9,10 +9,11 @@ from typing import Literal
 
 from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.config import RolloutConfig
-from megatron_gspo.parallel.rendezvous import INTERFACES
+from megatron_gspo.parallel.rendezvous import INTERFACES, is_loopback
 from megatron_gspo.rollout.sglang.cards import FP8_KERNELS
 
 Device = Literal["cpu", "cuda"]
+LOOPBACK = "127.0.0.1"
 
 ACTIVATIONS = {"float64": "float32", "fp8": "bfloat16"}
 """What the engine computes in where it has no such dtype, or it is one of matrices alone."""
@@ -31,6 +32,7 @@ def server_arguments(
     dtype: str,
     seed: int = 0,
     gpu: int = 0,
+    host: str = LOOPBACK,
     routes: bool = False,
     placed: Sequence[str] = (),
 ) -> list[str]:
@@ -42,7 +44,7 @@ def server_arguments(
     """
     arguments = {
         "--model-path": str(model_path),
-        "--host": "127.0.0.1",
+        "--host": host,
         "--port": str(port),
         "--device": device,
         "--dtype": ACTIVATIONS.get(dtype, dtype),
@@ -82,7 +84,7 @@ def cpu_cache_tokens(config: RolloutConfig) -> int:
 
 
 def server_environment(
-    environment: Mapping[str, str], device: Device, key: str = "", *, sleeps: bool = False
+    environment: Mapping[str, str], device: Device, key: str = "", *, sleeps: bool = False, host: str = LOOPBACK
 ) -> dict[str, str]:
     """Its environment variables: its parent, its key (which a command line would show to everybody), one thread on a
     CPU, and nothing of torchrun's or this Python's. ``sleeps``: it will give its memory back meanwhile."""
@@ -90,7 +92,8 @@ def server_environment(
     kept = {key: value for key, value in environment.items() if key not in drop and not key.startswith("TORCHELASTIC")}
     kept["MEGATRON_GSPO_PARENT_PID"] = str(os.getpid())
     kept[SERVER_KEY] = key
-    kept = dict.fromkeys(INTERFACES, "lo") | kept  # it serves this machine alone
+    if is_loopback(host):  # it serves this machine alone
+        kept = dict.fromkeys(INTERFACES, "lo") | kept
     if sleeps:
         kept |= NO_GENERATED_HEALTH
     if device == "cpu":

@@ -22,7 +22,7 @@ import psutil
 
 from megatron_gspo.config import Placement, PlacementConfig, RolloutConfig
 from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
-from megatron_gspo.rollout.sglang.arguments import Device, server_arguments, server_environment
+from megatron_gspo.rollout.sglang.arguments import LOOPBACK, Device, server_arguments, server_environment
 from megatron_gspo.rollout.sglang.cards import cards_here, check_cards, check_placement
 from megatron_gspo.rollout.sglang.probe import KEY_FILE, get
 from megatron_gspo.rollout.sglang.server import FILES, remove, shared_memory
@@ -48,8 +48,9 @@ class LocalServers:
     A server also ends by itself, within a second, when this process is gone (even killed). ``urls`` is set on entry;
     logs go to ``log_dir/sglang-0.log`` and so on. They answer only requests with ``key``, but for questions after
     their health: a random one unless it is given ("" asks for none). It lies in ``log_dir/key`` meanwhile, for this
-    user's eyes alone. Raises DependencyError without an environment that holds sglang,
-    EngineUnavailableError with what the log says of it when a server dies or is not healthy in time.
+    user's eyes alone. They listen on ``host`` alone, at ports from ``port`` on, or free ones. Raises DependencyError
+    without an environment that holds sglang, EngineUnavailableError with what the log says of it when a server dies or
+    is not healthy in time.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class LocalServers:
         routes: bool = False,
         key: str | None = None,
         placement: Placement | None = None,
+        host: str = LOOPBACK,
+        port: int | None = None,
     ) -> None:
         self.urls: tuple[str, ...] = ()
         self.key = secrets.token_urlsafe(32) if key is None else key
@@ -75,17 +78,19 @@ class LocalServers:
         self._dtype = dtype
         self._seed = seed
         self._routes = routes
+        self._host, self._port = host, port
         self._servers: list[_Server] = []
 
     def __enter__(self) -> Self:
         python = find_server_python(self._config.server_python)
         placement = self._placed()
-        gpus = placement.first_cards
+        gpus, host, first = placement.first_cards, self._host, self._port
+        ports = free_ports(len(gpus), host) if first is None else range(first, first + len(gpus))
         with writing(self._log_dir):
             self._log_dir.mkdir(parents=True, exist_ok=True)
             write_key(self._log_dir / KEY_FILE, self.key)
         try:
-            for index, (port, gpu) in enumerate(zip(free_ports(len(gpus)), gpus, strict=True)):
+            for index, (port, gpu) in enumerate(zip(ports, gpus, strict=True)):
                 arguments = server_arguments(
                     self._config,
                     self._model_path,
@@ -94,6 +99,7 @@ class LocalServers:
                     dtype=self._dtype,
                     seed=self._seed + index,
                     gpu=gpu,
+                    host=host,
                     routes=self._routes,
                     placed=placement.server_args,
                 )
@@ -102,9 +108,9 @@ class LocalServers:
                     _Server(
                         python,
                         arguments,
-                        f"http://127.0.0.1:{port}",
+                        f"http://{f'[{host}]' if ':' in host else host}:{port}",
                         log,
-                        server_environment(os.environ, self._device, self.key, sleeps=placement.colocated),
+                        server_environment(os.environ, self._device, self.key, sleeps=placement.colocated, host=host),
                         self.key,
                     )
                 )
@@ -297,20 +303,20 @@ def find_server_python(configured: str = "") -> Path:
     )
 
 
-def free_ports(count: int) -> list[int]:
+def free_ports(count: int, host: str = LOOPBACK) -> list[int]:
     """Distinct free ports below the usual ephemeral range: a server binds its port only after some 20 seconds, and no
     outgoing connection may take it meanwhile."""
     ports: list[int] = []
     for port in random.SystemRandom().sample(range(20000, 32000), 200):
-        with socket.socket() as probe:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind((host, port))
             except OSError:
                 continue
         ports.append(port)
         if len(ports) == count:
             return ports
-    raise EngineUnavailableError(f"found {len(ports)} of {count} free ports in 20000-31999 on 127.0.0.1")
+    raise EngineUnavailableError(f"found {len(ports)} of {count} free ports in 20000-31999 on {host}")
 
 
 def last_words(log: str) -> str:

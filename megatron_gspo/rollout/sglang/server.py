@@ -372,6 +372,7 @@ def _without_cuda() -> bool:
 
 
 if __name__ in ("__main__", "__mp_main__"):  # the server, or a process that it spawned
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends it to trainers, and to whatever is in their step
     listen_on_loopback()
 
 if __name__ in ("__main__", "__mp_main__") and _without_cuda():
