@@ -54,6 +54,14 @@ class EngineUnavailableError(RolloutError, ConnectionError):
     """A rollout server does not answer, or died."""
 
 
+class StaleWeightsError(EngineReplyError):
+    """A rollout server answered with weights that this run has not sent: it was started again since the last sync."""
+
+
+class NoServerError(EngineUnavailableError):
+    """No rollout server is left that could be asked for responses."""
+
+
 class SyncError(MegatronGspoError, RuntimeError):
     """A weight sync did not leave the servers at the version that was sent."""
 

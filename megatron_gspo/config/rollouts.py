@@ -37,6 +37,9 @@ class RolloutConfig(Section):
     In the place of ``servers``: the run waits, ``server_start_s`` at most, for those of ``server_nodes`` nodes."""
     server_nodes: Positive = 1
     """Nodes in ``servers_from``, each with servers that answer, that a run begins with."""
+    router: Url | Literal[""] = ""
+    """Base URL of a router in front of ``servers`` (SGLang's own, say): requests for responses go to it, weights and
+    questions to ``servers``, which must be all that it has. Empty: the run spreads its requests itself."""
     local_servers: Positive | None = None
     """Servers to start on this machine when ``servers`` is empty. Absent: on GPUs as many as ``[placement]`` has room
     for; on a CPU, where each computes on one core, one for every 64 responses of an outer step, at most one a core and
@@ -76,12 +79,26 @@ class RolloutConfig(Section):
     tokenizer), as texts or ids: ``["<|im_end|>"]`` for a base model whose chat template ends a turn with it. Each must
     be one token of the vocabulary. Training, evaluation and fine-tuning use them."""
     concurrency: Positive | None = None
-    """Prompts in flight per data-parallel leader. Absent: as many as make 512 responses a server."""
+    """Prompts in flight per data-parallel leader, spread over all servers. Absent: as many as make 512 responses a
+    server."""
     timeout_s: PositiveFloat = 600.0
     """Seconds in which a server must answer one of the requests that it has, or generate a token: then they are given
     up. Waiting in its queue does not count."""
     retries: Annotated[int, Field(ge=0)] = 3
     """Further tries after a connection failure, a 5xx answer or an abort; each with the same seed."""
+    on_server_loss: Literal["continue", "error"] = "continue"
+    """A server that is gone, or silent for too long: its prompts go to others, it is started again if this run has
+    started it, and asked for responses once it holds the current weights; or the run fails (docs/servers.md)."""
+    server_restarts: Annotated[int, Field(ge=0)] = 10
+    """How often, at most, local servers that have died are started again in one start of a run, all together."""
+    wait_for_servers_s: Annotated[float, Field(ge=0.0)] = 1800.0
+    """Seconds that a run without any server waits for one to return, once it is saved; then it fails."""
+    health_every_s: PositiveFloat = 20.0
+    """Seconds between questions to a server that has requests and answers none. One that does not even take three of
+    them in a row is given up, before ``timeout_s``."""
+    resubmit_after_s: PositiveFloat | None = None
+    """Seconds after which a prompt that is not answered is asked of another server too: the first answer counts, the
+    other request is aborted. Absent: never. Without ``seeded``, the answer that comes first is rather a short one."""
     seeded: bool | None = None
     """Repeatable sampling: seed = hash(run seed, outer step, prompt, sample). Absent: on a CPU only."""
     on_truncated: Literal["keep", "drop", "zero", "mask"] = "keep"
@@ -128,6 +145,8 @@ class RolloutConfig(Section):
             raise ValueError("servers and servers_from both name running servers: keep one of them")
         if self.server_nodes > 1 and not self.servers_from:
             raise ValueError(f"server_nodes = {self.server_nodes} are those in servers_from, which is empty: set it")
+        if self.router and not self.named:
+            raise ValueError("router: name the servers behind it in rollout.servers, which are sent the weights")
         if self.overlong_buffer > self.max_response_tokens:
             raise ValueError(
                 f"overlong_buffer = {self.overlong_buffer} is longer than max_response_tokens = "

@@ -121,6 +121,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"correction is about the engine that draws responses, and {self.algorithm.name} has none: remove it"
             )
+        if self.rollout.router and self.replay.uses_engine_routes:
+            name = 'mode = "r3"' if self.replay.mode == "r3" else "engine_routes_every"
+            raise ValueError(
+                f"replay.{name} asks for the engine's routes, and SGLang's router does not pass that on: leave "
+                f"rollout.router empty, and the run spreads its requests over rollout.servers itself"
+            )
         self._check_paths()
         self.placement.check_args(self.rollout.server_args)
         prompt, response = self.rollout.max_prompt_tokens, self.rollout.max_response_tokens

@@ -69,6 +69,16 @@ INERT: tuple[tuple[tuple[str, ...], When, str], ...] = (
         "no clip range is of sequence ratios",
     ),
     (("rollout.max_empty_steps",), lambda c: c.rollout.on_empty_step == "error", "the first empty step fails the run"),
+    (
+        ("rollout.server_restarts",),
+        lambda c: c.rollout.named,
+        "running servers are named, and nobody starts them here",
+    ),
+    (
+        ("rollout.server_restarts", "rollout.wait_for_servers_s"),
+        lambda c: c.rollout.on_server_loss == "error",
+        'rollout.on_server_loss = "error": the first loss of a server fails the run',
+    ),
     (("replay.min_coverage",), lambda c: c.replay.mode != "r3", "only r3 replays routes that may be missing"),
     (("replay.engine_routes_every",), lambda c: c.replay.mode == "r3", "r3 asks for routes in every outer step"),
     (("replay.drift_every",), lambda c: c.replay.mode != "off", "with replay every outer step is measured"),

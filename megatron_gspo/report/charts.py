@@ -113,6 +113,19 @@ SECTIONS = (
                 zero=True,
             ),
             Chart(
+                "Lost servers",
+                "servers, prompts per outer step",
+                (
+                    Curve("servers/lost", "servers lost"),
+                    Curve("servers/returned", "servers that came back"),
+                    Curve("servers/restarted", "servers started again"),
+                    Curve("servers/moved", "prompts moved to another server"),
+                    Curve("servers/resubmitted", "prompts asked of a second server"),
+                ),
+                zero=True,
+            ),
+            Chart("Servers", "rollout servers", (Curve("servers/up", "with the current weights"),), zero=True),
+            Chart(
                 "Dynamic sampling",
                 "prompts, rounds per outer step",
                 (

@@ -277,6 +277,35 @@ METRICS: dict[str, Metric] = {
     "dropped/truncated": Metric("responses", "Those that were cut, under `rollout.on_truncated`.", combine="last"),
     "dropped/lonely": Metric("responses", "Sound ones that were left alone in their group.", combine="last"),
     "dropped/groups": Metric("groups", "Groups that left the batch with them.", combine="last"),
+    "servers/up": Metric(
+        "servers",
+        "Rollout servers that are there at the end of the outer step's draw, with the current weights.",
+        "All of them.",
+        combine="last",
+    ),
+    "servers/lost": Metric(
+        "servers",
+        "How often one was given up since the outer step before: gone, silent, or without this run's weights.",
+        "0.",
+        combine="last",
+    ),
+    "servers/returned": Metric(
+        "servers",
+        "How often one came back.",
+        combine="last",
+    ),
+    "servers/restarted": Metric(
+        "servers", "How often a local one was started again.", "0; `rollout.server_restarts` bounds it.", combine="last"
+    ),
+    "servers/moved": Metric(
+        "prompts", "Prompts that another server answered because theirs was lost.", "0.", combine="last"
+    ),
+    "servers/resubmitted": Metric(
+        "prompts",
+        "Prompts that were asked of a second server, under `rollout.resubmit_after_s`.",
+        "Few: each is computed twice.",
+        combine="last",
+    ),
     "data/skipped": Metric(
         "prompts",
         "Prompts (for sft, examples) that turned out bad when they were drawn, under `data.skip_bad`; the next of the "

@@ -74,6 +74,7 @@ def summarise(run: RunDirectory | Path | str) -> dict[str, Any]:
         "time_split": {part: _mean(recent, f"time/{part}") for part in TIME_PARTS},
         "engine": {name: engine.get(name) for name in ("name", "version")},
         "servers": [{"url": url} for url in engine.get("urls") or ()],
+        "servers_up": recent[-1].get("servers/up") if recent else None,
         "last_checkpoint": last_checkpoint(run),
         "warnings": warnings(trained, config),
     }
@@ -100,6 +101,8 @@ def warnings(lines: list[Record], config: RunConfig | None) -> list[str]:
         found.append(f"{flat:.0%} of the groups have equal rewards and teach nothing: prompts too easy or too hard")
     if skipped := sum(record.get("step/skipped", 0.0) > 0 for record in recent):
         found.append(f"{skipped} of the last {len(recent)} outer steps were skipped: every response was dropped")
+    if lost := sum(record.get("servers/lost", 0.0) for record in recent):
+        found.append(f"{lost:g} rollout servers were lost in the last {len(recent)} outer steps (docs/servers.md)")
     stopped = _mean(recent, "reward/grader_timeouts")
     if stopped:
         found.append(f"{stopped:.2g} responses per outer step took too long to grade and got 0 (docs/grading.md)")
@@ -203,7 +206,9 @@ def _state_text(summary: dict[str, Any]) -> str:
 def _server_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """The engine, and each server: what it said when it was asked, else only its URL."""
     name, version = summary["engine"]["name"], summary["engine"]["version"]
-    rows = [("engine", f"{name} {version}")] if version else []
+    up, of_all = summary["servers_up"], len(summary["servers"])
+    served = "" if up is None or up == of_all else f", {up:g} of {of_all} servers in the last outer step"
+    rows = [("engine", f"{name} {version}{served}")] if version else []
     for server in summary["servers"]:
         said = "not asked"
         if "error" in server:

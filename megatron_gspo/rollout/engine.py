@@ -50,8 +50,21 @@ class Engine(Protocol):
 
     version: str
     """The engine's own version, for the manifest."""
-    repeatable: bool
-    """Whether equal seeds give equal tokens, whatever else is in the batch."""
+    lost: dict[str, str]
+    """Servers that were given up since ``serve``, with the reason: no prompt goes there any more."""
+    moved: int
+    """Prompts that went to another server since ``serve``, because theirs was lost."""
+    resubmitted: int
+    """Prompts that were asked of another server too, because theirs took long."""
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether equal seeds give equal tokens, whatever else is in the batch."""
+        ...
+
+    def serve(self, urls: Sequence[str]) -> None:
+        """Asks these servers from now on, all of which hold the current weights."""
+        ...
 
     async def __aenter__(self) -> Self: ...
 
@@ -60,13 +73,22 @@ class Engine(Protocol):
     ) -> None: ...
 
     async def rollout_groups(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, weight_version: int, progress: Progress | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        weight_version: int,
+        progress: Progress | None = None,
+        first: int = 0,
     ) -> list[list[Rollout]]:
         """Draws ``sampling.group_size`` responses for each prompt: groups in the order of ``prompts``, by sample.
 
+        ``first``: prompts of the leaders before this one, which are asked for at the same time, of the same servers.
+
         Every response is validated. Truncated, aborted and mixed-version ones are returned and told apart by their
-        fields (``rollout.survivors.apply_policies`` handles them). Raises EngineUnavailableError when a server is gone,
-        EngineReplyError when a reply breaks the contract or comes from other weights than ``weight_version``, and
+        fields (``rollout.survivors.apply_policies`` handles them). Raises NoServerError when no server is left
+        (EngineUnavailableError when one is gone, under ``rollout.on_server_loss = "error"``), EngineReplyError when a
+        reply breaks the contract or comes from other weights than ``weight_version``, and
         RolloutError when a server refuses a request.
         """
         ...
@@ -167,7 +189,7 @@ class EngineEntry:
     """An engine by name; each field is ``module:class``, imported on use."""
 
     engine: str
-    """Called with (urls, rollout_config, vocab_size=..., decode=..., access=...)."""
+    """Called with (urls, rollout_config, vocab_size=..., decode=..., access=..., leaders=...)."""
     control: str
     """A ``Control``; called with (urls, timeout_s, key)."""
     servers: str
@@ -216,14 +238,16 @@ def make_engine(
     vocab_size: int,
     decode: Decode | None = None,
     access: ServerAccess = OPEN,
+    leaders: int = 1,
 ) -> Engine:
-    """The configured engine over the servers at ``urls``, to be entered with ``async with``.
+    """The configured engine over the servers at ``urls``, to be entered with ``async with``; ``leaders`` ask them at
+    the same time.
 
     ``vocab_size`` is the Hugging Face ``config.vocab_size``: prompts and replies must lie within it. ``decode`` fills
     ``Rollout.text``. ``access`` opens the servers, and names the weight versions that are believed.
     """
     make = pkgutil.resolve_name(ENGINES[config.engine].engine)
-    engine: Engine = make(urls, config, vocab_size=vocab_size, decode=decode, access=access)
+    engine: Engine = make(urls, config, vocab_size=vocab_size, decode=decode, access=access, leaders=leaders)
     return engine
 
 

@@ -60,15 +60,27 @@ class Checkpoints:
         self._exports.after_step(progress.outer_steps, last=last)
         self._publish(wait=last)
         every, done = self._train.checkpoint_every, progress.outer_steps
-        if done > self._saved_at and (last or (every and done % every == 0)):
+        if last or (every and done % every == 0):
+            self._save(progress, background=self._train.checkpoint_async and not last)
+
+    def keep(self, progress: Progress) -> str:
+        """Saves now, where that was not done after the last step; says what there is."""
+        self._publish(wait=True)
+        self._save(progress, background=False)
+        done = progress.outer_steps
+        return f"outer step {done} is saved" if done else "nothing is done yet that could be saved"
+
+    def _save(self, progress: Progress, *, background: bool) -> None:
+        done = progress.outer_steps
+        if done > self._saved_at:
             self._publish(wait=True)
             extra = progress.state_dict() | self._identity
             extra |= {name: state for name, model in self._models.items() if (state := model.state_dict())}
             self._pending = begin_save(
-                self._models, self._root / name_of(done), extra, background=self._train.checkpoint_async and not last
+                self._models, self._root / name_of(done), extra, background=background
             )
             self._saved_at = done
-            self._publish(wait=last or not self._train.checkpoint_async)
+            self._publish(wait=not background)
 
     def _publish(self, *, wait: bool) -> None:
         """Finishes the save in flight, if there is one and it is written (or with ``wait``)."""

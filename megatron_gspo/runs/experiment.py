@@ -160,10 +160,21 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
     (
         "how servers are started and reached",
         _never,
-        _names("rollout", "servers servers_from server_nodes local_servers server_python server_start_s concurrency timeout_s retries"),
+        _names(
+            "rollout",
+            "servers servers_from server_nodes router local_servers server_python server_start_s server_restarts concurrency timeout_s retries "
+            "health_every_s resubmit_after_s",
+        ),
     ),
     ("how weights travel", _never, _names("sync", "method directory bucket_mb backend timeout_s verify")),
-    ("when a run fails", _never, _names("rollout", "on_empty_step max_empty_steps max_engine_k3 on_engine_drift")),
+    (
+        "when a run fails",
+        _never,
+        _names(
+            "rollout",
+            "on_empty_step max_empty_steps max_engine_k3 on_engine_drift on_server_loss wait_for_servers_s",
+        ),
+    ),
     ("when a run fails", _never, _names("reward", "timeout_s concurrency check_references")),
     ("when a run fails", _never, _names("replay", "min_coverage")),
     ("a permission", _never, _names("algorithm", "allow_wide_clip")),

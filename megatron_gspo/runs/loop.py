@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
-import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_gspo.platforms import here
-from megatron_gspo.config import Placement, RunConfig
+from megatron_gspo.config import RunConfig
 from megatron_gspo.data.cursor import PromptCursor
-from megatron_gspo.errors import ConfigError, RolloutError, RunStopped
-from megatron_gspo.parallel.exchange import agree, broadcast_object, together
+from megatron_gspo.errors import RolloutError, RunStopped
+from megatron_gspo.parallel.exchange import broadcast_object, together
 from megatron_gspo.megatron.checkpoint import POLICY, Models
 from megatron_gspo.megatron.groups import Groups, make_groups, start_distributed
 from megatron_gspo.megatron.policy import Policy
-from megatron_gspo.rollout.engine import local_servers
 from megatron_gspo.runs.adapters import save_adapters
 from megatron_gspo.runs.checkpoints import Checkpoints
 from megatron_gspo.train.assembly import Inputs, Run, build_run, load_inputs
-from megatron_gspo.train.engine_dtype import served_directory
 from megatron_gspo.train.evaluate import evaluate
 from megatron_gspo.runs.experiment import contents
-from megatron_gspo.train.models import placed_here, served
 from megatron_gspo.train.profile import Profiles
 from megatron_gspo.train.progress import Progress, seed_generators
-from megatron_gspo.runs.nodes import named_servers
 from megatron_gspo.runs.recording import MakeRecorder, Recorder, open_recorder
 from megatron_gspo.runs.resume import Resumption, find_resumption, identify
 from megatron_gspo.runs.save import save_models
 from megatron_gspo.train.sft import Examples, fine_tune, load_examples
 from megatron_gspo.train.step import empty_text, outer_step
+from megatron_gspo.runs.outage import Outages
+from megatron_gspo.runs.serving import rollout_servers
 from megatron_gspo.runs.stopping import StopRequest
 from megatron_gspo.train.survey import survey_references
-from megatron_gspo.runs.waiting import starting_servers
-from megatron_gspo.types import ServerAccess
+from megatron_gspo.types import RolloutRecord, StepReport
 from megatron_gspo.versions import untested
 
 
@@ -113,6 +108,14 @@ class Session:
                 f"train.resume = true continues"
             )
 
+    def check_stop(self, progress: Progress) -> None:
+        """While it waits for servers: raises RunStopped when a rank was asked to stop. Collective."""
+        if self.stop.asked(self.groups.world):
+            raise RunStopped(
+                f"stopped by SIGTERM after outer step {progress.outer_steps} of {self.config.train.outer_steps}, while it "
+                f"waited for a rollout server: train.resume = true continues from the last checkpoint"
+            )
+
 
 def supervise(session: Session, inputs: Examples) -> Models:
     """Supervised fine-tuning from its first or next step to the last; returns what was trained."""
@@ -134,7 +137,13 @@ def reinforce(session: Session, inputs: Inputs) -> Models:
     with rollout_servers(config, session.groups, recorder) as serving:
         placement = serving.placement
         run = build_run(
-            config, session.groups, inputs, serving.urls, serving.access, colocated=placement.colocated
+            config,
+            session.groups,
+            inputs,
+            serving.urls,
+            serving.access,
+            colocated=placement.colocated,
+            local=serving.local,
         )
         described = {"version": run.engine.version, "seeded": run.seeded, "urls": list(serving.urls)}
         recorder.engine({**described, "placement": placement.record(), "sync": run.sync.describe()})
@@ -143,16 +152,24 @@ def reinforce(session: Session, inputs: Inputs) -> Models:
         progress = Progress(run.cursor)
         try:
             with session.restore(run.models, progress) as checkpoints:
-                for _ in outer_steps(run, progress, recorder):
+                outages = Outages(
+                    run,
+                    recorder,
+                    save=functools.partial(checkpoints.keep, progress),
+                    stop=functools.partial(session.check_stop, progress),
+                )
+                for _ in outer_steps(run, progress, recorder, outages):
                     session.end_step(progress, checkpoints)
-                    serving.check()
+                    if not run.fleet.survives:
+                        serving.check()
         finally:
             run.sync.close()
     return run.models
 
 
-def outer_steps(run: Run, progress: Progress, recorder: Recorder) -> Iterator[None]:
-    """The outer loop: roll out, learn, sync, report; evaluate before the first step and then periodically.
+def outer_steps(run: Run, progress: Progress, recorder: Recorder, outages: Outages) -> Iterator[None]:
+    """The outer loop: roll out, learn, sync, report; evaluate before the first step and then periodically. A draw that
+    has lost every server is begun anew when one is back.
 
     Yields after each outer step, with ``progress`` at its end.
     """
@@ -164,18 +181,19 @@ def outer_steps(run: Run, progress: Progress, recorder: Recorder) -> Iterator[No
     if evaluating and config.eval.start and progress.outer_steps == 0:
         recorder.phase("evaluating the cold start")
         seed_generators(config.train.seed, 0)
-        recorder.initial(evaluate(run, 0))
+        recorder.initial(outages.outlast(0, lambda: evaluate(run, 0)))
     for number in range(progress.outer_steps, config.train.outer_steps):
-        recorder.phase(f"outer step {number + 1} of {config.train.outer_steps}")
-        seed_generators(config.train.seed, number)
+        step = functools.partial(one_step, run, number, progress.optimizer_steps, recorder)
         with profiles.step(number):
-            reports, records = outer_step(run, number, first_step=progress.optimizer_steps)
+            reports, records = outages.outlast(number, step)
         say(run, recorder)
         recorder.steps(reports[:-1])
         recorder.rollouts(number, records)
         last = number + 1 == config.train.outer_steps
         if evaluating and (last or (number + 1) % config.eval.every == 0):
-            reports[-1].metrics |= evaluate(run, number + 1)
+            version = number + 1
+            reports[-1].metrics |= outages.outlast(version, functools.partial(evaluate, run, version), savable=False)
+            say(run, recorder)
         recorder.steps(reports[-1:])
         progress.advance(reports)
         if progress.empty_steps:
@@ -183,10 +201,20 @@ def outer_steps(run: Run, progress: Progress, recorder: Recorder) -> Iterator[No
         yield
 
 
+def one_step(
+    run: Run, number: int, first_step: int, recorder: Recorder
+) -> tuple[list[StepReport], list[RolloutRecord]]:
+    """One outer step, from the state that its number gives: it may have been begun before."""
+    recorder.phase(f"outer step {number + 1} of {run.config.train.outer_steps}")
+    seed_generators(run.config.train.seed, number)
+    return outer_step(run, number, first_step=first_step)
+
+
 def say(run: Run, recorder: Recorder) -> None:
     """Passes on what has been noted."""
-    while run.notes:
-        recorder.note(run.notes.pop(0))
+    for notes in (run.fleet.notes, run.notes):
+        while notes:
+            recorder.note(notes.pop(0))
 
 
 def report_empty_step(config: RunConfig, progress: Progress, what: str, recorder: Recorder) -> None:
@@ -197,68 +225,6 @@ def report_empty_step(config: RunConfig, progress: Progress, what: str, recorder
         raise RolloutError(
             f"{what}, as in the {progress.empty_steps} outer steps up to here (rollout.max_empty_steps = {most})"
         )
-
-
-@dataclass(frozen=True)
-class Serving:
-    """The rollout servers of a run, on every rank."""
-
-    urls: tuple[str, ...]
-    access: ServerAccess
-    check: Callable[[], None]
-    """Collective: raises EngineUnavailableError when a local server has died or lost its port."""
-    placement: Placement
-
-
-@contextlib.contextmanager
-def rollout_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> Iterator[Serving]:
-    """The servers of the configuration, or local ones that the first rank starts. Collective.
-
-    Raises ConfigError when local servers would have to serve ranks on other machines.
-    """
-    run = broadcast_object(secrets.token_hex(4), 0, groups.world)
-    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    placement = together(lambda: placed_here(config, ranks=local), groups.world)
-    placement = broadcast_object(placement, 0, groups.world)  # one for all, whatever another machine looks like
-    if config.rollout.named:
-        urls, key = named_servers(config, groups, recorder)
-        yield Serving(urls, ServerAccess(key, run), nothing, placement)
-        return
-    if local != world:
-        raise ConfigError(
-            f"{world} ranks, {local} of them on this machine: servers started here would not be reached by the others; "
-            f"start servers on their nodes with `megatron-gspo serve`, and name them in rollout.servers_from"
-        )
-    with contextlib.ExitStack() as stack:
-        urls, key, error = (), "", None
-        check: Callable[[], None] = nothing
-        if dist.get_rank() == 0:
-            device = here().device_type
-            logs = Path(config.train.run_dir) / "servers"
-            recorder.phase("waiting for the servers")
-            try:
-                rollout = served(config, placement)
-                servers = local_servers(rollout)(
-                    rollout,
-                    served_directory(rollout, config.model.path, logs, placement.sizes),
-                    logs,
-                    device=device,
-                    dtype=config.rollout.engine_dtype or config.model.dtype,
-                    seed=config.train.seed,
-                    routes=config.replay.uses_engine_routes,
-                    placement=placement,
-                )
-                with starting_servers(rollout, device, recorder.note):
-                    urls, key, check = stack.enter_context(servers).urls, servers.key, servers.check
-            except Exception as caught:
-                error = caught
-        agree(error, groups.world)
-        urls, key = broadcast_object((urls, key), 0, groups.world)
-        yield Serving(urls, ServerAccess(key, run), lambda: together(check, groups.world), placement)
-
-
-def nothing() -> None:
-    """What there is to check of servers that somebody else has started, and on other ranks than the first."""
 
 
 def set_determinism(config: RunConfig) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -120,7 +120,12 @@ def serve(config: RunConfig, node: Node, say: Callable[[str], None]) -> None:
     with claiming(f"{SETTING} = {directory}", directory):
         place.mkdir(parents=True, exist_ok=True)
     with lock(place / ".lock", f"{SETTING} = {directory}, node {node.name},"), contextlib.ExitStack() as stack:
-        servers = stack.enter_context(servers_of(as_started(config), node, place, shared_key(directory), say))
+        started = as_started(config)
+        placement = placed_on(started, node, torch.cuda.device_count() if here().device_type == "cuda" else 0)
+        key = shared_key(directory)
+        servers = stack.enter_context(
+            servers_of(started, placement, place, say, key=key, host=node.host, port=node.port)
+        )
         speaks = node.spread is None or node.spread.rank == 0
         if speaks:
             stack.callback(file.unlink, missing_ok=True)
@@ -134,12 +139,10 @@ def serve(config: RunConfig, node: Node, say: Callable[[str], None]) -> None:
 
 @contextlib.contextmanager
 def servers_of(
-    config: RunConfig, node: Node, logs: Path, key: str, say: Callable[[str], None]
+    config: RunConfig, placement: Placement, logs: Path, say: Callable[[str], None], **reached: Any
 ) -> Iterator[LocalServers]:
-    """A node's servers, healthy."""
-    device = here().device_type
-    placement = placed_on(config, node, torch.cuda.device_count() if device == "cuda" else 0)
-    rollout = served(config, placement)
+    """This machine's servers, healthy. ``reached``: ``LocalServers``' key, host and port."""
+    device, rollout = here().device_type, served(config, placement)
     servers: LocalServers = local_servers(rollout)(
         rollout,
         served_directory(rollout, config.model.path, logs, placement.sizes),
@@ -148,10 +151,8 @@ def servers_of(
         dtype=config.rollout.engine_dtype or config.model.dtype,
         seed=config.train.seed,
         routes=config.replay.uses_engine_routes,
-        key=key,
         placement=placement,
-        host=node.host,
-        port=node.port,
+        **reached,
     )
     with contextlib.ExitStack() as stack:
         with starting_servers(rollout, device, say):

@@ -96,6 +96,12 @@ class ChosenSync:
             self._chosen = None
         return self._sync().fill(tensors, version)
 
+    def reach(self, urls: Sequence[str]) -> None:
+        """See ``WeightSync.reach``. The method stays: it reaches them all the same."""
+        self._asking.reach(urls)
+        if self._chosen is not None:
+            self._chosen.reach(urls)
+
     def describe(self) -> dict[str, str]:
         """See ``WeightSync.describe``."""
         return {**self._sync().describe(), "why": self._why}

@@ -68,6 +68,10 @@ class WeightSync(Protocol):
         """
         ...
 
+    def reach(self, urls: Sequence[str]) -> None:
+        """Sends to these alone from now on, of the servers that there are: others are gone. Collective."""
+        ...
+
     def describe(self) -> dict[str, str]:
         """For people and the manifest: {"method", "path"}, "path" as far as it is known by now. Collective."""
         ...
@@ -200,6 +204,12 @@ class BucketSync:
         finally:
             part.close()
         return "; ".join(filter(None, (f"weights of version {version} went to {', '.join(empty)}", said)))
+
+    def reach(self, urls: Sequence[str]) -> None:
+        """See ``WeightSync.reach``."""
+        if tuple(urls) != self.servers.urls:
+            self.close()  # what was shared with a server that is gone serves nobody
+            self.serve(urls)
 
     def _without(self, version: str) -> tuple[str, ...]:
         """The servers that report another version."""

@@ -15,7 +15,7 @@ from megatron_gspo.data.cursor import PromptCursor
 from megatron_gspo.data.formats import Paths
 from megatron_gspo.data.prompts import CompletionSet, PromptSet, load_prompts
 from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer, response_text, turn_end_fix, turn_end_problem
-from megatron_gspo.errors import DataError
+from megatron_gspo.errors import DataError, SyncError
 from megatron_gspo.hf.carried import carried_names
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.megatron.checkpoint_files import is_distributed
@@ -34,10 +34,12 @@ from megatron_gspo.sync.head import HEAD, with_head
 from megatron_gspo.sync.peers import Peers
 from megatron_gspo.train.engine_dtype import sent, sent_names
 from megatron_gspo.train.engine_gate import EngineGate, make_gate
+from megatron_gspo.train.fleet import Fleet
 from megatron_gspo.train.learner import Learner, build_learner
 from megatron_gspo.train.models import check_models, check_served, engine_holds_head
 from megatron_gspo.train.progress import fingerprint
 from megatron_gspo.train.turns import Apart, Colocated
+from megatron_gspo.train.watch import Local, Watchman, another_server
 from megatron_gspo.types import OPEN, ServerAccess
 
 
@@ -50,8 +52,10 @@ class Run(Learner):
     eval_prompts: PromptSet | None
     cursor: PromptCursor
     engine: Engine
-    """Over this leader's share of the servers."""
+    """Over all servers, which it shares with the other leaders."""
     sync: WeightSync
+    fleet: Fleet
+    """Which of them are there."""
     reward: Reward
     gate: EngineGate
     references: ReferenceCheck | None = None
@@ -75,14 +79,45 @@ class Run(Learner):
 
         Raises SyncError.
         """
-        names = None if self.sync.wants_all or self.turns.forgets else self.changed_names
         self.turns.update(self.trained)
-        self._note(self.sync.push(self._outgoing(version, names), version, names and self._sent(names)))
+        while self.fleet.up:
+            names = None if self.sync.wants_all or self.turns.forgets else self.changed_names
+            try:
+                self._note(self.sync.push(self._outgoing(version, names), version, names and self._sent(names)))
+                break
+            except SyncError:
+                if not self.fleet.outlives(self.fleet.up):
+                    raise
+                self._reach()
         self.turns.serve(self.access.version_name(version))
 
     def fill(self, version: int, urls: Sequence[str] | None = None) -> None:
         """As ``push``, to those servers alone that do not hold ``version``; ``urls``: as in ``WeightSync.fill``."""
         self._note(self.sync.fill(self._outgoing(version), version, urls))
+
+    def ready(self, version: int) -> bool:
+        """Whether a server can be asked for responses of ``version``. Those that have died are started again, those
+        that have come back are sent the weights; the others are left out. Collective. Raises SyncError, and
+        NoServerError where ``rollout.router`` is gone."""
+        fleet = self.fleet
+        empty = list(fleet.survey(self.access.version_name(version))) if fleet.survives else []
+        while empty:
+            wanted = [url for url in fleet.urls if url in fleet.up or url in empty]
+            try:
+                self.fill(version, wanted)
+                fleet.fill(empty)
+                break
+            except SyncError:
+                if not (gone := fleet.outlives(wanted)):
+                    raise
+                empty = [url for url in empty if url not in gone]
+        self._reach()
+        return bool(fleet.up)
+
+    def _reach(self) -> None:
+        """Weights go to the servers that are there."""
+        if self.fleet.up:
+            self.sync.reach(self.fleet.up)
 
     def _note(self, said: str) -> None:
         if said:
@@ -194,9 +229,12 @@ def build_run(
     access: ServerAccess = OPEN,
     *,
     colocated: bool = False,
+    local: Local | None = None,
 ) -> Run:
-    """Loads model and weights and connects to the servers, which sleep first where they are ``colocated``. Collective.
-    Raises UserError for what the user can mend."""
+    """Loads model and weights and connects to the servers, which sleep first where they are ``colocated``. ``local``:
+    those that the first rank has started. Collective. Raises UserError for what the user can mend."""
+    if colocated:  # one that was lost may hold memory that the trainer counts on, or would have to take it again
+        config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"on_server_loss": "error"})})
     turns = take_turns(config, groups, urls, access) if colocated else Apart()
     turns.begin()
     learner = build_learner(config, groups)
@@ -208,12 +246,14 @@ def build_run(
         eval_prompts=inputs.eval_prompts,
         cursor=PromptCursor(len(inputs.prompts), config.train.seed, config.data.shuffle),
         engine=make_engine(
-            own_servers(urls, groups),
+            urls,
             config.rollout,
             vocab_size=policy.shape.vocab_size,
             decode=response_text(inputs.tokenizer, special_tokens=config.reward.special_tokens),
             access=access,
+            leaders=groups.data_size,
         ),
+        fleet=make_fleet(config, groups, urls, access, local),
         sync=make_weight_sync(
             config.sync,
             urls,
@@ -231,7 +271,7 @@ def build_run(
         turns=turns,
         changed_names=changed_names(config, policy),
     )
-    connect(run, own_servers(urls, groups), access, awake=not colocated)
+    connect(run, urls, access, awake=not colocated)
     return run
 
 
@@ -267,16 +307,19 @@ def changed_names(config: RunConfig, policy: Policy) -> frozenset[str] | None:
 
 
 def connect(run: Run, urls: Sequence[str], access: ServerAccess, *, awake: bool = True) -> None:
-    """Each leader says hello to its servers: one that is down, or of another model, or asleep where it should be
-    ``awake``, is found before anything is trained. Collective."""
+    """Each leader says hello to the servers: one of another model, or asleep where it should be ``awake``, is found
+    before anything is trained. One that is down is left out, unless there is no other. Collective."""
     error: Exception | None = None
     if run.groups.is_leader:
         try:
             asyncio.run(_enter_and_leave(run.engine))
-            check_served(urls, run.config.model.path, access.key, run.config.rollout.engine_dtype, awake=awake)
+            if dist.get_rank() == 0:
+                check_served(urls, run.config.model.path, access.key, run.config.rollout.engine_dtype, awake=awake)
         except Exception as caught:
             error = caught
     agree(error, run.groups.world)
+    run.fleet.hear(run.engine)
+    run.sync.reach(run.fleet.up)
 
 
 async def _enter_and_leave(engine: Engine) -> None:
@@ -284,9 +327,24 @@ async def _enter_and_leave(engine: Engine) -> None:
         pass
 
 
-def own_servers(urls: tuple[str, ...], groups: Groups) -> tuple[str, ...]:
-    """The share of the servers that this data-parallel leader draws from; one at least."""
-    return urls[groups.data_rank :: groups.data_size] or (urls[groups.data_rank % len(urls)],)
+def make_fleet(
+    config: RunConfig,
+    groups: Groups,
+    urls: Sequence[str],
+    access: ServerAccess,
+    local: Local | None,
+) -> Fleet:
+    """The servers, at which the first rank looks."""
+    rollout, key = config.rollout, access.key
+    seeded = rollout.is_seeded(on_gpu=here().device_type == "cuda")
+
+    def unfit(url: str) -> str:
+        check = functools.partial(check_served, [url], config.model.path, key, rollout.engine_dtype)
+        return another_server(check, seeded=seeded, url=url, key=key)
+
+    first = dist.get_rank() == 0
+    watch = Watchman(urls, key, access.run, local=local, router=rollout.router, unfit=unfit) if first else None
+    return Fleet(urls, groups.world, watch, survives=rollout.on_server_loss == "continue")
 
 
 def make_peers(groups: Groups) -> Peers:

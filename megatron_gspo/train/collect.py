@@ -14,9 +14,11 @@ import numpy as np
 from megatron_gspo.algorithm.advantages import BY_GROUP, credit_by_response, is_zero_variance, token_group_advantages
 from megatron_gspo.algorithm.base import ALONE, Algorithm, Credit
 from megatron_gspo.algorithm.metrics import rollout_metrics
+from megatron_gspo.errors import NoServerError
 from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.parallel.exchange import agree, gather_objects, together
 from megatron_gspo.rewards.scoring import GroupRewards, score_now
+from megatron_gspo.rollout.accounts import check_answered, check_complete
 from megatron_gspo.rollout.engine import Sampling
 from megatron_gspo.rollout.survivors import Dropped, apply_policies, shape_overlong, zero_truncated
 from megatron_gspo.train.assembly import Run
@@ -122,31 +124,47 @@ def number_visits(prompts: Sequence[Prompt], seen: Counter[str]) -> list[Prompt]
 
 def collect_rollouts(run: Run, prompts: Mapping[int, Prompt], number: int) -> tuple[dict[int, list[Rollout]], Dropped]:
     """Each leader draws the responses of its share of the prompts, which are by place in the outer step. Collective: a
-    failure reaches every rank."""
+    failure reaches every rank. Raises NoServerError when no server is left."""
     error: Exception | None = None
     survivors: dict[int, list[Rollout]] = {}
     dropped = Dropped()
     least = 1 if run.config.algorithm.credit in ALONE else 2
+    size, rank = run.groups.data_size, run.groups.data_rank
+    get_ready(run, number)
+    drawn: dict[int, list[Rollout]] = {}
     if run.groups.is_leader:
-        size, rank = run.groups.data_size, run.groups.data_rank
         mine = {place: prompt for place, prompt in prompts.items() if place % size == rank}
+        before = sum(place % size < rank for place in prompts)
         try:
-            drawn = asyncio.run(draw(run, list(mine.values()), run.sampling(number), number)) if mine else []
-            for place, group in zip(mine, drawn, strict=True):
+            groups = asyncio.run(draw(run, list(mine.values()), run.sampling(number), number, before)) if mine else []
+            drawn = dict(zip(mine, groups, strict=True))
+            check_complete(mine, drawn, run.config.rollout.group_size)
+            for place, group in drawn.items():
                 kept, counts = apply_policies([group], run.config.rollout, least=least)
                 dropped = dropped + counts
                 if kept:
                     (survivors[place],) = kept
         except Exception as caught:
             error = caught
+    run.fleet.hear(run.engine)
     agree(error, run.groups.world)
+    check_answered(prompts, gather_objects(tuple(drawn), run.groups.world))
     return survivors, dropped
 
 
-async def draw(run: Run, prompts: Sequence[Prompt], sampling: Sampling, weight_version: int) -> list[list[Rollout]]:
-    """All responses of this leader's prompts, by group."""
+def get_ready(run: Run, version: int) -> None:
+    """Servers that hold ``version``, for this leader's engine to ask. Collective. Raises NoServerError."""
+    if not run.ready(version):
+        raise NoServerError(run.fleet.why_none)
+    run.engine.serve(run.fleet.up)
+
+
+async def draw(
+    run: Run, prompts: Sequence[Prompt], sampling: Sampling, weight_version: int, before: int = 0
+) -> list[list[Rollout]]:
+    """All responses of this leader's prompts, by group. ``before``: prompts of the leaders before it."""
     async with run.engine as engine:
-        return await engine.rollout_groups(prompts, sampling, weight_version=weight_version)
+        return await engine.rollout_groups(prompts, sampling, weight_version=weight_version, first=before)
 
 
 def score(run: Run, survivors: dict[int, list[Rollout]], dropped: Dropped) -> Collected:
@@ -270,4 +288,5 @@ def summarise(run: Run, collected: Collected) -> dict[str, float]:
     rewards, advantages, lengths, truncated = ([row[column] for row in rows] for column in range(4))
     kinds = {f"dropped/{kind}": float(count) for kind, count in asdict(dropped).items()}
     stopped = {"reward/grader_timeouts": float(sum(count for _, _, count in parts))}
-    return rollout_metrics(rewards, advantages, lengths, truncated, dropped.responses) | kinds | stopped
+    found = rollout_metrics(rewards, advantages, lengths, truncated, dropped.responses)
+    return found | kinds | stopped | run.fleet.metrics()

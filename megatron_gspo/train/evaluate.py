@@ -10,6 +10,7 @@ from megatron_gspo.algorithm.evaluation import estimates
 from megatron_gspo.parallel.exchange import agree, gather_objects
 from megatron_gspo.rewards.scoring import guarded
 from megatron_gspo.train.assembly import Run
+from megatron_gspo.train.collect import get_ready
 from megatron_gspo.train.grade import evaluation_sampling, grade
 
 
@@ -35,16 +36,21 @@ def _rewards(run: Run, weight_version: int, *, greedy: bool) -> np.ndarray:
     assert run.eval_prompts is not None
     error: Exception | None = None
     mine: list[tuple[int, np.ndarray]] = []
+    get_ready(run, weight_version)
+    size, rank = run.groups.data_size, run.groups.data_rank
     if run.groups.is_leader:
-        share = range(run.groups.data_rank, len(run.eval_prompts), run.groups.data_size)
+        share = range(rank, len(run.eval_prompts), size)
+        before = sum(len(range(other, len(run.eval_prompts), size)) for other in range(rank))
         prompts = [run.eval_prompts.prompts[position] for position in share]
         sampling = evaluation_sampling(run.config, run.tokenizer.stop_ids, seeded=run.seeded, greedy=greedy)
         try:
             with guarded(run.reward):
-                graded = asyncio.run(grade(run.engine, run.reward, prompts, sampling, weight_version=weight_version))
+                answers = grade(run.engine, run.reward, prompts, sampling, weight_version=weight_version, first=before)
+                graded = asyncio.run(answers)
             mine = [(position, group.rewards_K) for position, group in zip(share, graded, strict=True)]
         except Exception as caught:
             error = caught
+    run.fleet.hear(run.engine)
     agree(error, run.groups.world)
     rewards = dict(pair for part in gather_objects(mine, run.groups.world) for pair in part)
     return np.stack([rewards[position] for position in range(len(run.eval_prompts))])

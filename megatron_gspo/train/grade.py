@@ -51,14 +51,18 @@ async def grade(
     *,
     weight_version: int,
     progress: Progress | None = None,
+    first: int = 0,
 ) -> list[Graded]:
-    """Draws and scores the responses to each prompt, in the order of ``prompts``.
+    """Draws and scores the responses to each prompt, in the order of ``prompts``. ``first``: as in
+    ``Engine.rollout_groups``.
 
     ``progress`` is called with each prompt's responses as they arrive. All or nothing: raises what the engine and
     ``score_groups`` raise. Truncated responses are scored as they are; ``rollout.on_truncated`` is for training.
     """
     async with engine:
-        drawn = await engine.rollout_groups(prompts, sampling, weight_version=weight_version, progress=progress)
+        drawn = await engine.rollout_groups(
+            prompts, sampling, weight_version=weight_version, progress=progress, first=first
+        )
     scored = await score_groups(reward, [[rollout for rollout in group if is_answer(rollout)] for group in drawn])
     if stopped := sum(rewards.stopped for rewards in scored):
         print(f"warning: {stopped} responses took too long to grade and got 0", file=sys.stderr, flush=True)

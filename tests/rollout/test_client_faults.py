@@ -454,7 +454,11 @@ def test_the_key_goes_with_every_request() -> None:
 @pytest.mark.parametrize("version", ["7", "7-4f1c09ab-incomplete", "07-4f1c09ab", "-4f1c09ab"])
 def test_weights_that_this_run_has_not_sent_are_refused_whatever_their_number(version: str) -> None:
     with pytest.raises(EngineReplyError, match=r"none of this run's \('7-4f1c09ab' was expected\)"):
-        draw(StandIn(always(reply([9, 8, STOP], version=version))), access=ServerAccess("", "4f1c09ab"))
+        draw(
+            StandIn(always(reply([9, 8, STOP], version=version))),
+            access=ServerAccess("", "4f1c09ab"),
+            on_server_loss="error",
+        )
 
 
 @pytest.mark.parametrize("version", ["7-4f1c09ac", "0-beef", "8-4f1c09ac-incomplete"])

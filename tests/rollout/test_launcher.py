@@ -53,8 +53,10 @@ def fake_python(directory: Path, script: str) -> str:
     return str(python)
 
 
-def servers(directory: Path, script: str, count: int = 1, start_s: float = 20.0) -> LocalServers:
-    config = RolloutConfig(server_python=fake_python(directory, script), local_servers=count, server_start_s=start_s)
+def servers(directory: Path, script: str, count: int = 1, start_s: float = 20.0, **settings: int) -> LocalServers:
+    config = RolloutConfig(
+        server_python=fake_python(directory, script), local_servers=count, server_start_s=start_s, **settings
+    )
     return LocalServers(config, "model", directory / "logs", device="cpu", dtype="float32")
 
 
@@ -136,6 +138,39 @@ def test_a_server_that_dies_during_the_run_is_noticed_by_check(tmp_path: Path) -
         process.wait()
         with pytest.raises(EngineUnavailableError, match="exited with -9"):
             local.check()
+
+
+def until_sound(local: LocalServers, *, most_s: float = 60.0) -> None:
+    deadline = time.monotonic() + most_s
+    while local.mend():
+        assert time.monotonic() < deadline, local.mend()
+        time.sleep(0.1)
+
+
+def test_servers_that_have_died_or_are_silent_are_started_again_so_often_as_is_allowed(tmp_path: Path) -> None:
+    with servers(tmp_path, HEALTHY.replace("SIG_IGN", "SIG_DFL"), count=2, server_restarts=2) as local:
+        first, second = local.urls
+        assert local.mend() == {} and local.restarts == 0
+        os.killpg(local._servers[0]._process.pid, signal.SIGKILL)
+        local._servers[0]._process.wait()
+        assert "exited with -9" in local.mend()[first]
+        assert first in local.mend([first]), "one that is still starting is not started again"
+        until_sound(local)
+        assert (local.restarts, (tmp_path / "logs" / "sglang-0.1.log").exists()) == (1, True)
+        silent = local._servers[1]._process.pid
+        os.killpg(silent, signal.SIGSTOP)  # it runs, and answers nobody
+        assert local.mend([second]) == {second: f"{second} runs, and generates nothing"}
+        until_sound(local)
+        assert processes_of(silent) == []
+        died, hung = local.said
+        assert died.startswith(f"the rollout server of {first} exited with -9; its log {tmp_path}/logs/sglang-0.log: ")
+        assert died.endswith("; it is started again (1 of 2 times)")
+        assert hung == f"{second} runs, and generates nothing; it is started again (2 of 2 times)"
+        os.killpg(local._servers[0]._process.pid, signal.SIGKILL)
+        local._servers[0]._process.wait()
+        assert [*local.mend()] == [*local.mend()] == [first]
+        assert local.restarts == 2 and "it stays away: rollout.server_restarts = 2" in local.said[-1]
+        assert len(local.said) == 3
 
 
 TOO_LATE = """

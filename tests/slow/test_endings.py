@@ -107,7 +107,7 @@ ENDINGS: dict[str, tuple[tuple[str, ...], Callable[[subprocess.Popen[str]], None
     ),
     "SIGKILL": ((LONG,), lambda process: process.kill(), -9, "killed", ""),
     "a server that dies": (
-        (LONG,),
+        (LONG, 'rollout.on_server_loss="error"'),
         kill_a_server,
         1,
         "failed",

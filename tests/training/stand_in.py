@@ -97,6 +97,32 @@ class StandIn:
         return strange[0] if strange else answers
 
 
+class Mortal(StandIn):
+    """Dies at a request, and comes back with nothing of what it was sent. ``unfilled`` are the versions under which it
+    answered requests for responses, in order."""
+
+    def __init__(self, model: Path) -> None:
+        super().__init__(model)
+        self.dead = False
+        self.unfilled: list[str] = []
+        self.dies_at: Callable[[str, dict[str, Any]], bool] = lambda path, body: False
+        self.comes_back_at: Callable[[], bool] = lambda: False
+
+    def reply(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        path = handler.path.partition("?")[0]
+        if self.dead and self.comes_back_at():
+            self.dead, self.version = False, "default"
+            self.received.clear()
+        self.dead = self.dead or self.dies_at(path, body)
+        if self.dead:
+            handler.close_connection = True
+            handler.connection.close()
+            return
+        if path == "/generate" and "-" not in self.version:
+            self.unfilled.append(self.version)
+        super().reply(handler, body)
+
+
 def sound(body: dict[str, Any], version: str) -> dict[str, Any]:
     """A response drawn uniformly by the request's own seed, which ends in a stop token or at the limit."""
     parameters = body["sampling_params"]

@@ -158,14 +158,15 @@ def test_a_server_that_dies_in_the_run_is_named(ranks: RankPool, settings: Setti
         return reply if count < LATER else None
 
     with StandIn(quickstart / "model", die) as server:
-        ended = endings(ranks, settings(server, "rollout.retries=1"))
+        ended = endings(ranks, settings(server, "rollout.retries=1", 'rollout.on_server_loss="error"'))
     assert re.search(rf"^1 EngineUnavailableError: {server.url}/generate failed 2 times", ended), ended
 
 
 def test_a_server_that_hangs_is_given_up(ranks: RankPool, settings: Settings, quickstart: Path) -> None:
     with StandIn(quickstart / "model", lambda reply, request, count: time.sleep(30)) as server:
-        ended = endings(ranks, settings(server, "rollout.timeout_s=0.5"))
-    assert re.search(r"^1 EngineUnavailableError: .* did not answer within rollout.timeout_s = 0.5 s", ended), ended
+        ended = endings(ranks, settings(server, "rollout.timeout_s=0.5", "rollout.wait_for_servers_s=0"))
+    said = r"^1 EngineUnavailableError: no rollout server is left \(.* did not answer within rollout.timeout_s = 0.5 s"
+    assert re.search(said + r".*; nothing is done yet that could be saved", ended), ended
 
 
 def test_a_server_of_another_model_is_refused_with_both_values(

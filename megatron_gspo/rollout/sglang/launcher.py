@@ -12,6 +12,8 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
@@ -46,11 +48,11 @@ class LocalServers:
     they are as many as the configuration says or the cards hold, on a machine where no rank trains.
 
     A server also ends by itself, within a second, when this process is gone (even killed). ``urls`` is set on entry;
-    logs go to ``log_dir/sglang-0.log`` and so on. They answer only requests with ``key``, but for questions after
-    their health: a random one unless it is given ("" asks for none). It lies in ``log_dir/key`` meanwhile, for this
-    user's eyes alone. They listen on ``host`` alone, at ports from ``port`` on, or free ones. Raises DependencyError
-    without an environment that holds sglang, EngineUnavailableError with what the log says of it when a server dies or
-    is not healthy in time.
+    logs go to ``log_dir/sglang-0.log`` and so on (``sglang-0.1.log`` once it was started again, by ``mend``). They
+    answer only requests with ``key``, but for questions after their health: a random one unless it is given ("" asks
+    for none). It lies in ``log_dir/key`` meanwhile, for this user's eyes alone. They listen on ``host`` alone, at ports
+    from ``port`` on, or free ones. Raises DependencyError without an environment that holds sglang,
+    EngineUnavailableError with what the log says of it when a server dies or is not healthy in time.
     """
 
     def __init__(
@@ -80,6 +82,11 @@ class LocalServers:
         self._routes = routes
         self._host, self._port = host, port
         self._servers: list[_Server] = []
+        self.restarts = 0
+        """How often a server was started again."""
+        self.said: list[str] = []
+        """What there is to say of it, in lines; whoever has said it clears them."""
+        self._given_up: set[str] = set()
 
     def __enter__(self) -> Self:
         python = find_server_python(self._config.server_python)
@@ -103,17 +110,14 @@ class LocalServers:
                     routes=self._routes,
                     placed=placement.server_args,
                 )
-                log = self._log_dir / f"sglang-{index}.log"
-                self._servers.append(
-                    _Server(
-                        python,
-                        arguments,
-                        f"http://{f'[{host}]' if ':' in host else host}:{port}",
-                        log,
-                        server_environment(os.environ, self._device, self.key, sleeps=placement.colocated, host=host),
-                        self.key,
-                    )
+                command = _Command(
+                    (str(python), "-P", str(SERVER_SCRIPT), *arguments),  # -P: its directory's modules are not its own
+                    f"http://{f'[{host}]' if ':' in host else host}:{port}",
+                    self._log_dir / f"sglang-{index}.log",
+                    server_environment(os.environ, self._device, self.key, sleeps=placement.colocated, host=host),
+                    self.key,
                 )
+                self._servers.append(_Server(command))
             deadline = time.monotonic() + self._config.server_start_s
             for server in self._servers:
                 server.wait_until_healthy(deadline)
@@ -144,6 +148,37 @@ class LocalServers:
         for server in self._servers:
             server.check()
 
+    def mend(self, silent: Collection[str] = ()) -> dict[str, str]:
+        """Starts servers again that have died, or are ``silent``, ``rollout.server_restarts`` times in all, and waits
+        for none of them. URL -> why, of those that cannot be asked for anything now."""
+        found: dict[str, str] = {}
+        for index, server in enumerate(self._servers):
+            why = server.problem(self._config.server_start_s)
+            if not why and server.answered and server.url in silent:
+                why = f"{server.url} runs, and generates nothing"
+            if why:
+                found[server.url] = why
+                self._start_again(index, why)
+            elif not server.answered:
+                found[server.url] = f"{server.url} is being started again"
+        return found
+
+    def _start_again(self, index: int, why: str) -> None:
+        server = self._servers[index]
+        if server.url in self._given_up:
+            return
+        server.terminate()
+        server.stop(time.monotonic() + GRACE_S[self._device])
+        most = self._config.server_restarts
+        if self.restarts >= most or not is_free(server.url):
+            self._given_up.add(server.url)
+            spent = f"rollout.server_restarts = {most}" if self.restarts >= most else "another program has its port now"
+            self.said.append(f"warning: {why}; it stays away: {spent}")
+            return
+        self.restarts += 1
+        self.said.append(f"{why}; it is started again ({self.restarts} of {most} times)")
+        self._servers[index] = _Server(server.command, start=server.start + 1)
+
     def stop(self) -> None:
         """Ends every process of every server: asks, waits ``GRACE_S``, kills. Safe to call again."""
         for server in self._servers:
@@ -156,44 +191,56 @@ class LocalServers:
             (self._log_dir / KEY_FILE).unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class _Command:
+    """What starts a server, again too."""
+
+    words: tuple[str, ...]
+    url: str
+    log: Path
+    environment: dict[str, str] = field(repr=False)
+    key: str = field(repr=False)
+
+
 class _Server:
     """One server: a process group of its own (HTTP server, scheduler, detokenizer)."""
 
-    def __init__(
-        self,
-        python: Path,
-        arguments: list[str],
-        url: str,
-        log: Path,
-        environment: dict[str, str],
-        key: str,
-    ) -> None:
-        self.url = url
-        self._key = key
-        self._answered = False
-        self._log_path = log
+    def __init__(self, command: _Command, start: int = 0) -> None:
+        self.command, self.start = command, start
+        self.url, self._key = command.url, command.key
+        self.answered = False
+        """Whether it was healthy once."""
+        self._began = time.monotonic()
+        self._log_path = command.log.with_suffix(f".{start}.log") if start else command.log
         self._shared: set[str] = set()
-        with writing(log):
-            self._log: IO[bytes] = log.open("wb")
+        with writing(self._log_path):
+            self._log: IO[bytes] = self._log_path.open("wb")
         self._files = private_files()
         try:
             self._process = subprocess.Popen(
-                [
-                    str(python),
-                    "-P",
-                    str(SERVER_SCRIPT),
-                    *arguments,
-                ],  # -P: this directory's modules are not the server's
+                command.words,
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
-                env=environment | {"TMPDIR": self._files, FILES: self._files},
+                env=command.environment | {"TMPDIR": self._files, FILES: self._files},
                 start_new_session=True,
             )
         except OSError as error:
             self._log.close()
             remove((), self._files)
-            raise ConfigError(f"{python} cannot be run: {error}; see rollout.server_python") from None
+            raise ConfigError(f"{command.words[0]} cannot be run: {error}; see rollout.server_python") from None
+
+    def problem(self, start_s: float) -> str:
+        """Why it must be started again, "" for a sound one and for one that is still starting."""
+        try:
+            if not self.answered and self._healthy():
+                self.settle()
+            self.check()
+        except EngineUnavailableError as error:
+            return str(error)
+        if not self.answered and time.monotonic() > self._began + start_s:
+            return f"{self.url} was not healthy within rollout.server_start_s; {self._log_tail()}"
+        return ""
 
     def wait_until_healthy(self, deadline: float) -> None:
         while not self._healthy():
@@ -203,6 +250,10 @@ class _Server:
                     f"{self.url} was not healthy within rollout.server_start_s; {self._log_tail()}"
                 )
             time.sleep(POLL_S)
+        self.settle()
+
+    def settle(self) -> None:
+        """Once it is healthy for the first time."""
         self.check()  # whoever bound the port first is healthy too
         self._shared = shared_memory(self._process.pid)
         self._freeze()
@@ -220,7 +271,7 @@ class _Server:
         status = self._process.poll()
         if status is not None:
             raise EngineUnavailableError(f"the rollout server of {self.url} exited with {status}; {self._log_tail()}")
-        if self._answered and not self._listens():
+        if self.answered and not self._listens():
             raise EngineUnavailableError(
                 f"{self.url} is answered by a program that is not the server started here (process group "
                 f"{self._process.pid}): something else has taken its port, and would be sent weights and prompts"
@@ -258,7 +309,7 @@ class _Server:
             get(f"{self.url}/health_generate", timeout_s=5)
         except (OSError, HTTPException):
             return False
-        self._answered = True
+        self.answered = True
         return True
 
     def _log_tail(self) -> str:
@@ -317,6 +368,17 @@ def free_ports(count: int, host: str = LOOPBACK) -> list[int]:
         if len(ports) == count:
             return ports
     raise EngineUnavailableError(f"found {len(ports)} of {count} free ports in 20000-31999 on {host}")
+
+
+def is_free(url: str) -> bool:
+    """Whether nobody holds the port of a local URL, as far as one can tell by taking it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of those that were closed just now
+        try:
+            probe.bind((urlsplit(url).hostname, urlsplit(url).port or 0))
+        except OSError:
+            return False
+    return True
 
 
 def last_words(log: str) -> str:

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 GAP = 0.1
 """Of the limit: the time between two looks at what a silent server is doing."""
+DEAF = 3
+"""Questions in a row without an answer of any kind, after which nobody is there."""
 
 
 class Patience:
@@ -17,13 +19,25 @@ class Patience:
     nobody counts how long one request waits. Progress is an answer to any of them, or, once a limit has passed without
     one, work that is different from what it was a moment ago: responses of many thousand tokens may take longer than
     the limit each. ``work`` says what the server has done so far, in whatever form; None when it does not say.
+
+    A server that does not even answer ``hears``, ``DEAF`` times in a row and ``every_s`` apart, is given up before.
     """
 
-    def __init__(self, timeout_s: float, work: Callable[[], Awaitable[object]]) -> None:
+    def __init__(
+        self,
+        timeout_s: float,
+        work: Callable[[], Awaitable[object]],
+        hears: Callable[[], Awaitable[bool]],
+        every_s: float,
+    ) -> None:
         self._timeout_s = timeout_s
         self._work = work
+        self._hears, self._every_s = hears, every_s
+        self.deaf = False
+        """Whether requests were given up because nobody was there."""
         self._limits: set[asyncio.Timeout] = set()
         self._watch: asyncio.Task[None] | None = None
+        self._knocking: asyncio.Task[None] | None = None
         self._last = 0.0
 
     @contextlib.asynccontextmanager
@@ -32,15 +46,18 @@ class Patience:
         async with asyncio.timeout(None) as limit:
             if not self._limits:
                 self._last = asyncio.get_running_loop().time()
+                self.deaf = False
                 self._watch = asyncio.create_task(self._give_up_in_time())
+                self._knocking = asyncio.create_task(self._knock())
             self._limits.add(limit)
             try:
                 yield
                 self._last = asyncio.get_running_loop().time()
             finally:
                 self._limits.discard(limit)
-                if not self._limits and self._watch is not None:
+                if not self._limits and self._watch is not None and self._knocking is not None:
                     self._watch.cancel()
+                    self._knocking.cancel()
 
     async def _give_up_in_time(self) -> None:
         clock = asyncio.get_running_loop().time
@@ -51,8 +68,22 @@ class Patience:
             if not await self._works() and self._last == silent_since:
                 break
             self._last = max(self._last, clock())
+        self._give_up()
+
+    async def _knock(self) -> None:
+        clock = asyncio.get_running_loop().time
+        unanswered = 0
+        while unanswered < DEAF:
+            begin = clock()
+            heard = self._last > begin - self._every_s or await self._hears()
+            unanswered = 0 if heard else unanswered + 1
+            await asyncio.sleep(begin + self._every_s - clock())
+        self.deaf = True
+        self._give_up()
+
+    def _give_up(self) -> None:
         for limit in self._limits:
-            limit.reschedule(clock())
+            limit.reschedule(asyncio.get_running_loop().time())
 
     async def _works(self) -> bool:
         """Whether the server's work goes on while one looks."""

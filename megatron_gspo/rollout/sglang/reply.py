@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_gspo.errors import EngineReplyError
+from megatron_gspo.errors import EngineReplyError, StaleWeightsError
 from megatron_gspo.rollout.engine import Decode, Sampling, rollout_seed
 from megatron_gspo.rollout.sglang.routes import decode_routes
 from megatron_gspo.types import OPEN, Prompt, Rollout, ServerAccess, is_of_another_run
@@ -49,6 +49,11 @@ def generation_request(prompt: Prompt, samples: Sequence[int], sampling: Samplin
         "return_logprob": True,
     }
     return request | ({"return_routed_experts": True} if sampling.routes else {})
+
+
+def alone(request: dict[str, Any]) -> dict[str, Any]:
+    """The request of one response as SGLang's router takes it, which knows of no lists (sglang-router 0.3.2)."""
+    return request | {name: request[name][0] for name in ("input_ids", "sampling_params")}
 
 
 def _seed(prompt: Prompt, sample: int, sampling: Sampling) -> dict[str, int]:
@@ -114,7 +119,7 @@ def parse_generation(
         if sampling.routes and len(versions) == 1 and finish_reason != "abort":
             routes = decode_routes(meta.get("routed_experts"), len(prompt.token_ids) + len(ids), sampling.routes)
     except EngineReplyError as error:
-        raise EngineReplyError(f"prompt {prompt.id!r}, sample {sample}: {error}") from None
+        raise type(error)(f"prompt {prompt.id!r}, sample {sample}: {error}") from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise EngineReplyError(
             f"prompt {prompt.id!r}, sample {sample}: not a reply of /generate "
@@ -228,7 +233,7 @@ def _weight_versions(meta: dict[str, Any], expected: int, access: ServerAccess) 
             f"give each run servers of its own"
         )
     if None in known:
-        raise EngineReplyError(
+        raise StaleWeightsError(
             f"weight version {shorten(names)} is none of this run's ({own!r} was expected): "
             f"no sync has reached the server, one failed halfway, or somebody else has started it again or given it "
             f"weights"
