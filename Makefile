@@ -51,6 +51,13 @@ help: ## show this
 install: ## install both environments into this checkout (DEVICE=cuda: for GPUs)
 	@$(MAKE) -s -j2 $(EXTENSION_STAMP) $(SGLANG_STAMP)
 
+.PHONY: packages
+packages: ## install all that both environments take from elsewhere: the layer of an image that a change of code keeps
+	@$(MAKE) -s -j2 $(TRAINER_STAMP) $(SGLANG_STAMP)
+
+.PHONY: servers
+servers: $(SGLANG_STAMP) ## install the rollout servers' environment alone
+
 .PHONY: kernels
 kernels: ## with DEVICE=cuda: compile Transformer Engine and apex into the trainer's environment
 	@[ $(DEVICE) = cuda ] || { echo "error: these kernels are for GPUs: make kernels DEVICE=cuda" >&2; exit 1; }
@@ -76,6 +83,13 @@ test-slow: install ## install, then run the tests that take minutes, which `make
 .PHONY: test-slurm
 test-slurm: install ## install, then run the job script on a Slurm of two nodes on this machine (as root; installs Debian's if need be)
 	OMP_NUM_THREADS=1 $(RUN) pytest -q -s -m slurm_suite tests/slurm --durations=0
+
+FUZZ_TIMES ?= 3
+FUZZ_SEED ?= 1
+
+.PHONY: fuzz
+fuzz: install ## at least 10,000 malformed inputs of every kind, from FUZZ_SEED
+	OMP_NUM_THREADS=1 FUZZ_TIMES=$(FUZZ_TIMES) $(RUN) pytest -q tests/fuzz --hypothesis-seed=$(FUZZ_SEED)
 
 .PHONY: test-latest
 test-latest: $(LATEST_STAMP) $(SGLANG_STAMP) browser ## run all tests on Python 3.12, the newest Megatron-Core and the GPU servers' torch (PYTHON_LATEST=...)
@@ -152,7 +166,7 @@ $(EXTENSION_STAMP): $(TRAINER_STAMP)
 	@rm -f .venv/.extension-*; touch $@
 
 # apex and Transformer Engine ask for their flags by environment variables. FORCE_BUILD: nothing else is downloaded.
-$(KERNELS_STAMP): $(EXTENSION_STAMP)
+$(KERNELS_STAMP): $(TRAINER_STAMP)
 	@$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc --version >/dev/null || { echo "error: no nvcc in $${CUDA_HOME:-/usr/local/cuda}: install the CUDA toolkit that torch was built with, or set CUDA_HOME" >&2; exit 1; }
 	@echo "Compiling Transformer Engine and apex into .venv (half an hour or more)"
 	@.venv/bin/python $(PIP) $(call files,$(TRAINER) $(firstword $(KERNELS)))

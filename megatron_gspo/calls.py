@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
+import re
 import socket
+import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 from urllib.parse import urlsplit
 
+from megatron_gspo.errors import ConfigError
+from megatron_gspo.untrusted import open_regular
+
 SERVER_KEY = "MEGATRON_GSPO_SERVER_KEY"
 """Environment variable with the key of servers that somebody else has started (SGLang's ``--api-key``)."""
+SERVER_KEY_FILE = "MEGATRON_GSPO_SERVER_KEY_FILE"
+"""Environment variable: the file that holds that key alone, and that nobody but its owner may open (mode 0600)."""
+MOST_KEY = 4096
+"""Characters of a key."""
 MOST_BYTES = 16 * 2**20
 """Of the answer to a question about a server; its settings take some ten thousand."""
 _CHUNK = 2**20
@@ -46,6 +57,53 @@ def start(action: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+def server_key(environment: Mapping[str, str] = os.environ) -> str:
+    """The key of servers that somebody else has started: the value of ``SERVER_KEY``, or what the file of
+    ``SERVER_KEY_FILE`` holds; "" where neither is set.
+
+    Raises ConfigError, without a character of the key, for both, for a file that others may open or that cannot be
+    read, and for what cannot be sent as a key.
+    """
+    key, file = environment.get(SERVER_KEY, ""), environment.get(SERVER_KEY_FILE, "")
+    if key and file:
+        raise ConfigError(f"{SERVER_KEY} and {SERVER_KEY_FILE} = {file} are both set: unset one of them")
+    if file:
+        return key_in(Path(file), f"{SERVER_KEY_FILE} = {file}")
+    return _sendable(key, SERVER_KEY) if key else ""
+
+
+def key_in(path: Path, named: str) -> str:
+    """The key that a file holds, which errors call ``named``. Raises ConfigError as ``server_key`` does."""
+    return _sendable(_read_key(path, named), named)
+
+
+def _read_key(path: Path, named: str) -> bytes:
+    try:
+        with open_regular(path) as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            if mode & 0o077:
+                raise ConfigError(
+                    f"{named} has mode {mode:04o}, so others can open it: chmod 600 {path}, and "
+                    f"change the key if they may have read it"
+                )
+            return file.read(MOST_KEY + 3).removesuffix(b"\n").removesuffix(b"\r")
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{named} cannot be read: {error}") from None
+
+
+def _sendable(key: str | bytes, where: str) -> str:
+    """A key that fits in a line of HTTP. http.client would say all of one that does not, in its error."""
+    text = key if isinstance(key, str) else key.decode("latin-1")
+    if not re.fullmatch(f"[!-~]{{1,{MOST_KEY}}}", text):
+        raise ConfigError(
+            f"{where} holds no key: a key is one line of 1 to {MOST_KEY} ASCII characters without spaces, and this "
+            f"has {len(text)} characters, {len(text.splitlines())} lines"
+        )
+    return text
 
 
 def refusal(status: int) -> str:

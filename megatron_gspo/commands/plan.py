@@ -141,8 +141,13 @@ def request_of(options: argparse.Namespace) -> Request:
 
 
 def _workload(options: argparse.Namespace) -> Workload:
+    from megatron_gspo.errors import ConfigError
     from megatron_gspo.plan.workload import Workload
 
+    for name in ("prompt", "response"):
+        mean, longest = getattr(options, f"mean_{name}"), getattr(options, f"{name}_tokens")
+        if mean is not None and not 0 < mean <= longest:
+            raise ConfigError(f"--mean-{name} {mean:g}: above 0, and at most --{name}-tokens {longest}")
     return Workload(
         prompts=options.prompts,
         group_size=options.group_size,

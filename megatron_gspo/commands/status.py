@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--watch", action="store_true", help="go on until the run ends; piped: a line at each change")
     parser.add_argument("--interval", type=_seconds, default=2.0, metavar="SECONDS", help="between looks (default 2)")
+    parser.add_argument(
+        "--healthy", action="store_true", help="exit status 1 unless the run goes on with every rank, or is finished"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON; with --watch one object a line")
 
 
@@ -30,12 +33,12 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
     import json
 
-    from megatron_gspo.report.status import format_line, format_status
+    from megatron_gspo.report.status import format_line, format_status, is_healthy
 
     if not options.watch:
         summary = look(options.path)
         print(json.dumps(summary, indent=2) if options.json else format_status(summary))
-        return 0
+        return int(options.healthy and not is_healthy(summary))
     summaries = watch(options.path, options.interval)
     if sys.stdout.isatty() and not options.json:
         last = _show_in_place(summaries)
@@ -98,7 +101,9 @@ def _print_changes(summaries: Iterator[dict[str, Any]], line_of: Any) -> dict[st
     """Prints a summary when something in it has changed; the passing of time is no change."""
     summary, known = {}, None
     for summary in summaries:
-        content = {name: value for name, value in summary.items() if name != "silent_s"}
+        states = [(entry["rank"], entry["state"]) for entry in summary["ranks"]]
+        content = {name: value for name, value in summary.items() if name not in ("silent_s", "ranks")}
+        content["ranks"] = states
         if content != known:
             print(line_of(summary), flush=True)
         known = content

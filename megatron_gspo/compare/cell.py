@@ -69,10 +69,11 @@ class CellProcesses:
 
 def run_cell(cell: Cell, config: RunConfig, key: str | None) -> None:
     """Trains, measures, writes the digest. What is printed goes to the cell's log, which goes when all is well."""
-    from megatron_gspo.calls import SERVER_KEY
+    from megatron_gspo.calls import SERVER_KEY, SERVER_KEY_FILE
 
     if key is not None:
         os.environ[SERVER_KEY] = key  # for the ranks
+        os.environ.pop(SERVER_KEY_FILE, None)
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the first one decides
     cell.run_dir.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +181,11 @@ def parse_sweep(text: str) -> Sweep | None:
         ) from None
     if setting.strip() in OURS:
         raise ConfigError(f"--sweep {text}: {setting} is decided by {OURS[setting.strip()]}")
-    values = [float(f"{first * (last / first) ** (i / (count - 1)):.4g}") for i in range(count)]
+    low, high = math.log(first), math.log(last)  # their ratio may be above what a number holds
+    between = [math.exp(low + (high - low) * i / (count - 1)) for i in range(1, count - 1)]
+    values = [float(f"{value:.4g}") for value in (first, *between, last)]
+    if len(set(values)) < count:
+        raise ConfigError(f"--sweep {text}: to four digits its {count} values are not {count} different ones")
     return Sweep(setting.strip(), tuple(values))
 
 

@@ -11,12 +11,23 @@ from megatron_gspo.section import AsList, NonNegativeFloat, Positive, PositiveFl
 
 
 def _server_url(text: str) -> str:
-    """Raises ValueError for what no request could be sent to."""
+    """Raises ValueError for what no request could be sent to, and for a password: a run writes its addresses down."""
     parts = urlsplit(text)  # raises for brackets that do not match; ``port`` for one that is no port
+    if "@" in parts.netloc:
+        raise ValueError("a server's address holds a user or a password: a key goes into $MEGATRON_GSPO_SERVER_KEY")
     plain = text.isprintable() and not any(map(str.isspace, text))
+    plain = plain and not (parts.query or parts.fragment)
     if not (plain and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0):
         raise ValueError(f"{text!r} is no server: write http://HOST:PORT")
     return text
+
+
+def _without_keys(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """Raises ValueError for a key: everybody reads a command line, and a run writes its configuration down."""
+    for flag in ("--api-key", "--admin-api-key"):
+        if any(word.split("=", 1)[0] == flag for word in arguments):
+            raise ValueError(f"{flag} stands on a command line, which everybody can read; a run makes keys of its own")
+    return arguments
 
 
 Url = Annotated[str, AfterValidator(_server_url)]
@@ -51,7 +62,7 @@ class RolloutConfig(Section):
     """Dtype of local servers and of the weights that are sent; ``model.dtype`` when empty. Another one makes an engine
     gap: that of a reduced-precision engine, on a CPU too. "fp8": matrices in float8_e4m3fn with a scale for each block
     of 128 x 128, all else in bfloat16 (docs/fp8.md); named servers must have been started from such weights."""
-    server_args: Annotated[tuple[str, ...], AsList] = ()
+    server_args: Annotated[tuple[str, ...], AsList, AfterValidator(_without_keys)] = ()
     """More arguments for each local server, after those that ``[placement]`` and the launcher choose, which they
     overrule; a size that the configuration names in both places, with two values, is refused."""
     server_start_s: PositiveFloat = 300.0

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from megatron_gspo.section import AsList, Decay, Named, NonNegativeFloat, Positive, PositiveFloat, Section
+
+
+def _address(text: str) -> str:
+    """Raises ValueError for what is no HOST:PORT or :PORT."""
+    if text:
+        parts = urlsplit(f"//{text}")  # raises for brackets that do not match; ``port`` for one that is no port
+        plain = text.isascii() and text.isprintable() and " " not in text and parts.netloc == text
+        if not (plain and parts.port and "@" not in text):
+            raise ValueError(f"{text!r} is no address: write HOST:PORT, as in 127.0.0.1:9100")
+    return text
 
 
 class ModelConfig(Section):
@@ -152,6 +163,9 @@ class TrainConfig(Section):
     """Writes TensorBoard events."""
     wandb: bool = False
     """Also logs to Weights & Biases (the ``wandb`` extra)."""
+    metrics_address: Annotated[str, AfterValidator(_address)] = ""
+    """HOST:PORT where the first rank answers Prometheus (``/metrics``) while the run goes on; ":9100" is that port of
+    this machine alone (loopback). Whoever reaches the address can read it. Empty: none."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

@@ -23,6 +23,13 @@ from megatron_gspo.untrusted import read_json
 ADAPTER = "adapter_model"
 """What the file of tensors is called."""
 CONFIG = "adapter_config.json"
+PLAIN = {"bias": "none", "fan_in_fan_out": False}
+"""Settings that say how tensors lie, or which others there are, and the only values that are read."""
+MORE = (
+    *("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "use_qalora", "lora_bias", "exclude_modules"),
+    *("layers_to_transform", "layer_replication", "trainable_token_indices"),
+)
+"""Settings that make something else of the adapters, unless they are empty."""
 
 
 def adapter_config(family: Family, model: ModelShape, lora: LoraConfig, base: str) -> dict[str, Any]:
@@ -70,13 +77,13 @@ def check_adapters(directory: Path, family: Family, model: ModelShape, lora: Lor
     numbers = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora}
     settings = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora"}
     for name, value in numbers.items():
-        if given.get(name, False) != value:
+        if given.get(name, False) != value or isinstance(given.get(name, False), bool) != isinstance(value, bool):
             raise ConfigError(
                 f"lora.path = {directory} has {name} = {given.get(name)!r}, and lora.{settings[name]} = {value!r}: use "
                 f"the same"
             )
-    for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora"):
-        if given.get(name):
+    for name in (*PLAIN, *MORE):
+        if given.get(name, PLAIN.get(name)) not in (PLAIN.get(name), None, False, [], {}):
             raise ConfigError(f"lora.path = {directory}: {name} = {given[name]!r:.80} is not supported")
     targets, wanted = given.get("target_modules"), _target_modules(family, model, lora)
     if (sorted(map(str, targets)) if isinstance(targets, list) else targets) != wanted:

@@ -15,6 +15,7 @@ from megatron_gspo.report.ending import ending
 from megatron_gspo.report.html import write_report
 from megatron_gspo.report.manifest import describe, with_start
 from megatron_gspo.report.metrics import INITIAL
+from megatron_gspo.report.prometheus import PrometheusSink
 from megatron_gspo.report.rundir import RunDirectory, initial_evaluation
 from megatron_gspo.report.sink import Fanout, MetricSink
 from megatron_gspo.report.tensorboard import TensorBoardSink
@@ -73,6 +74,8 @@ class RunRecorder:
                 sinks.append(TensorBoardSink(self._directory.tensorboard, purge_step))
             if config.train.wandb:
                 sinks.append(WandbSink(self._directory, config))
+            if config.train.metrics_address:
+                sinks.append(PrometheusSink(self._directory, config, world_size))
         self._sink = Fanout(sinks)
 
     def engine(self, description: Mapping[str, Any]) -> None:

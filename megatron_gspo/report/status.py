@@ -21,11 +21,16 @@ from megatron_gspo.report.metrics import (
     seconds,
     steps_taken,
 )
+from megatron_gspo.report.ranks import ENDED, grouped, ranks_of
 from megatron_gspo.report.rundir import RunDirectory
 from megatron_gspo.report.text import duration
 
 K3_HEALTHY = 1e-3
 """Engine gap below which trainer and engine count as the same policy (docs/metrics.md)."""
+UNENDED = ("running", "silent", "killed")
+"""Of such a run its ranks have something to tell."""
+LOST = ("gone", "silent", "missing", "failed")
+"""States of a rank that a run which goes on should not have."""
 TAIL_HEALTHY = 1e-4
 """Share of tokens whose ratio between engine and trainer is above 2 that is still usual."""
 
@@ -75,6 +80,7 @@ def summarise(run: RunDirectory | Path | str) -> dict[str, Any]:
         "engine": {name: engine.get(name) for name in ("name", "version")},
         "servers": [{"url": url} for url in engine.get("urls") or ()],
         "servers_up": recent[-1].get("servers/up") if recent else None,
+        "ranks": ranks_of(run.path, (manifest.get("layout") or {}).get("world_size")),
         "last_checkpoint": last_checkpoint(run),
         "warnings": warnings(trained, config),
     }
@@ -128,6 +134,7 @@ def format_status(summary: dict[str, Any]) -> str:
         *([("error", summary["error"])] if summary["error"] else []),
         *(_fine_tuning_rows(summary) if summary["fine_tunes"] else _policy_rows(summary)),
         ("speed", _speed_text(summary)),
+        *(_rank_rows(summary) if summary["status"] in UNENDED else []),
         *_server_rows(summary),
         ("checkpoint", summary["last_checkpoint"] or "none yet"),
     ]
@@ -201,6 +208,45 @@ def _state_text(summary: dict[str, Any]) -> str:
     if word == "silent":
         word = f"silent: nothing written for {duration(summary['silent_s'])}; it hangs, or was killed"
     return word + (f", resumed {resumed}x" if resumed else "")
+
+
+def lost_ranks(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Ranks of a run that are not there any more, or were never heard of."""
+    return [entry for entry in summary["ranks"] if entry["state"] in LOST]
+
+
+def is_healthy(summary: dict[str, Any]) -> bool:
+    """Whether the run goes on with every rank, or is finished."""
+    return summary["status"] == "finished" or (summary["status"] == "running" and not lost_ranks(summary))
+
+
+def _rank_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """A row for the ranks of each host, and one for each that is lost."""
+    rows = []
+    living = [entry for entry in summary["ranks"] if entry["state"] in ("alive", "ended")]
+    for host in dict.fromkeys(entry["host"] for entry in living):
+        here = [entry for entry in living if entry["host"] == host]
+        doing = []
+        for phase in dict.fromkeys(entry["phase"] for entry in here):
+            those = [entry for entry in here if entry["phase"] == phase]
+            longest = max(entry["in_phase_s"] for entry in those)
+            count = f"{len(those)} x " if len(those) < len(here) else ""
+            doing.append(f"{count}{phase} for {duration(longest)}" if phase != ENDED else f"{count}{phase}")
+        rows.append(("ranks", f"{host}: {grouped(entry['rank'] for entry in here)} ({', '.join(doing)})"))
+    return rows + [("rank", _lost_text(entry)) for entry in lost_ranks(summary)]
+
+
+def _lost_text(entry: dict[str, Any]) -> str:
+    if entry["state"] == "missing":
+        return f"{entry['rank']} has not been heard of"
+    if entry["state"] == "failed":
+        return f"{entry['rank']} on {entry['host']} has failed: logs/rank-{entry['rank']}.log says why"
+    where = f"{entry['rank']} on {entry['host']} (process {entry['pid']})"
+    said = {
+        "gone": "is gone; it was in",
+        "silent": f"has said nothing for {duration(entry['heard_s'])}; it was in",
+    }[entry["state"]]
+    return f"{where} {said} {entry['phase']}"
 
 
 def _server_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

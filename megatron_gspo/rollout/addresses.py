@@ -20,19 +20,18 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_gspo.calls import SERVER_KEY
+from megatron_gspo.calls import key_in, server_key
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.config.rollouts import Url
 from megatron_gspo.errors import ConfigError, EngineUnavailableError
 from megatron_gspo.rollout.sglang.probe import KEY_FILE, probe
 from megatron_gspo.storage import claiming, replace_text
-from megatron_gspo.untrusted import read_bytes, read_json
+from megatron_gspo.untrusted import read_json
 
 SETTING = "rollout.servers_from"
 NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """A node's name, which is a file's."""
 MOST_BYTES = 2**20
-LONGEST_KEY = 4096
 POLL_S = 1.0
 _URLS = TypeAdapter(tuple[Url, ...])
 
@@ -69,7 +68,7 @@ def read(directory: Path) -> dict[str, tuple[str, ...]]:
 def shared_key(directory: Path) -> str:
     """The key of all nodes' servers: that of the environment, else what lies in the directory, where the first node
     puts a random one. Raises ConfigError for one that others can read."""
-    if key := os.environ.get(SERVER_KEY, ""):
+    if key := server_key():
         return key
     path = directory / KEY_FILE
     with claiming(f"{SETTING} = {directory}", directory):
@@ -81,24 +80,22 @@ def shared_key(directory: Path) -> str:
 
 def find_key(directory: Path) -> str:
     """As ``shared_key``, and makes none: "" where there is none."""
-    if key := os.environ.get(SERVER_KEY, ""):
+    if key := server_key():
         return key
     path = directory / KEY_FILE
     try:
         _check_owner(path)
-        if path.stat().st_mode & 0o077:
-            raise ConfigError(f"{SETTING}: {path} can be read by others: chmod 600, or set ${SERVER_KEY}")
-        return read_bytes(path, LONGEST_KEY).decode().strip()
     except FileNotFoundError:
         return ""
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(f"{SETTING}: {path} holds no key: {error}") from None
+    return key_in(path, f"{SETTING}: {path}")
 
 
 def named(rollout: RolloutConfig) -> tuple[tuple[str, ...], str]:
     """URLs and key of the running servers that a configuration names, as many as are there now. Raises ConfigError."""
     if not rollout.servers_from:
-        return rollout.servers, os.environ.get(SERVER_KEY, "")
+        return rollout.servers, server_key()
     directory = Path(rollout.servers_from)
     if not (nodes := read(directory)):
         raise ConfigError(f"{SETTING} = {directory} has no servers now: start `megatron-gspo serve` on their nodes")

@@ -187,7 +187,7 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
         _names(
             "train",
             "run_dir checkpoint_every keep_last keep_every checkpoint_async save_rollouts save_hf save_hf_every "
-            "tensorboard wandb",
+            "tensorboard wandb metrics_address",
         ),
     ),
     ("how this start begins", _never, _names("train", "overwrite resume max_restarts resume_changes")),

@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from megatron_gspo.calls import server_key
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.files import check_readable
 from megatron_gspo.errors import ConfigError, WeightError
@@ -46,6 +47,8 @@ def check_before_start(config: RunConfig) -> None:
     check_readable(config.data.path)
     if config.algorithm.draws_responses:
         check_reward(config.reward)
+        if config.rollout.servers:
+            server_key()
         if config.data.eval_path:
             check_readable(config.data.eval_path)
 

@@ -26,7 +26,7 @@ from megatron_gspo.train.evaluate import evaluate
 from megatron_gspo.runs.experiment import contents
 from megatron_gspo.train.profile import Profiles
 from megatron_gspo.train.progress import Progress, seed_generators
-from megatron_gspo.runs.recording import MakeRecorder, Recorder, open_recorder
+from megatron_gspo.runs.recording import Agreed, MakeRecorder, Recorder, open_recorder
 from megatron_gspo.runs.resume import Resumption, find_resumption, identify
 from megatron_gspo.runs.save import save_models
 from megatron_gspo.train.sft import Examples, fine_tune, load_examples
@@ -87,7 +87,7 @@ class Session:
     identity: dict[str, Any]
     resumption: Resumption | None
     stop: StopRequest
-    recorder: Recorder
+    recorder: Agreed
 
     def restore(self, models: Models, progress: Progress) -> Checkpoints:
         """The run's checkpoints, after ``models`` and ``progress`` were brought to the one to continue from."""
@@ -144,6 +144,7 @@ def reinforce(session: Session, inputs: Inputs) -> Models:
             serving.access,
             colocated=placement.colocated,
             local=serving.local,
+            entering=recorder.enter,
         )
         described = {"version": run.engine.version, "seeded": run.seeded, "urls": list(serving.urls)}
         recorder.engine({**described, "placement": placement.record(), "sync": run.sync.describe()})

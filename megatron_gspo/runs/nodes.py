@@ -65,13 +65,13 @@ class Node:
 
 
 def named_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> tuple[tuple[str, ...], str]:
-    """URLs and key of the running servers that the configuration names; none where it names none. Collective; the first
-    rank waits for those of ``rollout.servers_from``."""
+    """URLs and key of the running servers that the configuration names. Collective; the first rank waits for those of
+    ``rollout.servers_from``, and its environment is what counts."""
     rollout = config.rollout
-    if not rollout.servers_from:
-        return named(rollout)
 
     def found() -> tuple[tuple[str, ...], str]:
+        if not rollout.servers_from:
+            return named(rollout)
         recorder.phase(f"waiting for servers in {rollout.servers_from}")
         return wait_for(rollout)
 

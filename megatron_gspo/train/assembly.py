@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,6 +67,8 @@ class Run(Learner):
     """With adapters, the tensors that a step can have changed: what a push sends once the servers have the others."""
     notes: list[str] = field(default_factory=list)
     """What the recorder is to say after the step."""
+    entering: Callable[[str], None] | None = None
+    """Told of each phase of an outer step as it begins."""
 
     @property
     def seeded(self) -> bool:
@@ -230,9 +232,11 @@ def build_run(
     *,
     colocated: bool = False,
     local: Local | None = None,
+    entering: Callable[[str], None] | None = None,
 ) -> Run:
     """Loads model and weights and connects to the servers, which sleep first where they are ``colocated``. ``local``:
-    those that the first rank has started. Collective. Raises UserError for what the user can mend."""
+    those that the first rank has started; ``entering``: as ``Run.entering``. Collective. Raises UserError for what the
+    user can mend."""
     if colocated:  # one that was lost may hold memory that the trainer counts on, or would have to take it again
         config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"on_server_loss": "error"})})
     turns = take_turns(config, groups, urls, access) if colocated else Apart()
@@ -269,6 +273,7 @@ def build_run(
         references=inputs.references,
         access=access,
         turns=turns,
+        entering=entering,
         changed_names=changed_names(config, policy),
     )
     connect(run, urls, access, awake=not colocated)

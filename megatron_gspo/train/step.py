@@ -54,7 +54,7 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
         number: outer steps before this one; also the weight version that the servers are at.
         first_step: optimizer steps before this one.
     """
-    clock = Clock()
+    clock = Clock(run.entering)
     collected, drawn = collect(run, number, clock)
     summary = summarise(run, collected) | drawn
     check_tokens(collected.samples, run.policy.shape.vocab_size, run.groups)

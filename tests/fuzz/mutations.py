@@ -1,20 +1,28 @@
 """Sound input -> malformed input: mutations of JSON trees, of bytes and of text, as Hypothesis strategies.
 
 Each test of this directory starts from something sound and breaks it, since random bytes are turned away at the first
-check. Examples are derandomized (tests/conftest.py): a seeded set that is the same on every machine.
+check. Examples are derandomized (tests/conftest.py): a seeded set that is the same on every machine. `make fuzz` draws
+several times as many (``TIMES``) from a seed that it names, and counts them.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import json
-from collections.abc import Iterator
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-HANG_S = 180
+TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
+"""How many times its usual number of inputs each test draws; above 1 from pytest's ``--hypothesis-seed``."""
+COUNTS: Counter[str] = Counter()
+"""Inputs that were tried, by the file that tries them."""
+HANG_S = 180 * TIMES
 """Seconds that a test of this directory may take (pytest-timeout); what hangs fails."""
 
 SCALARS = st.one_of(
@@ -58,14 +66,28 @@ BYTE_MUTATIONS = st.lists(
 """(operation, place in [0, 1), bit, bytes): what ``mutated_bytes`` does."""
 
 
-def fuzz(examples: int) -> settings:
-    """Settings of one fuzzer."""
-    return settings(
-        max_examples=examples,
+def fuzz(examples: int) -> Callable[[Any], Any]:
+    """Decorates a test that ``given`` has decorated, with so many examples, which are counted."""
+    chosen = settings(
+        max_examples=examples * TIMES,
         deadline=None,
-        derandomize=True,
+        derandomize=TIMES == 1,
+        database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
     )
+
+    def decorate(test: Any) -> Any:
+        inner, kind = test.hypothesis.inner_test, test.__module__.rpartition("test_")[2].replace("_", " ")
+
+        @functools.wraps(inner)
+        def counted(*arguments: Any, **named: Any) -> Any:
+            COUNTS[kind] += 1
+            return inner(*arguments, **named)
+
+        test.hypothesis.inner_test = counted
+        return chosen(test)
+
+    return decorate
 
 
 def mutated(tree: Any, mutations: list[tuple[str, int, int, Any]]) -> Any:

@@ -86,7 +86,7 @@ def test_the_key_of_the_environment_comes_first_and_is_written_nowhere(
 def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
     shared_key(tmp_path)
     (tmp_path / "key").chmod(0o640)
-    with pytest.raises(ConfigError, match="can be read by others: chmod 600"):
+    with pytest.raises(ConfigError, match="so others can open it: chmod 600"):
         find_key(tmp_path)
 
 

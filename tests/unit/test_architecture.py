@@ -13,8 +13,8 @@ ROOT = Path(megatron_gspo.__file__).parent
 
 LAYERS = [
     {"errors", "limits", "section", "_packing", "quiet", "versions", "platforms"},
-    {"supervise", "named"},
-    {"types", "storage", "calls", "untrusted"},
+    {"supervise", "named", "untrusted"},
+    {"types", "storage", "calls"},
     {"batching"},
     {"algorithm", "kernels"},
     {"config"},

@@ -142,14 +142,32 @@ def test_what_is_compiled_is_pinned_and_finds_its_other_half() -> None:
     assert apex.url is not None and re.fullmatch(r"git\+https://\S+@[0-9a-f]{40}", apex.url)
 
 
-def test_the_images_nvcc_is_of_torchs_cuda() -> None:
-    """apex refuses to be compiled by another one."""
-    text = (ROOT / "docker/Dockerfile").read_text()
-    (base,) = re.findall(r"^ARG BASE=nvidia/cuda:([\d.]+)-cudnn-devel-ubuntu24.04$", text, re.MULTILINE)
-    assert Version(base).release[:2] == Version(pins("cuda/torch.txt")["cuda-toolkit"]).release[:2]
-    steps = re.findall(r"^RUN (make .*)$", text, re.MULTILINE)
-    assert steps == ["make install DEVICE=cuda", "make kernels"]
-    assert "pip install" not in text  # what is installed is said in requirements/ alone
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.sglang"])
+def test_an_images_nvcc_is_of_torchs_cuda(name: str) -> None:
+    """apex refuses to be compiled by another one, and SGLang compiles against torch."""
+    text = (ROOT / "docker" / name).read_text()
+    bases = re.findall(r"^ARG (\w+)=nvidia/cuda:([\d.]+)-(?:cudnn-)?devel-ubuntu24.04$", text, re.MULTILINE)
+    assert [stage for stage, _ in bases] == ["BASE", "RUNTIME"]
+    assert {Version(version).release[:2] for _, version in bases} == {
+        Version(pins("cuda/torch.txt")["cuda-toolkit"]).release[:2]
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("Dockerfile", ["make packages DEVICE=cuda", "make kernels DEVICE=cuda", "make install DEVICE=cuda"]),
+        ("Dockerfile.sglang", ["make servers DEVICE=cuda"]),
+        ("Dockerfile.cpu", ["make packages DEVICE=cpu", "make install DEVICE=cpu"]),
+    ],
+)
+def test_what_an_image_holds_is_said_in_requirements_alone(name: str, steps: list[str]) -> None:
+    text = (ROOT / "docker" / name).read_text()
+    assert re.findall(r"^RUN (?:--mount=\S+ )?(make .*)$", text, re.MULTILINE) == steps
+    assert "pip install" not in text
+    said = [commands(*step.split()[1:]) for step in steps]
+    device = steps[0].rpartition("=")[2]
+    assert all(("requirements/cuda" in text) == (device == "cuda") for text in said)
 
 
 def test_a_packages_needs_are_followed_through_the_extras_that_are_asked_for() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from megatron_gspo.calls import SERVER_KEY
+from megatron_gspo.calls import SERVER_KEY, SERVER_KEY_FILE
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.parallel.rendezvous import INTERFACES, is_loopback
 from megatron_gspo.rollout.sglang.cards import FP8_KERNELS
@@ -88,7 +88,7 @@ def server_environment(
 ) -> dict[str, str]:
     """Its environment variables: its parent, its key (which a command line would show to everybody), one thread on a
     CPU, and nothing of torchrun's or this Python's. ``sleeps``: it will give its memory back meanwhile."""
-    drop = {*TORCHRUN_VARIABLES, "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    drop = {*TORCHRUN_VARIABLES, SERVER_KEY_FILE, "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
     kept = {key: value for key, value in environment.items() if key not in drop and not key.startswith("TORCHELASTIC")}
     kept["MEGATRON_GSPO_PARENT_PID"] = str(os.getpid())
     kept[SERVER_KEY] = key

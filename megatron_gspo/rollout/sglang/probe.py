@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_gspo.calls import SERVER_KEY, call, refusal
+from megatron_gspo.calls import call, refusal, server_key
 
 KEY_FILE = "key"
 """Beside the logs of servers that a run has started, as long as they run."""
@@ -71,7 +70,7 @@ def find_key(logs: Path) -> str:
     """The key of the servers whose logs lie there, else that of the environment; "" for neither, or another user's."""
     with contextlib.suppress(OSError):
         return (logs / KEY_FILE).read_text()
-    return os.environ.get(SERVER_KEY, "")
+    return server_key()
 
 
 def get(url: str, timeout_s: float, key: str = "") -> bytes:
