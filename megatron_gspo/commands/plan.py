@@ -1,6 +1,7 @@
 """``megatron-gspo plan``: layouts and placements for a number of GPUs, with memory and time.
 
 megatron-gspo plan qwen3-30b-a3b --gpus 16 --gpu h100-80
+megatron-gspo plan run.toml --gpus 16 --verify
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_gspo.plan.given import Given
     from megatron_gspo.plan.settings import Request
     from megatron_gspo.plan.workload import Workload
 
@@ -17,10 +19,16 @@ SUMMARY = "propose layouts and placements for a number of GPUs"
 EXAMPLE = "megatron-gspo plan qwen3-30b-a3b --gpus 8 --gpu h100-80 --write plan.toml"
 MORE = (
     "Says what each card would hold and how long an outer step would take, with a range, and why other layouts are "
-    "out. Sums, from sizes alone: no weights and no GPU are needed. Exit status 2 when nothing fits."
+    "out. Of a TOML file: what that run would take. Sums, from sizes alone: no weights and no GPU are needed. Exit "
+    "status 2 when nothing fits."
 )
 DOCS = "docs/planning.md"
 PLACEMENTS = ("auto", "apart", "colocated")
+OF_A_SEARCH = (
+    *("prompts", "group_size", "minibatches", "prompt_tokens", "response_tokens", "lora"),
+    *("placement", "reference", "narrow_states", "write"),
+)
+"""Options that a TOML file answers."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="Hugging Face directory, config.json, or the name of a published shape",
+        help="Hugging Face directory, config.json, the name of a published shape, or a run's TOML file",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the TOML file's"
     )
     for name, default, text in (
         ("gpus", 8, "GPUs of trainer and servers together"),
@@ -73,39 +84,58 @@ def run(options: argparse.Namespace) -> int:
     from megatron_gspo.plan.models import find_model
     from megatron_gspo.plan.rates import GPUS
 
-    model = find_model(options.model)
+    if options.overrides and not options.model.endswith(".toml"):
+        raise ConfigError(f"{options.overrides[0]} replaces a setting of a TOML file, and {options.model} is none")
     if options.gpu not in GPUS:
         raise ConfigError(f"--gpu {options.gpu}: known are {', '.join(GPUS)}")
-    return _propose(options, model, GPUS[options.gpu], request_of(options))
+    run = _given(options) if options.model.endswith(".toml") else None
+    model = find_model(run.config.model.path if run else options.model)
+    return _propose(options, model, GPUS[options.gpu], run.request if run else request_of(options), run)
 
 
-def _propose(options: argparse.Namespace, model: Any, gpu: Any, request: Request) -> int:
-    """Searches, writes and prints; 2 when nothing fits."""
+def _propose(options: argparse.Namespace, model: Any, gpu: Any, request: Request, run: Given | None) -> int:
+    """Searches or weighs what is given, writes and prints; 2 when nothing fits."""
     import json
 
     from megatron_gspo.plan.advice import to_fit, with_fewer
+    from megatron_gspo.plan.given import lacks, weighed
     from megatron_gspo.plan.search import search
     from megatron_gspo.plan.settings import written
     from megatron_gspo.plan.show import dry_record, dry_text, record, text_of
 
-    outcome = search(model, gpu, request)
-    changes = with_fewer(model, gpu, request) if outcome.plans else to_fit(model, gpu, request)
+    outcome = weighed(model, gpu, run) if run else search(model, gpu, request)
+    changes = [] if run else (with_fewer if outcome.plans else to_fit)(model, gpu, request)
     if options.write and outcome.plans:
         options.write.write_text(written(model, request, outcome.plans[0].choice), encoding="utf-8")
-    dry = _dry_run(model, request, outcome) if options.verify else None
+    dry = _dry_run(model, request, outcome, run) if options.verify else None
+    short = lacks(gpu, outcome.plans[0].choice, dry) if dry else 0
     if options.json:
         said = record(model, gpu, request, outcome, changes, options.top)
-        print(json.dumps(said | ({"verified": dry_record(dry)} if dry else {}), indent=2))
+        print(json.dumps(said | ({"verified": dry_record(dry, short)} if dry else {}), indent=2))
     else:
         print(text_of(model, gpu, request, outcome, changes, options.top))
         if dry:
-            print(f"\n{dry_text(outcome.plans[0].choice, dry)}")
+            print(f"\n{dry_text(gpu, outcome.plans[0].choice, dry, short)}")
         if options.write and outcome.plans:
             print(f"Written: {options.write}; fill in your paths, then: megatron-gspo doctor {options.write}")
-    return 0 if outcome.plans else 2
+    return 0 if outcome.plans and not short else 2
 
 
-def _dry_run(model: Any, request: Request, outcome: Any) -> Any:
+def _given(options: argparse.Namespace) -> Given:
+    """The TOML file. Raises ConfigError for options of a search, which say what it says."""
+    from megatron_gspo.config import load
+    from megatron_gspo.errors import ConfigError
+    from megatron_gspo.plan.given import given
+
+    for name in OF_A_SEARCH:
+        if getattr(options, name) != options.parser.get_default(name):
+            raise ConfigError(f"--{name.replace('_', '-')}: {options.model} says that; replace its setting")
+    _check_numbers(options)
+    means = options.mean_prompt or 0, options.mean_response or 0
+    return given(load(options.model, options.overrides), options.gpus, options.gpus_per_node, *means)
+
+
+def _dry_run(model: Any, request: Request, outcome: Any, run: Given | None) -> Any:
     """Of the best plan; None without one. Raises ConfigError for what has no dry run."""
     from megatron_gspo.dryrun import verify_shape
     from megatron_gspo.plan.settings import config_of
@@ -113,13 +143,27 @@ def _dry_run(model: Any, request: Request, outcome: Any) -> Any:
     if not outcome.plans:
         return None
     choice = outcome.plans[0].choice
-    return verify_shape(config_of(model, request, choice), model.family, model.shape, choice.gpus)
+    config = run.config if run else config_of(model, request, choice)
+    return verify_shape(config, model.family, model.shape, choice.gpus)
 
 
 def request_of(options: argparse.Namespace) -> Request:
     """The request. Raises ConfigError for numbers that no run could have."""
-    from megatron_gspo.errors import ConfigError
     from megatron_gspo.plan.settings import Request
+
+    _check_numbers(options)
+    return Request(
+        gpus=options.gpus,
+        per_node=options.gpus_per_node,
+        work=_workload(options),
+        placement=options.placement,
+        lora=options.lora,
+        narrow=options.narrow_states,
+    )
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    from megatron_gspo.errors import ConfigError
 
     least = {"gpus": 1, "gpus_per_node": 1, "prompts": 1, "group_size": 2, "minibatches": 1, "top": 1, "lora": 0}
     least |= {"prompt_tokens": 1, "response_tokens": 1}
@@ -130,14 +174,6 @@ def request_of(options: argparse.Namespace) -> Request:
         raise ConfigError(f"--prompts {options.prompts} is not a multiple of --minibatches {options.minibatches}")
     if options.gpus > options.gpus_per_node and options.gpus % options.gpus_per_node:
         raise ConfigError(f"--gpus {options.gpus} are no whole nodes of --gpus-per-node {options.gpus_per_node}")
-    return Request(
-        gpus=options.gpus,
-        per_node=options.gpus_per_node,
-        work=_workload(options),
-        placement=options.placement,
-        lora=options.lora,
-        narrow=options.narrow_states,
-    )
 
 
 def _workload(options: argparse.Namespace) -> Workload:

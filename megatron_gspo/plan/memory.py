@@ -101,10 +101,10 @@ def limit_of(gpu: Gpu) -> int:
     return int((1 - rates.HEADROOM) * gpu.memory)
 
 
-def trainer_memory(model: Model, request: Request, choice: Choice) -> TrainerMemory:
+def trainer_memory(model: Model, request: Request, choice: Choice, config: RunConfig | None = None) -> TrainerMemory:
     """Of a candidate's fullest rank: the first pipeline stage has most micro-batches in flight, the last one the
-    head."""
-    config = config_of(model, request, choice)
+    head. ``config``: the one that the choice was read from; otherwise it is made of the choice."""
+    config = config or config_of(model, request, choice)
     data = choice.parallel.data_size(choice.gpus)
     stages = sorted({0, choice.parallel.pipeline - 1})
     ranks = [_rank(model, config, choice, data, stage) for stage in stages]
@@ -140,12 +140,15 @@ def _rank(model: Model, config: RunConfig, choice: Choice, data: int, stage: int
     )
 
 
-def server_memory(model: Model, gpu: Gpu, request: Request, tensor: int, trainer: TrainerMemory | None) -> ServerMemory:
-    """A server over ``tensor`` cards; ``trainer``: the one that shares them and keeps its weights there."""
+def server_memory(
+    model: Model, gpu: Gpu, request: Request, tensor: int, trainer: TrainerMemory | None, share: float = 0.0
+) -> ServerMemory:
+    """A server over ``tensor`` cards; ``trainer``: the one that shares them and keeps its weights there; ``share``: of
+    a card, for weights and cache; 0: as much as there is."""
     weights, work, shape = weights_per_card(model, tensor), request.work, model.shape
     stays = trainer.parts["weights"] + trainer.parts.get("reference", 0) if trainer else 0
     beside = rates.CONTEXT + rates.SERVER_WORK + stays
-    share = max(0.01, int(100 * min(MEMORY["apart"], 1 - rates.HEADROOM / 2 - beside / gpu.memory)) / 100)
+    share = share or max(0.01, int(100 * min(MEMORY["apart"], 1 - rates.HEADROOM / 2 - beside / gpu.memory)) / 100)
     room = max(0, int(share * gpu.memory) - weights)
     parts = {"weights": weights, "cache": room, "working": rates.SERVER_WORK, "context": rates.CONTEXT}
     return ServerMemory(

@@ -23,6 +23,9 @@ from megatron_gspo.untrusted import read_json
 SHAPES = Path(__file__).with_name("shapes.json")
 """{name: {source, config}}: what the named ``config.json`` says of sizes."""
 
+TUNED = ("-base", "-instruct")
+"""What names of models end in whose sizes are those of the name without it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -96,8 +99,9 @@ def find_model(text: str) -> Model:
         if not isinstance(config, dict):
             raise ConfigError(f"{path}: holds a {type(config).__name__}, not an object of settings")
         return _model(path.resolve().parent.name, str(path.parent), config)
-    name = text.rpartition("/")[2].lower()
-    shapes = _shapes()
+    name, shapes = text.rpartition("/")[2].lower(), _shapes()
+    for end in TUNED:
+        name = name.removesuffix(end)
     if name not in shapes:
         near = difflib.get_close_matches(name, shapes, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known names: {', '.join(shapes)}"

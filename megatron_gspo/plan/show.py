@@ -13,7 +13,7 @@ from megatron_gspo.plan.advice import Change
 from megatron_gspo.plan.memory import FEW, limit_of
 from megatron_gspo.plan.models import Model
 from megatron_gspo.plan.published import Compared, factor_off
-from megatron_gspo.plan.rates import HEADROOM, Gpu
+from megatron_gspo.plan.rates import ASLEEP, CONTEXT, HEADROOM, Gpu
 from megatron_gspo.plan.search import Outcome, Plan
 from megatron_gspo.plan.settings import Choice, Request, config_of
 from megatron_gspo.report.text import count
@@ -170,8 +170,8 @@ def plan_record(model: Model, request: Request, plan: Plan) -> dict[str, Any]:
     }
 
 
-def dry_text(choice: Choice, found: DryRun) -> str:
-    """What a dry run of a plan found, kind of rank by kind of rank."""
+def dry_text(gpu: Gpu, choice: Choice, found: DryRun, short: int) -> str:
+    """What a dry run of a plan found, kind of rank by kind of rank; ``short``: bytes that a card lacks."""
     lines = [f"Dry run of {choice.name}, {found.seconds:.0f} s, without {', '.join(found.left_out)}:"]
     for name, rank in found.ranks.items():
         peak = rank.peak
@@ -185,12 +185,18 @@ def dry_text(choice: Choice, found: DryRun) -> str:
             sent[each.kind] = sent.get(each.kind, 0) + each.bytes
         moved = ", ".join(f"{kind} {gib(int(size))}" for kind, size in sent.items())
         lines.append(f"    {rank.flops / 1e12:.0f} Tflop in an optimizer step with its pi_old pass; {moved}")
+    beside = gib(CONTEXT) + " of context" + (f" and {gib(ASLEEP)} of a sleeping server" if choice.colocated else "")
+    verdict = f"is {gib(short)} more than" if short else "fits into"
+    lines.append(
+        f"The fullest rank, with {beside}, {verdict} {gib(limit_of(gpu))} ({1 - HEADROOM:.0%} of a card, {gpu.name})."
+    )
     return "\n".join(lines)
 
 
-def dry_record(found: DryRun) -> dict[str, Any]:
+def dry_record(found: DryRun, short: int) -> dict[str, Any]:
     """The same for ``--json``."""
     return {
+        "short_bytes": short,
         "seconds": round(found.seconds, 1),
         "left_out": list(found.left_out),
         "agreement": found.agreement,

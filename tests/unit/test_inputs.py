@@ -61,11 +61,20 @@ EXAMPLES = {
     "compare_tiny/compare": "python examples/compare_tiny/prepare.py .cache/compare_tiny",
     "compare_tiny/sft": "python examples/compare_tiny/prepare.py .cache/compare_tiny",
 }
-"""Every TOML file that is shipped -> what makes its model."""
+"""Every TOML file that is trained on a laptop -> what makes its model."""
+RECIPES = {
+    "qwen3_30b_a3b/gspo": "Qwen/Qwen3-30B-A3B-Base",
+    "qwen3_30b_a3b/gspo_r3": "Qwen/Qwen3-30B-A3B-Base",
+    "qwen3_30b_a3b/grpo_r2": "Qwen/Qwen3-30B-A3B-Base",
+    "qwen3_235b_a22b/gspo": "Qwen/Qwen3-235B-A22B",
+    "moonlight_16b_a3b/gspo": "moonshotai/Moonlight-16B-A3B",
+    "qwen3_0_6b/gspo": "Qwen/Qwen3-0.6B-Base",
+}
+"""Every other one -> its model's name on the hub."""
 
 
 def test_every_example_is_here(fresh: Path):
-    assert {f"examples/{name}.toml" for name in EXAMPLES} == {
+    assert {f"examples/{name}.toml" for name in {**EXAMPLES, **RECIPES}} == {
         str(path.relative_to(fresh)) for path in fresh.glob("examples/*/*.toml")
     }
 
@@ -84,6 +93,18 @@ def test_doctor_on_a_fresh_example_names_the_commands_that_come_first(name, comm
     assert wrong == {"model", "prompts"} | (set() if name.endswith("sft") else {"eval prompts"})
     prompts = [line for line in lines if "no such data file" in line]
     assert prompts and all(line.endswith(f"->  make it: {commands.partition(' && ')[0]}") for line in prompts)
+
+
+@pytest.mark.parametrize(("name", "hub"), RECIPES.items())
+def test_a_recipe_names_what_downloads_its_model_and_what_makes_its_data(name, hub, fresh):
+    source = Path(f"examples/{name}.toml")
+    data = "make it: python tools/prepare_data.py dapo"
+    hints = {name: advice(path, source, is_model=name == "model.path") for name, path in missing(load(source)).items()}
+    assert hints == {
+        "model.path": f"make it: hf download {hub} --local-dir models/{hub.partition('/')[2]}",
+        "data.path": f"{data} published/data/dapo-math-17k.parquet data/dapo",
+        "data.eval_path": f"{data} published/data/aime-2024.parquet data/aime24 --hold-out all",
+    }
 
 
 @pytest.mark.parametrize(("name", "commands"), EXAMPLES.items())

@@ -1,0 +1,124 @@
+"""What a configuration that is there already would take, in place of a search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_gspo.config import RunConfig
+from megatron_gspo.doctor.machine import gib
+from megatron_gspo.dryrun.result import DryRun
+from megatron_gspo.errors import ConfigError
+from megatron_gspo.hf.layout import check_layout, check_recompute
+from megatron_gspo.plan import rates
+from megatron_gspo.plan.estimates import with_rest
+from megatron_gspo.plan.memory import ServerMemory, limit_of, memory_of, server_memory, trainer_memory
+from megatron_gspo.plan.models import Model
+from megatron_gspo.plan.rates import Gpu
+from megatron_gspo.plan.search import Outcome, Plan, trainer_seconds
+from megatron_gspo.plan.serving import Servers, rollout_seconds
+from megatron_gspo.plan.settings import Choice, Request
+from megatron_gspo.plan.workload import Workload
+
+
+@dataclass(frozen=True)
+class Given:
+    """A configuration as a choice of ``plan``'s."""
+
+    config: RunConfig
+    request: Request
+    choice: Choice
+
+
+def given(config: RunConfig, gpus: int, per_node: int, mean_prompt: float = 0, mean_response: float = 0) -> Given:
+    """Reads the layout, the servers and the work of a step off a configuration.
+
+    Args:
+        config: the run. ``placement.mode = "auto"`` is read as "colocated", unless ``rollout.servers`` names some.
+        gpus: of trainer and servers together.
+        per_node: GPUs of each machine.
+        mean_prompt: tokens; 0: a quarter of the longest.
+        mean_response: tokens; 0: half of the longest.
+
+    Raises ConfigError for what has no plan, and LayoutError for a layout that does not fill the trainer's GPUs.
+    """
+    algorithm, rollout, parallel = config.algorithm, config.rollout, config.parallel
+    if not algorithm.draws_responses or algorithm.uses_critic:
+        raise ConfigError(
+            f'algorithm.name = "{algorithm.name}": a plan is of training with rollouts and without a critic'
+        )
+    colocated = config.placement.mode == "colocated" or (config.placement.mode == "auto" and not rollout.servers)
+    servers = _servers(config, gpus, colocated)
+    ranks = gpus if colocated else gpus - servers.gpus
+    if ranks < 1:
+        raise ConfigError(f"{servers.count} servers of {servers.tensor} GPUs leave none of {gpus} for the trainer")
+    work = Workload(
+        prompts=config.train.prompts_per_step,
+        group_size=rollout.group_size,
+        prompt_tokens=rollout.max_prompt_tokens,
+        response_tokens=rollout.max_response_tokens,
+        mean_prompt=mean_prompt or max(1.0, rollout.max_prompt_tokens / 4),
+        mean_response=mean_response or rollout.max_response_tokens / 2,
+        minibatches=config.train.minibatches,
+        reference=algorithm.uses_reference and not config.reference_is_base,
+    )
+    choice = Choice(
+        parallel=parallel.model_copy(update={"data": parallel.data_size(ranks)}),
+        gpus=ranks,
+        servers=servers,
+        colocated=colocated,
+        microbatch_tokens=config.train.microbatch_tokens,
+        recompute=config.model.recompute,
+        offload=config.optimizer.offload,
+        state_dtype=config.optimizer.state_dtype,
+        lora=config.lora.rank,
+        share=config.placement.memory or 0.0,
+    )
+    return Given(config, Request(gpus, per_node, work, lora=choice.lora), choice)
+
+
+def weighed(model: Model, gpu: Gpu, run: Given) -> Outcome:
+    """The one plan, or, where it does not fit, what it lacks. Raises LayoutError or ConfigError for what is illegal."""
+    request, choice = run.request, run.choice
+    check_layout(choice.parallel, model.shape)
+    check_recompute(run.config.model, choice.parallel, model.shape)
+    trainer = trainer_memory(model, request, choice, run.config)
+    beside = trainer if choice.colocated else None
+    server = server_memory(model, gpu, request, choice.servers.tensor, beside, choice.share)
+    _check_share(gpu, choice, server)
+    memory = memory_of(request, gpu, choice, trainer, server)
+    outcome = Outcome(layouts=1)
+    if memory.lacking:
+        outcome.refuse(choice, memory)
+        return outcome
+    crossing = choice.servers.tensor > request.per_node
+    rollout = rollout_seconds(model, gpu, choice.servers, request.work, max(1, server.at_once_mean), crossing)
+    rest = trainer_seconds(model, gpu, request, choice, memory)
+    outcome.plans.append(Plan(choice, memory, with_rest({"rollout": rollout} | rest)))
+    return outcome
+
+
+def lacks(gpu: Gpu, choice: Choice, found: DryRun) -> int:
+    """Bytes that a card is short of what a dry run found, with what no dry run counts; 0 where it fits."""
+    beside = rates.CONTEXT + (rates.ASLEEP if choice.colocated else 0)
+    return max(0, int(found.peaks[found.fullest].total) + beside - limit_of(gpu))
+
+
+def _check_share(gpu: Gpu, choice: Choice, server: ServerMemory) -> None:
+    """Raises ConfigError where ``placement.memory`` leaves too little of a card for what lies beside it."""
+    usable = (1 - rates.HEADROOM / 2) * gpu.memory
+    if server.total > usable:
+        beside = server.total - server.parts["weights"] - server.parts["cache"]
+        raise ConfigError(
+            f"placement.memory = {choice.share:g}: with {gib(beside)} beside a server's weights and cache, "
+            f"{gib(server.total)} of {gpu.name} would be taken, and {gib(int(usable))} are planned with: at most "
+            f"{int(100 * (usable - beside) / gpu.memory) / 100:g}"
+        )
+
+
+def _servers(config: RunConfig, gpus: int, colocated: bool) -> Servers:
+    """As many as the configuration says; else, colocated, as many as fill the GPUs, and apart one."""
+    tensor = config.placement.sizes(config.rollout).cards
+    named = len(config.rollout.servers) or config.rollout.local_servers
+    if colocated and gpus % tensor:
+        raise ConfigError(f"{gpus} GPUs are no whole servers of placement.tensor = {tensor}")
+    return Servers(named or (gpus // tensor if colocated else 1), tensor)
