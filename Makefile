@@ -84,12 +84,16 @@ test-slow: install ## install, then run the tests that take minutes, which `make
 test-slurm: install ## install, then run the job script on a Slurm of two nodes on this machine (as root; installs Debian's if need be)
 	OMP_NUM_THREADS=1 $(RUN) pytest -q -s -m slurm_suite tests/slurm --durations=0
 
-FUZZ_TIMES ?= 3
+FUZZ_TIMES ?= 2
 FUZZ_SEED ?= 1
 
 .PHONY: fuzz
 fuzz: install ## at least 10,000 malformed inputs of every kind, from FUZZ_SEED
 	OMP_NUM_THREADS=1 FUZZ_TIMES=$(FUZZ_TIMES) $(RUN) pytest -q tests/fuzz --hypothesis-seed=$(FUZZ_SEED)
+
+.PHONY: chaos
+chaos: install ## install, then strike short runs with a hundred faults, ten of them with real servers (FAULTS=..., SEED=...)
+	OMP_NUM_THREADS=1 $(RUN) tests.chaos --faults $(or $(FAULTS),100) --seed $(or $(SEED),17) --real 10
 
 .PHONY: test-latest
 test-latest: $(LATEST_STAMP) $(SGLANG_STAMP) browser ## run all tests on Python 3.12, the newest Megatron-Core and the GPU servers' torch (PYTHON_LATEST=...)

@@ -78,6 +78,10 @@ class NonFiniteError(MegatronGspoError, ArithmeticError):
     """A NaN or an infinity at an unmasked position; the optimizer has not moved."""
 
 
+class RankMissingError(MegatronGspoError, TimeoutError):
+    """A rank did not come to a collective: it is stopped, or its machine is gone."""
+
+
 class ReplayError(MegatronGspoError, RuntimeError):
     """Routes were not recorded or replayed as they should have been; the optimizer has not moved."""
 

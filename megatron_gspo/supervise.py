@@ -29,6 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from megatron_gspo.hooks import run_at_end
 from megatron_gspo.limits import name_of
 
 STORE = "MEGATRON_GSPO_STORE"
@@ -88,6 +89,8 @@ def supervised(action: Callable[[], int], who: str, *, launched: bool = False) -
         _remove(Path(path))
     if launched and os.getppid() != launcher and STORE in os.environ:  # which it could not remove itself
         shutil.rmtree(Path(os.environ[STORE]).parent, ignore_errors=True)
+    if said["at_end"] is not None and (STORE not in os.environ or os.getppid() != launcher):
+        run_at_end(status=FAILED if said["end"] is None else int(said["end"]), **said["at_end"])
     if said["end"] is not None:
         return int(said["end"])
     return _unsaid(status, who, launched)
@@ -144,6 +147,11 @@ def remove_afterwards(path: str | Path) -> None:
     if place not in _to_remove:
         _to_remove.add(place)
         _say({"remove": place})
+
+
+def run_afterwards(command: str, timeout_s: float, run_dir: str) -> None:
+    """Has the supervisor run ``train.on_end`` when this process has ended, where no launcher of ours will."""
+    _say({"at_end": {"command": command, "timeout_s": timeout_s, "run_dir": run_dir}})
 
 
 def is_supervised() -> bool:
@@ -273,12 +281,12 @@ def _unsaid(status: int, who: str, launched: bool) -> int:
 
 
 def _read(words: mmap.mmap) -> dict[str, Any]:
-    """What the child has said: its exit status, if it did, and what is to be removed."""
-    said: dict[str, Any] = {"end": None, "remove": []}
+    """What the child has said: its exit status, if it did, what is to be run, and what is to be removed."""
+    said: dict[str, Any] = {"end": None, "at_end": None, "remove": []}
     for line in words[: words.find(b"\0")].splitlines():
         with contextlib.suppress(ValueError, AttributeError):
             record = json.loads(line)
-            said["end"] = record.get("end", said["end"])
+            said |= {name: record.get(name, said[name]) for name in ("end", "at_end")}
             said["remove"] += [record["remove"]] if "remove" in record else []
     return said
 

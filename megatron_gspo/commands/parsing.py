@@ -148,6 +148,11 @@ class Parser(argparse.ArgumentParser):
         known = {option for option in self._option_string_actions if option.startswith("--")} - {"--help", "--version"}
         self.error(f"unrecognized arguments: {' '.join(words)}{did_you_mean(name, known)}")
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if arg_strings == ["--"] and action.option_strings and action.nargs is None:  # argparse makes a list of it
+            raise argparse.ArgumentError(action, "expected one argument")
+        return super()._get_values(action, arg_strings)
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
             return

@@ -35,6 +35,7 @@ def run(options: argparse.Namespace) -> int:
         from megatron_gspo.report.recorder import RunRecorder
 
         return run_rank(config, RunRecorder)
+    from megatron_gspo.hooks import run_at_end
     from megatron_gspo.report.text import count
     from megatron_gspo.runs.launch import check_before_start, launch
     from megatron_gspo.runs.restarts import Restarts
@@ -52,7 +53,10 @@ def run(options: argparse.Namespace) -> int:
         run_dir=run_dir,
         restarts=Restarts(run_dir, config.train.max_restarts, resumes=config.train.resume),
     )
-    return status or check_finished(run_dir)
+    status = status or check_finished(run_dir)
+    if config.train.on_end:
+        run_at_end(config.train.on_end, status, config.train.hook_timeout_s, str(run_dir.absolute()))
+    return status
 
 
 def check_finished(run_dir: Path) -> int:

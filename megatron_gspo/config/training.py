@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -18,6 +20,23 @@ def _address(text: str) -> str:
         if not (plain and parts.port and "@" not in text):
             raise ValueError(f"{text!r} is no address: write HOST:PORT, as in 127.0.0.1:9100")
     return text
+
+
+def _command(text: str) -> str:
+    """Raises ValueError for what is no command."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no command: {error}") from None
+    if text and not words:
+        raise ValueError(f"{text!r} is no command: there is no word in it")
+    if words and shutil.which(words[0]) is None:
+        raise ValueError(f"{text!r}: {words[0]} is no program that can be run from here")
+    return text
+
+
+Command = Annotated[str, AfterValidator(_command)]
+"""Split as a shell does, and run without one; empty: none."""
 
 
 class ModelConfig(Section):
@@ -146,6 +165,16 @@ class TrainConfig(Section):
     """Seeds data order, rollouts and whatever else is drawn."""
     deterministic: bool = False
     """torch deterministic algorithms (always so on a CPU)."""
+    on_non_finite: Literal["error", "skip"] = "error"
+    """A logprob, loss or gradient that is not finite: the run fails, or the optimizer step is left out. Either way the
+    response, the layer or the parameters are named, and weights and moments are as they were."""
+    max_non_finite_steps: Positive = 10
+    """With ``on_non_finite`` "skip": as many outer steps in a row in which something was not finite fail the run."""
+    collective_timeout_s: PositiveFloat = 1800.0
+    """Seconds that ranks wait for one another in a collective while one of them gives no sign of life, or all of them
+    wait: then the missing are named, with what they were last doing, and the run fails. nccl and gloo have the same
+    limit for their own operations. A rank that lives and computes (a reward, a rollout) is waited for, with a
+    warning."""
     noise_floor_every: Annotated[int, Field(ge=0)] = 10
     """Outer steps between measurements of the numerical noise in log s_i; 0 never."""
     profile_steps: Annotated[tuple[Positive, ...], AsList] = ()
@@ -159,6 +188,16 @@ class TrainConfig(Section):
     save_hf_every: Annotated[int, Field(ge=0)] = 0
     """Outer steps between Hugging Face directories in ``exports/``, written while training goes on, from copies in host
     memory (this rank's share of the weights); all stay. 0 none."""
+    on_checkpoint: Command = ""
+    """A command that is run for each finished checkpoint while training goes on, one at a time, with its directory as
+    last argument and in $MEGATRON_GSPO_CHECKPOINT: an upload. A failure is a warning; the run ends when it is done.
+    A resumed run runs it again for the checkpoint that it goes on from, if it had not succeeded for it."""
+    on_end: Command = ""
+    """A command that is run when the run has ended, with the outcome ("finished", "stopped" or "failed") and the run
+    directory as last arguments, and in $MEGATRON_GSPO_OUTCOME, $MEGATRON_GSPO_STATUS (exit status) and
+    $MEGATRON_GSPO_RUN_DIR: a note to whoever waits."""
+    hook_timeout_s: PositiveFloat = 600.0
+    """Seconds that ``on_checkpoint`` and ``on_end`` may take each time, and that a run which has ended waits."""
     tensorboard: bool = True
     """Writes TensorBoard events."""
     wandb: bool = False

@@ -79,6 +79,7 @@ INERT: tuple[tuple[tuple[str, ...], When, str], ...] = (
         lambda c: c.rollout.on_server_loss == "error",
         'rollout.on_server_loss = "error": the first loss of a server fails the run',
     ),
+    (("train.max_non_finite_steps",), lambda c: c.train.on_non_finite == "error", "the first one fails the run"),
     (("replay.min_coverage",), lambda c: c.replay.mode != "r3", "only r3 replays routes that may be missing"),
     (("replay.engine_routes_every",), lambda c: c.replay.mode == "r3", "r3 asks for routes in every outer step"),
     (("replay.drift_every",), lambda c: c.replay.mode != "off", "with replay every outer step is measured"),

@@ -82,13 +82,19 @@ def check_adapters(directory: Path, family: Family, model: ModelShape, lora: Lor
                 f"lora.path = {directory} has {name} = {given.get(name)!r}, and lora.{settings[name]} = {value!r}: use "
                 f"the same"
             )
-    for name in (*PLAIN, *MORE):
-        if given.get(name, PLAIN.get(name)) not in (PLAIN.get(name), None, False, [], {}):
-            raise ConfigError(f"lora.path = {directory}: {name} = {given[name]!r:.80} is not supported")
+    unread = [name for name, only in PLAIN.items() if given.get(name, only) != only] + list(filter(given.get, MORE))
+    for name in unread:
+        raise ConfigError(f"lora.path = {directory}: {name} = {given[name]!r:.80} is not supported")
     targets, wanted = given.get("target_modules"), _target_modules(family, model, lora)
     if (sorted(map(str, targets)) if isinstance(targets, list) else targets) != wanted:
         raise ConfigError(
             f"lora.path = {directory} has target_modules = {targets!r:.200}, and lora.targets stands for {wanted}"
+        )
+    others = given.get("target_parameters")
+    if others and others != _beside_experts(family, model, lora):
+        raise ConfigError(
+            f"lora.path = {directory} has target_parameters = {others!r:.200}, and lora.targets stands for "
+            f"{_beside_experts(family, model, lora)}"
         )
 
 

@@ -9,28 +9,25 @@ reaches the disk, ``checkpoint_files`` the rules of its files.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
-import pickle
-import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_gspo.errors import WeightError
 from megatron_gspo.hf.family import ModelShape
-from megatron_gspo.megatron.checkpoint_files import check_metadata, read_header, verify, weights_only
+from megatron_gspo.megatron.checkpoint_files import read_header, read_metadata, verify
 from megatron_gspo.megatron.checkpoint_stream import DistributedReader
 from megatron_gspo.megatron.checkpoint_write import PendingSave, Share, pieces_of, place_of, to_write
 from megatron_gspo.megatron.lora import sharded_adapters
@@ -90,9 +87,16 @@ def load_checkpoint(models: Models, directory: Path) -> dict[str, Any]:
     models of the checkpoint that nobody asks for are left.
     Raises WeightError, on every rank, when the checkpoint is missing, damaged or of other models.
     """
-    header = _verified_header(models, directory)
-    _load_chunks(models, _weights_of_all(models), directory)
-    together(lambda: _load_states(models, directory), models[POLICY].groups.world)
+    header, metadata = _verified(models, directory)
+
+    def load() -> None:
+        with contextlib.closing(DistributedReader(directory, metadata)) as reader:
+            for name, model in models.items():
+                weights = _sharded_weights(model, _prefix(name))
+                _load_weights(reader, weights)
+                _load_states(reader, model, weights)
+
+    together(load, models[POLICY].groups.world)
     for name, model in models.items():
         _count_steps(model, header["step"] if name == POLICY else header["models"][name]["step"])
     return header["extra"]
@@ -105,44 +109,17 @@ def load_weights_of(model: Network, directory: Path) -> None:
 
     Raises WeightError as ``load_checkpoint`` does.
     """
-    models = {POLICY: model}
-    _verified_header(models, directory)
-    state = _sharded_weights(model)
-    if model.valued:
-        state = {
-            chunk: {name: shard for name, shard in shards.items() if not name.startswith("output_layer.")}
-            for chunk, shards in state.items()
-        }
-    _load_chunks(models, state, directory, strict=not model.valued)
+    _, metadata = _verified({POLICY: model}, directory)
 
+    def load() -> None:
+        with contextlib.closing(DistributedReader(directory, metadata)) as reader:
+            _load_weights(reader, _sharded_weights(model), but="output_layer." if model.valued else None)
 
-def _load_chunks(models: Models, state: dict[str, Any], directory: Path, *, strict: bool = True) -> None:
-    # In 0.16.1 all ranks fail when one does; in 0.19.2 every rank reads by itself, and the others would go on.
-    loaded = together(lambda: _read(state, directory), models[POLICY].groups.world)
-    for name, model in models.items():
-        for index, chunk in enumerate(model.chunks):
-            own = loaded[_prefix(name) + _chunk_entry(index)]
-            chunk.load_state_dict(own, strict=strict and chunk.lora is None)
-
-
-def _weights_of_all(models: Models) -> dict[str, Any]:
-    """What this rank holds of all models' weights: its shards, each with its place in the whole."""
-    state: dict[str, Any] = {}
-    for name, model in models.items():
-        state |= {_prefix(name) + entry: shards for entry, shards in _sharded_weights(model, _prefix(name)).items()}
-    return state
+    together(load, model.groups.world)
 
 
 def _prefix(name: str) -> str:
     return "" if name == POLICY else f"{name}."
-
-
-def _read(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    try:
-        with weights_only():
-            return dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
-    except (CheckpointException, CheckpointingException, pickle.UnpicklingError) as error:
-        raise WeightError(f"{directory}: the checkpoint cannot be read: {_first_cause(error)}") from error
 
 
 def _sharded_weights(model: Network, prefix: str = "") -> dict[str, Any]:
@@ -230,36 +207,43 @@ def _on_host(share: Share, *, copy: bool) -> Share:
 # -------------------------------------------------------------------------------------------------------- reading
 
 
-def _load_states(models: Models, directory: Path) -> None:
+def _load_weights(reader: DistributedReader, weights: dict[str, Any], *, but: str | None = None) -> None:
+    """Fills live weights, a block at a time, ``but`` those whose names begin so. Raises WeightError.
+
+    Objects beside them are Megatron's, and there is nothing in them: they are not read.
+    """
+    for shards in weights.values():
+        for name, entry in shards.items():
+            if but is None or not name.startswith(but):
+                for part in nested_values({name: entry}):
+                    if not isinstance(part, ShardedObject):
+                        _read_into(reader, part)
+
+
+def _load_states(reader: DistributedReader, model: Network, weights: dict[str, Any]) -> None:
     """Fills this rank's master weights and moments, one tensor after the other. Raises WeightError."""
-    reader = DistributedReader(directory)
-    try:
-        for name, model in models.items():
-            weights = _sharded_weights(model, _prefix(name))
-            for optimizer, _, parameter, shard in _stepped(model, weights):
-                own = _own_states(optimizer, parameter)
-                if own is not None:
-                    piece, tensors = own
-                    for key in optimizer.optimizer.dtypes(parameter.dtype):
-                        tensors[key].copy_(_read_state(reader, shard, key, parameter).flatten()[piece])
-    finally:
-        reader.close()
+    for optimizer, _, parameter, shard in _stepped(model, weights):
+        own = _own_states(optimizer, parameter)
+        if own is not None:
+            piece, tensors = own
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            for key in optimizer.optimizer.dtypes(parameter.dtype):
+                whole = torch.zeros(parameter.shape, dtype=wide)
+                _read_into(reader, _at_place_of(shard, key, whole))
+                tensors[key].copy_(whole.flatten()[piece])
 
 
-def _read_state(
-    reader: DistributedReader, shard: ShardedTensor | ShardedTensorFactory, key: str, parameter: torch.nn.Parameter
-) -> torch.Tensor:
-    """[parameter's shape] a state in host memory; zeros in rows of padding that the checkpoint's layout had none of."""
-    whole = torch.zeros(parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
-    for part in pieces_of(_at_place_of(shard, key, whole)):
+def _read_into(reader: DistributedReader, shard: ShardedTensor | ShardedTensorFactory) -> None:
+    """Fills a shard's tensor from wherever its blocks lie; rows of padding that the checkpoint's layout had none of
+    stay as they are."""
+    for part in pieces_of(shard):
         offset, shape = place_of(part)
         if part.allow_shape_mismatch:
             stored = reader.shape(part.key)
             shape = tuple(max(0, min(n, most - at)) for at, n, most in zip(offset, shape, stored, strict=True))
         if 0 not in shape:
-            there = part.data.view(place_of(part)[1])
+            there = part.data.detach().view(place_of(part)[1])
             there[tuple(map(slice, shape))] = reader.read(part.key, offset, shape)
-    return whole
 
 
 def _own_states(
@@ -295,15 +279,19 @@ def _count_steps(policy: Network, step: int) -> None:
         holder["step"].fill_(step)
 
 
-def _verified_header(models: Models, directory: Path) -> dict[str, Any]:
-    """``checkpoint.json``, once every file that it lists was verified, on every rank. Raises WeightError on all."""
+def _verified(models: Models, directory: Path) -> tuple[dict[str, Any], Metadata]:
+    """``checkpoint.json`` and what describes the tensors, once every file that it lists was verified; on every rank.
+
+    One rank reads them, and tells the others: of a thousand ranks each would read a file of many megabytes, slowly,
+    since pickles are not trusted. Raises WeightError on all.
+    """
     world = models[POLICY].groups.world
     first = dist.get_rank() == 0
     header = together(lambda: header_of_models(directory, models) if first else None, world)
     header = broadcast_object(header, 0, world)
     together(lambda: verify(directory, header["files"][dist.get_rank() :: dist.get_world_size()]), world)
-    together(lambda: check_metadata(directory) if first else None, world)
-    return header
+    metadata = together(lambda: read_metadata(directory) if first else None, world)
+    return header, broadcast_object(metadata, 0, world)
 
 
 def header_of_models(directory: Path, models: Models) -> dict[str, Any]:
@@ -364,12 +352,3 @@ def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
 def plain(shape: ModelShape) -> dict[str, Any]:
     """The model's shape as JSON gives it back."""
     return json.loads(json.dumps(dataclasses.asdict(shape)))
-
-
-def _first_cause(error: BaseException) -> str:
-    """One line: torch wraps what went wrong on each rank, with tracebacks, into an exception of its own. (To one that
-    reads by itself, as in 0.19.2, it is rank 0.)"""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        return textwrap.shorten(f"rank {rank}: {cause}" if rank else str(cause), 300)
-    return textwrap.shorten(str(error), 300)

@@ -4,14 +4,16 @@
       outer_00008/             a whole checkpoint: Megatron's files, and checkpoint.json, which lists and hashes them
       outer_00012/
       latest                   the name of the one to continue from; moved last
-      outer_00016.unfinished/  being written, or left by a kill; ``clear_leftovers`` removes it
+      outer_00016.3fa85f64.unfinished/  being written, or left by a kill; ``clear_leftovers`` removes it
 
-The number is the outer steps done. No collectives here: who calls what on which rank is ``megatron.checkpoint``'s part.
+The number is the outer steps done. What is being written has a name that nobody had before: a rank of a run that was
+given up, on a machine that nobody reaches any more, may still write, and must not meet the run that goes on. On a
+shared file system (NFS) a new name is also one that no machine remembers as missing. Only the first rank renames and
+removes. No collectives here: who calls what on which rank is ``megatron.checkpoint``'s part.
 """
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import hashlib
 import json
@@ -19,7 +21,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -109,19 +111,23 @@ def move_latest(directory: Path) -> None:
     sync(latest.parent)
 
 
-def retire(newest: Path, *, keep_last: int, keep_every: int) -> None:
+def retire(newest: Path, *, keep_last: int, keep_every: int, busy: Collection[Path] = ()) -> None:
     """Removes what the rule does not keep: the ``keep_last`` newest, and each whose number ``keep_every`` divides.
 
-    Numbers above ``newest``'s belong to a history that was given up (somebody set ``latest`` back) and go too.
+    Those that somebody is ``busy`` with stay until the next time. Numbers above ``newest``'s belong to a history that
+    was given up (somebody set ``latest`` back) and go too.
     """
     found = checkpoints_in(newest.parent)
     last = number_of(newest)
     numbers = [number for number in found if number <= last]
     kept = set(numbers[-keep_last:]) | {number for number in numbers if keep_every and number % keep_every == 0}
-    for number in found.keys() - kept:
+    for number in sorted(found.keys() - kept):
+        if found[number] in busy:
+            continue
         removed = found[number].with_name(found[number].name + REMOVED)
         found[number].rename(removed)  # a kill while files go must not leave half a checkpoint under its name
-        shutil.rmtree(removed)
+    for removed in newest.parent.glob(f"*{REMOVED}"):  # and those of last time: NFS keeps a file that somebody reads
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def clear_leftovers(root: Path) -> None:
@@ -210,13 +216,9 @@ def verify(directory: Path, files: Iterable[Mapping[str, Any]]) -> None:
             raise _damaged(directory, path.name, f"it was altered: sha256 {found[:12]}..., not what was written")
 
 
-def check_metadata(directory: Path) -> None:
-    """Raises WeightError unless ``.metadata``, which torch unpickles, is made of descriptions alone: no code runs."""
-    read_metadata(directory)
-
-
 def read_metadata(directory: Path) -> Any:
-    """``.metadata``: torch's ``Metadata``, unpickled from classes of descriptions alone. Raises WeightError."""
+    """``.metadata``: torch's ``Metadata``, unpickled from classes of descriptions alone: no code runs. Raises
+    WeightError."""
     try:
         size = (directory / METADATA).stat().st_size
         if size > MOST_METADATA_BYTES:
@@ -225,22 +227,6 @@ def read_metadata(directory: Path) -> Any:
             return _Descriptions(file).load()
     except Exception as error:  # whatever pickle raises on a file that somebody made
         raise _damaged(directory, METADATA, f"{type(error).__name__}: {error}") from None
-
-
-@contextlib.contextmanager
-def weights_only() -> Iterator[None]:
-    """Within it every ``torch.load`` of this process reads tensors and plain values, and refuses whatever runs code.
-
-    Megatron's and torch's own readers ask for the whole of pickle where a checkpoint holds bytes (``_extra_state``).
-    """
-    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")  # torch refuses both together
-    before = {name: os.environ.pop(name, None) for name in names}
-    os.environ[names[0]] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[names[0]]
-        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def sync(path: Path) -> None:

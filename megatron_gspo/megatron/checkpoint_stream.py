@@ -55,10 +55,11 @@ class Block:
 class DistributedReader:
     """Blocks of a checkpoint's tensors, by place."""
 
-    def __init__(self, directory: Path) -> None:
-        """Raises WeightError when ``.metadata`` is missing, damaged or describes more than tensors."""
+    def __init__(self, directory: Path, metadata: Metadata | None = None) -> None:
+        """``metadata``: what ``.metadata`` holds, where another rank has read it. Raises WeightError when the file is
+        missing, damaged or describes more than tensors."""
         self.directory = directory
-        self._metadata = read_metadata(directory)
+        self._metadata = read_metadata(directory) if metadata is None else metadata
         self._open: dict[str, io.BufferedReader] = {}
         self._last: tuple[object, torch.Tensor] | None = None
         self._by_place: dict[str, dict[tuple[Size, Size], ChunkStorageMetadata]] = {}
@@ -72,7 +73,9 @@ class DistributedReader:
 
     def keys(self) -> set[str]:
         """Of its tensors."""
-        return {key for key, entry in self._metadata.state_dict_metadata.items() if _is_tensor(entry)}
+        return {
+            key for key, entry in self._metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+        }
 
     def dtype(self, key: str) -> torch.dtype:
         """Of a tensor."""
@@ -110,7 +113,7 @@ class DistributedReader:
 
     def _tensor(self, key: str) -> TensorStorageMetadata:
         entry = self._metadata.state_dict_metadata.get(key)
-        if not _is_tensor(entry):
+        if not isinstance(entry, TensorStorageMetadata):
             raise WeightError(f"{self.directory / METADATA}: no tensor {key}: a checkpoint of another model")
         return entry
 
@@ -173,10 +176,6 @@ def _overlap(offset: Size, size: Size, chunk: ChunkStorageMetadata) -> _Common |
         here.append(slice(start - other, end - other))
         there.append(slice(start - first, end - first))
     return _Common(tuple(here), tuple(there))
-
-
-def _is_tensor(entry: object) -> bool:
-    return isinstance(entry, TensorStorageMetadata)
 
 
 class BlockWriter:

@@ -9,6 +9,7 @@ one rank reaches all of them.
 from __future__ import annotations
 
 import queue
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,9 +24,9 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories, is_main_replica
 
 from megatron_gspo.errors import WeightError
-from megatron_gspo.megatron.checkpoint_files import UNFINISHED, FileEntry, describe, make_empty, publish
+from megatron_gspo.megatron.checkpoint_files import UNFINISHED, FileEntry, describe, make_empty, publish, sync
 from megatron_gspo.megatron.checkpoint_stream import Block, BlockWriter, Size, write_description
-from megatron_gspo.parallel.exchange import gather_objects, together
+from megatron_gspo.parallel.exchange import broadcast_object, gather_objects, together
 from megatron_gspo.storage import writing
 
 FILES = 2
@@ -105,8 +106,9 @@ class PendingSave:
                 written, and must not change. Else a few are held at a time.
         """
         self.directory = directory
-        self._unfinished = directory.with_name(directory.name + UNFINISHED)
         self._header, self._world = header, world
+        token = broadcast_object(secrets.token_hex(4), 0, world)  # an own place: checkpoint_files says why
+        self._unfinished = directory.with_name(f"{directory.name}.{token}{UNFINISHED}")
         self._on_first_rank(lambda: make_empty(self._unfinished))
         paths = [self._unfinished / f"__{dist.get_rank()}_{number}.distcp" for number in range(FILES)]
         self._files = [_File(path, 0 if background else AHEAD) for path in paths]
@@ -213,7 +215,10 @@ class _File:
             failure = failure or error
         if failure is not None:
             raise failure
-        return None if writer is None else (describe(self._path), writer.blocks)
+        if writer is None:
+            return None
+        sync(self._path)  # here: another machine's fsync says nothing of this one's memory
+        return describe(self._path), writer.blocks
 
 
 def _write_share(writer: BlockWriter, share: Share) -> None:

@@ -29,7 +29,8 @@ class Groups:
     """The groups of one rank, and its place in each. Ranks are ordered tensor, context, data, pipeline."""
 
     world: dist.ProcessGroup
-    """All ranks, over gloo and without a timeout to speak of: here they wait while leaders fetch rollouts."""
+    """All ranks, over gloo and without a timeout to speak of: here they wait while leaders fetch rollouts. The watchdog
+    (``parallel.watchdog``) knows those who do from those who are gone."""
     tensor: dist.ProcessGroup
     """Ranks that share each matrix of a layer (and, by sequence parallelism, the tokens between layers)."""
     pipeline: dist.ProcessGroup

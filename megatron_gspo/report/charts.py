@@ -108,8 +108,8 @@ SECTIONS = (
             Chart(
                 "Skipped outer steps",
                 "1: skipped",
-                (Curve("step/skipped", "nothing to train on"),),
-                "Every response of the step was dropped; the weights stayed as they were.",
+                (Curve("step/skipped", "nothing to train on"), Curve("step/non_finite", "not finite")),
+                "Every response of the step was dropped, or a logprob or gradient was not finite; the weights stayed.",
                 zero=True,
             ),
             Chart(

@@ -269,6 +269,12 @@ METRICS: dict[str, Metric] = {
         "0.",
         combine="last",
     ),
+    "step/non_finite": Metric(
+        "0 or 1",
+        "1 on the line of an optimizer step that was left out under `train.on_non_finite`: a logprob, a loss or a "
+        "gradient was not finite, and weights and moments stayed as they were. It counts as a step for the schedule.",
+        "0.",
+    ),
     "dropped/aborted": Metric("responses", "Those that the server gave up on, retries included.", combine="last"),
     "dropped/empty": Metric("responses", "Those without a token.", combine="last"),
     "dropped/mixed_version": Metric(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -9,14 +10,16 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from megatron_gspo.config import RunConfig
-from megatron_gspo.parallel.exchange import together
+from megatron_gspo.errors import RunStopped
 from megatron_gspo.megatron.checkpoint import POLICY, Models, begin_save, load_checkpoint
 from megatron_gspo.megatron.checkpoint_files import clear_leftovers, move_latest, name_of, retire
 from megatron_gspo.megatron.checkpoint_write import PendingSave
-from megatron_gspo.storage import writing
-from megatron_gspo.train.progress import Progress
+from megatron_gspo.parallel.exchange import together
 from megatron_gspo.runs.resume import Resumption
 from megatron_gspo.runs.save import Exports
+from megatron_gspo.runs.uploads import CheckpointHook
+from megatron_gspo.storage import writing
+from megatron_gspo.train.progress import Progress
 
 
 class Checkpoints:
@@ -32,9 +35,11 @@ class Checkpoints:
         self._train, self._models, self._identity = config.train, models, dict(identity)
         self._root = Path(config.train.run_dir).absolute() / "checkpoints"  # a thread writes it, and a reward may chdir
         self._pending: PendingSave | None = None
+        self._newest: Path | None = None
         self._saved_at = 0
         self._world = models[POLICY].groups.world
         self._exports = Exports(config, models[POLICY])
+        self._hook = CheckpointHook(config.train)
         self._on_first_rank(lambda: clear_leftovers(self._root))
 
     def __enter__(self) -> Self:
@@ -45,6 +50,16 @@ class Checkpoints:
             self._exports.discard()
             if self._pending is not None:
                 self._pending.discard()
+        self._wait_for_hook(error)
+
+    def _wait_for_hook(self, error: BaseException | None) -> None:
+        if error is None or isinstance(error, RunStopped):
+            together(self._hook.finish, self._world)  # all wait for the first rank here, where nothing times out
+        elif isinstance(error, Exception):
+            self._hook.finish()
+        if error is None and self._newest is not None and dist.get_rank() == 0:
+            with contextlib.suppress(OSError):  # it goes the next time
+                self._retire(self._newest)  # one that was busy had to stay
 
     def restore(self, resumption: Resumption, progress: Progress) -> None:
         """Models and progress as they were. Raises WeightError or DataError when they cannot be."""
@@ -54,6 +69,8 @@ class Checkpoints:
                 model.load_state_dict(resumption.extra[name])
         progress.load_state_dict(resumption.extra, self._train.resume_changes)
         self._saved_at = progress.outer_steps
+        if dist.get_rank() == 0:
+            self._hook.add_unless_done(resumption.directory)
 
     def after_step(self, progress: Progress, *, last: bool) -> None:
         """Saves when it is time; always when ``last``, which also waits until it is on disk. Exports, too."""
@@ -76,9 +93,7 @@ class Checkpoints:
             self._publish(wait=True)
             extra = progress.state_dict() | self._identity
             extra |= {name: state for name, model in self._models.items() if (state := model.state_dict())}
-            self._pending = begin_save(
-                self._models, self._root / name_of(done), extra, background=background
-            )
+            self._pending = begin_save(self._models, self._root / name_of(done), extra, background=background)
             self._saved_at = done
             self._publish(wait=not background)
 
@@ -93,7 +108,13 @@ class Checkpoints:
     def _move_on(self, newest: Path) -> None:
         with writing(newest.parent, then="train.resume = true continues from the checkpoint that `latest` names"):
             move_latest(newest)
-            retire(newest, keep_last=self._train.keep_last, keep_every=self._train.keep_every)
+            self._newest = newest
+            self._hook.add(newest)
+            self._retire(newest)
+
+    def _retire(self, newest: Path) -> None:
+        with self._hook.pruning() as busy:
+            retire(newest, keep_last=self._train.keep_last, keep_every=self._train.keep_every, busy=busy)
 
     def _on_first_rank(self, action: Any) -> None:
         together(lambda: action() if dist.get_rank() == 0 else None, self._world)

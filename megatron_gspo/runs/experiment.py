@@ -142,7 +142,11 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
         _never,
         _names("parallel", "tensor pipeline virtual_pipeline stage_layers context expert expert_tensor data overlap"),
     ),
-    ("memory and speed", _never, _names("model", "logprob_chunk recompute recompute_modules recompute_method recompute_layers")),
+    (
+        "memory and speed",
+        _never,
+        _names("model", "logprob_chunk recompute recompute_modules recompute_method recompute_layers"),
+    ),
     ("memory, speed and rounding", _never, _names("placement", "mode gpus tensor expert attention_data memory")),
     ("memory and speed", _never, ("optimizer.offload", "critic.offload")),
     ("speed and rounding", _never, _names("model", "kernels")),
@@ -162,8 +166,8 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
         _never,
         _names(
             "rollout",
-            "servers servers_from server_nodes router local_servers server_python server_start_s server_restarts concurrency timeout_s retries "
-            "health_every_s resubmit_after_s",
+            "servers servers_from server_nodes router local_servers server_python server_start_s server_restarts "
+            "concurrency timeout_s retries health_every_s resubmit_after_s",
         ),
     ),
     ("how weights travel", _never, _names("sync", "method directory bucket_mb backend timeout_s verify")),
@@ -177,6 +181,7 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
     ),
     ("when a run fails", _never, _names("reward", "timeout_s concurrency check_references")),
     ("when a run fails", _never, _names("replay", "min_coverage")),
+    ("when a run fails", _never, _names("train", "collective_timeout_s on_non_finite max_non_finite_steps")),
     ("a permission", _never, _names("algorithm", "allow_wide_clip")),
     ("which steps are measured", _never, _names("train", "noise_floor_every profile_steps")),
     ("which steps are measured", _never, _names("eval", "every start greedy")),
@@ -187,7 +192,7 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
         _names(
             "train",
             "run_dir checkpoint_every keep_last keep_every checkpoint_async save_rollouts save_hf save_hf_every "
-            "tensorboard wandb metrics_address",
+            "tensorboard wandb metrics_address on_checkpoint on_end hook_timeout_s",
         ),
     ),
     ("how this start begins", _never, _names("train", "overwrite resume max_restarts resume_changes")),

@@ -1,4 +1,4 @@
-"""A rank's signs of life and its log, written by a thread of its own: training neither waits for them nor fails on them."""
+"""A rank's signs of life and its log, written by a thread of its own: training neither waits for it nor fails on it."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.layout import check_layout, check_recompute, check_replay
 from megatron_gspo.limits import allow_open_files, name_of
-from megatron_gspo.parallel.rendezvous import keep_to_loopback, private_store
 from megatron_gspo.megatron.checkpoint_files import is_distributed, latest_in
+from megatron_gspo.parallel.rendezvous import keep_to_loopback, private_store
 from megatron_gspo.rewards.registry import check_reward
 from megatron_gspo.runs.restarts import Restarts
 from megatron_gspo.supervise import STOPS

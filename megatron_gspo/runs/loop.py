@@ -5,35 +5,36 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_gspo.platforms import here
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.cursor import PromptCursor
-from megatron_gspo.errors import RolloutError, RunStopped
-from megatron_gspo.parallel.exchange import broadcast_object, together
+from megatron_gspo.errors import NonFiniteError, RolloutError, RunStopped
 from megatron_gspo.megatron.checkpoint import POLICY, Models
 from megatron_gspo.megatron.groups import Groups, make_groups, start_distributed
 from megatron_gspo.megatron.policy import Policy
+from megatron_gspo.parallel.exchange import broadcast_object, together
+from megatron_gspo.platforms import here
 from megatron_gspo.runs.adapters import save_adapters
 from megatron_gspo.runs.checkpoints import Checkpoints
-from megatron_gspo.train.assembly import Inputs, Run, build_run, load_inputs
-from megatron_gspo.train.evaluate import evaluate
 from megatron_gspo.runs.experiment import contents
-from megatron_gspo.train.profile import Profiles
-from megatron_gspo.train.progress import Progress, seed_generators
+from megatron_gspo.runs.outage import Outages
 from megatron_gspo.runs.recording import Agreed, MakeRecorder, Recorder, open_recorder
 from megatron_gspo.runs.resume import Resumption, find_resumption, identify
 from megatron_gspo.runs.save import save_models
-from megatron_gspo.train.sft import Examples, fine_tune, load_examples
-from megatron_gspo.train.step import empty_text, outer_step
-from megatron_gspo.runs.outage import Outages
 from megatron_gspo.runs.serving import rollout_servers
 from megatron_gspo.runs.stopping import StopRequest
+from megatron_gspo.runs.watching import Watch
+from megatron_gspo.train.assembly import Inputs, Run, build_run, load_inputs
+from megatron_gspo.train.evaluate import evaluate
+from megatron_gspo.train.profile import Profiles
+from megatron_gspo.train.progress import Progress, seed_generators
+from megatron_gspo.train.sft import Examples, fine_tune, load_examples
+from megatron_gspo.train.step import empty_text, outer_step
 from megatron_gspo.train.survey import survey_references
 from megatron_gspo.types import RolloutRecord, StepReport
 from megatron_gspo.versions import untested
@@ -44,8 +45,14 @@ def train(config: RunConfig, make_recorder: MakeRecorder) -> None:
 
     Raises MegatronGspoError; RunStopped, once a checkpoint is saved, when a signal asked a rank to stop.
     """
-    start_distributed()
+    start_distributed(config.train.collective_timeout_s)
     groups = make_groups(config.parallel)
+    watch = Watch(config)
+    with watch.running():
+        _train(config, make_recorder, groups, watch)
+
+
+def _train(config: RunConfig, make_recorder: MakeRecorder, groups: Groups, watch: Watch) -> None:
     set_determinism(config)
     supervised = not config.algorithm.draws_responses
     inputs = together(lambda: load_examples(config) if supervised else load_inputs(config), groups.world)
@@ -60,7 +67,10 @@ def train(config: RunConfig, make_recorder: MakeRecorder) -> None:
         inputs, notes = survey_references(config, inputs, groups)
     with StopRequest() as stop:
         try:
-            with open_recorder(make_recorder, config, groups, resumption) as recorder:
+            with (
+                open_recorder(make_recorder, config, groups, resumption) as recorder,
+                watch.recording(recorder),
+            ):
                 for note in (inputs.describe(), *notes):
                     recorder.note(note)
                 if resumption is not None:
@@ -110,10 +120,10 @@ class Session:
 
     def check_stop(self, progress: Progress) -> None:
         """While it waits for servers: raises RunStopped when a rank was asked to stop. Collective."""
-        if self.stop.asked(self.groups.world):
+        if stopping := self.stop.asked(self.groups.world):
             raise RunStopped(
-                f"stopped by SIGTERM after outer step {progress.outer_steps} of {self.config.train.outer_steps}, while it "
-                f"waited for a rollout server: train.resume = true continues from the last checkpoint"
+                f"stopped by {stopping} after outer step {progress.outer_steps} of {self.config.train.outer_steps}, "
+                f"while it waited for a rollout server: train.resume = true continues from the last checkpoint"
             )
 
 
@@ -127,6 +137,7 @@ def supervise(session: Session, inputs: Examples) -> Models:
         session.recorder.phase("fine-tuning")
         for report in fine_tune(config, groups, policy, inputs, progress, session.recorder.note):
             session.recorder.steps([report])
+            check_non_finite(config, progress)
             session.end_step(progress, checkpoints)
     return models
 
@@ -144,8 +155,8 @@ def reinforce(session: Session, inputs: Inputs) -> Models:
             serving.access,
             colocated=placement.colocated,
             local=serving.local,
-            entering=recorder.enter,
         )
+        run = replace(run, entering=recorder.enter)
         described = {"version": run.engine.version, "seeded": run.seeded, "urls": list(serving.urls)}
         recorder.engine({**described, "placement": placement.record(), "sync": run.sync.describe()})
         if untested_engine := untested("sglang", run.engine.version):
@@ -199,6 +210,7 @@ def outer_steps(run: Run, progress: Progress, recorder: Recorder, outages: Outag
         progress.advance(reports)
         if progress.empty_steps:
             report_empty_step(config, progress, empty_text(number, reports[-1].metrics), recorder)
+        check_non_finite(config, progress)
         yield
 
 
@@ -216,6 +228,16 @@ def say(run: Run, recorder: Recorder) -> None:
     for notes in (run.fleet.notes, run.notes):
         while notes:
             recorder.note(notes.pop(0))
+
+
+def check_non_finite(config: RunConfig, progress: Progress) -> None:
+    """Raises NonFiniteError when ``train.max_non_finite_steps`` in a row were skipped."""
+    most = config.train.max_non_finite_steps
+    if progress.non_finite_steps >= most:
+        raise NonFiniteError(
+            f"something was not finite in the {progress.non_finite_steps} outer steps up to here "
+            f"(train.max_non_finite_steps = {most})"
+        )
 
 
 def report_empty_step(config: RunConfig, progress: Progress, what: str, recorder: Recorder) -> None:

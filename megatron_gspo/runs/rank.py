@@ -7,13 +7,15 @@ import re
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import ConfigError, MegatronGspoError, RunStopped, UserError
 from megatron_gspo.limits import allow_open_files, explain
 from megatron_gspo.quiet import mute
-from megatron_gspo.supervise import INTERRUPTED, STORE, first_to_say, was_interrupted
+from megatron_gspo.runs.saying import FIRST_RANKS_TURN_S, is_first, say_once
+from megatron_gspo.supervise import INTERRUPTED, STORE, run_afterwards, was_interrupted
 from megatron_gspo.versions import untested_here
 
 if TYPE_CHECKING:
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 STOPPED = os.EX_TEMPFAIL
 """Exit status (75) of a run that SIGTERM or SIGUSR1 stopped after saving: queue it again with train.resume = true.
 Under ``torchrun --max-restarts N``, which starts again whatever does not end with 0, it is 0."""
-FIRST_RANKS_TURN_S = 1.0
-"""Seconds by which the first rank goes before the others in saying what failed."""
 ANOTHER_IS_MISSING = re.compile("Connection (closed by|reset by) peer|Broken pipe|gloo/transport", re.IGNORECASE)
 """In the text of a failed collective: another rank has ended, and what that one says is the reason."""
 
@@ -72,6 +72,9 @@ def run_rank(config: RunConfig, make_recorder: MakeRecorder) -> int:
 
         for line in filter(None, (*untested_here(), exposed_store())):
             print(f"warning: {line}", file=sys.stderr)
+        if config.train.on_end:
+            run_dir = str(Path(config.train.run_dir).absolute())
+            run_afterwards(config.train.on_end, config.train.hook_timeout_s, run_dir)
     from megatron_gspo.runs.loop import train
 
     try:
@@ -88,19 +91,19 @@ def _said(error: BaseException) -> int:
         return INTERRUPTED
     if isinstance(error, RunStopped):
         again = restarts_of_torchrun()
-        _say_once(f"{error}{' (exit status 0, or torchrun would start it again)' if again else ''}")
+        say_once(f"{error}{' (exit status 0, or torchrun would start it again)' if again else ''}")
         return 0 if again else STOPPED
     if isinstance(error, MegatronGspoError):
         _show_the_unforeseen(error)
-        _say_once(f"error: {_line(error)}")
+        say_once(f"error: {_line(error)}")
         return 2 if isinstance(error, UserError) else 1
     if words := explain(error):
-        _say_once(f"error: rank {os.environ['RANK']}: {words}")
+        say_once(f"error: rank {os.environ['RANK']}: {words}")
         return 1
     if ANOTHER_IS_MISSING.search(str(error)):
         time.sleep(FIRST_RANKS_TURN_S)
     told = "".join(traceback.format_exception(error))
-    _say_once(f"{told}error: rank {os.environ['RANK']}: {type(error).__name__}: {_line(error)}")
+    say_once(f"{told}error: rank {os.environ['RANK']}: {type(error).__name__}: {_line(error)}")
     return 1
 
 
@@ -114,36 +117,13 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
-def _say_once(text: str) -> None:
-    """Prints a failure unless another rank has: one that the ranks agree on strikes all of them, another only one,
-    and the rest then fail because it is missing."""
-    if os.environ["RANK"] != "0":
-        time.sleep(FIRST_RANKS_TURN_S)
-    if _is_first("failure"):
-        print(text, file=sys.stderr, flush=True)
-
-
 def _show_the_unforeseen(error: MegatronGspoError) -> None:
     """Prints the traceback of what is none of our errors, and which ``parallel.exchange.agree`` has wrapped in one."""
     cause = error.__cause__
     if cause and explain(cause):
         return
-    if type(error) is MegatronGspoError and cause and not isinstance(cause, OSError) and _is_first("traceback"):
+    if type(error) is MegatronGspoError and cause and not isinstance(cause, OSError) and is_first("traceback"):
         print("".join(traceback.format_exception(cause)), end="", file=sys.stderr, flush=True)
-
-
-def _is_first(key: str) -> bool:
-    """Whether no other rank has asked before."""
-    if (first := first_to_say(key)) is not None:
-        return first
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return True
-    try:
-        return dist.distributed_c10d._get_default_store().add(f"megatron_gspo/{key}", 1) == 1
-    except RuntimeError:  # the store went with the rank that held it
-        return True
 
 
 def _line(error: BaseException) -> str:

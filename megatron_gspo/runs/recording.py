@@ -10,8 +10,8 @@ from typing import Any, Protocol, Self
 import torch.distributed as dist
 
 from megatron_gspo.config import RunConfig
-from megatron_gspo.parallel.exchange import agree, together
 from megatron_gspo.megatron.groups import Groups
+from megatron_gspo.parallel.exchange import agree, together
 from megatron_gspo.report.ranks import clear_signs
 from megatron_gspo.runs.heartbeat import Heartbeat
 from megatron_gspo.runs.resume import Resumption
@@ -80,9 +80,12 @@ class Agreed:
     def __init__(self, recorder: Recorder, world: dist.ProcessGroup, heartbeat: Heartbeat) -> None:
         self._recorder, self._world, self._heartbeat = recorder, world, heartbeat
         self.enter = heartbeat.enter
+        self.at = "starting"
+        """The last phase, on every rank that was told."""
 
     def phase(self, text: str) -> None:
         """As ``Recorder.phase``."""
+        self.at = text
         self._heartbeat.phase(text)
         self._recorder.phase(text)
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import ConfigError, WeightError
-from megatron_gspo.parallel.exchange import broadcast_object, together
 from megatron_gspo.megatron.checkpoint_files import latest_in, read_header
+from megatron_gspo.parallel.exchange import broadcast_object, together
 from megatron_gspo.runs.experiment import RULES, as_trained, flat, rule_of
 from megatron_gspo.train.progress import fingerprint
 

@@ -22,11 +22,11 @@ from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import write_shards
 from megatron_gspo.hf.critic import name_as_critic
 from megatron_gspo.hf.directory import copy_companions, name_shards, name_stop_tokens, write_index
-from megatron_gspo.parallel.exchange import agree, gather_objects, together
 from megatron_gspo.megatron.checkpoint import POLICY, Models
 from megatron_gspo.megatron.checkpoint_files import UNFINISHED, clear_leftovers, name_of, put_in_place
 from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.megatron.network import Network
+from megatron_gspo.parallel.exchange import agree, gather_objects, together
 from megatron_gspo.storage import writing
 
 SHARD_BYTES = 4 * 1024**3

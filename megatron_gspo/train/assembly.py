@@ -232,11 +232,9 @@ def build_run(
     *,
     colocated: bool = False,
     local: Local | None = None,
-    entering: Callable[[str], None] | None = None,
 ) -> Run:
     """Loads model and weights and connects to the servers, which sleep first where they are ``colocated``. ``local``:
-    those that the first rank has started; ``entering``: as ``Run.entering``. Collective. Raises UserError for what the
-    user can mend."""
+    those that the first rank has started. Collective. Raises UserError for what the user can mend."""
     if colocated:  # one that was lost may hold memory that the trainer counts on, or would have to take it again
         config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"on_server_loss": "error"})})
     turns = take_turns(config, groups, urls, access) if colocated else Apart()
@@ -273,7 +271,6 @@ def build_run(
         references=inputs.references,
         access=access,
         turns=turns,
-        entering=entering,
         changed_names=changed_names(config, policy),
     )
     connect(run, urls, access, awake=not colocated)

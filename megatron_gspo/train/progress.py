@@ -26,6 +26,8 @@ ORDERED_BY = {"data.path", "data.shuffle", "train.seed"}
 """Settings that the order of the prompts is a function of."""
 SKIPPED = "step/skipped"
 """Metric: whether an outer step had nothing to train on, and took no optimizer step."""
+NON_FINITE = "step/non_finite"
+"""Metric: whether an optimizer step was not taken, since something was not finite."""
 
 
 @dataclass
@@ -41,12 +43,21 @@ class Progress:
     empty_steps: int = 0
     """Outer steps in a row, up to now, that had nothing to train on."""
 
+    non_finite_steps: int = 0
+    """Outer steps in a row, up to now, of which something was not finite."""
+
     def advance(self, reports: Sequence[StepReport]) -> None:
         """Counts one outer step, by its reports."""
         skipped = any(report.metrics.get(SKIPPED) for report in reports)
         self.outer_steps += 1
         self.optimizer_steps += 0 if skipped else len(reports)
         self.empty_steps = self.empty_steps + 1 if skipped else 0
+        self.count_non_finite(reports)
+
+    def count_non_finite(self, reports: Sequence[StepReport]) -> None:
+        """Counts an outer step in which an optimizer step was not taken; one in which all were begins anew."""
+        struck = any(report.metrics.get(NON_FINITE) for report in reports)
+        self.non_finite_steps = self.non_finite_steps + 1 if struck else 0
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON: what a checkpoint keeps."""
@@ -55,6 +66,7 @@ class Progress:
             "optimizer_step": self.optimizer_steps,
             "weight_version": self.outer_steps,
             "empty_steps": self.empty_steps,
+            "non_finite_steps": self.non_finite_steps,
             "cursor": dict(self.cursor.state_dict()),
         }
 
@@ -68,7 +80,7 @@ class Progress:
         if same or not ORDERED_BY & set(accepted):
             self.cursor.load_state_dict(state["cursor"])
         self.outer_steps, self.optimizer_steps = state["outer_step"], state["optimizer_step"]
-        self.empty_steps = state.get("empty_steps", 0)
+        self.empty_steps, self.non_finite_steps = state.get("empty_steps", 0), state.get("non_finite_steps", 0)
 
 
 def seed_generators(seed: int, outer_step: int) -> None:

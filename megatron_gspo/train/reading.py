@@ -50,7 +50,8 @@ def read_samples(
     measured = broadcast_object(measured, run.groups.last_stage_leader_rank, run.groups.replica)
     if not run.groups.is_leader:
         return []
-    kept = sorted((s for s in samples if s.group in chosen), key=lambda s: (s.group, s.sample))
+    trained = (s for s in samples if s.group in chosen and (s.group, s.sample) in measured)  # a step may be left out
+    kept = sorted(trained, key=lambda s: (s.group, s.sample))
     return [_record(run, groups[s.group], s, measured[s.group, s.sample]) for s in kept]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,15 +17,16 @@ from megatron_gspo.data.tokenizer import open_tokenizer
 from megatron_gspo.errors import NonFiniteError
 from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.megatron.policy import Policy
-from megatron_gspo.parallel.exchange import broadcast_object, gather_objects
+from megatron_gspo.parallel.exchange import agree, broadcast_object, gather_objects
 from megatron_gspo.parallel.sequence import ShardedSequenceSum
 from megatron_gspo.train.assembly import describe_looked
 from megatron_gspo.train.batch import Minibatch, check_tokens, place
 from megatron_gspo.train.clock import Clock
 from megatron_gspo.train.draw import skip_notes, take_usable
 from megatron_gspo.train.models import check_models
+from megatron_gspo.train.nonfinite import Guard, non_finite_error
 from megatron_gspo.train.profile import Profiles
-from megatron_gspo.train.progress import Progress, seed_generators
+from megatron_gspo.train.progress import NON_FINITE, Progress, seed_generators
 from megatron_gspo.types import Sample, StepReport
 
 
@@ -92,12 +93,20 @@ def fine_tune(
         samples = [as_sample(group, drawn.items[group]) for group in mine]
         check_tokens(samples, policy.shape.vocab_size, groups)
         (minibatch,) = place(samples, config, groups)
-        with profiles.step(step), clock("train"):
-            metrics = supervised_step(config, groups, policy, minibatch, step)
+        guard = Guard(config.train, policy, _ids(drawn.items), note, f"step {step + 1}")
+        metrics = {NON_FINITE: 1.0}
+        with profiles.step(step), clock("train"), guard(minibatch.batches):
+            metrics = supervised_step(config, groups, policy, minibatch, step) | {NON_FINITE: 0.0}
         if skip_bad:
             metrics["data/skipped"] = float(len(drawn.skipped))
         progress.outer_steps = progress.optimizer_steps = step + 1
-        yield StepReport(step, step, 0, metrics | clock.metrics(minibatch.tokens))
+        report = StepReport(step, step, 0, metrics | clock.metrics(minibatch.tokens))
+        progress.count_non_finite([report])
+        yield report
+
+
+def _ids(examples: Mapping[int, Completion]) -> dict[int, str]:
+    return {place: example.prompt.id for place, example in examples.items()}
 
 
 def as_sample(group: int, example: Completion) -> Sample:
@@ -120,14 +129,18 @@ def supervised_step(
     """One optimizer step; returns its metrics on every rank. Collective."""
     sequence_sum = ShardedSequenceSum(groups.token)
     losses: list[torch.Tensor] = []
+    error: NonFiniteError | None = None
 
     def objective(index: int, logprobs_T: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
+        nonlocal error
         shard = shard_tokens(minibatch.batches[index], groups.shard)
+        error = error or non_finite_error(logprobs_T, shard, "policy's")
         loss = config.algorithm.loss(shard, logprobs_T, sequence_sum).loss
         losses.append(loss.detach())
         return loss
 
     policy.gradients(minibatch.batches, objective)
+    agree(error, groups.world)  # before the optimizer moves
     total = None
     if groups.is_last_stage:
         total = sum(gather_objects(sum(loss.item() for loss in losses), groups.data))

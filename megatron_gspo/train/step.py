@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 
 from megatron_gspo.algorithm.metrics import MetricSums, finish, minibatch_sums
-from megatron_gspo.algorithm.objective import find_non_finite, objective
+from megatron_gspo.algorithm.objective import objective
 from megatron_gspo.batching.packing import shard_tokens
 from megatron_gspo.errors import NonFiniteError, RolloutError
 from megatron_gspo.megatron.groups import device
@@ -28,8 +28,9 @@ from megatron_gspo.train.collect import collect, summarise
 from megatron_gspo.train.credit import give_credit
 from megatron_gspo.train.learner import Learner
 from megatron_gspo.train.noise import measure_noise
+from megatron_gspo.train.nonfinite import Guard, non_finite_error
 from megatron_gspo.train.passes import Made, find_pass, needs_old_pass
-from megatron_gspo.train.progress import SKIPPED
+from megatron_gspo.train.progress import NON_FINITE, SKIPPED
 from megatron_gspo.train.reading import read_samples
 from megatron_gspo.train.routing import Routing, open_routing, routing_metrics
 from megatron_gspo.train.settle import settle
@@ -63,31 +64,64 @@ def outer_step(run: Run, number: int, *, first_step: int) -> tuple[list[StepRepo
         return [skip_step(run, number, first_step, summary, clock)], []
     with clock("sync"):
         run.learn()
-    with clock("logprobs"):
+    prompts = {place: group.prompt.id for place, group in collected.groups.items()}
+    guard = Guard(run.config.train, run.policy, prompts, run.notes.append, f"outer step {number + 1}")
+    prepared: list[Minibatch] | None = None
+    has_old = needs_old_pass(run, number)
+    with clock("logprobs"), guard([batch for minibatch in minibatches for batch in minibatch.batches]):
         routing = open_routing(run, collected.samples, minibatches, number)
-        has_old = needs_old_pass(run, number)
-        minibatches = pi_old_pass(run, minibatches, routing, evaluates=has_old)
-        credited = give_credit(run, minibatches)
-        minibatches, summary = credited.minibatches, summary | credited.metrics
-        summary |= routing.mismatch(run, minibatches) | measure_noise(run, minibatches[0], number)
-    reports, done = [], []
-    gate = functools.partial(hold_against_engine, run, number)
-    if has_old:
-        gate(minibatches)
-    with clock("train"):
-        for index, minibatch in enumerate(minibatches):
-            step, frozen = first_step + index, number < run.config.critic.pretraining_steps
-            settled = settle(run, minibatch)
-            before_step = None if has_old or index else gate
-            trained, metrics, live = train_minibatch(run, settled.minibatch, step, frozen=frozen, check=before_step)
-            metrics |= train_critic(run, settled.minibatch, step)
-            metrics |= settled.metrics | routing_metrics(run, trained, live, number)
-            reports.append(StepReport(step, number, index, summary | {SKIPPED: 0.0} | metrics))
-            done.append(trained)
+        credited = give_credit(run, pi_old_pass(run, minibatches, routing, evaluates=has_old))
+        prepared, summary = credited.minibatches, summary | credited.metrics
+        summary |= routing.mismatch(run, prepared) | measure_noise(run, prepared[0], number)
+    if prepared is None or guard.struck:
+        reports = [not_taken(first_step + i, number, i, summary) for i in range(len(minibatches))]
+        done: list[Minibatch] = []
+    else:
+        if has_old:
+            hold_against_engine(run, number, prepared)
+        with clock("train"):
+            reports, done = train_minibatches(run, prepared, number, first_step, summary, guard, has_old=has_old)
     with clock("sync"):
         run.push(number + 1)
     reports[-1].metrics |= clock.metrics(sum(minibatch.tokens for minibatch in minibatches))
-    return reports, read_samples(run, done, collected.groups, collected.samples)
+    return reports, read_samples(run, done, collected.groups, collected.samples) if done else []
+
+
+def train_minibatches(
+    run: Run,
+    minibatches: Sequence[Minibatch],
+    number: int,
+    first_step: int,
+    summary: Mapping[str, float],
+    guard: Guard,
+    *,
+    has_old: bool,
+) -> tuple[list[StepReport], list[Minibatch]]:
+    """An optimizer step of each mini-batch; the reports, and the mini-batches with what they gave. Collective.
+
+    One whose numbers are not finite is left out where ``train.on_non_finite`` says so.
+    """
+    reports, done = [], []
+    gate = functools.partial(hold_against_engine, run, number)
+    for index, minibatch in enumerate(minibatches):
+        step, frozen = first_step + index, number < run.config.critic.pretraining_steps
+        with guard(minibatch.batches):
+            settled = settle(run, minibatch)
+            before_step = None if has_old or index else gate
+            trained, metrics, live = train_minibatch(run, settled.minibatch, step, frozen=frozen, check=before_step)
+        if guard.struck:
+            reports.append(not_taken(step, number, index, summary))
+            continue
+        metrics |= train_critic(run, settled.minibatch, step)
+        metrics |= settled.metrics | routing_metrics(run, trained, live, number)
+        reports.append(StepReport(step, number, index, {**summary, SKIPPED: 0.0, NON_FINITE: 0.0} | metrics))
+        done.append(trained)
+    return reports, done
+
+
+def not_taken(step: int, number: int, index: int, summary: Mapping[str, float]) -> StepReport:
+    """The report of an optimizer step that was not taken, since something was not finite."""
+    return StepReport(step, number, index, {**summary, SKIPPED: 0.0, NON_FINITE: 1.0})
 
 
 def skip_step(run: Run, number: int, first_step: int, summary: Mapping[str, float], clock: Clock) -> StepReport:
@@ -216,12 +250,3 @@ def minibatch_metrics(run: Learner, sums: MetricSums) -> dict[str, float]:
         load = run.policy.expert_load.stop().to(device())
         metrics["expert/load_max"] = heaviest_expert(load, stage=groups.tensor_data, pipeline=groups.pipeline)
     return metrics
-
-
-def non_finite_error(values_T: torch.Tensor, shard: TokenShard, policy: str) -> NonFiniteError | None:
-    """The error of the first response with a NaN or an infinity among its logprobs; None when all are finite."""
-    found = find_non_finite(values_T, shard.mask_T, shard)
-    if found is None:
-        return None
-    group, sample = found
-    return NonFiniteError(f"prompt {group} of this outer step, response {sample}: a {policy} logprob is not finite")

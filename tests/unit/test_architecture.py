@@ -12,7 +12,7 @@ import megatron_gspo
 ROOT = Path(megatron_gspo.__file__).parent
 
 LAYERS = [
-    {"errors", "limits", "section", "_packing", "quiet", "versions", "platforms"},
+    {"errors", "limits", "section", "_packing", "quiet", "versions", "platforms", "hooks"},
     {"supervise", "named", "untrusted"},
     {"types", "storage", "calls"},
     {"batching"},

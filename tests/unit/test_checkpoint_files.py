@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import time
 from pathlib import Path
@@ -32,7 +31,7 @@ def make(root: Path, number: int, **extra: Any) -> Path:
 def check(directory: Path) -> dict[str, Any]:
     header = files.read_header(directory)
     files.verify(directory, header["files"])
-    files.check_metadata(directory)
+    files.read_metadata(directory)
     return header
 
 
@@ -144,7 +143,7 @@ def test_metadata_that_would_run_code_is_refused_even_with_the_right_hash(root: 
     metadata = directory / files.METADATA
     metadata.write_bytes(pickle.dumps(Evil()))
     with pytest.raises(WeightError, match=r"\.metadata: UnpicklingError: .* has no place in a description of tensors"):
-        files.check_metadata(directory)
+        files.read_metadata(directory)
     assert not (root / "touched").exists()
 
 
@@ -199,7 +198,7 @@ def test_metadata_cannot_change_what_torch_shares_or_take_exponential_time(root:
     metadata.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
     started = time.process_time()
     with pytest.raises(WeightError, match=rf"\.metadata: UnpicklingError: .*{said}"):
-        files.check_metadata(root / "outer_00008")
+        files.read_metadata(root / "outer_00008")
     assert time.process_time() - started < 1
     assert [(item.name, item.value) for item in WriteItemType] == before
 
@@ -207,20 +206,4 @@ def test_metadata_cannot_change_what_torch_shares_or_take_exponential_time(root:
 def test_metadata_above_the_bound_is_not_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MOST_METADATA_BYTES", 10)
     with pytest.raises(WeightError, match=r"\.metadata: ValueError: \d+ bytes: .* at most 10"):
-        files.check_metadata(root / "outer_00008")
-
-
-def test_weights_only_holds_for_callers_that_ask_for_all_of_pickle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    torch.save({"a": Evil()}, tmp_path / "evil.pt")
-    torch.save([None, torch.ones(2)], tmp_path / "honest.pt")
-    with files.weights_only():
-        with pytest.raises(pickle.UnpicklingError):
-            torch.load(tmp_path / "evil.pt", weights_only=False)
-        assert torch.load(tmp_path / "honest.pt", weights_only=False)[1].sum() == 2
-    assert not (tmp_path / "touched").exists()
-    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
-    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+        files.read_metadata(root / "outer_00008")
