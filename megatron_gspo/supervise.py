@@ -57,6 +57,7 @@ _words: tuple[int, mmap.mmap] | None = None
 """In a supervised child: its process id, and where it says what it does. No descriptor: a reward may close all."""
 _to_remove: set[str] = set()
 _interrupted = False
+_asked_early: list[str] = []
 
 
 def supervised(action: Callable[[], int], who: str, *, launched: bool = False) -> int:
@@ -131,6 +132,18 @@ def interrupt_quietly() -> None:
 def was_interrupted() -> bool:
     """Whether Ctrl-C has struck since ``interrupt_quietly``."""
     return _interrupted
+
+
+def listen_early() -> None:
+    """Has a SIGUSR1 be remembered that comes while a rank starts: whoever sends it wants a saved run, and a start takes
+    a minute. (SIGTERM ends it at once, as it does a rank that hangs there.)"""
+    _asked_early.clear()
+    signal.signal(signal.SIGUSR1, lambda number, frame: _asked_early.append(signal.Signals(number).name))
+
+
+def asked_early() -> str:
+    """The signal that has come since; empty where none has."""
+    return next(iter(_asked_early), "")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -88,6 +88,11 @@ TAKE_LONG = (
     "training/test_group_work.py::test_two_leaders_give_the_credit_that_one_does[batch]",
     "training/test_critic_runs.py::test_a_kl_to_the_reference_is_taken_off_rewards_before_credit_is_given[batch]",
     "training/test_faults.py::test_an_engine_that_becomes_another_one_is_warned_of_or_ends_the_run[warn]",
+    "training/test_restarts.py::test_a_killed_rank_costs_the_steps_since_the_last_checkpoint_and_no_bit",
+    "training/test_stopped_rank.py::test_a_stopped_rank_ends_the_run_and_is_named_with_its_phase",
+    "rollout/test_families_served.py::test_every_method_fills_a_server_that_started_without_weights[qwen2_moe]",
+    "distributed/test_parity.py::test_a_fault_fails_the_columns_that_it_reaches_and_is_named[losses_are_doubled]",
+    "distributed/test_megatron_faults.py::test_a_gradient_norm_counts_every_whole_gradient_once[tiny-glm4-moe]",
 )
 """Parts of the names of tests that take more than 15 seconds and have a shorter neighbour: for `make test-slow`."""
 

@@ -104,7 +104,7 @@ def _propose(options: argparse.Namespace, model: Any, gpu: Any, request: Request
     from megatron_gspo.plan.show import dry_record, dry_text, record, text_of
 
     outcome = weighed(model, gpu, run) if run else search(model, gpu, request)
-    changes = [] if run else (with_fewer if outcome.plans else to_fit)(model, gpu, request)
+    changes = None if run else (with_fewer if outcome.plans else to_fit)(model, gpu, request)
     if options.write and outcome.plans:
         options.write.write_text(written(model, request, outcome.plans[0].choice), encoding="utf-8")
     dry = _dry_run(model, request, outcome, run) if options.verify else None

@@ -28,11 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
     )
-    parser.add_argument("--host", required=True, metavar="ADDRESS", help="of this node, where others reach it")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="of this node, where others reach it (default 127.0.0.1: this machine alone)",
+    )
     parser.add_argument("--port", type=int, help="of the first server; the next ones follow (default: free ones)")
     parser.add_argument("--node", metavar="NAME", help="of this node's file (default: the host's name)")
     parser.add_argument("--ranks", type=int, default=0, help="trainer ranks on this node's GPUs (default 0)")
-    spread = parser.add_argument_group("one server over several nodes, each of which runs this command")
+    spread = parser.add_argument_group("a server over several nodes", "each of which runs this command")
     spread.add_argument("--nnodes", type=int, metavar="N", help="nodes of the server")
     spread.add_argument("--node-rank", type=int, metavar="R", help="of this node, from 0, which answers requests")
     spread.add_argument("--dist-init-addr", metavar="HOST:PORT", help="of node 0, where they meet")

@@ -33,7 +33,7 @@ def given(config: RunConfig, gpus: int, per_node: int, mean_prompt: float = 0, m
     """Reads the layout, the servers and the work of a step off a configuration.
 
     Args:
-        config: the run. ``placement.mode = "auto"`` is read as "colocated", unless ``rollout.servers`` names some.
+        config: the run. ``placement.mode = "auto"`` is read as "colocated", unless running servers are named.
         gpus: of trainer and servers together.
         per_node: GPUs of each machine.
         mean_prompt: tokens; 0: a quarter of the longest.
@@ -46,7 +46,7 @@ def given(config: RunConfig, gpus: int, per_node: int, mean_prompt: float = 0, m
         raise ConfigError(
             f'algorithm.name = "{algorithm.name}": a plan is of training with rollouts and without a critic'
         )
-    colocated = config.placement.mode == "colocated" or (config.placement.mode == "auto" and not rollout.servers)
+    colocated = config.placement.mode == "colocated" or (config.placement.mode == "auto" and not rollout.named)
     servers = _servers(config, gpus, colocated)
     ranks = gpus if colocated else gpus - servers.gpus
     if ranks < 1:

@@ -29,8 +29,10 @@ NOTE = (
 )
 
 
-def text_of(model: Model, gpu: Gpu, request: Request, outcome: Outcome, changes: Sequence[Change], top: int) -> str:
-    """What the command prints."""
+def text_of(
+    model: Model, gpu: Gpu, request: Request, outcome: Outcome, changes: Sequence[Change] | None, top: int
+) -> str:
+    """What the command prints. ``changes``: None where none were looked for."""
     lines = [_asked(model, gpu, request), ""]
     for number, plan in enumerate(outcome.best(top), 1):
         lines += [*_plan(number, plan, request), ""]
@@ -40,7 +42,7 @@ def text_of(model: Model, gpu: Gpu, request: Request, outcome: Outcome, changes:
     if changes:
         head = "Fewer GPUs would do:" if outcome.plans else "It would fit with one of these:"
         lines += ["", head, *(f"  {change.options:24} {_short(change.plan)}" for change in changes)]
-    elif not outcome.plans:
+    elif not outcome.plans and changes is not None:
         lines.append(
             "No single change that was tried makes it fit (narrow moments, LoRA, shorter responses, more GPUs)."
         )
@@ -134,7 +136,7 @@ def _short(plan: Plan) -> str:
 
 
 def record(
-    model: Model, gpu: Gpu, request: Request, outcome: Outcome, changes: Sequence[Change], top: int
+    model: Model, gpu: Gpu, request: Request, outcome: Outcome, changes: Sequence[Change] | None, top: int
 ) -> dict[str, Any]:
     """For ``--json``: bytes and seconds."""
     return {
@@ -148,7 +150,7 @@ def record(
         "nearest": None if outcome.nearest is None else _memory(outcome.nearest),
         "changes": [
             {"options": change.options, "seconds": change.plan.step.record(), **_memory(change.plan)}
-            for change in changes
+            for change in changes or ()
         ],
         "measured": False,
     }

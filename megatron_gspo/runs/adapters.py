@@ -50,7 +50,7 @@ def _make(unfinished: Path) -> None:
 
 
 def _write(unfinished: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> Exception | None:
-    """This rank's tensors, each owner's in files of its own. What failed, once the others have gathered with this rank."""
+    """This rank's tensors, each owner's in files of its own. What failed, once all have gathered."""
     try:
         with writing(unfinished, "the adapters"):
             write_shards(unfinished, tensors, owner=dist.get_rank(), max_bytes=SHARD_BYTES)
@@ -64,7 +64,7 @@ def _write(unfinished: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> Exc
 def _publish(policy: Network, config: RunConfig, unfinished: Path, directory: Path) -> None:
     parts = sorted(unfinished.glob("*.safetensors"))
     files = {part: safe_open(part, framework="pt", device="cpu") for part in parts}
-    places = {name: part for part, file in files.items() for name in file.keys()}
+    places = {name: part for part, file in files.items() for name in file.keys()}  # noqa: SIM118 (safe_open's are no dictionary)
     infos = [_info(files[places[name]], name) for name in sorted(places)]
     writer = StreamWriter(unfinished / single_name(ADAPTER), infos)
     for info in infos:

@@ -15,7 +15,7 @@ from megatron_gspo.errors import ConfigError, MegatronGspoError, RunStopped, Use
 from megatron_gspo.limits import allow_open_files, explain
 from megatron_gspo.quiet import mute
 from megatron_gspo.runs.saying import FIRST_RANKS_TURN_S, is_first, say_once
-from megatron_gspo.supervise import INTERRUPTED, STORE, run_afterwards, was_interrupted
+from megatron_gspo.supervise import INTERRUPTED, STORE, listen_early, run_afterwards, was_interrupted
 from megatron_gspo.versions import untested_here
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def check_restarts(config: RunConfig) -> None:
 def run_rank(config: RunConfig, make_recorder: MakeRecorder) -> int:
     """Trains as one rank; returns the process's exit status."""
     mute()
+    listen_early()
     if too_few := allow_open_files():
         raise ConfigError(too_few)
     check_restarts(config)

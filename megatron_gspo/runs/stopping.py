@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from megatron_gspo.parallel.exchange import gather_objects
-from megatron_gspo.supervise import STOPS
+from megatron_gspo.supervise import STOPS, asked_early
 
 
 class StopRequest:
@@ -18,7 +18,7 @@ class StopRequest:
     instructions, so a rank that waits in a collective does when the collective is over."""
 
     def __init__(self) -> None:
-        self._asked = ""
+        self._asked = asked_early()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:

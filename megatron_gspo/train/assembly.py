@@ -82,6 +82,7 @@ class Run(Learner):
         Raises SyncError.
         """
         self.turns.update(self.trained)
+        self._reach()  # some may have been lost in the draw
         while self.fleet.up:
             names = None if self.sync.wants_all or self.turns.forgets else self.changed_names
             try:

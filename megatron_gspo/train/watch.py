@@ -77,7 +77,7 @@ class Watchman:
             if why := self._unfit(url):
                 gone[url] = why
                 del held[url]
-        self._known |= held.keys()
+        self._known = set(held)
         return Sight(
             holding=tuple(url for url in held if held[url] == version),
             empty=tuple(url for url in held if held[url] != version),
@@ -101,7 +101,8 @@ class Watchman:
         They are asked in the background: one that hangs holds up nobody."""
         silent, unknown = {}, {}
         for url in suspects:
-            self._asked.setdefault(url, start(functools.partial(generation_problem, url, self._key)))
+            if url not in self._asked:
+                self._asked[url] = start(functools.partial(generation_problem, url, self._key))
         wait([self._asked[url] for url in suspects], timeout=PROMPT_S)
         for url in suspects:
             if not self._asked[url].done():

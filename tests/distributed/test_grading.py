@@ -42,6 +42,7 @@ def graded(cases: Sequence[tuple[int, ...]]) -> list[tuple[list[float], dict[str
         run: Any = SimpleNamespace(
             reward=Reward("gsm8k", reward),
             groups=SimpleNamespace(world=dist.group.WORLD),
+            fleet=SimpleNamespace(metrics=dict),
             config=SimpleNamespace(rollout=RolloutConfig(), algorithm=make_algorithm("gspo")),
         )
         collected = score(run, {rank: group}, Dropped())

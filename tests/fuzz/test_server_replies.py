@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_gspo.errors import EngineReplyError, RolloutError, SyncError
 from megatron_gspo.rollout.engine import Sampling
-from megatron_gspo.rollout.sglang import client as sglang_client
+from megatron_gspo.rollout.sglang.answers import decode_answer
 from megatron_gspo.rollout.sglang.control import Servers
 from megatron_gspo.rollout.sglang.reply import parse_generation
 from megatron_gspo.rollout.sglang.routes import decode_routes
@@ -120,13 +120,13 @@ def test_mutated_bytes_of_an_answer_are_what_they_say_or_are_refused(index: int,
     body = mutated_bytes(as_json(REPLIES[index]), mutations)
     text = body.decode(errors="replace")
     try:
-        reply = sglang_client._decode_answer(200, text, "http://server/generate")
+        reply = decode_answer(200, text, "http://server/generate")
     except EngineReplyError as error:
         assert_says(error, "http://server/generate")
         return
     check(reply)
     with pytest.raises(RolloutError, match="HTTP 400"):
-        sglang_client._decode_answer(400, text, "http://server/generate")
+        decode_answer(400, text, "http://server/generate")
 
 
 SHAPE = RouteShape(moe_layers=(False, True, True), top_k=2, num_experts=5)
@@ -185,7 +185,7 @@ def test_a_mutated_status_page_moves_no_version(
     monkeypatch.setattr(servers, "_call", call)
     try:
         servers.check_version("7")
-        assert json.loads(text)["weight_version"] == "7"
+        assert str(json.loads(text)["weight_version"]) == "7"
     except SyncError as error:
         assert_says(error)
     try:

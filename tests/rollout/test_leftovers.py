@@ -44,7 +44,9 @@ try:
     with LocalServers(config, "model", sys.argv[2], device="cpu", dtype="float32") as servers:
         print(*[server._process.pid for server in servers._servers], flush=True)
         sys.stdin.readline()
-        servers.check()
+        for _ in range(200):  # a process that was killed is there for a moment
+            servers.check()
+            time.sleep(0.05)
 except Exception as error:
     print(type(error).__name__)
 """

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from megatron_gspo.config import RolloutConfig, SyncConfig
 from megatron_gspo.data.prompts import load_prompts
 from megatron_gspo.data.tokenizer import load_tokenizer
-from megatron_gspo.errors import EngineReplyError, EngineUnavailableError, RolloutError, SyncError
+from megatron_gspo.errors import EngineReplyError, EngineUnavailableError, NoServerError, RolloutError, SyncError
 from megatron_gspo.rollout.engine import Sampling, make_engine
 from megatron_gspo.rollout.sglang.control import Servers
 from megatron_gspo.rollout.sglang.probe import get
@@ -234,7 +234,7 @@ def test_a_push_that_fails_halfway_leaves_no_weights_that_a_rollout_accepts(
     sync = make_weight_sync(config, [server], Peers(), model_path=other_model)
     with pytest.raises(SyncError, match="rank 0: ValueError: a gather failed"):
         sync.push(broken(), 1)
-    with pytest.raises(EngineReplyError):
+    with pytest.raises(NoServerError, match=r"1-incomplete.* is none of this run's"):
         draw(server, version=1)
     push(method, server, tiny_model, 2, tmp_path)  # the failure can be recovered from
     assert logprob_error(draw(server, version=2), tiny_model) < 1e-5

@@ -29,7 +29,7 @@ def test_a_run_that_three_faults_have_struck_is_the_undisturbed_one_bit_for_bit(
         for name, faults in (("undisturbed", deque[Fault]()), ("struck", deque(FAULTS))):
             place = tmp_path / name / "disk"
             place.mkdir(parents=True)
-            run = Disturbed(place, settings(place, quickstart, servers.urls, "tensor"), servers, print)
+            run = Disturbed(place, settings(place, quickstart, servers.urls, "disk"), servers, print)
             outcome = run.finish(faults)
             found[name] = results(place / "run", real=False)
             assert outcome.statuses[-1] == 0 and not faults

@@ -64,7 +64,7 @@ def servers(pid: int) -> list[psutil.Process]:
     found = []
     for process in members(pid):
         with contextlib.suppress(psutil.Error):
-            if "sglang_server.py" in " ".join(process.cmdline()) and os.getpgid(process.pid) == process.pid:
+            if "rollout/sglang/server.py" in " ".join(process.cmdline()) and os.getpgid(process.pid) == process.pid:
                 found.append(process)
     return found
 

@@ -58,8 +58,8 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_servers_that_are_killed_in_a_rollout_change_no_bit(quickstart: Path, tmp_path: Path) -> None:
-    """One in the second draw, which the other answers; then both at once, so that the run must wait for one."""
+def test_servers_that_are_killed_change_no_bit(quickstart: Path, tmp_path: Path) -> None:
+    """One in the second outer step, which goes on with the other; then both at once: the run must wait for one."""
     require_sglang()
     plain, hurt = tmp_path / "plain", tmp_path / "hurt"
     process = start(quickstart, plain)
@@ -80,14 +80,13 @@ def test_servers_that_are_killed_in_a_rollout_change_no_bit(quickstart: Path, tm
     assert process.returncode == 0, said
     print(said)
     for line in (
-        r"a rollout server is lost, and 1 are left: http://\S+/generate failed",
+        r"a rollout server is lost, and 1 are left: http://",
         r"exited with -9; .*; it is started again \(1 of 10 times\)",
-        r"no rollout server is left .*; outer step [345] is saved; waiting 1800 s for one to return",
+        r"no rollout server is left .*; outer step [34] is saved; waiting 1800 s for one to return",
         r"http://\S+ is back, with the current weights",
         r"goes on with http://",
     ):
         assert re.search(line, " ".join(said.split())), line
-    assert sum(line["servers/moved"] for line in lines(hurt) if line["outer_step"] == 1) > 0, "it was no draw's middle"
     first, second = weights(plain), weights(hurt)
     assert first.keys() == second.keys() and first
     assert [name for name, tensor in first.items() if not torch.equal(tensor, second[name])] == []

@@ -6,6 +6,7 @@ It takes every weight sync, and answers ``/generate`` with a seeded draw, or wit
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
 import pickle
@@ -98,12 +99,12 @@ class StandIn:
 
 
 class Mortal(StandIn):
-    """Dies at a request, and comes back with nothing of what it was sent. ``unfilled`` are the versions under which it
-    answered requests for responses, in order."""
+    """Dies once, at a request, and comes back with nothing of what it was sent. ``unfilled``: the versions, none of a
+    run's, under which it was asked for responses."""
 
     def __init__(self, model: Path) -> None:
         super().__init__(model)
-        self.dead = False
+        self.dead, self.deaths = False, 0
         self.unfilled: list[str] = []
         self.dies_at: Callable[[str, dict[str, Any]], bool] = lambda path, body: False
         self.comes_back_at: Callable[[], bool] = lambda: False
@@ -113,14 +114,16 @@ class Mortal(StandIn):
         if self.dead and self.comes_back_at():
             self.dead, self.version = False, "default"
             self.received.clear()
-        self.dead = self.dead or self.dies_at(path, body)
+        if not self.deaths and self.dies_at(path, body):
+            self.dead, self.deaths = True, 1
         if self.dead:
             handler.close_connection = True
             handler.connection.close()
             return
         if path == "/generate" and "-" not in self.version:
             self.unfilled.append(self.version)
-        super().reply(handler, body)
+        with contextlib.suppress(OSError):  # whoever asked may have given it up
+            super().reply(handler, body)
 
 
 def sound(body: dict[str, Any], version: str) -> dict[str, Any]:

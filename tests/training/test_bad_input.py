@@ -77,8 +77,8 @@ def test_safetensors_that_were_cut_off_are_named(refusal: Refusal, broken_model:
 
 def test_another_architecture_is_refused_with_those_that_are_known(refusal: Refusal, broken_model: Path) -> None:
     config = broken_model / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["LlamaForCausalLM"]}))
-    assert "LlamaForCausalLM is not supported (known: Qwen3ForCausalLM, " in refusal(f'model.path="{broken_model}"')
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["Gemma3ForCausalLM"]}))
+    assert "Gemma3ForCausalLM is not supported (known: Qwen3ForCausalLM, " in refusal(f'model.path="{broken_model}"')
 
 
 def test_dense_layers_that_the_engine_would_take_for_others_are_refused(refusal: Refusal, broken_model: Path) -> None:

@@ -87,9 +87,9 @@ def manifest_of(run: Path) -> dict[str, Any]:
 
 
 def exact(record: dict[str, Any]) -> dict[str, Any]:
-    """Without clocks, and without what the engine's own logprobs enter: what else is in a batch changes their last
-    digits, and which requests meet in one is a matter of time."""
-    inexact = ("time/", "tokens_per_s", "kl/engine_", "rollout_logprobs")
+    """Without clocks, servers that come and go, and what the engine's own logprobs enter: what else is in a batch
+    changes their last digits, and which requests meet in one is a matter of time."""
+    inexact = ("time/", "servers/", "tokens_per_s", "kl/engine_", "rollout_logprobs")
     return {name: value for name, value in record.items() if not name.startswith(inexact)}
 
 

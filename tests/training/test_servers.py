@@ -55,37 +55,51 @@ def servers_of(run: Path) -> list[dict[str, float]]:
     return [found[step] for step in sorted(found)]
 
 
+Result = tuple[dict[str, str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[str, Result]:
+    return {}
+
+
+@pytest.fixture
+def plain(kept: dict[str, Result], ranks: RankPool, settings: Settings, quickstart: Path, tmp_path: Path) -> Result:
+    """Of the run that nothing happens to, whose servers are asked for as much; made once."""
+    if not kept:
+        with two(quickstart / "model") as servers:
+            assert set(ranks.run(2, ending, settings("plain", servers))) == {"finished"}
+            assert [server.answered for server in servers] == [3 * RESPONSES // 2] * 2
+        quiet = {"up": 2.0, "lost": 0.0, "returned": 0.0, "restarted": 0.0, "moved": 0.0, "resubmitted": 0.0}
+        assert servers_of(tmp_path / "plain") == [quiet] * 3
+        kept["result"] = result(tmp_path / "plain")
+    return kept["result"]
+
+
 def test_servers_that_die_in_a_draw_and_in_a_push_change_no_bit(
-    ranks: RankPool, settings: Settings, quickstart: Path, tmp_path: Path
+    ranks: RankPool, settings: Settings, quickstart: Path, tmp_path: Path, plain: Result
 ) -> None:
     """One dies in the second draw and is back, without weights, for the third; the other dies in the push before it."""
     with two(quickstart / "model") as servers:
-        assert set(ranks.run(2, ending, settings("plain", servers))) == {"finished"}
-        assert [server.answered for server in servers] == [3 * RESPONSES // 2] * 2
-        quiet = {"up": 2.0, "lost": 0.0, "returned": 0.0, "restarted": 0.0, "moved": 0.0, "resubmitted": 0.0}
-        assert servers_of(tmp_path / "plain") == [quiet] * 3
-    with two(quickstart / "model") as servers:
         one, other = servers
-        other.dies_at = lambda path, body: path == "/generate" and other.answered >= RESPONSES // 2 + 8
-        other.comes_back_at = lambda: other.version.startswith("1-") and one.dead
+        other.dies_at = lambda path, body: (
+            path == "/generate" and other.version.startswith("1-") and other.answered >= RESPONSES // 2 + 8
+        )
+        other.comes_back_at = lambda: one.dead
         one.dies_at = lambda path, body: path == "/update_weights_from_tensor" and one.version.startswith("2-")
-        other_died = other.dies_at
-        other.dies_at = lambda path, body: other.version.startswith("1-") and other_died(path, body)
         assert set(ranks.run(2, ending, settings("hurt", servers))) == {"finished"}
         assert other.unfilled == one.unfilled == []
         assert other.version.startswith("3-")
         assert other.answered == RESPONSES // 2 + 8 + RESPONSES, "all of the third step's come from it"
-    assert result(tmp_path / "hurt") == result(tmp_path / "plain")
+    assert result(tmp_path / "hurt") == plain
     first, second, third = servers_of(tmp_path / "hurt")
     assert (first["lost"], second["lost"], second["up"], second["moved"]) == (0, 1, 1, 1)
     assert (third["lost"], third["returned"], third["up"]) == (1, 1, 1)
 
 
 def test_without_any_server_a_run_is_saved_waits_and_goes_on_with_the_same_numbers(
-    ranks: RankPool, settings: Settings, quickstart: Path, tmp_path: Path
+    ranks: RankPool, settings: Settings, quickstart: Path, tmp_path: Path, plain: Result
 ) -> None:
-    with two(quickstart / "model") as servers:
-        assert set(ranks.run(2, ending, settings("plain", servers))) == {"finished"}
     saved = tmp_path / "waits" / "checkpoints" / "outer_00001"
     with two(quickstart / "model") as servers:
         one = servers[0]
@@ -96,7 +110,7 @@ def test_without_any_server_a_run_is_saved_waits_and_goes_on_with_the_same_numbe
         one.comes_back_at = saved.exists
         assert set(ranks.run(2, ending, settings("waits", servers))) == {"finished"}
         assert one.unfilled == [] and one.version.startswith("3-")
-    assert result(tmp_path / "waits") == result(tmp_path / "plain")
+    assert result(tmp_path / "waits") == plain
     assert checkpoint_files.read_header(saved)["extra"]["cursor"]["position"] == 4, "what the half draw took is undone"
     assert servers_of(tmp_path / "waits")[2]["up"] == 1
 

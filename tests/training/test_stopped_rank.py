@@ -27,6 +27,7 @@ def test_a_stopped_rank_ends_the_run_and_is_named_with_its_phase(quickstart: Pat
     more = [
         f"train.collective_timeout_s={TIMEOUT_S}",
         "train.outer_steps=200",
+        "train.max_restarts=0",
         f'train.on_checkpoint="cp -r -t {uploads}"',
         f"train.on_end=\"sh -c 'echo $0 > {tmp_path}/ended'\"",
     ]

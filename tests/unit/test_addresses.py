@@ -78,8 +78,8 @@ def test_nodes_that_start_together_agree_on_one_key_that_only_this_user_reads(tm
 def test_the_key_of_the_environment_comes_first_and_is_written_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(SERVER_KEY, "of the environment")
-    assert shared_key(tmp_path) == find_key(tmp_path) == "of the environment"
+    monkeypatch.setenv(SERVER_KEY, "of-the-environment")
+    assert shared_key(tmp_path) == find_key(tmp_path) == "of-the-environment"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -136,6 +136,7 @@ def test_without_a_command_the_commands_are_named_in_a_few_lines(words, capsys, 
 
 NEEDS = {
     "train": "config",
+    "serve": "config",
     "eval": "CONFIG|RUN|HF_DIR",
     "doctor": "config",
     "status": "RUN",

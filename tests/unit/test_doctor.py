@@ -166,7 +166,8 @@ def test_a_run_starts_with_a_warning_of_untested_versions_from_its_first_rank(mo
     monkeypatch.setitem(sys.modules, "megatron_gspo.runs.loop", mock.Mock())
     for rank, said in (("0", "warning: torch 3.0 was not tested\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
-        assert run_rank(mock.Mock(), mock.Mock()) == 0
+        config = mock.Mock(train=mock.Mock(on_end=""))
+        assert run_rank(config, mock.Mock()) == 0
         assert capsys.readouterr().err == said
 
 
@@ -262,7 +263,7 @@ def test_data_parallel_ranks_with_nothing_to_train_on_are_warned_of(case: Case) 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM is not supported"),
+        ({"architectures": ["Gemma3ForCausalLM"]}, "Gemma3ForCausalLM is not supported"),
         ({"architectures": 5}, "(none) is not supported"),
         ({"num_hidden_layers": "four"}, "num_hidden_layers = 'four'"),
         ({"hidden_size": 0}, "hidden_size = 0"),
@@ -270,7 +271,7 @@ def test_data_parallel_ranks_with_nothing_to_train_on_are_warned_of(case: Case) 
         ({"num_experts": -1}, "num_experts = -1"),
         ({"num_experts_per_tok": 99}, "chooses 99 of 16 experts"),
         ({"num_key_value_heads": 3}, "4 attention heads for 3 key-value heads"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, 'rope_type = "yarn"'),
+        ({"rope_parameters": {"rope_type": "longrope"}}, 'rope_type = "longrope"'),
         ({"rope_parameters": 7}, "cannot be read as Qwen3MoeForCausalLM"),
         ({"mlp_only_layers": 3}, "cannot be read as Qwen3MoeForCausalLM"),
     ],

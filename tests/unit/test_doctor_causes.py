@@ -259,7 +259,7 @@ def test_each_node_has_its_own_ranks_to_hold_and_no_servers_of_another(case: Cas
     total, of_one = (float(TAKEN.search(found["memory"][0][1])[1]) for found in (spread, alone))
     assert 0.9 * of_one < total <= of_one, "what another node holds is not held here"
     assert [fix for status, _, fix in spread["settings"] if status == "error"] == [
-        "start servers and name them in rollout.servers"
+        "start servers with `megatron-gspo serve`, and name them in rollout.servers_from"
     ]
     assert alone["settings"][0][0] == "ok"
     assert "it must be one directory for all of them" in spread["run directory"][0][1]

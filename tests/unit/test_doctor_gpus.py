@@ -337,7 +337,7 @@ def test_where_trainer_and_servers_lie_is_a_line_with_its_reason(case: Case, hav
     assert said.endswith("2 servers of 4 cards on 0, 1, 2, 3, 4, 5, 6, 7; ranks on 0 to 7")
     assert where("placement.tensor=3")[1].startswith("the size of a local server")
     assert where("rollout.local_servers=9")[1].endswith("or servers named in rollout.servers")
-    assert where('rollout.servers=["http://a"]') == ("ok", "apart: rollout.servers names running servers")
+    assert where('rollout.servers=["http://a"]') == ("ok", "apart: running servers are named")
     have(gpus=8, servers=with_versions(torch_memory_saver=""))
     status, said = where("placement.tensor=4")
     assert status == "error" and "cannot sleep without torch-memory-saver" in said

@@ -24,7 +24,6 @@ SENDS = {"sync/tensor.py", "sync/handles.py"}
 READS = {
     "parallel/exchange.py": "between ranks, over the network that is trusted",
     "megatron/checkpoint_files.py": "descriptions of tensors alone, by a reader that runs nothing",
-    "megatron/checkpoint.py": "as that one says",
     "megatron/checkpoint_stream.py": "as that one says",
     "dryrun/__init__.py": "between a process and its own child",
     "dryrun/child.py": "between a process and its own child",

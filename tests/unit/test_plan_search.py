@@ -271,7 +271,10 @@ def test_the_command_writes_and_prints(capsys: pytest.CaptureFixture[str], tmp_p
         (["qwen3-0.6b", "--gpus", "0"], "--gpus 0: at least 1"),
         (["qwen3-0.6b", "--gpus", "12"], "--gpus 12 are no whole nodes of --gpus-per-node 8"),
         (["qwen3-0.6b", "--prompts", "6"], "--prompts 6 is not a multiple of --minibatches 4"),
-        (["qwen3-0.6b", "--mean-response", "9000"], "at most the longest, 1024 and 7168"),
+        (
+            ["qwen3-0.6b", "--mean-response", "9000"],
+            "9000: above 0, and at most --response-tokens 7168",
+        ),
         (["qwen3-0.6", "--gpus", "2"], "did you mean qwen3-0.6b?"),
     ],
 )

@@ -211,9 +211,9 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path: Path):
 
 
 def test_counts_are_read_by_a_person():
-    counts = Counts(rows=1_791_700, repeats=1_774_302, prompts=17_398, held_out=512)
+    counts = Counts(rows=1_700_000, repeats=1_683_000, prompts=17_000, held_out=512)
     assert list(counts.lines(SETS["dapo"].expected))[:3] == [
-        "1,791,700 rows read",
-        "1,774,302 repeat a prompt",
-        "   17,398 prompts written, 512 of them held out",
+        "1,700,000 rows read",
+        "1,683,000 repeat a prompt",
+        "   17,000 prompts written, 512 of them held out",
     ]

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_gspo.runs import stopping
 from megatron_gspo.runs.stopping import StopRequest
-from megatron_gspo.supervise import STOPS
+from megatron_gspo.supervise import STOPS, listen_early
 
 WORLD: Any = None
 
@@ -34,6 +34,15 @@ def test_what_one_rank_is_asked_all_ranks_hear_by_name(number: signal.Signals) -
         os.kill(os.getpid(), signal.SIGUSR1)  # the first one counts
         assert stop.asked(WORLD) == number.name
     os.kill(os.getpid(), number)  # it has saved: nothing is left to ask
+
+
+def test_a_sigusr1_while_a_rank_starts_is_not_lost() -> None:
+    listen_early()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    with StopRequest() as stop:
+        assert stop.asked(WORLD) == "SIGUSR1"
+    listen_early()
+    assert StopRequest().asked(WORLD) == ""
 
 
 def test_a_run_that_was_not_asked_leaves_the_handlers_that_it_found() -> None:

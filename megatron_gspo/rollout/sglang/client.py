@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -49,6 +50,19 @@ ABORT_S = 5.0
 """Seconds for asking a server to end requests."""
 WORK = ("num_used_tokens", "total_prefill_uncached_tokens", "decode_moments", "num_running_reqs", "num_waiting_reqs")
 """Of ``/v1/loads`` (SGLang 0.5.23), what changes when a server works."""
+
+
+@dataclass
+class _Place:
+    """Where a prompt is: which server it is to have, which it has."""
+
+    wish: str = ""
+    avoid: frozenset[str] = frozenset()
+    once: bool = False
+    """Whether it is given up with its first server."""
+    url: str = ""
+    sent: asyncio.Event = field(default_factory=asyncio.Event)
+    """Whether it has had one."""
 
 
 class SGLangEngine:
@@ -163,55 +177,41 @@ class SGLangEngine:
         self, desk: Desk, prompt: Prompt, wish: str, sampling: Sampling, weight_version: int
     ) -> list[Rollout]:
         """A prompt's responses, from another server too where the first one takes longer than is waited for."""
-        at: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         answer = functools.partial(self._from_any, desk, prompt, sampling, weight_version)
+        place = _Place(wish)
         after = self._config.resubmit_after_s
         if after is None:
-            return await answer(wish, at)
-        first = asyncio.create_task(answer(wish, at))
+            return await answer(place)
+        first, sent = asyncio.create_task(answer(place)), asyncio.create_task(place.sent.wait())
         tasks = [first]
         try:
-            either: list[asyncio.Future[Any]] = [first, at]
+            either: list[asyncio.Future[Any]] = [first, sent]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wait([first], timeout=after)
-            if not first.done() and set(desk.up) - {at.result()}:
+            if not first.done() and set(desk.up) - {place.url}:
                 self.resubmitted += 1
-                avoid = frozenset([at.result()])
-                tasks.append(asyncio.create_task(answer("", asyncio.Future(), avoid=avoid, only_once=True)))
+                tasks.append(asyncio.create_task(answer(_Place(avoid=frozenset([place.url]), once=True))))
             return await first_result(tasks)
         finally:
-            for task in tasks:
+            for task in (*tasks, sent):
                 task.cancel()
-            at.cancel()
             await asyncio.wait(tasks)
 
     async def _from_any(
-        self,
-        desk: Desk,
-        prompt: Prompt,
-        sampling: Sampling,
-        weight_version: int,
-        wish: str,
-        at: asyncio.Future[str],
-        *,
-        avoid: frozenset[str] = frozenset(),
-        only_once: bool = False,
+        self, desk: Desk, prompt: Prompt, sampling: Sampling, weight_version: int, place: _Place
     ) -> list[Rollout]:
-        """A prompt's responses from one server after another, until one gives them. ``at``: is told the first one.
-
-        Raises NoServerError when none is left.
-        """
+        """A prompt's responses from one server after another, until one gives them. Raises NoServerError when none is
+        left."""
         while True:
-            async with desk.server(prompt.id, wish=wish, avoid=avoid) as url:
-                if not at.done():
-                    at.set_result(url)
+            async with desk.server(prompt.id, wish=place.wish, avoid=place.avoid) as place.url:
+                place.sent.set()
                 try:
-                    return await self._group(url, prompt, sampling, weight_version)
+                    return await self._group(place.url, prompt, sampling, weight_version)
                 except (EngineUnavailableError, StaleWeightsError) as error:
                     if self._config.on_server_loss == "error":
                         raise
-                    desk.lose(url, str(error))
-                    if only_once:
+                    desk.lose(place.url, str(error))
+                    if place.once:
                         raise
             self.moved += bool(desk.up)
 
