@@ -55,10 +55,11 @@ def test_a_job_that_hits_its_time_limit_is_queued_again_and_finishes_as_one_that
     said = log.read_text()
     print(said)
     assert state["JobState"] == "COMPLETED", said
-    assert state["Restarts"] == "1", said
+    restarts = int(state["Restarts"])  # more than one where the machine is slow
+    assert restarts >= 1, said
     assert "told to stop" in said and "stopped by SIGUSR1 after outer step" in said and "queued again" in said
     starts = manifest_of(run)["starts"]
-    assert [start["status"] for start in starts] == ["stopped", "finished"]
+    assert [start["status"] for start in starts] == ["stopped"] * restarts + ["finished"]
     assert 0 < starts[1]["outer_step"] < OUTER_STEPS
     assert_same_run(load(QUICKSTART / "gspo.toml", [*settings, "train.overwrite=false"]), whole)
     for node in ("n1", "n2"):
