@@ -196,13 +196,18 @@ def die_with_parent(parent: int | None = None) -> None:
 def _own_place() -> tuple[str, int]:
     """A new directory for the child's temporary files, and a descriptor that locks it while this process lives; those
     of processes that were killed are removed."""
+    remove_abandoned()
+    place = tempfile.mkdtemp(prefix=OF_PROCESS)  # 0700
+    return place, locked(Path(place))
+
+
+def remove_abandoned() -> None:
+    """Removes the temporary directories of processes of this user that were killed before they could."""
     for old in [old for prefix in PREFIXES for old in Path(tempfile.gettempdir()).glob(f"{prefix}*")]:
         with contextlib.suppress(OSError):  # another user's, in use, or gone
             if time.time() - old.stat().st_mtime > SETTLED_S:  # else perhaps not locked yet
                 os.close(locked(old))
                 _remove(old)
-    place = tempfile.mkdtemp(prefix=OF_PROCESS)  # 0700
-    return place, locked(Path(place))
 
 
 def locked(directory: str | Path) -> int:

@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from megatron_gspo.supervise import PREFIXES, remove_abandoned
 from tests.chaos.faults import Fault
 from tests.chaos.servers import Servers
 
@@ -254,8 +256,16 @@ def results(run: Path, *, real: bool) -> dict[str, Any]:
 
 
 def leftovers(place: Path) -> list[str]:
-    """Files of a finished run's place that should not be there."""
+    """Files of a finished run's place that should not be there, once what a killed watcher has left, and the next
+    command removes when it has lain there for ``SETTLED_S``, is gone."""
     names = re.compile(r"\.(unfinished|replaced|removed|tmp)$|^megatron-gspo-|^mgspo-")
+    for left in [left for prefix in PREFIXES for left in place.parent.glob(f"{prefix}*")]:
+        os.utime(left, (0, 0))
+    before, tempfile.tempdir = tempfile.tempdir, str(place.parent)
+    try:
+        remove_abandoned()
+    finally:
+        tempfile.tempdir = before
     return [str(path) for root in (place, place.parent) for path in root.rglob("*") if names.search(path.name)]
 
 
