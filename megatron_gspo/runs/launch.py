@@ -47,7 +47,7 @@ def check_before_start(config: RunConfig) -> None:
     check_readable(config.data.path)
     if config.algorithm.draws_responses:
         check_reward(config.reward)
-        if config.rollout.servers:
+        if config.rollout.named:
             server_key()
         if config.data.eval_path:
             check_readable(config.data.eval_path)
