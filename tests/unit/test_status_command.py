@@ -71,7 +71,8 @@ def test_a_clock_that_is_set_changes_nothing_of_what_is_said_of_a_run(
     assert state(run, 1.0) == "running"
     summary = summarise(run)
     assert summary["status"] == "running" and summary["silent_s"] >= 0 and summary["eta_s"] > 0
-    assert "running" in format_status(summary) and "-8" not in format_status(summary)
+    text = format_status(summary | {"run": "run"})  # a path of this test may hold any digits
+    assert "running" in text and "-8" not in text
 
 
 def test_on_another_machine_silence_far_beyond_an_outer_step_is_said(tmp_path: Path) -> None:
