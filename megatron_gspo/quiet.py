@@ -30,10 +30,7 @@ WARNINGS = (
     (r"torch\.distributed\.c10d_logger", r"`torch\.distributed\.\w+` is deprecated"),
     (r"megatron\.core", r"`load_state_dict` is deprecated"),  # 0.16.1
     (r"megatron\.core", r"TypedStorage is deprecated"),  # gradients that are freed while servers compute
-    (r"torch\.distributed\.checkpoint", r"The argument order of load has been changed"),  # 0.19.2
     (r"torch\.distributed\.checkpoint", r"Please use DTensor instead and we are deprecating ShardedTensor"),
-    # 0.19.2 has every rank read a checkpoint by itself, and means to.
-    (r"torch\.distributed\.checkpoint", r"torch\.distributed is disabled, unavailable or uninitialized"),
 )
 """(module, start of the message), as regular expressions."""
 
@@ -46,9 +43,6 @@ LOGS = (
     ("megatron.core.transformer.transformer_layer", "Rewrapping ModuleSpec"),
     # 0.19.2 works the layout out then, as 0.16.1 did.
     ("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),
-    # 0.19.2 would have nvidia-resiliency-ext plan a checkpoint, and keep what it names "common" in another file.
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
-    ("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated"),
     # 0.19.2 looks for compilers at import; a run on the CPU does without.
     ("torch.utils.cpp_extension", "No CUDA runtime is found"),
 )

@@ -95,7 +95,7 @@ def check(path: Path) -> None:
 def compare(prompt: Prompt, number: int, line: bytes) -> None:
     row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=once, parse_constant=no_number)
     turns = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
-    assert prompt.text == "".join(f"<{turn['role']}:{said(turn['content'])}>" for turn in turns)
+    assert prompt.text == "".join(f"<{turn['role'].strip().lower()}:{said(turn['content'])}>" for turn in turns)
     assert "".join(map(chr, prompt.token_ids)) == prompt.text and 0 < len(prompt.token_ids) <= LIMIT
     answer = row.get("answer")
     assert prompt.answer == ("" if answer is None else str(answer)) and not isinstance(answer, bool)
