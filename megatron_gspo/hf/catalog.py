@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_type_hints
 
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf import deepseek_v3, glm4_moe, llama, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe
@@ -88,6 +88,7 @@ def model_of(
     _check_sizes(directory, config)
     try:
         shape = FAMILIES[name].shape(config)
+        _check_complete(shape)
         _check_shape(shape)
     except ConfigError as error:
         raise ConfigError(f"{directory}: {error}{_defaults_in(str(error), FAMILIES[name], config)}") from None
@@ -122,6 +123,13 @@ def _check_sizes(directory: str | Path, config: dict[str, Any]) -> None:
         value = config.get(name)
         if value is not None and type(value) is not bool:  # the text "false" would count as true
             raise ConfigError(f"{directory}: {name} = {value!r:.80} in config.json is not true or false")
+
+
+def _check_complete(shape: ModelShape) -> None:
+    """Raises TypeError for a number that null was read as: a key that is there and says nothing is no size."""
+    for name, kind in get_type_hints(ModelShape).items():
+        if kind in (int, float) and getattr(shape, name) is None:
+            raise TypeError(f"it gives no {name}")
 
 
 def _check_shape(shape: ModelShape) -> None:

@@ -103,6 +103,7 @@ def check_shape(model: Path) -> None:
 @example("rms_norm_eps", True, True)
 @example("mlp_only_layers", [99], True)
 @example("decoder_sparse_step", 1.0, True)
+@example("intermediate_size", None, True)
 def test_any_field_of_config_json_is_read_as_it_is_or_refused(
     sound: Path, model: Path, name: str, value: Any, whole: bool
 ) -> None:
