@@ -73,7 +73,7 @@ quickstart: install ## install, then train a tiny mixture of experts with GSPO a
 	@.venv/bin/megatron-gspo train examples/quickstart/gspo.toml train.overwrite=true
 
 .PHONY: test
-test: install browser ## install, then run all tests
+test: install browser bubblewrap ## install, then run all tests
 	OMP_NUM_THREADS=1 $(RUN) pytest $(PYTEST)
 
 .PHONY: test-slow
@@ -83,6 +83,10 @@ test-slow: install ## install, then run the tests that take minutes, which `make
 .PHONY: test-slurm
 test-slurm: install ## install, then run the job script on a Slurm of two nodes on this machine (as root; installs Debian's if need be)
 	OMP_NUM_THREADS=1 $(RUN) pytest -q -s -m slurm_suite tests/slurm --durations=0
+
+.PHONY: test-sandbox
+test-sandbox: install bubblewrap ## install, then run a thousand hostile programs in the sandbox: some ten minutes
+	OMP_NUM_THREADS=1 $(RUN) pytest -q -s -m sandbox_suite tests/sandbox --durations=10
 
 FUZZ_TIMES ?= 2
 FUZZ_SEED ?= 1
@@ -96,7 +100,7 @@ chaos: install ## install, then strike short runs with a hundred faults, ten of 
 	OMP_NUM_THREADS=1 $(RUN) tests.chaos --faults $(or $(FAULTS),100) --seed $(or $(SEED),17) --real 10
 
 .PHONY: test-latest
-test-latest: $(LATEST_STAMP) $(SGLANG_STAMP) browser ## run all tests on Python 3.12, the newest Megatron-Core and the GPU servers' torch (PYTHON_LATEST=...)
+test-latest: $(LATEST_STAMP) $(SGLANG_STAMP) browser bubblewrap ## run all tests on Python 3.12, the newest Megatron-Core and the GPU servers' torch (PYTHON_LATEST=...)
 	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest $(PYTEST)
 
 .PHONY: browser
@@ -106,6 +110,12 @@ browser: ## find a Chromium for the tests of the report, or install Debian's (CH
 find_browser = { command -v "$${CHROMIUM:-chromium}" || command -v chromium-browser || command -v google-chrome; } >/dev/null
 as_root = $$([ "$$(id -u)" = 0 ] || echo sudo -n) env DEBIAN_FRONTEND=noninteractive
 install_browser = { echo "Installing Chromium with apt-get" && { $(as_root) apt-get update && $(as_root) apt-get install -y --no-install-recommends chromium fonts-dejavu-core; } >/dev/null 2>&1; }
+
+.PHONY: bubblewrap
+bubblewrap: ## find bubblewrap, which isolates the programs that models write, or install Debian's
+	@command -v bwrap >/dev/null || $(install_bubblewrap) || echo "no bubblewrap: programs will not be tested in the sandbox; apt-get install bubblewrap as root" >&2
+
+install_bubblewrap = { echo "Installing bubblewrap with apt-get" && { $(as_root) apt-get update && $(as_root) apt-get install -y --no-install-recommends bubblewrap; } >/dev/null 2>&1; }
 
 .PHONY: lint
 lint: $(EXTENSION_STAMP) ## check style and types

@@ -9,6 +9,7 @@ GROUPS = {
     "train and measure a policy": ("train", "serve", "eval", "compare"),
     "look before, during and after a run": ("plan", "doctor", "explain", "parity", "status", "report"),
     "convert checkpoints": ("convert",),
+    "run what models write": ("sandbox",),
     "measure this machine": ("bench",),
 }
 """What commands are for, in the order in which ``--help`` lists them."""

@@ -13,7 +13,7 @@ SUMMARY = "measure time, memory and balance on this machine"
 EXAMPLE = "megatron-gspo bench logprobs --quick"
 DOCS = "docs/benchmarks.md"
 
-BENCHMARKS = ("logprobs", "packing", "replay", "sync", "convert", "experts")
+BENCHMARKS = ("logprobs", "packing", "replay", "sync", "convert", "experts", "sandbox")
 """In the order in which ``--help`` lists them."""
 
 

@@ -10,6 +10,7 @@ from megatron_gspo.config.lora import LoraConfig
 from megatron_gspo.config.placement import Placement, PlacementConfig
 from megatron_gspo.config.rollouts import EvalConfig, ReplayConfig, RewardConfig, RolloutConfig, SyncConfig
 from megatron_gspo.config.run import RunConfig
+from megatron_gspo.config.sandbox import SandboxConfig
 from megatron_gspo.config.text import dump, load, parse, read
 from megatron_gspo.config.training import CriticConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from megatron_gspo.section import Section
@@ -28,6 +29,7 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
+    "SandboxConfig",
     "Section",
     "SyncConfig",
     "TrainConfig",

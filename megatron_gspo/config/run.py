@@ -14,6 +14,7 @@ from megatron_gspo.config.layout import ParallelConfig
 from megatron_gspo.config.lora import LoraConfig
 from megatron_gspo.config.placement import Placement, PlacementConfig
 from megatron_gspo.config.rollouts import EIGHT_BITS, EvalConfig, ReplayConfig, RewardConfig, RolloutConfig, SyncConfig
+from megatron_gspo.config.sandbox import SandboxConfig
 from megatron_gspo.config.training import CriticConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from megatron_gspo.section import Section
 
@@ -38,6 +39,7 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     sync: SyncConfig = SyncConfig()
     reward: RewardConfig = RewardConfig()
+    sandbox: SandboxConfig = SandboxConfig()
     eval: EvalConfig = EvalConfig()
     replay: ReplayConfig = ReplayConfig()
 

@@ -179,6 +179,8 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
             "on_empty_step max_empty_steps max_engine_k3 on_engine_drift on_server_loss wait_for_servers_s",
         ),
     ),
+    ("programs run in another environment, and rewards may be others", _always, _names("sandbox", "python disk_mb")),
+    ("where programs run", _never, _names("sandbox", "backend servers key_file concurrency retries")),
     ("when a run fails", _never, _names("reward", "timeout_s concurrency check_references")),
     ("when a run fails", _never, _names("replay", "min_coverage")),
     ("when a run fails", _never, _names("train", "collective_timeout_s on_non_finite max_non_finite_steps")),

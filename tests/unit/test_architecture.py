@@ -18,7 +18,7 @@ LAYERS = [
     {"batching"},
     {"algorithm", "kernels"},
     {"config"},
-    {"parallel"},
+    {"parallel", "sandbox"},
     {"rollout", "rewards", "sync", "megatron", "hf", "data"},
     {"train", "report", "convert"},
     {"runs"},

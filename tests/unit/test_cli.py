@@ -21,9 +21,15 @@ from megatron_gspo.cli import _parse, _parser, main
 from megatron_gspo.commands import COMMANDS
 from megatron_gspo.commands.bench import BENCHMARKS
 from megatron_gspo.commands.parsing import Parser
+from megatron_gspo.commands.sandbox import ACTIONS
 
 ROOT = Path(__file__).parents[2]
-WORDS = [[], *([name] for name in COMMANDS), *(["bench", name] for name in BENCHMARKS)]
+WORDS = [
+    *([], *([name] for name in COMMANDS), *(["bench", name] for name in BENCHMARKS)),
+    *(["sandbox", name] for name in ACTIONS),
+]
+PARTS = {"bench": BENCHMARKS, "sandbox": ACTIONS}
+"""Commands that are several."""
 WIDTHS = (40, 57, 80, 120, 200)
 Captured = pytest.CaptureFixture[str]
 
@@ -76,7 +82,7 @@ def test_the_help_lists_every_command_once_under_what_it_is_for(capsys, monkeypa
     listed = re.findall(r"^  ([a-z]+)  ", out, re.MULTILINE)
     assert tuple(listed) == COMMANDS == tuple(dict.fromkeys(COMMANDS))
     titles = re.findall(r"^([a-z ,]+):\n  [a-z]", out, re.MULTILINE)
-    assert titles[0] == "train and measure a policy" and len(titles) == 4
+    assert titles[0] == "train and measure a policy" and len(titles) == 5
     assert "avg@k and pass@k with 95% intervals" in " ".join(out.split())
 
 
@@ -125,12 +131,12 @@ def test_every_command_says_the_version(words, capsys):
     assert ended(capsys, *words, "--version") == (0, f"{__version__}\n", "")
 
 
-@pytest.mark.parametrize("words", [[], ["bench"]], ids=name_of)
+@pytest.mark.parametrize("words", [[], ["bench"], ["sandbox"]], ids=name_of)
 def test_without_a_command_the_commands_are_named_in_a_few_lines(words, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     status, out, err = ended(capsys, *words)
     assert (status, out) == (2, "") and len(err.splitlines()) <= 8
-    assert set(BENCHMARKS if words else COMMANDS) <= set(re.findall(r"\w+", err))
+    assert set(PARTS[words[0]] if words else COMMANDS) <= set(re.findall(r"\w+", err))
     assert f"{' '.join(['megatron-gspo', *words])} --help says" in err
 
 
@@ -163,13 +169,13 @@ def test_a_command_without_its_argument_says_which(name, missing, capsys):
 
 def test_the_other_commands_need_none(capsys):
     """All are covered, here or above; those that would work for minutes are only parsed."""
-    alone = {"explain", "compare", "parity", "bench", "plan"}
+    alone = {"explain", "compare", "parity", "bench", "plan", "sandbox"}
     assert alone | set(NEEDS) == set(COMMANDS)
     assert refusal(capsys, "plan")[1].startswith("name a model (a directory, a config.json or a published shape)")
     assert refusal(capsys, "compare")[1] == "name a configuration and --out DIR, or --redraw DIR"
     status, out, _ = ended(capsys, "explain")
     assert status == 0 and out.startswith("model ")
-    for words in (["parity"], *(["bench", name] for name in BENCHMARKS)):
+    for words in (["parity"], *([name, part] for name, parts in PARTS.items() for part in parts)):
         assert callable(_parse(words).run)
 
 
@@ -192,7 +198,7 @@ def test_a_word_that_is_nearly_right_brings_the_right_one(words, said, capsys):
 
 @pytest.mark.parametrize("words", WORDS, ids=name_of)
 def test_an_option_that_is_none_is_refused_by_the_command_it_was_given_to(words, capsys):
-    more = ["a"] * (2 if words == ["convert"] else words != [] and words[0] != "bench" and words != ["compare"])
+    more = ["a"] * (2 if words == ["convert"] else words != [] and words[0] not in PARTS and words != ["compare"])
     usage, error = refusal(capsys, *words, *more, "--xyzzy")
     assert error == "unrecognized arguments: --xyzzy"
     assert usage.startswith(f"usage: {' '.join(['megatron-gspo', *words])} [options]")
