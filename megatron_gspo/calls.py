@@ -74,6 +74,20 @@ def server_key(environment: Mapping[str, str] = os.environ) -> str:
     return _sendable(key, SERVER_KEY) if key else ""
 
 
+def named_key(variable: str = "", file: str = "", environment: Mapping[str, str] = os.environ) -> str:
+    """A key by the name of the environment variable, or of the private file, that holds it; "" where neither is named.
+
+    Raises ConfigError as ``server_key`` does, and for a variable that is not set.
+    """
+    if variable and file:
+        raise ConfigError(f"the key is named twice, by ${variable} and by {file}: leave one of them out")
+    if file:
+        return key_in(Path(file), file)
+    if variable and not environment.get(variable):
+        raise ConfigError(f"the environment variable {variable}, which is to hold a key, is not set")
+    return _sendable(environment[variable], variable) if variable else ""
+
+
 def key_in(path: Path, named: str) -> str:
     """The key that a file holds, which errors call ``named``. Raises ConfigError as ``server_key`` does."""
     return _sendable(_read_key(path, named), named)

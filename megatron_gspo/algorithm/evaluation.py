@@ -48,22 +48,42 @@ def ks_up_to(samples: int) -> tuple[int, ...]:
     return (*powers, samples)
 
 
-def estimates(rewards_PK: np.ndarray) -> dict[str, Estimate]:
-    """What [P, K] rewards in [0, 1] say: K responses to each of P prompts; a response is right when its reward is 1.
+UNIT = (0.0, 1.0)
+
+
+def estimates(rewards_PK: np.ndarray, span: tuple[float, float] = UNIT) -> dict[str, Estimate]:
+    """What [P, K] rewards say: K responses to each of P prompts; a response is right when its reward is the most that
+    there is, the top of ``span``.
 
     ``accuracy``: avg@K, the mean share of right responses; ``pass@k`` for each of ``ks_up_to(K)``; ``reward``: the
-    mean reward; ``rewarded``: the mean share of responses with any reward.
+    mean reward; ``rewarded``: the mean share of responses with a reward above 0. NaN stands for a response that was
+    not graded: it counts nowhere, a prompt without another neither, and pass@k is of the prompts with k others. Where
+    the span has no top there is no accuracy and no pass@k; pass@k is absent too where no prompt has k.
+    Raises ValueError where nothing was graded.
     """
-    right_PK = rewards_PK == 1.0
-    samples = rewards_PK.shape[1]
-    values = {"accuracy": right_PK.mean(axis=1)}
-    values |= {f"pass@{k}": pass_at_k(right_PK.sum(axis=1), samples, k) for k in ks_up_to(samples)}
-    values |= {"reward": rewards_PK.mean(axis=1), "rewarded": (rewards_PK > 0.0).mean(axis=1)}
-    return {name: mean_with_interval(values_P) for name, values_P in values.items()}
+    graded_PK = ~np.isnan(rewards_PK)
+    rewards_PK, graded_PK = (rows_PK[graded_PK.any(axis=1)] for rows_PK in (rewards_PK, graded_PK))
+    if not len(rewards_PK):
+        raise ValueError("no response was graded")
+    count_P = graded_PK.sum(axis=1)
+    found = {}
+    if math.isfinite(span[1]):
+        right_P = (rewards_PK == span[1]).sum(axis=1)
+        found["accuracy"] = mean_with_interval(right_P / count_P)
+        for k in ks_up_to(rewards_PK.shape[1]):
+            passed = [pass_at_k(right_P[count_P == n], n, k) for n in range(k, rewards_PK.shape[1] + 1)]
+            if values := [value for part in passed for value in part]:
+                found[f"pass@{k}"] = mean_with_interval(np.array(values))
+    found["reward"] = mean_with_interval(np.where(graded_PK, rewards_PK, 0.0).sum(axis=1) / count_P, span)
+    found["rewarded"] = mean_with_interval((rewards_PK > 0.0).sum(axis=1) / count_P)
+    return found
 
 
-def mean_with_interval(values_P: np.ndarray) -> Estimate:
-    """The mean of [P] values in [0, 1], with a 95% interval for the mean over the population of such prompts.
+def mean_with_interval(values_P: np.ndarray, span: tuple[float, float] = UNIT) -> Estimate:
+    """The mean of [P] values in a span, with a 95% interval for the mean over the population of such prompts.
+
+    Values in another span than [0, 1] are moved there and back. Where it has an open end the interval is Student's:
+    mean +- t s / sqrt(P), and of one prompt without an end.
 
     Wilson's score interval for a proportion, in which the number of trials is n_eff = m (1 - m) / (s^2 / P): as many
     yes-or-no trials as would leave the mean m the variance that the prompts show (survey statistics divides by this
@@ -78,6 +98,12 @@ def mean_with_interval(values_P: np.ndarray) -> Estimate:
     prompts under a good policy do. ``tests/unit/test_evaluation.py`` repeats some of the cases.
     """
     values_P = np.asarray(values_P, dtype=np.float64)
+    if not (math.isfinite(span[0]) and math.isfinite(span[1])):
+        return _student_interval(values_P)
+    if span != UNIT:
+        low, width = span[0], span[1] - span[0]
+        unit = mean_with_interval((values_P - low) / width)
+        return Estimate(float(values_P.mean()), low + width * unit.low, low + width * unit.high)
     count, mean = len(values_P), float(values_P.mean())
     if count == 1:
         return Estimate(mean, 0.0, 1.0)
@@ -88,6 +114,14 @@ def mean_with_interval(values_P: np.ndarray) -> Estimate:
     center = (mean + shrink / 2) / (1 + shrink)
     half = math.sqrt(shrink * mean * (1 - mean) + shrink**2 / 4) / (1 + shrink)
     return Estimate(mean, max(0.0, min(mean, center - half)), min(1.0, max(mean, center + half)))
+
+
+def _student_interval(values_P: np.ndarray) -> Estimate:
+    count, mean = len(values_P), float(values_P.mean())
+    if count == 1:
+        return Estimate(mean, -math.inf, math.inf)
+    half = student_quantile((1 + CONFIDENCE) / 2, count - 1) * float(values_P.std(ddof=1)) / math.sqrt(count)
+    return Estimate(mean, mean - half, mean + half)
 
 
 @lru_cache

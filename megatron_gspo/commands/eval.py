@@ -84,7 +84,7 @@ def evaluate(options: argparse.Namespace) -> str:
             answers = examine(subject, questions, out.path / "servers", phase=progress.phase, progress=arrived)
         took = {"started": started.isoformat(timespec="seconds"), "seconds": round(time.monotonic() - clock, 3)}
         result = describe(subject, questions, answers, identity) | took
-        out.finish([(group.rollouts, group.rewards_K) for group in answers.graded], result)
+        out.finish(answers.graded, result)
     return json.dumps(result, indent=2) if options.json else f"{format_result(result)}\nwritten to {out.path}"
 
 
@@ -166,12 +166,15 @@ def describe(subject: Subject, questions: Questions, answers: Examination, ident
     from megatron_gspo.train.models import placed_here
 
     config, sampling, prompts = subject.config, questions.sampling, questions.prompts
-    figures = statistics([(group.rollouts, group.rewards_K) for group in answers.graded])
+    figures = statistics(answers.graded, questions.reward.range)
     warnings = [answers.note] if answers.note else []
     if config.data.chat_template and (problem := turn_end_problem(questions.tokenizer)):
         warnings.append(f"{problem} ({turn_end_fix(questions.tokenizer)})")
     if prompts.skipped:
         warnings.append(f"{prompts.skipped} prompts were skipped, the first: {prompts.problems[0]}")
+    if figures["ungraded"]:
+        first = next(reason for group in answers.graded for reason in group.ungraded_K if reason)
+        warnings.append(f"{figures['ungraded']} responses were not graded, and count nowhere; the first: {first}")
     if figures["aborted"]:
         warnings.append(f"{figures['aborted']} responses were given up by the server, and count as wrong")
     return {

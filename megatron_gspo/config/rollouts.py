@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -201,23 +202,43 @@ class SyncConfig(Section):
     ``train.seed``. The trainer's own weights stay as they are. 0: none."""
 
 
+def _storable(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, which a run stores and reads again. Raises ValueError."""
+    if _holds_no_number(options):
+        raise ValueError('inf and nan cannot be stored with the run: write them as text, "inf"')
+    return options
+
+
+def _holds_no_number(value: Any) -> bool:
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(map(_holds_no_number, parts))
+
+
 class RewardConfig(Section):
     """The reward function."""
 
     function: str = "exact"
-    """A built-in name ("exact", "arithmetic", "gsm8k"), ``package.module:function`` or ``path/to/file.py:function``."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments bound to the function."""
+    """A built-in name ("exact", "arithmetic", "gsm8k" and those of docs/rewards.md), ``package.module:function`` or
+    ``path/to/file.py:function``; a class works too."""
+    options: Annotated[dict[str, Any], AfterValidator(_storable)] = Field(default_factory=dict)
+    """Keyword arguments bound to the function, or given to the class."""
     special_tokens: bool = False
     """``response.text`` keeps special tokens, but for the stop token at its end: for rewards that look for
     ``</think>`` or a tool call's tokens in a tokenizer where those are special."""
     timeout_s: PositiveFloat = 30.0
-    """Seconds a call may take. A function of yours that takes longer ends the run; a built-in one gives 0."""
+    """Seconds a call may take. A function of yours that takes longer ends the run; a built-in grader gives 0, and what
+    asks another server leaves the response ungraded."""
+    max_ungraded: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Share of an outer step's responses that may stay ungraded because their grader failed (they leave the batch,
+    ``dropped/ungraded``); more of them end the run."""
     concurrency: Positive = 64
     """Asynchronous calls in flight; a plain function runs in at most 8 threads."""
     check_references: Annotated[int, Field(ge=0)] | None = None
     """Distinct reference answers that are graded as responses before training (and by ``doctor``), at most; the others
-    are when they are drawn, unless the function is ``async``. When absent, 10,000, and 8 for an ``async`` function.
+    are when they are drawn, unless the function is ``async``. When absent, 10,000, and 8 for an ``async`` function,
+    which may be a judge.
     0 grades none, then or later."""
 
 

@@ -344,7 +344,7 @@ class _Reader:
         identity = example.id or row.default_id
         if self.place_in_id and example.id:
             identity = f"{example.id}@{row.default_id}"
-        return Prompt(identity, text, ids, example.answer, metadata=example.metadata)
+        return Prompt(identity, text, ids, example.answer, metadata=example.metadata, asked=example.prompt)
 
 
 def _asked(prompt: str | tuple[ChatMessage, ...]) -> int:

@@ -12,8 +12,8 @@ from megatron_gspo.doctor.lengths import check_lengths
 from megatron_gspo.doctor.tokenizer import show_prompt
 from megatron_gspo.errors import DataError
 from megatron_gspo.rewards.references import MADE_UP, ReferenceCheck, Survey, as_response
-from megatron_gspo.rewards.registry import resolve_reward
 from megatron_gspo.rewards.scoring import score_now
+from megatron_gspo.train.reward import find_reward
 
 FEWEST_EVAL = 512
 """Held-out prompts below which an accuracy's standard error exceeds 2.2% (sqrt(0.25 / 512))."""
@@ -74,7 +74,7 @@ def check_reward(facts: Facts) -> list[Check]:
     config, prompts = facts.config, facts.prompts
     if not isinstance(prompts, PromptSet):
         return [ok("supervised fine-tuning has no reward")]
-    reward, tokenizer = resolve_reward(config.reward), facts.tokenizer
+    reward, tokenizer = find_reward(config, facts.tokenizer), facts.tokenizer
     limit, seed = config.reward.check_references, config.train.seed
     check = ReferenceCheck(reward, tokenizer.encode, tokenizer.eos_id, limit=limit, seed=seed)
     survey = check.survey(prompts.prompts, prompts.sample(check.limit, seed))
@@ -87,6 +87,9 @@ def check_reward(facts: Facts) -> list[Check]:
     texts = (prompt.answer or MADE_UP, MADE_UP)
     rollouts = [as_response(prompt, text, tokenizer.encode, tokenizer.eos_id, i) for i, text in enumerate(texts)]
     (scored,) = score_now(reward, [rollouts])
+    reward.close()
+    if reasons := [reason for reason in scored.ungraded_G if reason]:
+        return [*found, error(f"{reward.name} graded nothing: {reasons[0]}", "what reward.options name")]
     right, wrong = scored.rewards_G.tolist()
     text = f"{reward.name} on prompt {prompt.id!r}: {right:g} for its reference answer, {wrong:g} for {MADE_UP!r}"
     if scored.token_rewards_G is not None and not config.algorithm.per_token:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megatron_gspo.config import RunConfig
 from megatron_gspo.config.rollouts import EIGHT_BITS
 from megatron_gspo.data.prompts import PromptSet
@@ -19,7 +21,7 @@ from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.platforms import here
-from megatron_gspo.rewards.registry import Reward, resolve_reward
+from megatron_gspo.rewards.registry import Reward
 from megatron_gspo.rewards.scoring import guarded
 from megatron_gspo.rollout.addresses import named
 from megatron_gspo.rollout.engine import Progress, Sampling, local_servers, make_engine
@@ -29,8 +31,9 @@ from megatron_gspo.sync.base import NamedTensor, make_weight_sync
 from megatron_gspo.sync.head import HEAD, with_head
 from megatron_gspo.sync.peers import Peers
 from megatron_gspo.train.engine_dtype import sent, sent_names, served_directory
-from megatron_gspo.train.grade import Graded, evaluation_sampling, grade
+from megatron_gspo.train.grade import Graded, check_graded, evaluation_sampling, grade
 from megatron_gspo.train.models import check_engine, engine_holds_head, placed_here, served, unread
+from megatron_gspo.train.reward import find_reward
 from megatron_gspo.train.survey import usable_questions
 from megatron_gspo.types import ServerAccess
 
@@ -73,7 +76,7 @@ def read_questions(subject: Subject, *, greedy: bool) -> Questions:
     check_room(config, directory, prompts)
     seeded = config.rollout.is_seeded(on_gpu=here().device_type == "cuda")
     sampling = evaluation_sampling(config, tokenizer.stop_ids, seeded=seeded, greedy=greedy)
-    reward = resolve_reward(config.reward)
+    reward = find_reward(config, tokenizer, trains=False)
     return Questions(tokenizer, usable_questions(config, prompts, reward, tokenizer), reward, sampling)
 
 
@@ -92,7 +95,7 @@ def examine(
         phase(f"drawing {len(questions.prompts)} x {questions.sampling.group_size} responses")
         decode = response_text(questions.tokenizer, special_tokens=config.reward.special_tokens)
         engine = make_engine(urls, config.rollout, vocab_size=shape.vocab_size, decode=decode, access=ServerAccess(key))
-        with guarded(questions.reward):
+        with contextlib.closing(questions.reward), guarded(questions.reward):
             graded = asyncio.run(
                 grade(
                     engine,
@@ -103,6 +106,8 @@ def examine(
                     progress=progress,
                 )
             )
+    reasons = (reason for group in graded for reason in group.ungraded_K)
+    check_graded(questions.reward, np.stack([group.rewards_K for group in graded]), reasons)
     return Examination(graded, engine.version, urls if config.rollout.named else (), note)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_gspo.report.metrics import LAYER, row_of
+from megatron_gspo.report.metrics import COMPONENT, FAMILIES, row_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ SECTIONS = (
         (
             Chart(
                 "Reward and accuracy",
-                "reward, accuracy (0 to 1)",
+                "reward, accuracy",
                 (
                     Curve("reward/mean", "reward, training prompts"),
                     Curve("eval/accuracy", "accuracy, held-out", markers=True),
@@ -64,6 +64,12 @@ SECTIONS = (
                     Curve("eval/pass_at_k", "pass@k, held-out", markers=True),
                 ),
                 "Evaluations belong to the weights after the step they stand at; the one at 0 is before any training.",
+            ),
+            Chart(
+                "Components of the reward",
+                "mean over responses",
+                (Curve("reward/component/NAME", ""),),
+                "What the reward is made of, before its weights.",
             ),
             Chart(
                 "Response length",
@@ -86,7 +92,7 @@ SECTIONS = (
             ),
             Chart(
                 "Held-out reward",
-                "reward, share (0 to 1)",
+                "reward, share",
                 (Curve("eval/reward", "mean reward", markers=True), Curve("eval/rewarded", "any reward", markers=True)),
                 "Differs from the accuracy where a reward has parts, as for a well-formed answer that is wrong.",
             ),
@@ -99,6 +105,7 @@ SECTIONS = (
                     Curve("dropped/empty", "empty"),
                     Curve("dropped/mixed_version", "of mixed weight versions"),
                     Curve("dropped/truncated", "truncated"),
+                    Curve("dropped/ungraded", "not graded, the grader failed"),
                     Curve("dropped/lonely", "left alone in their group"),
                     Curve("dropped/groups", "groups"),
                     Curve("reward/grader_timeouts", "graded 0, the grader took too long"),
@@ -335,12 +342,13 @@ SECTIONS = (
 )
 
 SHOWN_LAYERS = 8
-"""Of a model with more, evenly spread ones are drawn, the first and the last among them."""
+"""Of a model with more layers (or a reward with more components), evenly spread ones are drawn, the first and the last
+among them."""
 
 
-def for_layers(chart: Chart, recorded: Iterable[str]) -> Chart:
-    """The chart with a curve a layer where one stands for all of them."""
-    if not any(curve.metric.endswith(LAYER) for curve in chart.curves):
+def for_families(chart: Chart, recorded: Iterable[str]) -> Chart:
+    """The chart with a curve a layer, or a component, where one stands for all of them."""
+    if not any(curve.metric.endswith(FAMILIES) for curve in chart.curves):
         return chart
     curves = []
     for curve in chart.curves:
@@ -348,10 +356,14 @@ def for_layers(chart: Chart, recorded: Iterable[str]) -> Chart:
         names.sort(key=lambda name: (len(name), name))
         last = max(1, min(SHOWN_LAYERS, len(names)) - 1)
         chosen = dict.fromkeys(names[round(i * (len(names) - 1) / last)] for i in range(last + 1) if names)
-        curves += [
-            replace(curve, metric=name, label=f"{curve.label} {int(name.rpartition('_')[2])}") for name in chosen
-        ]
+        curves += [replace(curve, metric=name, label=_member(curve, name)) for name in chosen]
     return replace(chart, curves=tuple(curves))
+
+
+def _member(curve: Curve, name: str) -> str:
+    if curve.metric == COMPONENT:
+        return name.rpartition("/")[2]
+    return f"{curve.label} {int(name.rpartition('_')[2])}"
 
 
 CHARTS = tuple(chart for section in SECTIONS for chart in section.charts)

@@ -17,18 +17,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
-from megatron_gspo.algorithm.evaluation import CONFIDENCE, INTERVAL_METHOD, Estimate, estimates
+from megatron_gspo.algorithm.evaluation import CONFIDENCE, INTERVAL_METHOD, UNIT, estimates
 from megatron_gspo.errors import ConfigError, MegatronGspoError
+from megatron_gspo.report.metrics import strict
 from megatron_gspo.storage import claiming, replace_text, writing
 
 if TYPE_CHECKING:
     from megatron_gspo.types import Rollout
 
 RESULT, SAMPLES, UNSCORED = "result.json", "samples.jsonl", "unscored.jsonl"
+
+
+class Answers(Protocol):
+    """The K responses to a prompt and what a reward made of them, as ``train.grade.Graded`` has them."""
+
+    @property
+    def rollouts(self) -> tuple[Rollout, ...]:
+        """K."""
+
+    @property
+    def rewards_K(self) -> np.ndarray:
+        """[K]; NaN where there is none."""
+
+    @property
+    def ungraded_K(self) -> tuple[str, ...]:
+        """K reasons, or none."""
+
+    @property
+    def components_K(self) -> tuple[dict[str, float], ...]:
+        """K tables, or none."""
 
 
 class EvaluationDirectory:
@@ -52,13 +73,13 @@ class EvaluationDirectory:
             self._unscored.flush()
         self._drawn += len(rollouts)
 
-    def finish(self, groups: Sequence[tuple[Sequence[Rollout], np.ndarray]], result: Mapping[str, Any]) -> None:
-        """Every prompt's responses with their rewards [K], and the result."""
+    def finish(self, groups: Sequence[Answers], result: Mapping[str, Any]) -> None:
+        """Every prompt's responses with their rewards, and the result."""
         with writing(self.path, "the result"):
             with (self.path / SAMPLES).open("w", encoding="utf-8", errors="backslashreplace") as file:
-                for rollouts, rewards_K in groups:
-                    for rollout, reward in zip(rollouts, rewards_K, strict=True):
-                        file.write(_line(_sample(rollout) | {"reward": float(reward)}))
+                for group in groups:
+                    for i, rollout in enumerate(group.rollouts):
+                        file.write(_line(_sample(rollout) | _judged(group, i)))
             replace_text(self.path / RESULT, json.dumps(result, indent=2) + "\n")
             (self.path / UNSCORED).unlink()
 
@@ -84,18 +105,21 @@ class EvaluationDirectory:
             raise type(error)(f"{error} (no result; the {self._drawn} responses that had arrived: {where})") from error
 
 
-def statistics(groups: Sequence[tuple[Sequence[Rollout], np.ndarray]]) -> dict[str, Any]:
-    """The figures of an evaluation: (responses, rewards [K]) a prompt, the same K throughout. JSON values."""
-    rewards_PK = np.stack([rewards_K for _, rewards_K in groups])
-    rollouts = [rollout for group, _ in groups for rollout in group]
+def statistics(groups: Sequence[Answers], span: tuple[float, float] = UNIT) -> dict[str, Any]:
+    """The figures of an evaluation, with the same K responses to each prompt and rewards in ``span``. JSON values; an
+    interval without an end has None there."""
+    rewards_PK = np.stack([group.rewards_K for group in groups])
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = np.array([len(rollout.response_ids) for rollout in rollouts])
     return {
         "prompts": rewards_PK.shape[0],
         "samples": rewards_PK.shape[1],
-        "estimates": {name: asdict(estimate) for name, estimate in estimates(rewards_PK).items()},
+        "estimates": {name: strict(asdict(estimate)) for name, estimate in estimates(rewards_PK, span).items()},
         "interval": {"confidence": CONFIDENCE, "method": INTERVAL_METHOD},
         "truncated": float(np.mean([rollout.truncated for rollout in rollouts])),
         "aborted": sum(rollout.finish_reason == "abort" for rollout in rollouts),
+        "ungraded": sum(bool(reason) for group in groups for reason in group.ungraded_K),
+        "components": _component_means(groups),
         "tokens": {"mean": float(lengths.mean()), "median": float(np.median(lengths)), "max": int(lengths.max())},
     }
 
@@ -125,8 +149,9 @@ def format_result(result: Mapping[str, Any]) -> str:
     ]
     for name, values in figures["estimates"].items():
         label = f"avg@{figures['samples']}" if name == "accuracy" else name
-        estimate = Estimate(**values)
-        lines.append(f"{label:<12}{estimate.value:>8.4f}   {estimate.low:.4f} ... {estimate.high:.4f}")
+        low, high = ("?" if values[end] is None else f"{values[end]:.4f}" for end in ("low", "high"))
+        lines.append(f"{label:<12}{values['value']:>8.4f}   {low} ... {high}")
+    lines += [f"{name:<12}{value:>8.4f}   mean of the component" for name, value in figures["components"].items()]
     lines.append(f"{'truncated':<12}{figures['truncated']:>8.2%}")
     lines.append(f"{'tokens':<12}{tokens['mean']:>8.1f}   median {tokens['median']:g}, longest {tokens['max']}")
     return "\n".join(lines + [f"{'warning':<12} {text}" for text in result["warnings"]])
@@ -142,6 +167,22 @@ def _sample(rollout: Rollout) -> dict[str, Any]:
         "tokens": len(rollout.response_ids),
         "finish_reason": rollout.finish_reason,
     }
+
+
+def _judged(group: Answers, i: int) -> dict[str, Any]:
+    """What was made of one response; the reward is None where there is none."""
+    judged: dict[str, Any] = {"reward": strict(float(group.rewards_K[i]))}
+    if group.components_K and group.components_K[i]:
+        judged["components"] = group.components_K[i]
+    if group.ungraded_K and group.ungraded_K[i]:
+        judged["ungraded"] = group.ungraded_K[i]
+    return judged
+
+
+def _component_means(groups: Sequence[Answers]) -> dict[str, float]:
+    tables = [table for group in groups for table in group.components_K]
+    names = sorted({name for table in tables for name in table})
+    return {name: float(np.mean([table[name] for table in tables if name in table])) for name in names}
 
 
 def _line(record: Mapping[str, Any]) -> str:

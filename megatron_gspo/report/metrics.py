@@ -38,10 +38,17 @@ class Metric:
 
 LAYER = "layer_NN"
 """The end of a row's name that stands for one metric a layer: ``layer_00`` and so on."""
+COMPONENT = "reward/component/NAME"
+"""The row that stands for every component of a reward: ``reward/component/correct`` and so on."""
+FAMILIES = (LAYER, COMPONENT)
+"""Ends of the rows that stand for several metrics."""
 
 METRICS: dict[str, Metric] = {
     "reward/mean": Metric(
-        "reward", "Mean reward of the outer step's surviving responses, in [0, 1].", "Rises.", combine="last"
+        "reward",
+        "Mean reward of the outer step's surviving responses, in [0, 1] unless the reward has another range.",
+        "Rises.",
+        combine="last",
     ),
     "reward/std": Metric("reward", "Population standard deviation of those rewards.", combine="last"),
     "reward/zero_std_groups": Metric(
@@ -55,6 +62,13 @@ METRICS: dict[str, Metric] = {
         "Responses of the outer step whose grading by a built-in reward was stopped because it took too long; each "
         "got 0.",
         "0; `docs/grading.md` has the limits.",
+        combine="last",
+    ),
+    COMPONENT: Metric(
+        "reward",
+        "Mean of the named part of a reward that has parts (`docs/rewards.md`), over the outer step's surviving "
+        "responses that have it.",
+        "What the reward is made of: one part that rises while the others fall may be all that is learnt.",
         combine="last",
     ),
     "loss": Metric(
@@ -258,7 +272,7 @@ METRICS: dict[str, Metric] = {
     "dropped/responses": Metric(
         "responses",
         "Responses dropped in the outer step: empty, aborted, of mixed weight versions, dropped by "
-        "configuration, or left alone in their group.",
+        "configuration, not graded, or left alone in their group.",
         "0.",
         combine="last",
     ),
@@ -281,6 +295,13 @@ METRICS: dict[str, Metric] = {
         "responses", "Those of several weight versions (`rollout.on_mixed_version`).", combine="last"
     ),
     "dropped/truncated": Metric("responses", "Those that were cut, under `rollout.on_truncated`.", combine="last"),
+    "dropped/ungraded": Metric(
+        "responses",
+        "Those that the grader could not grade (a judge that does not answer, a sandbox that failed); they leave the "
+        "batch and are no 0.",
+        "0; `reward.max_ungraded` bounds it.",
+        combine="last",
+    ),
     "dropped/lonely": Metric("responses", "Sound ones that were left alone in their group.", combine="last"),
     "dropped/groups": Metric("groups", "Groups that left the batch with them.", combine="last"),
     "servers/up": Metric(
@@ -321,9 +342,10 @@ METRICS: dict[str, Metric] = {
     ),
     "eval/accuracy": Metric(
         "fraction",
-        "Share of the responses to the fixed held-out prompts that get reward 1 (avg@k for k = `eval.samples`), "
-        "sampled at the training temperature with the same seeds every time. A response that the server gave up on "
-        "is wrong.",
+        "Share of the responses to the fixed held-out prompts that get reward 1, the top of the reward's range (avg@k "
+        "for k = `eval.samples`), sampled at the training temperature with the same seeds every time. A response that "
+        "the server gave up on is wrong; one that was not graded counts nowhere. Absent, as is pass@k, where the "
+        "range has no top.",
         "Rises; `reward/mean` that rises without it is overfitting.",
         combine="last",
     ),
@@ -359,8 +381,12 @@ TIME_PARTS = ("rollout", "reward", "logprobs", "train", "sync")
 
 
 def row_of(name: str) -> str:
-    """The name that a recorded metric has in ``METRICS``."""
-    return re.sub(r"layer_\d+$", LAYER, name)
+    """The name that a recorded metric has in ``METRICS``.
+
+    >>> row_of("route/drift/layer_03"), row_of("reward/component/correct")
+    ('route/drift/layer_NN', 'reward/component/NAME')
+    """
+    return COMPONENT if name.startswith("reward/component/") else re.sub(r"layer_\d+$", LAYER, name)
 
 
 def clean(metrics: Mapping[str, Any]) -> dict[str, float]:

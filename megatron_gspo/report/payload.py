@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.report.charts import SECTIONS, Chart, for_layers
+from megatron_gspo.report.charts import SECTIONS, Chart, for_families
 from megatron_gspo.report.metrics import (
     INITIAL,
     METRICS,
@@ -45,7 +45,7 @@ def payload(runs: Sequence[RunDirectory]) -> dict[str, Any]:
             "question": section.question,
             "charts": [
                 asdict(chart) | {"flat": is_flat(chart, [run["steps"]["series"] for run in described])}
-                for chart in (for_layers(chart, recorded) for chart in section.charts)
+                for chart in (for_families(chart, recorded) for chart in section.charts)
                 if drawn(chart, recorded)
             ],
         }

@@ -98,6 +98,8 @@ def series_name(metric: str) -> tuple[str, dict[str, str]]:
     name, labels = metric, {}
     if found := re.fullmatch(r"(.*layer)_(\d+)", metric):
         name, labels = found[1], {"layer": found[2]}
+    elif found := re.fullmatch(r"reward/component/(\w+)", metric):
+        name, labels = "reward/component", {"component": found[1]}
     return re.sub(r"[^a-zA-Z0-9_]", "_", name), labels
 
 

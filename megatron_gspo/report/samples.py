@@ -19,6 +19,8 @@ ROLLOUT_BYTES = 6_000_000
 """Of saved rollouts, what a page takes in, over all its runs; beyond it, outer steps are left out evenly."""
 RESPONSE_TOKENS = 4000
 """Of a longer response, the page has the first and the last half of so many tokens."""
+MOST_COMPONENTS = 64
+"""Of one response's reward."""
 TEXT_CHARACTERS = 20_000
 """Of a longer prompt or reference, and of a response without tokens, the page has the first so many characters."""
 
@@ -78,12 +80,20 @@ def sample(line: Record) -> dict[str, Any]:
     return {
         "finish_reason": _text(line.get("finish_reason")),
         **{name: number(line.get(name)) for name in NUMBERS},
+        "components": components(line.get("components")),
         "clipped": clipped if isinstance(clipped, bool) else None,
         "tokens": _cut(tokens),
         "shades": shades,
         "length": len(_list(line.get("tokens"))) or None,
         "gap": [RESPONSE_TOKENS // 2, len(tokens) - RESPONSE_TOKENS] if len(tokens) > RESPONSE_TOKENS else None,
     }
+
+
+def components(value: Any) -> dict[str, float | None] | None:
+    """A response's components by name; None where it has none."""
+    if not isinstance(value, dict) or not value:
+        return None
+    return {short(str(name)): number(part) for name, part in list(value.items())[:MOST_COMPONENTS]}
 
 
 def number(value: Any, digits: int = 9) -> float | None:

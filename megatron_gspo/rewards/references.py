@@ -16,14 +16,15 @@ import numpy as np
 import torch
 
 from megatron_gspo.errors import DataError, RewardError
-from megatron_gspo.rewards.registry import BUILTIN_REWARDS, Reward
-from megatron_gspo.rewards.scoring import _is_async, guarded, score_groups
+from megatron_gspo.rewards.interface import Ungraded
+from megatron_gspo.rewards.registry import Reward
+from megatron_gspo.rewards.scoring import guarded, lifetime, score_within
 from megatron_gspo.types import Prompt, Rollout
 
 PLAIN_LIMIT = 10_000
-"""References that are graded before training when the reward is a built-in or a plain function."""
-ASYNC_LIMIT = 8
-"""And when it is an ``async`` one, which may be a judge that is paid by the call."""
+"""References that are graded before training when the reward is a plain function."""
+SPARING_LIMIT = 8
+"""And when it is an ``async`` one, or a combination with one, which may be a judge that is paid by the call."""
 BUDGET_S = 60.0
 """Seconds after which the grading before training stops, whatever is left."""
 FIRST_BATCH, BATCH = 8, 64
@@ -76,15 +77,15 @@ class Survey:
 class ReferenceCheck:
     """Grades references, each once.
 
-    A reference is known by its text for a built-in reward, which reads nothing else, and by text and metadata for
-    another. An empty one is given ``MADE_UP`` as the response: a user's reward may read its metadata.
+    A reference is known by its text for a reward that reads nothing else (``Reward.by_answer``: a built-in grader), and
+    by text and metadata for another. An empty one is given ``MADE_UP`` as the response: a user's reward may read its
+    metadata.
     """
 
     def __init__(self, reward: Reward, encode: Encode, eos_id: int, *, limit: int | None = None, seed: int = 0) -> None:
         self._reward, self._encode, self._eos_id, self._seed = reward, encode, eos_id, seed
-        self._builtin = reward.name in BUILTIN_REWARDS
-        self._is_async = _is_async(reward.function)
-        self.limit = limit if limit is not None else ASYNC_LIMIT if self._is_async else PLAIN_LIMIT
+        self._by_answer, self._sparing = reward.by_answer, reward.sparing
+        self.limit = limit if limit is not None else SPARING_LIMIT if self._sparing else PLAIN_LIMIT
         """References graded before training; 0 switches all of this off."""
         self.known: dict[str, Graded] = {}
 
@@ -114,7 +115,7 @@ class ReferenceCheck:
         the reward is ``async``: each of its calls may be paid for."""
         keys = {position: self.key(prompt) for position, prompt in prompts.items()}
         new = {keys[position]: prompt for position, prompt in prompts.items() if keys[position] not in self.known}
-        if self.limit and not self._is_async:
+        if self.limit and not self._sparing:
             self._grade_all(new)
         return {position: problem for position, key in keys.items() if (problem := self.problem(key))}
 
@@ -125,7 +126,7 @@ class ReferenceCheck:
 
     def key(self, prompt: Prompt) -> str:
         """What a reference is known by."""
-        known_by = prompt.answer if self._builtin else repr((prompt.answer, prompt.metadata))
+        known_by = prompt.answer if self._by_answer else repr((prompt.answer, prompt.metadata))
         return hashlib.blake2b(known_by.encode(errors="surrogatepass"), digest_size=12).hexdigest()
 
     def problem(self, key: str) -> str:
@@ -137,8 +138,8 @@ class ReferenceCheck:
 
     @property
     def _zero_is_wrong(self) -> bool:
-        """A built-in reward scores what is right; of a user's, only what gives other references more is known to."""
-        return self._builtin or any(graded.score > 0 for graded in self.known.values())
+        """A built-in grader scores what is right; of another, only what gives other references more is known to."""
+        return self._by_answer or any(graded.score > 0 for graded in self.known.values())
 
     def _grade_all(self, prompts: Mapping[str, Prompt], budget_s: float = math.inf) -> RewardError | None:
         """Grades into ``known`` within the budget; the first error of a user's reward that raises on every one."""
@@ -151,34 +152,42 @@ class ReferenceCheck:
                 results = asyncio.run(self._grade([prompt for _, prompt in batch]))
                 for (key, prompt), result in zip(batch, results, strict=True):
                     self.known[key] = self._graded(prompt, result)
-                errors += [result for result in results if isinstance(result, RewardError)]
+                errors += [failure for result in results if (failure := self._failure(result)) is not None]
                 done += len(batch)
                 if time.monotonic() - begin > (min(FAILING_S, budget_s) if len(errors) == done else budget_s):
                     break
-        return errors[0] if errors and len(errors) == done and not self._builtin else None
+        return errors[0] if errors and len(errors) == done and not self._by_answer else None
 
-    async def _grade(self, prompts: Sequence[Prompt]) -> list[float | RewardError]:
+    async def _grade(self, prompts: Sequence[Prompt]) -> list[float | RewardError | Ungraded]:
         slots = asyncio.Semaphore(min(8, self._reward.concurrency))
 
-        async def one(prompt: Prompt) -> float | RewardError:
+        async def one(prompt: Prompt) -> float | RewardError | Ungraded:
             async with slots:
                 response = as_response(prompt, prompt.answer or self._stand_in(), self._encode, self._eos_id)
                 try:
-                    (scored,) = await score_groups(self._reward, [[response]])
+                    (scored,) = await score_within(self._reward, [[response]])
                 except RewardError as error:
                     return error
-                return float(scored.rewards_G[0])
+                return Ungraded(scored.ungraded_G[0]) if scored.ungraded_G else float(scored.rewards_G[0])
 
-        return list(await asyncio.gather(*map(one, prompts)))
+        async with lifetime(self._reward):
+            return list(await asyncio.gather(*map(one, prompts)))
+
+    def _failure(self, result: float | RewardError | Ungraded) -> RewardError | None:
+        if isinstance(result, Ungraded):
+            return RewardError(f"reward {self._reward.name!r} graded no reference: {result.reason}")
+        return result if isinstance(result, RewardError) else None
 
     def _stand_in(self) -> str:
-        return "" if self._builtin else MADE_UP
+        return "" if self._by_answer else MADE_UP
 
-    def _graded(self, prompt: Prompt, result: float | RewardError) -> Graded:
-        absent = self._builtin and not prompt.answer.strip()
+    def _graded(self, prompt: Prompt, result: float | RewardError | Ungraded) -> Graded:
+        absent = self._by_answer and not prompt.answer.strip()
         problem = f"there is no reference answer, and {self._reward.name!r} needs one" if absent else ""
         if isinstance(result, RewardError):
             return Graded(math.nan, problem or f"the reference answer cannot be graded: {result}", fatal=True)
+        if isinstance(result, Ungraded):  # the grader's fault: it says nothing of the reference
+            return Graded(math.nan, problem)
         if not prompt.answer and not absent:
             return Graded(math.nan)  # that it is answered is all there is to know
         return Graded(result, problem)

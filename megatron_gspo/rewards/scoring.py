@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import inspect
 import os
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from megatron_gspo.errors import RewardError
 from megatron_gspo.rewards.guard import GUARD, end_a_forked_child, read_only
-from megatron_gspo.rewards.interface import RewardResult, Stopped, TokenRewards
+from megatron_gspo.rewards.interface import Stopped, TokenRewards
 from megatron_gspo.rewards.registry import Reward
+from megatron_gspo.rewards.results import Result, checked, error_text, reward_error, shown
 from megatron_gspo.supervise import was_interrupted
 from megatron_gspo.types import Rollout
 
@@ -31,11 +33,32 @@ class GroupRewards:
     """The rewards of one group's responses, in their order."""
 
     rewards_G: np.ndarray
-    """[G] float64 in [0, 1]; the mean of a response's token rewards where it has them."""
+    """[G] float64 in the reward's range; the mean of a response's token rewards where it has them. NaN for a response
+    that was not graded."""
     token_rewards_G: tuple[np.ndarray, ...] | None
-    """G arrays, each [R] float64 in [0, 1]; None when the function gave one number per response throughout."""
+    """G arrays, each [R] float64; None when the function gave one number per response throughout."""
     stopped: int = 0
     """Responses whose grading took too long and was stopped; their rewards are 0."""
+    ungraded_G: tuple[str, ...] = ()
+    """G reasons why a response was not graded, "" for those that were; empty when all were."""
+    components_G: tuple[dict[str, float], ...] = ()
+    """G tables of named components; empty when no response has one."""
+
+    @property
+    def graded(self) -> list[int]:
+        """Positions of the responses that have a reward."""
+        return [i for i in range(len(self.rewards_G)) if not (self.ungraded_G and self.ungraded_G[i])]
+
+    def of(self, positions: Sequence[int]) -> GroupRewards:
+        """Those of some of the responses, all of them graded."""
+        tokens, components = self.token_rewards_G, self.components_G
+        return replace(
+            self,
+            rewards_G=self.rewards_G[list(positions)],
+            token_rewards_G=None if tokens is None else tuple(tokens[i] for i in positions),
+            ungraded_G=(),
+            components_G=tuple(components[i] for i in positions) if components else (),
+        )
 
 
 def score_now(reward: Reward, groups: Sequence[Sequence[Rollout]]) -> list[GroupRewards]:
@@ -46,16 +69,17 @@ def score_now(reward: Reward, groups: Sequence[Sequence[Rollout]]) -> list[Group
 
 def guarded(reward: Reward) -> contextlib.AbstractContextManager[None]:
     """Around an event loop that scores: what a user's function did to the process, its loop included, is noticed."""
-    return contextlib.nullcontext() if reward.built_in else GUARD.around(reward.name)
+    return contextlib.nullcontext() if reward.ours else GUARD.around(reward.name)
 
 
 async def score_groups(reward: Reward, groups: Sequence[Sequence[Rollout]]) -> list[GroupRewards]:
-    """Scores every response of every group, each for its own ``rollout.prompt``.
+    """Scores every response of every group, each for its own ``rollout.prompt``, within the reward's lifetime.
 
-    An ``async def`` function has up to ``reward.concurrency`` calls in flight; a plain one runs in up to
-    ``SYNC_THREADS`` threads. The first response that raises, takes over ``reward.timeout_s`` seconds, or gets anything
-    but numbers in [0, 1] stops the scoring with a RewardError that names prompt, sample and value. A built-in function
-    that takes too long does not: the response gets 0 and is counted in ``GroupRewards.stopped``.
+    An ``async`` reward has up to ``reward.concurrency`` calls in flight; a plain one runs in up to ``SYNC_THREADS``
+    threads. A call is of one response, or of a group where the reward takes groups. The first one that raises, takes
+    over ``reward.timeout_s`` seconds, or gets anything but numbers in the reward's range stops the scoring with a
+    RewardError that names prompt, sample and value. A built-in reward that takes too long does not: the response gets
+    0 and is counted in ``GroupRewards.stopped``, or is left ungraded, as ``Reward.on_timeout`` says.
 
     What a user's function may do to the process, ``rewards.guard`` undoes or refuses; it cannot write into the arrays
     that it is shown.
@@ -64,46 +88,122 @@ async def score_groups(reward: Reward, groups: Sequence[Sequence[Rollout]]) -> l
     returns or the process ends; and one that keeps the interpreter lock (a runaway regular expression, a huge power)
     stops the event loop with it, timeouts included. Such work belongs in a process of its own.
     """
-    is_async = _is_async(reward.function)
-    limit = asyncio.Semaphore(reward.concurrency if is_async else min(reward.concurrency, SYNC_THREADS))
-    shown = [array for rollouts in groups for r in rollouts for array in (r.response_ids, r.rollout_logprobs)]
-    with guarded(reward), read_only(shown):
-        results = await _score_all(reward, is_async, groups, limit)
+    with guarded(reward):
+        async with lifetime(reward):
+            return await score_within(reward, groups)
+
+
+@contextlib.asynccontextmanager
+async def lifetime(reward: Reward) -> AsyncIterator[None]:
+    """A reward's ``__aenter__`` and ``__aexit__``, each within ``reward.timeout_s``; nothing where it has none. An
+    error that is under way is never swallowed, and comes before one of ``__aexit__``. Raises RewardError."""
+    kind = type(reward.function)
+    enter, leave = getattr(kind, "__aenter__", None), getattr(kind, "__aexit__", None)
+    if enter is None or leave is None:
+        yield
+        return
+    await _timed(reward, "__aenter__", functools.partial(enter, reward.function))
+    try:
+        yield
+    except BaseException as error:
+        leaving = functools.partial(leave, reward.function, type(error), error, error.__traceback__)
+        with contextlib.suppress(RewardError):
+            await _timed(reward, "__aexit__", leaving)
+        raise
+    await _timed(reward, "__aexit__", functools.partial(leave, reward.function, None, None, None))
+
+
+async def score_within(reward: Reward, groups: Sequence[Sequence[Rollout]]) -> list[GroupRewards]:
+    """``score_groups`` where the reward's lifetime has begun."""
+    results = await results_of(reward, groups, slots(reward))
     return [_group(rollouts, found) for rollouts, found in zip(groups, results, strict=True)]
 
 
+def slots(reward: Reward) -> asyncio.Semaphore:
+    """As many as its calls that may be in flight; of one event loop."""
+    return asyncio.Semaphore(reward.concurrency if reward.is_async else min(reward.concurrency, SYNC_THREADS))
+
+
+async def results_of(
+    reward: Reward, groups: Sequence[Sequence[Rollout]], limit: asyncio.Semaphore
+) -> list[list[Result]]:
+    """What each response got, by group. Raises RewardError."""
+    shown_ones = [array for rollouts in groups for r in rollouts for array in (r.response_ids, r.rollout_logprobs)]
+    with guarded(reward), read_only(shown_ones):
+        return await _score_all(reward, groups, limit)
+
+
 async def _score_all(
-    reward: Reward, is_async: bool, groups: Sequence[Sequence[Rollout]], limit: asyncio.Semaphore
-) -> list[list[RewardResult]]:
-    tasks = [
-        [asyncio.create_task(_score(reward, is_async, rollout, limit)) for rollout in rollouts] for rollouts in groups
-    ]
-    flat = [task for group in tasks for task in group]
+    reward: Reward, groups: Sequence[Sequence[Rollout]], limit: asyncio.Semaphore
+) -> list[list[Result]]:
+    whole = reward.takes_groups
+    calls = [[list(rollouts)] if whole and rollouts else [[rollout] for rollout in rollouts] for rollouts in groups]
+    tasks = [[asyncio.create_task(_score(reward, called, limit)) for called in of_group] for of_group in calls]
+    flat = [task for of_group in tasks for task in of_group]
     try:
         await asyncio.gather(*flat)
     finally:
         for task in flat:
             task.cancel()  # after a failure: nothing runs on behind the caller's back
-    return [[task.result() for task in group] for group in tasks]
+    return [[result for task in of_group for result in task.result()] for of_group in tasks]
 
 
-async def _score(reward: Reward, is_async: bool, rollout: Rollout, limit: asyncio.Semaphore) -> RewardResult:
+async def _score(reward: Reward, called: Sequence[Rollout], limit: asyncio.Semaphore) -> list[Result]:
+    """The results of one call, one a response."""
+    whole, prompt = reward.takes_groups, called[0].prompt
+    scored: Any = reward.function.score_group if whole else reward.function  # type: ignore[union-attr]
     async with limit:
         try:
-            result = await asyncio.wait_for(_call(reward, is_async, rollout), reward.timeout_s)
+            action = _call(reward, lambda: scored(prompt, tuple(called) if whole else called[0]), reward.is_async)
+            result = await asyncio.wait_for(action, None if reward.composite else reward.timeout_s)
         except TimeoutError:
-            if reward.built_in:
-                return Stopped()
-            raise _error(reward, rollout, f"gave no answer within {reward.timeout_s:g} s (reward.timeout_s)") from None
+            return [_late(reward, rollout) for rollout in called]
         except Exception as error:  # a user's function may raise anything; what it raised stays attached
-            raise _error(reward, rollout, f"raised {type(error).__name__}: {_text(error)}") from error
-    return _checked(reward, rollout, result)
+            if reward.built_in and isinstance(error, RewardError):  # one of ours, which has said what it is about
+                raise
+            raise reward_error(reward, called[0], f"raised {_described(error)}") from error
+    found = _of_group(reward, called, result) if whole else [result]
+    return [checked(reward, rollout, one) for rollout, one in zip(called, found, strict=True)]
 
 
-async def _call(reward: Reward, is_async: bool, rollout: Rollout) -> Any:
+def _of_group(reward: Reward, called: Sequence[Rollout], result: object) -> list[object]:
+    """One result a response. Raises RewardError for another number of them."""
+    try:
+        found = list(result)  # type: ignore[call-overload]
+    except Exception:
+        found = None
+    if isinstance(result, (str, bytes, dict)) or found is None or len(found) != len(called):
+        count = "" if found is None else f", {len(found)} results"
+        what = f"returned {shown(result)}{count} for the {len(called)} responses of a group, not one each"
+        raise reward_error(reward, called[0], what)
+    return found
+
+
+def _late(reward: Reward, rollout: Rollout) -> Result:
+    """What a response gets that was not graded in time. Raises RewardError where that ends the scoring."""
+    what = f"gave no answer within {reward.timeout_s:g} s (reward.timeout_s)"
+    if reward.on_timeout == "error":
+        raise reward_error(reward, rollout, what) from None
+    return Result(Stopped()) if reward.on_timeout == "zero" else Result(ungraded=f"the reward {what}")
+
+
+async def _timed(reward: Reward, what: str, action: Callable[[], Any]) -> None:
+    """Awaits a part of a reward's lifetime. Raises RewardError."""
+    try:
+        await asyncio.wait_for(_call(reward, action, is_async=True), reward.timeout_s)
+    except TimeoutError:
+        gone = f"{what} did not end within {reward.timeout_s:g} s (reward.timeout_s)"
+        raise RewardError(f"reward {reward.name!r}: {gone}") from None
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(f"reward {reward.name!r}: {what} raised {_described(error)}") from error
+
+
+async def _call(reward: Reward, action: Callable[[], Any], is_async: bool) -> Any:
     owner = os.getpid()
     try:
-        result = reward.function(rollout.prompt, rollout) if is_async else await _in_thread(reward, rollout)
+        result = action() if is_async else await _in_thread(reward, action)
         return await result if inspect.isawaitable(result) else result
     except BaseException as error:
         if isinstance(error, Exception) or was_interrupted() or _is_cancelled(error):
@@ -121,7 +221,7 @@ def _is_cancelled(error: BaseException) -> bool:
     return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
-async def _in_thread(reward: Reward, rollout: Rollout) -> Any:
+async def _in_thread(reward: Reward, action: Callable[[], Any]) -> Any:
     """Runs a plain function in a daemon thread: an executor's threads would be joined at exit, a stuck one for ever."""
     future: concurrent.futures.Future[tuple[Any, BaseException | None]] = concurrent.futures.Future()
     future.set_running_or_notify_cancel()
@@ -130,91 +230,36 @@ async def _in_thread(reward: Reward, rollout: Rollout) -> Any:
     def run() -> None:
         result, raised = None, None
         try:
-            result = reward.function(rollout.prompt, rollout)
+            result = action()
         except BaseException as error:  # carried over to the awaiting side, whatever it is
             raised = error
         finally:
             end_a_forked_child(owner, reward.name)
         future.set_result((result, raised))
 
-    threading.Thread(target=run, name=f"reward-{rollout.prompt.id}-{rollout.sample}", daemon=True).start()
+    threading.Thread(target=run, name=f"reward-{reward.name}", daemon=True).start()
     result, raised = await asyncio.wrap_future(future)
     if raised is not None:
         raise raised
     return result
 
 
-def _checked(reward: Reward, rollout: Rollout, result: object) -> RewardResult:
-    """The result as a float or as float64 token rewards. Raises RewardError unless all of it lies in [0, 1]."""
-    if isinstance(result, Stopped):
-        return result
-    per_token = isinstance(result, TokenRewards)
-    try:
-        array = _as_float64(result.values if isinstance(result, TokenRewards) else result)
-    except Exception:
-        array = None
-    if array is None or (not per_token and array.ndim):
-        hint = "for one value a token, wrap them in TokenRewards"
-        raise _error(reward, rollout, f"returned {_shown(result)}, not a number in [0, 1] ({hint})")
-    if per_token and array.shape != rollout.response_ids.shape:
-        raise _error(reward, rollout, f"returned token rewards of shape {list(array.shape)}, not one a token")
-    inside = (array >= 0) & (array <= 1)  # False for NaN too
-    if not inside.all():
-        raise _error(reward, rollout, f"returned {array[~inside].flat[0]}, outside [0, 1]")
-    return TokenRewards(array) if per_token else float(array)
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error_text(error)}"
 
 
-def _as_float64(values: Any) -> np.ndarray | None:
-    """A number of any kind, or an array of numbers, on any device; None for text, dates and complex numbers, of which
-    numpy makes numbers too."""
-    if hasattr(values, "detach"):  # a tensor
-        values = values.detach().cpu().double().numpy()
-    array = np.asarray(values)
-    if isinstance(values, np.ma.MaskedArray):  # what is masked would count as what lies under the mask
-        return None
-    if array.dtype.kind == "O":  # Decimal, Fraction, a class of the user's: what has a value as a number
-        numbers = all(hasattr(value, "__float__") and not isinstance(value, str) for value in array.flat)
-        return np.asarray(array, dtype=np.float64) if numbers else None
-    return array.astype(np.float64) if array.dtype.kind in "biuf" else None
-
-
-def _shown(value: object) -> str:
-    try:
-        return f"{value!r:.100}"
-    except Exception as error:
-        return f"a {type(value).__name__} whose repr() raises {type(error).__name__}"
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)[:1000]
-    except Exception as raised:
-        return f"(its str() raises {type(raised).__name__})"
-
-
-def _group(rollouts: Sequence[Rollout], results: Sequence[RewardResult]) -> GroupRewards:
-    per_token = any(isinstance(result, TokenRewards) for result in results)
-    scalars = [float(r.values.mean()) if isinstance(r, TokenRewards) else r for r in results]
-    rewards_G = np.asarray(scalars, dtype=np.float64)
-    stopped = sum(isinstance(result, Stopped) for result in results)
-    if not per_token:
-        return GroupRewards(rewards_G, None, stopped)
-    tokens = tuple(
-        result.values if isinstance(result, TokenRewards) else np.full(len(rollout.response_ids), result)
-        for rollout, result in zip(rollouts, results, strict=True)
-    )
-    return GroupRewards(rewards_G, tokens, stopped)
-
-
-def _is_async(function: Any) -> bool:
-    """Whether calling it makes a coroutine: functions, partials of them, and objects with an async ``__call__``."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        getattr(getattr(function, "func", function), "__call__", None)  # noqa: B004  the method itself is wanted
-    )
-
-
-def _error(reward: Reward, rollout: Rollout, what: str) -> RewardError:
-    return RewardError(
-        f"reward {reward.name!r} {what} (prompt {rollout.prompt.id!r}, sample {rollout.sample}, "
-        f"{len(rollout.response_ids)} tokens, response {rollout.text[-80:]!r})"
+def _group(rollouts: Sequence[Rollout], results: Sequence[Result]) -> GroupRewards:
+    per_token = any(isinstance(result.reward, TokenRewards) for result in results)
+    rewards = [np.nan if result.ungraded else result.reward for result in results]
+    scalars = [float(r.values.mean()) if isinstance(r, TokenRewards) else r for r in rewards]
+    tokens = [
+        reward.values if isinstance(reward, TokenRewards) else np.full(len(rollout.response_ids), reward)
+        for rollout, reward in zip(rollouts, rewards, strict=True)
+    ]
+    return GroupRewards(
+        np.asarray(scalars, dtype=np.float64),
+        tuple(tokens) if per_token else None,
+        stopped=sum(isinstance(result.reward, Stopped) for result in results),
+        ungraded_G=tuple(r.ungraded for r in results) if any(r.ungraded for r in results) else (),
+        components_G=tuple(r.components for r in results) if any(r.components for r in results) else (),
     )

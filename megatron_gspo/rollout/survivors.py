@@ -22,6 +22,8 @@ class Dropped:
     """They have no token."""
     mixed_version: int = 0
     truncated: int = 0
+    ungraded: int = 0
+    """Their grader failed, which says nothing of them."""
     lonely: int = 0
     """Sound ones whose group had fewer survivors than ``least``: one alone leaves nothing to compare with."""
     groups: int = 0
@@ -33,7 +35,7 @@ class Dropped:
     @property
     def responses(self) -> int:
         """All of them, whatever the reason."""
-        return self.aborted + self.empty + self.mixed_version + self.truncated + self.lonely
+        return self.aborted + self.empty + self.mixed_version + self.truncated + self.ungraded + self.lonely
 
 
 def apply_policies(
@@ -60,6 +62,12 @@ def apply_policies(
             counts["lonely"] += len(survivors)
             counts["groups"] += 1
     return kept, Dropped(**counts)
+
+
+def without_ungraded(graded: int, of: int, *, least: int = 2) -> Dropped:
+    """What leaves the batch of a group of which ``graded`` responses of ``of`` have a reward."""
+    stays = graded >= least
+    return Dropped(ungraded=of - graded, lonely=0 if stays else graded, groups=0 if stays else 1)
 
 
 def zero_truncated(

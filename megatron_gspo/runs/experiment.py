@@ -18,7 +18,7 @@ from megatron_gspo.algorithm.base import make_algorithm
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.model_files import read_json
 from megatron_gspo.hf.digest import files_digest, weights_digest
-from megatron_gspo.rewards.registry import BUILTIN_REWARDS
+from megatron_gspo.rewards.registry import BUILTIN_REWARDS, named_functions
 
 Flat = Mapping[str, Any]
 """Settings by "section.key"."""
@@ -181,7 +181,7 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
     ),
     ("programs run in another environment, and rewards may be others", _always, _names("sandbox", "python disk_mb")),
     ("where programs run", _never, _names("sandbox", "backend servers key_file concurrency retries")),
-    ("when a run fails", _never, _names("reward", "timeout_s concurrency check_references")),
+    ("when a run fails", _never, _names("reward", "timeout_s concurrency check_references max_ungraded")),
     ("when a run fails", _never, _names("replay", "min_coverage")),
     ("when a run fails", _never, _names("train", "collective_timeout_s on_non_finite max_non_finite_steps")),
     ("a permission", _never, _names("algorithm", "allow_wide_clip")),
@@ -243,8 +243,9 @@ def contents(config: RunConfig) -> dict[str, str]:
     model = Path(config.model.path)
     found = {"model.path": files_digest(model / name for name in TOKENIZER), "rollout.stop_tokens": _stop_tokens(model)}
     if config.algorithm.draws_responses:
-        if (source := _source(config.reward.function)) is not None:
-            found["reward.function"] = files_digest([source])
+        sources = [_source(name) for name in named_functions(config.reward)]
+        if own := list(dict.fromkeys(source for source in sources if source is not None)):
+            found["reward.function"] = files_digest(own)
         if config.algorithm.uses_reference:
             found["algorithm.reference"] = weights_digest(Path(config.algorithm.reference or config.model.path))
     return found

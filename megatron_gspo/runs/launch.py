@@ -27,6 +27,7 @@ from megatron_gspo.hf.layout import check_layout, check_recompute, check_replay
 from megatron_gspo.limits import allow_open_files, name_of
 from megatron_gspo.megatron.checkpoint_files import is_distributed, latest_in
 from megatron_gspo.parallel.rendezvous import keep_to_loopback, private_store
+from megatron_gspo.rewards.interface import RewardContext
 from megatron_gspo.rewards.registry import check_reward
 from megatron_gspo.runs.restarts import Restarts
 from megatron_gspo.supervise import STOPS
@@ -46,7 +47,7 @@ def check_before_start(config: RunConfig) -> None:
         HfReader(config.model.path)
     check_readable(config.data.path)
     if config.algorithm.draws_responses:
-        check_reward(config.reward)
+        check_reward(config.reward, RewardContext.of(config))
         if config.rollout.named:
             server_key()
         if config.data.eval_path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterator
@@ -65,7 +66,9 @@ def _train(config: RunConfig, make_recorder: MakeRecorder, groups: Groups, watch
     notes: list[str] = []
     if isinstance(inputs, Inputs):
         inputs, notes = survey_references(config, inputs, groups)
-    with StopRequest() as stop:
+    with StopRequest() as stop, contextlib.ExitStack() as ending:
+        if isinstance(inputs, Inputs):
+            ending.callback(inputs.reward.close)
         try:
             with (
                 open_recorder(make_recorder, config, groups, resumption) as recorder,

@@ -26,7 +26,7 @@ from megatron_gspo.parallel.exchange import agree, gather_objects, together
 from megatron_gspo.parallel.transfers import Transfers
 from megatron_gspo.platforms import here
 from megatron_gspo.rewards.references import ReferenceCheck
-from megatron_gspo.rewards.registry import Reward, resolve_reward
+from megatron_gspo.rewards.registry import Reward
 from megatron_gspo.rollout.engine import Engine, Sampling, make_control, make_engine
 from megatron_gspo.sync.base import NamedTensor, WeightSync, make_weight_sync
 from megatron_gspo.sync.gap import with_router_noise
@@ -38,6 +38,7 @@ from megatron_gspo.train.fleet import Fleet
 from megatron_gspo.train.learner import Learner, build_learner
 from megatron_gspo.train.models import check_models, check_served, engine_holds_head
 from megatron_gspo.train.progress import fingerprint
+from megatron_gspo.train.reward import find_reward
 from megatron_gspo.train.turns import Apart, Colocated
 from megatron_gspo.train.watch import Local, Watchman, another_server
 from megatron_gspo.types import OPEN, ServerAccess
@@ -221,7 +222,7 @@ def load_inputs(config: RunConfig) -> Inputs:
             f"{config.train.prompts_per_step}: a prompt would be drawn twice in a step"
         )
     eval_prompts = load(config.data.eval_path, limit=config.eval.prompts, whole=True) if config.data.eval_path else None
-    return Inputs(tokenizer, prompts, eval_prompts, resolve_reward(config.reward), config.data.chat_template)
+    return Inputs(tokenizer, prompts, eval_prompts, find_reward(config, tokenizer), config.data.chat_template)
 
 
 def build_run(

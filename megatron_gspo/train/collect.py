@@ -6,7 +6,7 @@ import asyncio
 import functools
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -14,13 +14,13 @@ import numpy as np
 from megatron_gspo.algorithm.advantages import BY_GROUP, credit_by_response, is_zero_variance, token_group_advantages
 from megatron_gspo.algorithm.base import ALONE, Algorithm, Credit
 from megatron_gspo.algorithm.metrics import rollout_metrics
-from megatron_gspo.errors import NoServerError
+from megatron_gspo.errors import NoServerError, RewardError
 from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.parallel.exchange import agree, gather_objects, together
 from megatron_gspo.rewards.scoring import GroupRewards, score_now
 from megatron_gspo.rollout.accounts import check_answered, check_complete
 from megatron_gspo.rollout.engine import Sampling
-from megatron_gspo.rollout.survivors import Dropped, apply_policies, shape_overlong, zero_truncated
+from megatron_gspo.rollout.survivors import Dropped, apply_policies, shape_overlong, without_ungraded, zero_truncated
 from megatron_gspo.train.assembly import Run
 from megatron_gspo.train.clock import Clock
 from megatron_gspo.train.draw import skip_notes, take_usable
@@ -45,6 +45,10 @@ class Collected:
     dropped: Dropped = field(default_factory=Dropped)
     stopped: int = 0
     """Responses whose grading took too long."""
+    asked: int = 0
+    """Responses that were given to the grader."""
+    reason: str = ""
+    """Why the first ungraded one was not graded."""
 
 
 def collect(run: Run, number: int, clock: Clock) -> tuple[Collected, dict[str, float]]:
@@ -128,7 +132,7 @@ def collect_rollouts(run: Run, prompts: Mapping[int, Prompt], number: int) -> tu
     error: Exception | None = None
     survivors: dict[int, list[Rollout]] = {}
     dropped = Dropped()
-    least = 1 if run.config.algorithm.credit in ALONE else 2
+    least = fewest(run.config.algorithm)
     size, rank = run.groups.data_size, run.groups.data_rank
     get_ready(run, number)
     drawn: dict[int, list[Rollout]] = {}
@@ -176,17 +180,51 @@ def score(run: Run, survivors: dict[int, list[Rollout]], dropped: Dropped) -> Co
 
 
 def grade(run: Run, survivors: dict[int, list[Rollout]], dropped: Dropped, collected: Collected) -> None:
-    """Adds this leader's groups with their rewards. Collective: a failing reward reaches every rank."""
+    """Adds this leader's groups with their rewards. Collective: a failing reward reaches every rank.
+
+    A response that was not graded leaves its group, whose advantages are then what they would be without it. Raises
+    RewardError for too many of them.
+    """
     error: Exception | None = None
+    collected.dropped = collected.dropped + dropped
     try:
         rewards = score_now(run.reward, list(survivors.values())) if survivors else []
         for (place, rollouts), scored in zip(survivors.items(), rewards, strict=True):
-            collected.groups[place] = _group(run, rollouts, scored)
-            collected.stopped += scored.stopped
+            keep_graded(run, place, rollouts, scored, collected)
     except Exception as caught:
         error = caught
     agree(error, run.groups.world)
-    collected.dropped = collected.dropped + dropped
+    check_ungraded(run, collected)
+
+
+def keep_graded(run: Run, place: int, rollouts: Sequence[Rollout], scored: GroupRewards, collected: Collected) -> None:
+    """Adds what of a group has rewards, where enough of it has, and counts the rest."""
+    graded, least = scored.graded, fewest(run.config.algorithm)
+    collected.asked += len(rollouts)
+    collected.stopped += scored.stopped
+    collected.reason = collected.reason or next(filter(None, scored.ungraded_G), "")
+    collected.dropped = collected.dropped + without_ungraded(len(graded), len(rollouts), least=least)
+    if len(graded) >= least:
+        collected.groups[place] = _group(run, [rollouts[i] for i in graded], scored.of(graded))
+
+
+def check_ungraded(run: Run, collected: Collected) -> None:
+    """Raises RewardError when more of the outer step's responses than ``reward.max_ungraded`` were not graded.
+    Collective."""
+    mine = (collected.dropped.ungraded, collected.asked, collected.reason)
+    parts = gather_objects(mine, run.groups.world)
+    ungraded, asked = sum(part[0] for part in parts), sum(part[1] for part in parts)
+    if ungraded > run.reward.max_ungraded * asked:
+        first = next(part[2] for part in parts if part[2])
+        raise RewardError(
+            f"reward {run.reward.name!r} left {ungraded} of {asked} responses ungraded, more than a share of "
+            f"{run.reward.max_ungraded:g} (reward.max_ungraded); the first: {first}"
+        )
+
+
+def fewest(algorithm: Algorithm) -> int:
+    """Responses that a group must have left to be trained on."""
+    return 1 if algorithm.credit in ALONE else 2
 
 
 def give(run: Run, collected: Collected) -> None:
@@ -222,7 +260,7 @@ def _group(run: Run, rollouts: list[Rollout], scored: GroupRewards) -> RolloutGr
                 f"the reward {run.reward.name} gives one value a token, and {problem} takes their mean: see gspo-token"
             )
             token_rewards_G = None
-    return RolloutGroup(rollouts[0].prompt, tuple(rollouts), rewards_G, token_rewards_G)
+    return RolloutGroup(rollouts[0].prompt, tuple(rollouts), rewards_G, token_rewards_G, scored.components_G)
 
 
 def _without_token_rewards(algorithm: Algorithm) -> str:
@@ -282,11 +320,32 @@ def summarise(run: Run, collected: Collected) -> dict[str, float]:
         )
         for position, group in sorted(collected.groups.items())
     ]
-    parts = gather_objects((mine, collected.dropped, collected.stopped), run.groups.world)
-    rows = [row for rows, _, _ in parts for row in rows]
-    dropped = sum((part for _, part, _ in parts), Dropped())
+    tables = [table for group in collected.groups.values() for table in group.components_G]
+    parts = gather_objects((mine, collected.dropped, collected.stopped, sums_of(tables)), run.groups.world)
+    rows = [row for part in parts for row in part[0]]
+    dropped = sum((part[1] for part in parts), Dropped())
     rewards, advantages, lengths, truncated = ([row[column] for row in rows] for column in range(4))
     kinds = {f"dropped/{kind}": float(count) for kind, count in asdict(dropped).items()}
-    stopped = {"reward/grader_timeouts": float(sum(count for _, _, count in parts))}
+    stopped = {"reward/grader_timeouts": float(sum(part[2] for part in parts))}
     found = rollout_metrics(rewards, advantages, lengths, truncated, dropped.responses)
-    return found | kinds | stopped | run.fleet.metrics()
+    return found | kinds | stopped | component_means([part[3] for part in parts]) | run.fleet.metrics()
+
+
+def sums_of(tables: Iterable[Mapping[str, float]]) -> dict[str, tuple[float, int]]:
+    """Name -> the sum of a component over the responses that have it, and their number."""
+    sums: dict[str, tuple[float, int]] = {}
+    for table in tables:
+        for name, value in table.items():
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = total + value, count + 1
+    return sums
+
+
+def component_means(parts: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
+    """``reward/component/NAME`` -> the mean over all leaders' responses that have it."""
+    names = sorted({name for part in parts for name in part})
+    totals = {name: [part[name] for part in parts if name in part] for name in names}
+    return {
+        f"reward/component/{name}": sum(total for total, _ in pairs) / sum(count for _, count in pairs)
+        for name, pairs in totals.items()
+    }

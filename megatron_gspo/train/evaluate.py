@@ -11,7 +11,7 @@ from megatron_gspo.parallel.exchange import agree, gather_objects
 from megatron_gspo.rewards.scoring import guarded
 from megatron_gspo.train.assembly import Run
 from megatron_gspo.train.collect import get_ready
-from megatron_gspo.train.grade import evaluation_sampling, grade
+from megatron_gspo.train.grade import check_graded, evaluation_sampling, grade
 
 
 def evaluate(run: Run, weight_version: int) -> dict[str, float]:
@@ -21,13 +21,15 @@ def evaluate(run: Run, weight_version: int) -> dict[str, float]:
     """
     if run.eval_prompts is None:
         return {}
-    sampled = estimates(_rewards(run, weight_version, greedy=False))
-    metrics = {f"eval/{name}": sampled[name].value for name in ("accuracy", "reward", "rewarded")}
-    samples = run.config.eval.samples
-    if samples > 1:
+    span, samples = run.reward.range, run.config.eval.samples
+    sampled = estimates(_rewards(run, weight_version, greedy=False), span)
+    names = ("accuracy", "reward", "rewarded")  # a reward without a top has no accuracy
+    metrics = {f"eval/{name}": sampled[name].value for name in names if name in sampled}
+    if samples > 1 and f"pass@{samples}" in sampled:
         metrics["eval/pass_at_k"] = sampled[f"pass@{samples}"].value
-    if run.config.eval.greedy:
-        metrics["eval/greedy_accuracy"] = estimates(_rewards(run, weight_version, greedy=True))["accuracy"].value
+    if run.config.eval.greedy and "accuracy" in sampled:
+        greedy = estimates(_rewards(run, weight_version, greedy=True), span)
+        metrics["eval/greedy_accuracy"] = greedy["accuracy"].value
     return metrics
 
 
@@ -35,7 +37,7 @@ def _rewards(run: Run, weight_version: int, *, greedy: bool) -> np.ndarray:
     """[P, K] rewards in the order of the held-out prompts, each leader's share drawn and scored by it."""
     assert run.eval_prompts is not None
     error: Exception | None = None
-    mine: list[tuple[int, np.ndarray]] = []
+    mine: list[tuple[int, np.ndarray, tuple[str, ...]]] = []
     get_ready(run, weight_version)
     size, rank = run.groups.data_size, run.groups.data_rank
     if run.groups.is_leader:
@@ -47,10 +49,12 @@ def _rewards(run: Run, weight_version: int, *, greedy: bool) -> np.ndarray:
             with guarded(run.reward):
                 answers = grade(run.engine, run.reward, prompts, sampling, weight_version=weight_version, first=before)
                 graded = asyncio.run(answers)
-            mine = [(position, group.rewards_K) for position, group in zip(share, graded, strict=True)]
+            mine = [(at, group.rewards_K, group.ungraded_K) for at, group in zip(share, graded, strict=True)]
         except Exception as caught:
             error = caught
     run.fleet.hear(run.engine)
     agree(error, run.groups.world)
-    rewards = dict(pair for part in gather_objects(mine, run.groups.world) for pair in part)
-    return np.stack([rewards[position] for position in range(len(run.eval_prompts))])
+    rows = sorted((row for part in gather_objects(mine, run.groups.world) for row in part), key=lambda row: row[0])
+    rewards_PK = np.stack([rewards_K for _, rewards_K, _ in rows])
+    check_graded(run.reward, rewards_PK, (reason for _, _, reasons in rows for reason in reasons))
+    return rewards_PK

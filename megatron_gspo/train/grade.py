@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_gspo.config import RunConfig
+from megatron_gspo.errors import RewardError
 from megatron_gspo.rewards.registry import Reward
-from megatron_gspo.rewards.scoring import score_groups
+from megatron_gspo.rewards.scoring import GroupRewards, score_groups
 from megatron_gspo.rollout.engine import Engine, Progress, Sampling
 from megatron_gspo.types import Prompt, Rollout
 
@@ -25,7 +26,17 @@ class Graded:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     rewards_K: np.ndarray
-    """[K] float64 in [0, 1]. A response that the server gave up on, or an empty one, has 0: it is no answer."""
+    """[K] float64 in the reward's range. A response that the server gave up on, or an empty one, has the bottom of it
+    (0; NaN where it has none): it is no answer. NaN for one whose grader failed: it counts nowhere."""
+    ungraded_K: tuple[str, ...] = ()
+    """K reasons, "" for those that were graded; empty when all were."""
+    components_K: tuple[dict[str, float], ...] = ()
+    """K tables of named components; empty when no response has one."""
+
+    @property
+    def ungraded(self) -> int:
+        """Responses whose grader failed."""
+        return sum(map(bool, self.ungraded_K))
 
 
 def evaluation_sampling(
@@ -66,12 +77,39 @@ async def grade(
     scored = await score_groups(reward, [[rollout for rollout in group if is_answer(rollout)] for group in drawn])
     if stopped := sum(rewards.stopped for rewards in scored):
         print(f"warning: {stopped} responses took too long to grade and got 0", file=sys.stderr, flush=True)
-    graded = []
-    for prompt, group, rewards in zip(prompts, drawn, scored, strict=True):
-        rewards_K = np.zeros(len(group))
-        rewards_K[[is_answer(rollout) for rollout in group]] = rewards.rewards_G
-        graded.append(Graded(prompt, tuple(group), rewards_K))
-    return graded
+    answers = sum(len(rewards.rewards_G) for rewards in scored)
+    if reasons := [reason for rewards in scored for reason in rewards.ungraded_G if reason]:
+        said = f"{len(reasons)} of {answers} responses were not graded, and count nowhere; the first: {reasons[0]}"
+        print(f"warning: {said}", file=sys.stderr, flush=True)
+    return [
+        _graded(reward, prompt, group, rewards) for prompt, group, rewards in zip(prompts, drawn, scored, strict=True)
+    ]
+
+
+def _graded(reward: Reward, prompt: Prompt, group: Sequence[Rollout], scored: GroupRewards) -> Graded:
+    """A prompt's responses, with what is no answer among them."""
+    answers = [i for i, rollout in enumerate(group) if is_answer(rollout)]
+    rewards_K = np.full(len(group), reward.worst)
+    rewards_K[answers] = scored.rewards_G
+    reasons, tables = [""] * len(group), [dict[str, float]() for _ in group]
+    for i, reason in zip(answers, scored.ungraded_G, strict=False):
+        reasons[i] = reason
+    for i, table in zip(answers, scored.components_G, strict=False):
+        tables[i] = table
+    return Graded(
+        prompt,
+        tuple(group),
+        rewards_K,
+        tuple(reasons) if any(reasons) else (),
+        tuple(tables) if any(tables) else (),
+    )
+
+
+def check_graded(reward: Reward, rewards_PK: np.ndarray, reasons: Iterable[str]) -> None:
+    """Raises RewardError where not one response has a reward, with the first reason: there is nothing to measure."""
+    if np.isnan(rewards_PK).all():
+        first = next(filter(None, reasons), "every response was empty or given up by the server")
+        raise RewardError(f"reward {reward.name!r} graded none of {rewards_PK.size} responses: {first}")
 
 
 def is_answer(rollout: Rollout) -> bool:

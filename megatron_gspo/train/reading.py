@@ -108,7 +108,7 @@ def _measure(
 
 
 def _record(run: Run, group: RolloutGroup, sample: Sample, measured: _Measured) -> RolloutRecord:
-    rollout = next(rollout for rollout in group.rollouts if rollout.sample == sample.sample)
+    at, rollout = next(pair for pair in enumerate(group.rollouts) if pair[1].sample == sample.sample)
     return RolloutRecord(
         prompt_id=group.prompt.id,
         sample=sample.sample,
@@ -125,4 +125,5 @@ def _record(run: Run, group: RolloutGroup, sample: Sample, measured: _Measured) 
         new_logprobs=measured.new_logprobs,
         group=sample.group,
         answer=group.prompt.answer or None,
+        components=group.components_G[at] or None if group.components_G else None,
     )

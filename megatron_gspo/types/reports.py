@@ -63,6 +63,8 @@ class RolloutRecord:
     """Its prompt's position among those of the outer step, which may have drawn one prompt twice."""
     answer: str | None = None
     """The reference answer."""
+    components: dict[str, float] | None = None
+    """What the reward is made of, by name."""
 
     PER_TOKEN: ClassVar = ("rollout_logprobs", "old_logprobs", "new_logprobs")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +31,19 @@ class Prompt:
     """Whatever else the prompt's line held."""
     visit: int = 0
     """How often this outer step has drawn the prompt before: an epoch's end may lie in it. Enters the seed."""
+    asked: str | tuple[Mapping[str, Any], ...] = ""
+    """What the row holds, before the chat template: a text, or turns with ``role`` and ``content``; for rewards that
+    show it to another model. Empty where it is not known."""
+
+    @property
+    def turns(self) -> list[dict[str, Any]]:
+        """What is asked as chat turns, for another model's template; ``text`` as the user's where nothing is known.
+
+        >>> Prompt("p", "<user>7+5=", (9, 2), "12", asked="7+5=").turns
+        [{'role': 'user', 'content': '7+5='}]
+        """
+        asked = self.asked or self.text
+        return [{"role": "user", "content": asked}] if isinstance(asked, str) else [dict(turn) for turn in asked]
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,8 @@ class RolloutGroup:
     rollouts: tuple[Rollout, ...]
     """G_p survivors, at least two."""
     rewards_G: np.ndarray
-    """[G_p] float64 in [0, 1]."""
+    """[G_p] float64 in the reward's range: [0, 1] unless it says otherwise."""
     token_rewards_G: tuple[np.ndarray, ...] | None = None
-    """Per-token rewards, each [R] float64 in [0, 1]; None when the reward gave one number per response."""
+    """Per-token rewards, each [R] float64; None when the reward gave one number per response."""
+    components_G: tuple[dict[str, float], ...] = ()
+    """Named components of each response's reward; empty when none has one."""

@@ -20,7 +20,7 @@ from megatron_gspo.report.evaluation import EvaluationDirectory, fingerprint, st
 from megatron_gspo.report.rundir import RunDirectory
 from megatron_gspo.rewards.registry import Reward
 from megatron_gspo.rollout.sglang.probe import ServerState
-from megatron_gspo.train.grade import evaluation_sampling, grade
+from megatron_gspo.train.grade import Graded, evaluation_sampling, grade
 from megatron_gspo.types import FinishReason, Prompt, Rollout
 from tests.unit.doctor_cases import prepare
 
@@ -195,7 +195,8 @@ def test_evaluation_draws_with_seeds_of_its_own_that_never_change(tmp_path: Path
 
 def test_truncated_and_aborted_responses_are_counted(tmp_path: Path) -> None:
     group = [make_rollout(4, "length", 0), make_rollout(2, "stop", 1), make_rollout(0, "abort", 2)]
-    found = statistics([(group, np.array([0.0, 1.0, 0.0])), (group, np.array([1.0, 1.0, 0.0]))])
+    rewards = ([0.0, 1.0, 0.0], [1.0, 1.0, 0.0])
+    found = statistics([Graded(group[0].prompt, tuple(group), np.array(rewards_K)) for rewards_K in rewards])
     assert (found["prompts"], found["samples"], found["aborted"]) == (2, 3, 2)
     assert found["truncated"] == pytest.approx(1 / 3)
     assert found["tokens"] == {"mean": 2.0, "median": 2.0, "max": 4}

@@ -139,9 +139,9 @@ def test_an_async_reward_is_called_few_times_and_not_when_prompts_are_drawn() ->
     these = prompts(*map(str, range(50)))
     one = check(judge)
     one.survey(these, range(50))
-    assert len(calls) == references.ASYNC_LIMIT
+    assert len(calls) == references.SPARING_LIMIT
     one.judge({0: these[-1], 1: these[-2]})
-    assert len(calls) == references.ASYNC_LIMIT
+    assert len(calls) == references.SPARING_LIMIT
 
 
 def test_a_reference_that_was_not_graded_before_is_when_it_is_drawn() -> None:

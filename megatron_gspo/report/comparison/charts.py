@@ -36,7 +36,7 @@ class Curve:
 
 ZERO = "Zero lies below a log axis and leaves a gap; a band that reaches it ends at the bottom."
 REWARD = (
-    Curve("Reward on training prompts", "reward (0 to 1)", "reward/mean", share=True),
+    Curve("Reward on training prompts", "reward", "reward/mean", share=True),
     Curve("Held-out accuracy", "accuracy (0 to 1)", "eval/accuracy", share=True),
 )
 CLIPPING = (
@@ -114,7 +114,9 @@ def curve_chart(comparison: Comparison, curve: Curve) -> dict[str, Any] | None:
         for arm in comparison.arms
     }
     chart = _bands(curve.title, curve.unit, bands, "outer step", curve.note, curve.log, curve.zero, (curve.metric,))
-    return chart and chart | {"share": curve.share}
+    values = [value for cell in comparison.cells for value in cell.values(curve.metric)] if curve.share else []
+    unit = all(0 <= value <= 1 for value in values)  # a reward may have another range
+    return chart and chart | {"share": curve.share and unit, "signed": not unit}
 
 
 def profile_chart(

@@ -82,7 +82,8 @@ function explanation(metrics) {
   const details = element("details", "about quiet"), list = element("dl");
   details.append(element("summary", "", "what this is"), list);
   const text = (markdown) => markdown.replaceAll("`", "");
-  const rows = new Set(metrics.map((metric) => metric.replace(/layer_\d+$/, "layer_NN")));  // layers share one
+  const rows = new Set(metrics.map((metric) => metric.replace(/layer_\d+$/, "layer_NN")
+    .replace(/^reward\/component\/.*/, "reward/component/NAME")));  // layers share one, and components
   for (const metric of rows) {
     if (!DATA.metrics[metric]) continue;
     const [unit, meaning, lookFor] = DATA.metrics[metric];

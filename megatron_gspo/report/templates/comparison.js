@@ -140,9 +140,10 @@ function valueAxis({ log, zero }, values) {
   return { type: "log", exponentformat: "e", ...logTicks(values.filter((value) => value > 0)) };
 }
 
-// What is drawn is never negative, and shares end at 1: a band that goes on there says nothing.
-function limits({ log, zero, share }) {
-  return log ? {} : { autorangeoptions: { clipmin: zero ? 0 : -0.02, ...(share ? { clipmax: 1.02 } : {}) } };
+// What is drawn is never negative, unless it is a reward with another range, and shares end at 1: a band that goes on
+// there says nothing.
+function limits({ log, zero, share, signed }) {
+  return log || signed ? {} : { autorangeoptions: { clipmin: zero ? 0 : -0.02, ...(share ? { clipmax: 1.02 } : {}) } };
 }
 
 const TRACES = { bands: bandTraces, dots: dotTraces, forest: forestTraces, quantiles: quantileTraces };

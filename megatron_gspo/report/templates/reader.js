@@ -134,6 +134,7 @@ function sampleBox(sample, scale) {
   const facts = [
     ["number", `#${sample.sample ?? "?"}`],
     ["reward", `reward ${digits(sample.reward, 3)}`],
+    ...Object.entries(sample.components ?? {}).map(([name, value]) => ["component", `${name} ${digits(value, 3)}`]),
     [`advantage${sign}`, `advantage ${sample.advantage === null ? "-" : signed(sample.advantage)}`],
     ["ratio", sample.ratio === null ? "" : `s_i ${sample.ratio.toFixed(6)}`],
     [sample.clipped ? "mark" : "", sample.clipped === null ? "" : sample.clipped ? "clipped" : "not clipped"],

@@ -12,6 +12,8 @@ detokenizer are spawned processes that import this file again, so the stand-ins 
 from __future__ import annotations
 
 import contextlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import os
 import shutil
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
 
@@ -140,6 +142,46 @@ def listen_on_loopback() -> None:
         return made
 
     rendezvous.TCPStore = store
+
+
+SCORING = ("sglang.srt.models.qwen2_classification", "sglang.srt.models.qwen3_classification")
+"""Models of SGLang 0.5.23 that score a sequence by a head with a bias. transformers' has none, so no file fills it, and
+every score is off by the random number that it starts from."""
+
+
+class HeadsWithoutBias(importlib.abc.MetaPathFinder):
+    """Has the biases of ``SCORING`` start from 0 instead: then a score is transformers'. A file that has one fills it.
+
+    They are imported by SGLang when it wants them, and are changed then.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target) if fullname in SCORING else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_change(module: types.ModuleType) -> None:
+            execute(module)
+            for found in vars(module).values():
+                if isinstance(found, type) and found.__name__.endswith("ForSequenceClassification"):
+                    _start_bias_from_zero(found)
+
+        spec.loader.exec_module = execute_and_change  # type: ignore[method-assign]
+        return spec
+
+
+def _start_bias_from_zero(model: Any) -> None:
+    made = model.__init__
+
+    def make(self: Any, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
+        if getattr(self.score, "bias", None) is not None:
+            self.score.bias.data.zero_()
+
+    model.__init__ = make
 
 
 def install_cpu_stand_ins() -> None:
@@ -374,6 +416,7 @@ def _without_cuda() -> bool:
 if __name__ in ("__main__", "__mp_main__"):  # the server, or a process that it spawned
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends it to trainers, and to whatever is in their step
     listen_on_loopback()
+    sys.meta_path.insert(0, HeadsWithoutBias())
 
 if __name__ in ("__main__", "__mp_main__") and _without_cuda():
     for name, value in CPU_ENVIRONMENT.items():

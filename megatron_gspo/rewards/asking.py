@@ -1,0 +1,149 @@
+"""Another server's answer over HTTP: bounded in time and bytes, asked again where that may help."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
+
+from megatron_gspo.calls import named_key, refusal
+from megatron_gspo.errors import ConfigError, RewardError
+
+if TYPE_CHECKING:
+    import aiohttp
+
+MOST_BYTES = 4 * 2**20
+"""Of an answer."""
+LONGEST_WAIT_S = 30.0
+MISTAKEN = (401, 403, 404, 405)
+"""Statuses that no other response would change: a wrong key or a wrong address."""
+PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+"""Statuses that another try may change; every other one from 500 on is too."""
+
+
+class NoAnswerError(Exception):
+    """A server has given no usable answer to one question: the response stays ungraded."""
+
+
+class Service:
+    """One or more servers that answer alike, asked in turn.
+
+    Args:
+        urls: where the question is posted, ``http://`` or ``https://``.
+        key: sent as ``Authorization: Bearer KEY``; none when empty.
+        timeout_s: seconds for one try, from connecting to the last byte.
+        retries: further tries, each of the next server, after connection losses, timeouts, HTTP 408, 429 and 5xx, and
+            answers that are no JSON.
+        backoff_s: seconds before the first of them, doubled each time, or what the server asks for (``Retry-After``);
+            at most 30.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], *, key: str = "", timeout_s: float = 60.0, retries: int = 4, backoff_s: float = 0.5
+    ) -> None:
+        self._urls, self._key, self._timeout_s = list(urls), key, timeout_s
+        self._retries, self._backoff_s = retries, backoff_s
+        self._session: aiohttp.ClientSession | None = None
+        self._asked = 0
+        self._spread = random.Random(0)  # its own: the generators of a run repeat
+
+    async def __aenter__(self) -> Self:
+        import aiohttp
+
+        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),  # reward.concurrency is the limit
+            timeout=aiohttp.ClientTimeout(total=self._timeout_s),
+            headers=headers,
+            auto_decompress=False,  # a small body may hold a large one
+        )
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+        self._session = None
+
+    async def ask(self, body: dict[str, Any]) -> Any:
+        """The JSON that a server answers. Raises NoAnswerError where there is none after all tries, RewardError for
+        what is wrong with every question: the key or the address."""
+        import aiohttp
+
+        failure, wait = "", 0.0
+        turn = self._asked = self._asked + 1
+        for number in range(self._retries + 1):
+            await asyncio.sleep(wait)
+            url = self._urls[(turn + number) % len(self._urls)]
+            try:
+                status, after, found = await self._post(url, body)
+            except (aiohttp.ClientError, TimeoutError, OSError, ValueError, RecursionError) as error:
+                told = f"timed out after {self._timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
+                failure, after = f"{url}: {type(error).__name__}: {told[:200]}", None
+            else:
+                if status == 200:
+                    return found
+                failure = f"{url}: {refusal(status) if status in (401, 403) else f'HTTP {status}'}: {_text(found)}"
+                if status in MISTAKEN:
+                    raise RewardError(failure)
+                if status not in PASSING and status < 500:
+                    raise NoAnswerError(failure)
+            wait = self._pause(number, after)
+        raise NoAnswerError(f"{failure} (asked {self._retries + 1} times)")
+
+    async def _post(self, url: str, body: dict[str, Any]) -> tuple[int, str | None, Any]:
+        """(status, Retry-After, JSON of the answer; its text where it was refused)."""
+        assert self._session is not None, "within its lifetime"
+        async with self._session.post(url, json=body, allow_redirects=False) as response:
+            parts, size = [], 0
+            async for part in response.content.iter_chunked(2**16):
+                size += len(part)
+                if size > MOST_BYTES:
+                    raise ValueError(f"its answer goes on after {MOST_BYTES} bytes")
+                parts.append(part)
+            text = b"".join(parts).decode(errors="replace")
+            found = json.loads(text) if response.status == 200 else text
+            return response.status, response.headers.get("Retry-After"), found
+
+    def _pause(self, number: int, asked: str | None) -> float:
+        """Seconds before the next try; spread, so that not all come back at once."""
+        wanted = self._backoff_s * 2**number * (0.5 + self._spread.random())
+        if asked is not None and asked.strip().isdigit():
+            wanted = max(wanted, float(asked))
+        return min(wanted, LONGEST_WAIT_S)
+
+
+def check_urls(name: str, urls: object) -> list[str]:
+    """Addresses as a reward is given them. Raises ConfigError, without what might be a key."""
+    given = [urls] if isinstance(urls, str) else list(urls) if isinstance(urls, (list, tuple)) else []
+    for url in given:
+        parts = urlsplit(url) if isinstance(url, str) else None
+        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+            raise ConfigError(
+                f"reward {name!r}: a url is http://HOST:PORT/..., or https, without a user or a key in it "
+                f"(key_variable and key_file name one)"
+            )
+    if not given:
+        raise ConfigError(f"reward {name!r} needs url, the address of its server, or a list of them")
+    return given
+
+
+def read_key(name: str, variable: str, file: str) -> str:
+    """The key that a reward's ``key_variable`` or ``key_file`` names. Raises ConfigError."""
+    try:
+        return named_key(variable, file)
+    except ConfigError as error:
+        raise ConfigError(f"reward {name!r}: {error}") from None
+
+
+def check_asking(name: str, timeout_s: float, retries: int) -> None:
+    """Raises ConfigError for limits that are none."""
+    if not (timeout_s > 0 and 0 <= retries <= 20):
+        raise ConfigError(f"reward {name!r}: timeout_s = {timeout_s} is above 0, and retries = {retries} in 0 to 20")
+
+
+def _text(found: Any) -> str:
+    text = " ".join(str(found)[:1000].split())[:200]
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -1,0 +1,140 @@
+"""A reward model: a sequence classifier that an SGLang server holds, asked at ``/classify``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_gspo.errors import ConfigError
+from megatron_gspo.rewards.asking import NoAnswerError, Service, check_asking, check_urls, read_key
+from megatron_gspo.rewards.interface import RewardResult, Score, Ungraded
+from megatron_gspo.rewards.reward_model_check import hold_against_transformers, score_of
+from megatron_gspo.rewards.thinking import after_thinking
+from megatron_gspo.types import Prompt, Rollout
+
+
+class RewardModel:
+    """The score of (turns, response) under the reward model's own chat template; ``sigmoid`` brings it to (0, 1).
+
+    Component: ``score``, before the transform. At the start the servers' scores of a few texts are held against
+    transformers', where the model's directory is readable here.
+
+    Args:
+        url: of a server, "http://HOST:PORT", or several that hold the same model, asked in turn.
+        model: its Hugging Face directory: the tokenizer, and what the check loads.
+        transform: "identity", with the range (-inf, inf), or "sigmoid".
+        label: which of the model's scores is the reward.
+        thinking: whether the model is shown a response's thinking too, and not only what follows it.
+        check: whether scores are held against transformers'; when absent, where its weights are 4 GiB at most.
+        tolerance: by how much scores may differ, relative to the larger of 1 and the score.
+    """
+
+    on_timeout = "ungraded"
+
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        model: str,
+        *,
+        transform: Literal["identity", "sigmoid"] = "identity",
+        label: int = 0,
+        thinking: bool = True,
+        check: bool | None = None,
+        tolerance: float = 0.02,
+        key_variable: str = "",
+        key_file: str = "",
+        timeout_s: float = 20.0,
+        retries: int = 4,
+    ) -> None:
+        check_asking(NAME, timeout_s, retries)
+        urls, key = _server(url, model, key_variable, key_file)
+        _check_score(transform, label, tolerance)
+        self.range = (0.0, 1.0) if transform == "sigmoid" else (-math.inf, math.inf)
+        self._sigmoid, self._label, self._thinking = transform == "sigmoid", label, thinking
+        self._template = ChatTemplate(model)
+        if check is not False:
+            samples = [self._template.ids(turns, text) for turns, text in CHECKED]
+            hold_against_transformers(urls, key, Path(model), samples, label, tolerance, insisted=check is True)
+        places = [f"{one}/classify" for one in urls]
+        self._service = Service(places, key=key, timeout_s=timeout_s, retries=retries)
+
+    @staticmethod
+    def check(url: Any, model: Any, **options: Any) -> None:
+        """What can be said without asking the server. Raises ConfigError."""
+        check_asking(NAME, options.get("timeout_s", 20.0), options.get("retries", 4))
+        _server(url, model, options.get("key_variable", ""), options.get("key_file", ""))
+        _check_score(options.get("transform", "identity"), options.get("label", 0), options.get("tolerance", 0.02))
+
+    async def __aenter__(self) -> None:
+        await self._service.__aenter__()
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._service.__aexit__(*error)
+
+    async def __call__(self, prompt: Prompt, response: Rollout) -> RewardResult:
+        text = response.text if self._thinking else after_thinking(prompt.text, response.text) or ""
+        try:
+            ids = self._template.ids(prompt.turns, text)
+            score = score_of(await self._service.ask({"input_ids": ids}), self._label, len(ids))
+        except NoAnswerError as error:
+            return Ungraded(str(error))
+        return Score(sigmoid(score) if self._sigmoid else score, {"score": score})
+
+
+class ChatTemplate:
+    """A reward model's own tokenizer and chat template. Raises ConfigError where there is none."""
+
+    def __init__(self, model: str) -> None:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        # By the model's type AutoTokenizer takes a class that may cut texts otherwise than the file says.
+        kind: Any = PreTrainedTokenizerFast if (Path(model) / "tokenizer.json").is_file() else AutoTokenizer
+        try:
+            self._tokenizer: Any = kind.from_pretrained(model, local_files_only=True)
+        except Exception as error:  # whatever a broken directory makes of it
+            raise ConfigError(f"reward {NAME!r}: the tokenizer of {model} cannot be read: {error}") from None
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise ConfigError(f"reward {NAME!r}: the tokenizer of {model} has no chat template")
+
+    def ids(self, turns: list[dict[str, Any]], response: str) -> list[int]:
+        """Token ids of the conversation with the response as its last turn. Raises NoAnswerError where the template
+        refuses it."""
+        try:
+            said = [*turns, {"role": "assistant", "content": response}]
+            text = self._tokenizer.apply_chat_template(said, tokenize=False)
+            return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False)]
+        except Exception as error:  # templates raise what they like
+            raise NoAnswerError(f"the reward model's chat template: {type(error).__name__}: {error}") from None
+
+
+def sigmoid(score: float) -> float:
+    """1 / (1 + exp(-score)), without overflow."""
+    small = math.exp(-abs(score))
+    return 1 / (1 + small) if score >= 0 else small / (1 + small)
+
+
+NAME = "reward_model"
+CHECKED: list[tuple[list[dict[str, Any]], str]] = [
+    ([{"role": "user", "content": "What is 7 times 6?"}], "42"),
+    ([{"role": "user", "content": "What is 7 times 6?"}], "It is 41, I think, but I am not sure of it."),
+    ([{"role": "user", "content": "Name a river."}], "The Nile flows north. " * 8),
+    ([{"role": "user", "content": "Say nothing but yes."}], "no"),
+    ([{"role": "user", "content": "Write two lines about the sea."}], "It is wide.\nIt is blue."),
+]
+"""What is scored at the start by both."""
+
+
+def _server(url: Any, model: Any, key_variable: str, key_file: str) -> tuple[list[str], str]:
+    """(urls, key). Raises ConfigError."""
+    if not (isinstance(model, str) and Path(model).is_dir()):
+        raise ConfigError(f"reward {NAME!r}: model = {model!r} is no directory; its tokenizer is needed here")
+    return [one.rstrip("/") for one in check_urls(NAME, url)], read_key(NAME, key_variable, key_file)
+
+
+def _check_score(transform: Any, label: Any, tolerance: Any) -> None:
+    if transform not in ("identity", "sigmoid"):
+        raise ConfigError(f"reward {NAME!r}: transform = {transform!r}, neither identity nor sigmoid")
+    if not isinstance(label, int) or label < 0 or not tolerance > 0:
+        raise ConfigError(f"reward {NAME!r}: label = {label!r} is 0 or more, and tolerance = {tolerance!r} above 0")
