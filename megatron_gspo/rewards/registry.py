@@ -24,6 +24,7 @@ BUILTIN_REWARDS: dict[str, str] = {
     "exact": "megatron_gspo.rewards.exact:exact",
     "arithmetic": "megatron_gspo.rewards.arithmetic:arithmetic",
     "gsm8k": "megatron_gspo.rewards.gsm8k:gsm8k",
+    "code": "megatron_gspo.rewards.code:Code",
     "weighted": "megatron_gspo.rewards.weighted:Weighted",
     "length": "megatron_gspo.rewards.length:Length",
     "repetition": "megatron_gspo.rewards.repetition:Repetition",
@@ -47,9 +48,9 @@ NO_CONTEXT = RewardContext()
 class Reward:
     """A reward, ready to be called, and how it is called.
 
-    A class, or a function, says more of itself by attributes: ``range``, ``on_timeout``, ``sparing`` and
-    ``by_answer``, which the properties of these names explain; ``__aenter__`` and ``__aexit__``, entered in the event
-    loop of each scoring, around it; and ``close()``, called when the run ends.
+    A class, or a function, says more of itself by attributes: ``range``, ``on_timeout``, ``limits_itself``,
+    ``sparing`` and ``by_answer``, which the properties explain; ``__aenter__`` and ``__aexit__``, entered in the
+    event loop of each scoring, around it; and ``close()``, called when the run ends.
     """
 
     name: str
@@ -97,6 +98,12 @@ class Reward:
     def composite(self) -> bool:
         """Whether it is made of others, each of which is timed by itself."""
         return bool(getattr(self._plain, "composite", False))
+
+    @property
+    def untimed(self) -> bool:
+        """Whether ``timeout_s`` is not for a call of it: a composite, or one that says ``limits_itself`` because it
+        limits what it starts, and may wait for its turn, which must not count."""
+        return self.composite or bool(getattr(self._plain, "limits_itself", False))
 
     @property
     def ours(self) -> bool:

@@ -155,7 +155,7 @@ async def _score(reward: Reward, called: Sequence[Rollout], limit: asyncio.Semap
     async with limit:
         try:
             action = _call(reward, lambda: scored(prompt, tuple(called) if whole else called[0]), reward.is_async)
-            result = await asyncio.wait_for(action, None if reward.composite else reward.timeout_s)
+            result = await asyncio.wait_for(action, None if reward.untimed else reward.timeout_s)
         except TimeoutError:
             return [_late(reward, rollout) for rollout in called]
         except Exception as error:  # a user's function may raise anything; what it raised stays attached

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import sys
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from megatron_gspo import config
 from megatron_gspo.data import load_completions, load_prompts, load_tokenizer
 from megatron_gspo.hf.catalog import read_model
+from megatron_gspo.rewards.cases import Calls, read_problem
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 GSM8K = Path(
@@ -41,6 +43,37 @@ def prepare(monkeypatch: pytest.MonkeyPatch, example: str, *arguments: str | Pat
 @pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.toml")), ids=lambda p: "/".join(p.parts[-2:]))
 def test_every_example_configuration_is_valid(path: Path) -> None:
     config.load(path)
+
+
+def test_the_code_examples_files_load_share_no_prompt_and_have_tests(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sizes = ("--sft-examples", "10000", "--train-prompts", "200", "--eval-prompts", "100")
+    prepare(monkeypatch, "code_tiny", tmp_path, *sizes)
+    tokenizer = load_tokenizer(tmp_path / "model")
+    assert (tokenizer.vocab_size, len(tokenizer), tokenizer.stop_ids) == (21, 21, (19,))
+    prompts = [
+        *load_prompts(tmp_path / "train.jsonl", tokenizer=tokenizer).prompts,
+        *load_prompts(tmp_path / "eval.jsonl", tokenizer=tokenizer).prompts,
+    ]
+    examples = load_completions(tmp_path / "sft.jsonl", tokenizer=tokenizer).completions
+    taught = {example.prompt.text for example in examples}
+    assert len({p.text for p in prompts}) == 300 and len(taught) == 9_072 - 300
+    assert not taught & {p.text for p in prompts}
+    assert max(len(p.token_ids) for p in prompts) <= 32 and max(len(e.completion_ids) for e in examples) <= 8
+    for prompt in prompts:
+        problem = read_problem({"answer": prompt.answer})
+        assert isinstance(problem.tests, Calls) and problem.prefix == "def f(x): return "
+        shown = {int(x): int(y) for x, y in re.findall(r"f\((\d)\)=(\d+)", prompt.text)}
+        slope, offset = shown[1] - shown[0], shown[0]
+        assert [call.expected for call in problem.tests.calls] == [[slope * x + offset] for x in (-7, -3, 12, 25, 100)]
+        assert not {call.arguments[0] for call in problem.tests.calls} & shown.keys()
+    right = 0
+    for example in examples:
+        source, found = example.prompt.text, tokenizer.decode(example.completion_ids[:-1])
+        offset, one = (int(re.search(rf"f\({x}\)=(\d+)", source)[1]) for x in (0, 1))  # type: ignore[index]
+        right += eval(found, {"x": 100}) == 100 * (one - offset) + offset
+    assert 0.40 < right / len(examples) < 0.44
 
 
 def test_the_quickstarts_files_load_and_share_no_prompt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -58,6 +58,9 @@ EXAMPLES = {
     "gsm8k_tiny/gspo": "python examples/gsm8k_tiny/prepare.py path/to/gsm8k/train.jsonl .cache/gsm8k_tiny && "
     "megatron-gspo train examples/gsm8k_tiny/sft.toml",
     "gsm8k_tiny/sft": "python examples/gsm8k_tiny/prepare.py path/to/gsm8k/train.jsonl .cache/gsm8k_tiny",
+    "code_tiny/gspo": "python examples/code_tiny/prepare.py .cache/code_tiny && "
+    "megatron-gspo train examples/code_tiny/sft.toml",
+    "code_tiny/sft": "python examples/code_tiny/prepare.py .cache/code_tiny",
     "compare_tiny/compare": "python examples/compare_tiny/prepare.py .cache/compare_tiny",
     "compare_tiny/sft": "python examples/compare_tiny/prepare.py .cache/compare_tiny",
 }

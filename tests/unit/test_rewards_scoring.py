@@ -260,7 +260,7 @@ def test_a_file_is_a_reward_and_is_imported_once() -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("exakt", "is unknown: use exact, arithmetic, gsm8k, weighted, .* package.module:function or"),
+        ("exakt", "is unknown: use exact, arithmetic, gsm8k, .* package.module:function or"),
         ("no.such.module:f", "ModuleNotFoundError: No module named 'no'.*a file works too"),
         ("no/such/file.py:f", "FileNotFoundError: .*no/such/file.py does not exist"),
         ("math:no_such", "math has no 'no_such'"),
