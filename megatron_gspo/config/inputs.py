@@ -50,6 +50,9 @@ def missing(config: RunConfig, names: Sequence[str] = INPUTS) -> dict[str, str]:
         "data.path": config.data.path,
         "data.eval_path": "" if supervised else config.data.eval_path,
     }
+    if "data.path" in names and config.data.sources:
+        names = [*(name for name in names if name != "data.path"), *config.data.paths]
+        read |= config.data.paths
     return {name: read[name] for name in names if read[name] and not _is_there(read[name], name in MODELS)}
 
 

@@ -174,6 +174,8 @@ def _type(annotation: Any) -> str:
         return " or ".join(_type(part) for part in arguments if part is not type(None))
     if origin is tuple:
         return f"{'list of' if Ellipsis in arguments else len(arguments)} {_type(arguments[0])}s"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "table"
     return NAMES[origin or annotation]
 
 

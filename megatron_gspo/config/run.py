@@ -119,6 +119,11 @@ class RunConfig(Section):
                 f"replay.{name} = {getattr(self.replay, name)!r} is about the routes of rollouts, and "
                 f"{self.algorithm.name} has none: remove it"
             )
+        if not self.algorithm.draws_responses and (self.data.sources or self.data.curriculum != "off"):
+            name = "sources" if self.data.sources else "curriculum"
+            raise ValueError(
+                f"data.{name} is about the prompts of rollouts, and {self.algorithm.name} has none: remove it"
+            )
         if not self.algorithm.draws_responses and self.correction != Correction():
             raise ValueError(
                 f"correction is about the engine that draws responses, and {self.algorithm.name} has none: remove it"
@@ -178,7 +183,7 @@ class RunConfig(Section):
             "algorithm.reference": self.algorithm.reference,
             "critic.path": self.critic.path,
             "lora.path": self.lora.path,
-            "data.path": self.data.path,
+            **self.data.paths,
             "data.eval_path": self.data.eval_path,
         }
         for name, path in inputs.items():

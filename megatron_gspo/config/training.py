@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
+from megatron_gspo.config.sources import SourceConfig
 from megatron_gspo.section import AsList, Decay, Named, NonNegativeFloat, Positive, PositiveFloat, Section
 
 
@@ -89,9 +90,13 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Prompts."""
 
-    path: Named
+    path: str
     """Training prompts: a file (JSON lines, a JSON array, CSV, TSV, each also compressed, or Parquet), a directory of
-    shards, or a pattern (``data/train-*``). docs/data.md says how each is read."""
+    shards, or a pattern (``data/train-*``). docs/data.md says how each is read. Absent where there are ``sources``."""
+    sources: Annotated[tuple[SourceConfig, ...], AsList] = ()
+    """Several sources of training prompts instead of ``path``, mixed by their weights: each a table
+    ``[[data.sources]]`` with ``name``, ``path``, ``weight`` (1.0), ``format``, ``prompt_field``, ``answer_field``,
+    ``limit`` and ``reward`` (``{ function, options }``; ``[reward]`` when absent)."""
     eval_path: str = ""
     """Held-out prompts; empty: no evaluation."""
     format: Literal["auto", "prompts", "gsm8k", "verl", "messages", "sharegpt", "alpaca"] = "auto"
@@ -116,9 +121,45 @@ class DataConfig(Section):
     stopping. Of more than 30,000 rows, one that turns out bad when it is drawn is replaced by the next of the order."""
     limit: Positive | None = None
     """Reads at most this many training prompts."""
+    curriculum: Literal["off", "variance"] = "off"
+    """"variance": a prompt whose last k groups in a row had equal rewards is kept with probability max(floor, 2^-k)
+    when its turn comes, else the next has its turn."""
+    curriculum_floor: Annotated[float, Field(gt=0.0, le=1.0)] = 0.0625
+    """The least probability with which such a prompt is kept."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_or_sources(cls, given: Any) -> Any:
+        return {"path": "", **given} if isinstance(given, dict) and given.get("sources") else given
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Setting -> path, of every file of training prompts."""
+        return {f"data.sources.{source.name}.path": source.path for source in self.sources} or {"data.path": self.path}
+
+    def of_source(self, source: SourceConfig) -> DataConfig:
+        """How a source is read: these settings, with its own in their place."""
+        own = {name: getattr(source, name) for name in ("format", "prompt_field", "answer_field")}
+        kept = {name: value for name, value in own.items() if value}
+        return self.model_copy(update={"path": source.path, "sources": (), "limit": source.limit, **kept})
+
+    def _check_sources(self) -> None:
+        names = [source.name for source in self.sources]
+        if self.sources and self.path:
+            raise ValueError(f"path = {self.path!r} and sources: name the training prompts once")
+        if not self.sources and not self.path:
+            raise ValueError("path is empty: name a file of training prompts, or sources")
+        if self.sources and self.limit is not None:
+            raise ValueError(f"limit = {self.limit} with sources: give each source its own")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two sources are called {name!r}: give each its own name")
+        if self.curriculum == "off" and self.curriculum_floor != type(self).model_fields["curriculum_floor"].default:
+            raise ValueError(f'curriculum_floor = {self.curriculum_floor:g} has no effect with curriculum = "off"')
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
+        self._check_sources()
         if self.chat_template_kwargs and not self.chat_template:
             raise ValueError(
                 f"chat_template_kwargs = {self.chat_template_kwargs} has no effect with chat_template = false: remove "

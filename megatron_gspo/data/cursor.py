@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
 from megatron_gspo.errors import DataError
+
+
+class PromptOrder(Protocol):
+    """An order in which prompts are visited: the same on every rank, and resumable from its state."""
+
+    num_prompts: int
+
+    def take(self, n: int) -> list[int]:
+        """The next ``n`` indices."""
+
+    def instead(self, indices: Sequence[int]) -> list[int]:
+        """For each index that cannot be used, the one that stands in for it."""
+
+    def order(self) -> Mapping[str, object]:
+        """What the order is a function of: part of its state."""
+
+    def state_dict(self) -> Mapping[str, object]:
+        """As JSON: what a checkpoint keeps."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Continues where ``state`` was taken. Raises DataError when it is another order's."""
 
 
 class CursorState(TypedDict):
@@ -46,6 +68,10 @@ class PromptCursor:
             self.position += step
         return indices
 
+    def instead(self, indices: Sequence[int]) -> list[int]:
+        """The next of the order, for as many as cannot be used."""
+        return self.take(len(indices))
+
     def order(self) -> dict[str, int]:
         """What the order is a function of: fields of ``CursorState``."""
         return {"num_prompts": self.num_prompts, "seed": self.seed, "shuffle": self.shuffle}
@@ -62,6 +88,8 @@ class PromptCursor:
 
     def load_state_dict(self, state: CursorState) -> None:
         """Continues where ``state`` was taken. Raises DataError when the prompts or the seed are not the same."""
+        if "sources" in state:
+            raise DataError("the checkpoint's cursor is of data.sources, and this run has one set of prompts")
         for name, own in self.order().items():
             saved = state[name]  # type: ignore[literal-required]
             if saved != own:

@@ -81,7 +81,8 @@ class PromptSet:
 
     def place(self, index: int) -> str:
         """Where a prompt stands: "path, line 7"."""
-        return self.prompts.place(index) if isinstance(self.prompts, LazyItems) else f"prompt {index}"
+        place = getattr(self.prompts, "place", None)
+        return str(place(index)) if place is not None else f"prompt {index}"
 
     def without(self, problems: dict[int, str]) -> PromptSet:
         """The set without the prompts at these indices, which are counted as skipped."""

@@ -74,7 +74,7 @@ def examine(facts: Facts, entries: Iterable[Entry]) -> list[Check]:
 
 def _checks(facts: Facts, entry: Entry) -> list[Check]:
     lacking = next((need for need in entry.needs if facts.problem(need)), None)
-    if entry.file and not facts.problem("config") and entry.file in facts.missing:
+    if entry.file and not facts.problem("config") and _missing_files(facts, entry):
         results: Sequence[Check] = [_no_such_file(facts, entry)]
     elif lacking:
         results = [replace(warning(f"not checked: it needs {Facts.WORDS[lacking]}"), lacks=_root(facts, lacking))]
@@ -90,9 +90,16 @@ def _checks(facts: Facts, entry: Entry) -> list[Check]:
 
 
 def _no_such_file(facts: Facts, entry: Entry) -> Check:
-    path = facts.missing[entry.file]
+    name = _missing_files(facts, entry)[0]
+    path = facts.missing[name]
     there = f": {what_is_there(Path(path))}" if entry.file in MODELS and os.path.isdir(path) else ""
-    return error(f"{path}: {lack(path, entry.file)}{there}", facts.advice(entry.file) or entry.file)
+    return error(f"{path}: {lack(path, entry.file)}{there}", facts.advice(name) or name)
+
+
+def _missing_files(facts: Facts, entry: Entry) -> list[str]:
+    """The settings whose files are not there: of training prompts, those of every source."""
+    of_source = "data.sources." if entry.file == "data.path" else None
+    return [name for name in facts.missing if name == entry.file or (of_source and name.startswith(of_source))]
 
 
 def _root(facts: Facts, lacking: str) -> str:

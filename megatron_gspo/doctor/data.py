@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.prompts import PromptSet
@@ -26,9 +27,9 @@ def check_prompts(facts: Facts) -> list[Check]:
     try:
         prompts = facts.prompts
     except DataError as caught:
-        return [error(str(caught), _field_fix(config, str(caught), "data.path"))]
+        return [error(str(caught), _field_fix(config, str(caught), _setting_of(config, str(caught))))]
     looked, rows = prompts.looked, len(prompts)
-    text = f"{config.data.path}: {rows} prompts, {config.train.prompts_per_step} a step, read as {looked.format!r}"
+    text = f"{_named(config, facts)}: {rows} prompts, {config.train.prompts_per_step} a step, read as {looked.format!r}"
     if not looked.whole:
         text += f"; {looked.rows} rows looked at, the others are when they are drawn"
     if prompts.skipped:
@@ -74,6 +75,18 @@ def check_reward(facts: Facts) -> list[Check]:
     config, prompts = facts.config, facts.prompts
     if not isinstance(prompts, PromptSet):
         return [ok("supervised fine-tuning has no reward")]
+    if not facts.sources:
+        return _check_reward(facts, config, prompts)
+    checks = []
+    for source, read in zip(config.data.sources, facts.sources, strict=True):
+        own = config.model_copy(update={"reward": source.reward_config(config.reward)})
+        found = _check_reward(facts, own, read.prompts)
+        checks += [replace(check, detail=f"source {source.name}: {check.detail}") for check in found]
+    return sorted(checks, key=lambda check: check.status == "ok")
+
+
+def _check_reward(facts: Facts, config: RunConfig, prompts: PromptSet) -> list[Check]:
+    """The reward of one set of prompts."""
     reward, tokenizer = find_reward(config, facts.tokenizer), facts.tokenizer
     limit, seed = config.reward.check_references, config.train.seed
     check = ReferenceCheck(reward, tokenizer.encode, tokenizer.eos_id, limit=limit, seed=seed)
@@ -129,6 +142,20 @@ def _enough(facts: Facts, text: str, rows: int) -> Check:
         return error(f"{text}: one would be drawn twice in a step", _more_prompts(facts, rows, step))
     epochs = config.train.outer_steps * step / rows
     return ok(f"{text}, {epochs:.2g} epochs in {config.train.outer_steps} outer steps")
+
+
+def _named(config: RunConfig, facts: Facts) -> str:
+    """The file of the training prompts; of sources, each with its prompts and its share of those that are drawn."""
+    if not config.data.sources:
+        return config.data.path
+    total = sum(source.weight for source in facts.sources)
+    parts = [f"{s.name} {len(s.prompts)} ({s.weight / total:.0%} of those drawn)" for s in facts.sources]
+    return f"data.sources: {', '.join(parts)}"
+
+
+def _setting_of(config: RunConfig, problem: str) -> str:
+    """The setting that names the file which a problem is about."""
+    return next((name for name, path in config.data.paths.items() if problem.startswith(path)), "data.path")
 
 
 def _field_fix(config: RunConfig, problem: str, file: str) -> str:

@@ -10,7 +10,9 @@ from typing import Any, ClassVar, TypeVar
 
 from megatron_gspo.config import Placement, RunConfig, load
 from megatron_gspo.config.inputs import MODELS, advice, missing
+from megatron_gspo.config.training import DataConfig
 from megatron_gspo.data.formats import Paths
+from megatron_gspo.data.mixture import Source, mix
 from megatron_gspo.data.prompts import CompletionSet, PromptSet, load_completions, load_prompts
 from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_gspo.doctor.installed import Environment, environment_of, own_environment
@@ -190,11 +192,20 @@ class Facts:
     @fact
     def prompts(self) -> PromptSet | CompletionSet:
         """The training prompts (of ``data.limit``), of any length; as many rows are looked at as training does."""
+        if self.sources:
+            return mix(self.sources)
         return self.read_prompts(self.config.data.path, self.config.data.limit)
 
-    def read_prompts(self, path: str, limit: int | None) -> PromptSet | CompletionSet:
-        """Reads the training prompts, or completions."""
-        data, rollout = self.config.data, self.config.rollout
+    @fact
+    def sources(self) -> tuple[Source, ...]:
+        """What the training prompts are mixed of."""
+        data = self.config.data
+        read = [(s, self.read_prompts(s.path, s.limit, data.of_source(s))) for s in data.sources]
+        return tuple(Source(s.name, s.weight, found) for s, found in read if isinstance(found, PromptSet))
+
+    def read_prompts(self, path: str, limit: int | None, data: DataConfig | None = None) -> PromptSet | CompletionSet:
+        """Reads the training prompts, or completions; ``data``: of a source."""
+        data, rollout = data or self.config.data, self.config.rollout
         read: Callable[..., PromptSet | CompletionSet] = load_prompts
         if self.supervised:
             read = functools.partial(load_completions, max_response_tokens=rollout.max_response_tokens)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_gspo.report.metrics import COMPONENT, FAMILIES, row_of
+from megatron_gspo.report.metrics import COMPONENT, FAMILIES, SOURCE_FAMILIES, row_of
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,16 @@ SECTIONS = (
                 "mean over responses",
                 (Curve("reward/component/NAME", ""),),
                 "What the reward is made of, before its weights.",
+            ),
+            *(
+                Chart(f"{title} by source", unit, (Curve(f"source/NAME/{kind}", ""),), zero=zero)
+                for title, unit, kind, zero in (
+                    ("Reward", "reward", "reward", False),
+                    ("Accuracy", "accuracy", "accuracy", False),
+                    ("Response length", "tokens per response", "length", False),
+                    ("Groups of equal rewards", "share of groups", "zero_std_groups", True),
+                    ("Groups", "groups per outer step", "groups", True),
+                )
             ),
             Chart(
                 "Response length",
@@ -142,6 +152,13 @@ SECTIONS = (
                 ),
                 zero=True,
             ),
+            Chart(
+                "Curriculum: what is known of prompts",
+                "share of all prompts",
+                (Curve("curriculum/easy", "last group all right"), Curve("curriculum/hard", "last group all wrong")),
+                zero=True,
+            ),
+            Chart("Curriculum: turns passed over", "prompts", (Curve("curriculum/skipped", "passed over"),), zero=True),
             Chart(
                 "Critic",
                 "explained variance (at most 1)",
@@ -347,7 +364,7 @@ among them."""
 
 
 def for_families(chart: Chart, recorded: Iterable[str]) -> Chart:
-    """The chart with a curve a layer, or a component, where one stands for all of them."""
+    """The chart with a curve a layer, a component or a source, where one stands for all of them."""
     if not any(curve.metric.endswith(FAMILIES) for curve in chart.curves):
         return chart
     curves = []
@@ -363,6 +380,8 @@ def for_families(chart: Chart, recorded: Iterable[str]) -> Chart:
 def _member(curve: Curve, name: str) -> str:
     if curve.metric == COMPONENT:
         return name.rpartition("/")[2]
+    if curve.metric in SOURCE_FAMILIES:
+        return name.split("/")[1]
     return f"{curve.label} {int(name.rpartition('_')[2])}"
 
 

@@ -40,7 +40,10 @@ LAYER = "layer_NN"
 """The end of a row's name that stands for one metric a layer: ``layer_00`` and so on."""
 COMPONENT = "reward/component/NAME"
 """The row that stands for every component of a reward: ``reward/component/correct`` and so on."""
-FAMILIES = (LAYER, COMPONENT)
+OF_SOURCE = "source/NAME/"
+"""How the rows begin that stand for one metric a source: ``source/math/reward`` and so on."""
+SOURCE_FAMILIES = tuple(f"{OF_SOURCE}{kind}" for kind in ("reward", "accuracy", "length", "groups", "zero_std_groups"))
+FAMILIES = (LAYER, COMPONENT, *SOURCE_FAMILIES)
 """Ends of the rows that stand for several metrics."""
 
 METRICS: dict[str, Metric] = {
@@ -333,6 +336,42 @@ METRICS: dict[str, Metric] = {
         "Few: each is computed twice.",
         combine="last",
     ),
+    "source/NAME/groups": Metric(
+        "groups",
+        "Of a source (`data.sources`): its surviving groups of the outer step.",
+        "Its share of the weights, over some outer steps.",
+        combine="last",
+    ),
+    "source/NAME/reward": Metric("reward", "Mean reward of their responses.", "Rises.", combine="last"),
+    "source/NAME/accuracy": Metric(
+        "fraction",
+        "Share of them that get the most that the source's reward gives; absent where its range has no top.",
+        "Rises.",
+        combine="last",
+    ),
+    "source/NAME/length": Metric("tokens", "Mean length of these responses.", combine="last"),
+    "source/NAME/zero_std_groups": Metric(
+        "fraction",
+        "Share of these groups whose responses all got the same reward.",
+        "A source near 1 teaches nothing: it is too easy or too hard.",
+        combine="last",
+    ),
+    "curriculum/skipped": Metric(
+        "prompts",
+        "Turns that were passed over in the outer step because the prompt's last groups had no variance, under "
+        '`data.curriculum = "variance"`.',
+        "Grows as prompts are learnt.",
+        combine="last",
+    ),
+    "curriculum/easy": Metric(
+        "fraction",
+        "Share of all prompts whose last group had equal rewards in the upper half of the reward's range.",
+        "Rises.",
+        combine="last",
+    ),
+    "curriculum/hard": Metric(
+        "fraction", "The same in the lower half.", "Falls; what stays is beyond the policy.", combine="last"
+    ),
     "data/skipped": Metric(
         "prompts",
         "Prompts (for sft, examples) that turned out bad when they were drawn, under `data.skip_bad`; the next of the "
@@ -383,9 +422,10 @@ TIME_PARTS = ("rollout", "reward", "logprobs", "train", "sync")
 def row_of(name: str) -> str:
     """The name that a recorded metric has in ``METRICS``.
 
-    >>> row_of("route/drift/layer_03"), row_of("reward/component/correct")
-    ('route/drift/layer_NN', 'reward/component/NAME')
+    >>> row_of("route/drift/layer_03"), row_of("reward/component/correct"), row_of("source/math/reward")
+    ('route/drift/layer_NN', 'reward/component/NAME', 'source/NAME/reward')
     """
+    name = re.sub(r"^source/[^/]+/", OF_SOURCE, name)
     return COMPONENT if name.startswith("reward/component/") else re.sub(r"layer_\d+$", LAYER, name)
 
 

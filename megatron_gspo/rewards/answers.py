@@ -26,6 +26,7 @@ MAX_BETWEEN = 60
 _DIGIT = re.compile(r"[\d¼-¾⅐-⅞]")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s{0,9}(?:\{|(?=[\d$]))")
 _COMMANDS = (r"\boxed", r"\fbox", r"\framebox")
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _ANSWER_LABEL = re.compile(r"[\W_]*(?:the\s)?(?:final\s)?(?:answer|result|solution)[\W_]*", re.IGNORECASE)
 _CLOSING_HASHES = re.compile(r"[#\s]*\Z")
 
@@ -41,7 +42,7 @@ class Span:
 
 def final_answer(text: str) -> Value | None:
     """The value of the text's final answer; None when it has none that can be read. Linear in the text's length."""
-    marked, boxed = _marked(text), _boxed(text)
+    marked, boxed = marked_span(text), _boxed(text)
     if marked and (value := read_strictly(marked.text, boxed=False)):
         return value
     if boxed and (value := read_strictly(boxed.text, boxed=True)):
@@ -49,7 +50,7 @@ def final_answer(text: str) -> Value | None:
     return _last(text, marked, boxed)
 
 
-def _marked(text: str) -> Span | None:
+def marked_span(text: str) -> Span | None:
     """What follows the last "####": its line or, when that is empty or says "Answer", the next line with text."""
     at = text.rfind("####")
     if at < 0:
@@ -83,26 +84,26 @@ def _span(text: str, start: int, end: int) -> Span | None:
 
 def _boxed(text: str) -> Span | None:
     """What the last box that closes holds; a box without text where two that differ are alternatives or a list."""
-    last = _box(text, len(text))
+    last = box_before(text, len(text))
     if last is None:
         return None
     opened = max(text.rfind(command, 0, last.start) for command in _COMMANDS)
-    before = _box(text, opened)
+    before = box_before(text, opened)
     if before is None or not before.end <= opened <= before.end + MAX_BETWEEN:
         return last
     is_same = before.text.split() == last.text.split()
     return last if is_same or not is_joining(text[before.end : opened]) else Span("", last.start, last.end)
 
 
-def _box(text: str, end: int) -> Span | None:
-    """What the last box that closes and that opens before ``end`` holds."""
+def box_before(text: str, end: int, longest: int = MAX_ANSWER) -> Span | None:
+    """What the last box that closes and that opens before ``end`` holds, within ``longest`` characters."""
     for _ in range(MAX_BOXES):
         start = max(text.rfind(command, 0, end) for command in _COMMANDS)
         if start < 0:
             return None
         opening = _BOX.match(text, start)
         if opening and opening[0].endswith("{"):
-            closing = _closing_brace(text, opening.end())
+            closing = _closing_brace(text, opening.end(), longest)
             if closing is not None:
                 return Span(text[opening.end() : closing], opening.end(), closing)
         elif opening:
@@ -113,13 +114,13 @@ def _box(text: str, end: int) -> Span | None:
     return None
 
 
-def _closing_brace(text: str, start: int) -> int | None:
-    """Where the brace that was opened before ``start`` closes, within ``MAX_ANSWER`` characters."""
+def _closing_brace(text: str, start: int, longest: int) -> int | None:
+    """Where the brace that was opened before ``start`` closes, within ``longest`` characters."""
     depth = 1
-    for at, character in enumerate(text[start : start + MAX_ANSWER], start):
-        depth += {"{": 1, "}": -1}.get(character, 0)
+    for piece in _BRACES.finditer(text, start, start + longest):  # "\\{" is a brace of the text
+        depth += {"{": 1, "}": -1}.get(piece[0], 0)
         if depth == 0:
-            return at
+            return piece.start()
     return None
 
 

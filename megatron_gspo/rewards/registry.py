@@ -24,6 +24,8 @@ BUILTIN_REWARDS: dict[str, str] = {
     "exact": "megatron_gspo.rewards.exact:exact",
     "arithmetic": "megatron_gspo.rewards.arithmetic:arithmetic",
     "gsm8k": "megatron_gspo.rewards.gsm8k:gsm8k",
+    "math": "megatron_gspo.rewards.math:math",
+    "choice": "megatron_gspo.rewards.choice:choice",
     "code": "megatron_gspo.rewards.code:Code",
     "weighted": "megatron_gspo.rewards.weighted:Weighted",
     "length": "megatron_gspo.rewards.length:Length",

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_gspo.algorithm.base import make_algorithm
-from megatron_gspo.config import RunConfig
+from megatron_gspo.config import RewardConfig, RunConfig
 from megatron_gspo.data.model_files import read_json
 from megatron_gspo.hf.digest import files_digest, weights_digest
 from megatron_gspo.rewards.registry import BUILTIN_REWARDS, named_functions
@@ -72,6 +72,15 @@ def _evaluates(then: Flat, now: Flat) -> bool:
     return bool(then["data.eval_path"] and now["data.eval_path"])
 
 
+def _mixes_otherwise(then: Flat, now: Flat) -> bool:
+    return _mixture(then) != _mixture(now)
+
+
+def _mixture(settings: Flat) -> list[tuple[Any, ...]]:
+    """What of the sources alters a number; how they are read is in the prompts' fingerprint."""
+    return [(source["name"], source["weight"], source.get("reward")) for source in settings.get("data.sources", ())]
+
+
 def _names(section: str, text: str) -> tuple[str, ...]:
     return tuple(f"{section}.{name}" for name in text.split())
 
@@ -121,7 +130,8 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
     ("what is trained is another", _always, _names("lora", "rank alpha rslora targets")),
     ("the checkpoint has the adapters", _never, _names("lora", "path")),
     ("other prompts come together", _always, _names("train", "seed prompts_per_step minibatches")),
-    ("other prompts come together", _always, _names("data", "shuffle")),
+    ("other prompts come together", _always, _names("data", "shuffle curriculum curriculum_floor")),
+    ("other prompts come together, or rewards are others", _mixes_otherwise, _names("data", "sources")),
     (
         "other responses are drawn",
         _always,
@@ -243,12 +253,19 @@ def contents(config: RunConfig) -> dict[str, str]:
     model = Path(config.model.path)
     found = {"model.path": files_digest(model / name for name in TOKENIZER), "rollout.stop_tokens": _stop_tokens(model)}
     if config.algorithm.draws_responses:
-        sources = [_source(name) for name in named_functions(config.reward)]
-        if own := list(dict.fromkeys(source for source in sources if source is not None)):
+        if own := _sources([config.reward]):
             found["reward.function"] = files_digest(own)
+        if own := _sources([source.reward_config(config.reward) for source in config.data.sources]):
+            found["data.sources"] = files_digest(own)
         if config.algorithm.uses_reference:
             found["algorithm.reference"] = weights_digest(Path(config.algorithm.reference or config.model.path))
     return found
+
+
+def _sources(rewards: Sequence[RewardConfig]) -> list[Path]:
+    """The files of the user's that rewards, and the parts of combinations, are in."""
+    sources = [_source(name) for reward in rewards for name in named_functions(reward)]
+    return list(dict.fromkeys(source for source in sources if source is not None))
 
 
 def _stop_tokens(model: Path) -> str:

@@ -45,8 +45,11 @@ def check_before_start(config: RunConfig) -> None:
     check_models(config)
     if not is_distributed(Path(config.model.path)):
         HfReader(config.model.path)
-    check_readable(config.data.path)
+    for path in config.data.paths.values():
+        check_readable(path)
     if config.algorithm.draws_responses:
+        for reward in {source.name: source.reward_config(config.reward) for source in config.data.sources}.values():
+            check_reward(reward, RewardContext.of(config))
         check_reward(config.reward, RewardContext.of(config))
         if config.rollout.named:
             server_key()

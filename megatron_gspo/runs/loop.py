@@ -30,8 +30,9 @@ from megatron_gspo.runs.save import save_models
 from megatron_gspo.runs.serving import rollout_servers
 from megatron_gspo.runs.stopping import StopRequest
 from megatron_gspo.runs.watching import Watch
-from megatron_gspo.train.assembly import Inputs, Run, build_run, load_inputs
+from megatron_gspo.train.assembly import Run, build_run
 from megatron_gspo.train.evaluate import evaluate
+from megatron_gspo.train.inputs import Inputs, load_inputs
 from megatron_gspo.train.profile import Profiles
 from megatron_gspo.train.progress import Progress, seed_generators
 from megatron_gspo.train.sft import Examples, fine_tune, load_examples
@@ -68,7 +69,7 @@ def _train(config: RunConfig, make_recorder: MakeRecorder, groups: Groups, watch
         inputs, notes = survey_references(config, inputs, groups)
     with StopRequest() as stop, contextlib.ExitStack() as ending:
         if isinstance(inputs, Inputs):
-            ending.callback(inputs.reward.close)
+            ending.callback(inputs.close)
         try:
             with (
                 open_recorder(make_recorder, config, groups, resumption) as recorder,

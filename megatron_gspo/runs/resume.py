@@ -29,6 +29,7 @@ CONTENTS = {
     "rollout.stop_tokens": "the end-of-sequence token of model.path's config.json",
     "algorithm.reference": "the reference policy",
     "reward.function": "the source of the reward",
+    "data.sources": "the code of a source's reward",
 }
 """Setting -> what ``experiment.contents`` hashes of it, in words."""
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_gspo.config import RunConfig
-from megatron_gspo.data.cursor import PromptCursor
-from megatron_gspo.data.formats import Paths
-from megatron_gspo.data.prompts import CompletionSet, PromptSet, load_prompts
-from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer, response_text, turn_end_fix, turn_end_problem
-from megatron_gspo.errors import DataError, SyncError
+from megatron_gspo.data.cursor import PromptOrder
+from megatron_gspo.data.prompts import PromptSet
+from megatron_gspo.data.tokenizer import Tokenizer, response_text
+from megatron_gspo.errors import SyncError
 from megatron_gspo.hf.carried import carried_names
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.megatron.checkpoint_files import is_distributed
@@ -35,13 +34,12 @@ from megatron_gspo.sync.peers import Peers
 from megatron_gspo.train.engine_dtype import sent, sent_names
 from megatron_gspo.train.engine_gate import EngineGate, make_gate
 from megatron_gspo.train.fleet import Fleet
+from megatron_gspo.train.inputs import Inputs, make_order
 from megatron_gspo.train.learner import Learner, build_learner
-from megatron_gspo.train.models import check_models, check_served, engine_holds_head
-from megatron_gspo.train.progress import fingerprint
-from megatron_gspo.train.reward import find_reward
+from megatron_gspo.train.models import check_served, engine_holds_head
 from megatron_gspo.train.turns import Apart, Colocated
 from megatron_gspo.train.watch import Local, Watchman, another_server
-from megatron_gspo.types import OPEN, ServerAccess
+from megatron_gspo.types import OPEN, Prompt, ServerAccess
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Run(Learner):
     tokenizer: Tokenizer
     prompts: PromptSet
     eval_prompts: PromptSet | None
-    cursor: PromptCursor
+    cursor: PromptOrder
     engine: Engine
     """Over all servers, which it shares with the other leaders."""
     sync: WeightSync
@@ -59,8 +57,11 @@ class Run(Learner):
     """Which of them are there."""
     reward: Reward
     gate: EngineGate
-    references: ReferenceCheck | None = None
-    """What is known of reference answers; None when nobody looked."""
+    source_rewards: Mapping[str, Reward] = field(default_factory=dict)
+    """Name of a source -> its reward, where there are sources."""
+    references: Mapping[str, ReferenceCheck] | None = None
+    """Name of a source ("" where there is one set of prompts) -> what is known of its reference answers; None when
+    nobody looked."""
     access: ServerAccess = OPEN
     turns: Apart = field(default_factory=Apart)
     """Of trainer and servers on the same cards."""
@@ -70,6 +71,16 @@ class Run(Learner):
     """What the recorder is to say after the step."""
     entering: Callable[[str], None] | None = None
     """Told of each phase of an outer step as it begins."""
+
+    def reward_of(self, prompt: Prompt) -> Reward:
+        """What grades the responses to a prompt."""
+        return self.source_rewards.get(prompt.source, self.reward)
+
+    @property
+    def reward_names(self) -> str:
+        """The rewards in use, quoted."""
+        rewards = self.source_rewards.values() or (self.reward,)
+        return ", ".join(dict.fromkeys(repr(reward.name) for reward in rewards))
 
     @property
     def seeded(self) -> bool:
@@ -168,63 +179,6 @@ class Run(Learner):
         )
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a reinforcement-learning run reads besides weights."""
-
-    tokenizer: Tokenizer
-    prompts: PromptSet
-    eval_prompts: PromptSet | None
-    reward: Reward
-    chat_template: bool = True
-    """Whether prompts were rendered with the chat template."""
-    references: ReferenceCheck | None = None
-    """As ``Run.references``."""
-
-    def describe(self) -> str:
-        """One line."""
-        held_out = f", {len(self.eval_prompts)} held out" if self.eval_prompts else ""
-        problem = turn_end_problem(self.tokenizer) if self.chat_template else ""
-        warning = f"; warning: {problem} ({turn_end_fix(self.tokenizer)})" if problem else ""
-        return f"{len(self.prompts)} prompts{held_out}{describe_looked(self.prompts)}{warning}"
-
-    def fingerprints(self) -> dict[str, str]:
-        """Setting -> fingerprint of what was read through it. Reads a long file once more."""
-        sets = {"data.path": self.prompts, "data.eval_path": self.eval_prompts}
-        return {name: loaded.looked.fingerprint() if loaded else fingerprint(()) for name, loaded in sets.items()}
-
-
-def describe_looked(read: PromptSet | CompletionSet) -> str:
-    """ " (1 skipped, first: line 3: ...)", and of a long file how much of it was looked at."""
-    parts = [] if read.looked.whole else [f"{read.looked.rows} rows looked at, the others are when they are drawn"]
-    if read.skipped:
-        parts.append(f"{read.skipped} skipped, first: {read.problems[0]}")
-    return f" ({'; '.join(parts)})" if parts else ""
-
-
-def load_inputs(config: RunConfig) -> Inputs:
-    """Reads prompts and finds the reward, before anything is started or written. Raises UserError."""
-    check_models(config)
-    tokenizer = open_tokenizer(config)
-    load = functools.partial(
-        load_prompts,
-        tokenizer=tokenizer,
-        format=config.data.format,
-        fields=Paths.named_by(config.data),
-        chat_template=config.data.chat_template,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        skip_bad=config.data.skip_bad,
-    )
-    prompts = load(config.data.path, limit=config.data.limit)
-    if len(prompts) < config.train.prompts_per_step:
-        raise DataError(
-            f"{config.data.path}: {len(prompts)} prompts, fewer than train.prompts_per_step = "
-            f"{config.train.prompts_per_step}: a prompt would be drawn twice in a step"
-        )
-    eval_prompts = load(config.data.eval_path, limit=config.eval.prompts, whole=True) if config.data.eval_path else None
-    return Inputs(tokenizer, prompts, eval_prompts, find_reward(config, tokenizer), config.data.chat_template)
-
-
 def build_run(
     config: RunConfig,
     groups: Groups,
@@ -248,7 +202,7 @@ def build_run(
         tokenizer=inputs.tokenizer,
         prompts=inputs.prompts,
         eval_prompts=inputs.eval_prompts,
-        cursor=PromptCursor(len(inputs.prompts), config.train.seed, config.data.shuffle),
+        cursor=make_order(config, inputs),
         engine=make_engine(
             urls,
             config.rollout,
@@ -270,6 +224,7 @@ def build_run(
         ),
         reward=inputs.reward,
         gate=make_gate(config),
+        source_rewards=inputs.source_rewards,
         references=inputs.references,
         access=access,
         turns=turns,

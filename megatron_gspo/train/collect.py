@@ -17,6 +17,7 @@ from megatron_gspo.algorithm.metrics import rollout_metrics
 from megatron_gspo.errors import NoServerError, RewardError
 from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.parallel.exchange import agree, gather_objects, together
+from megatron_gspo.rewards.registry import Reward
 from megatron_gspo.rewards.scoring import GroupRewards, score_now
 from megatron_gspo.rollout.accounts import check_answered, check_complete
 from megatron_gspo.rollout.engine import Sampling
@@ -24,6 +25,7 @@ from megatron_gspo.rollout.survivors import Dropped, apply_policies, shape_overl
 from megatron_gspo.train.assembly import Run
 from megatron_gspo.train.clock import Clock
 from megatron_gspo.train.draw import skip_notes, take_usable
+from megatron_gspo.train.outcomes import curriculum_metrics, passed_over, source_metrics, tell_curriculum
 from megatron_gspo.train.survey import judge_drawn
 from megatron_gspo.types import (
     Prompt,
@@ -61,13 +63,15 @@ def collect(run: Run, number: int, clock: Clock) -> tuple[Collected, dict[str, f
     limit, places = run.config.rollout.dynamic_sampling, list(range(run.config.train.prompts_per_step))
     collected, visits = Collected(), Counter[str]()
     skipped = asked = rounds = 0
+    passed = passed_over(run)
     while True:
-        prompts, bad = draw_prompts(run, number, places, visits)
+        prompts, indices, bad = draw_prompts(run, number, places, visits)
         skipped, asked = skipped + bad, asked + len(prompts)
         with clock("rollout"):
             survivors, dropped = collect_rollouts(run, prompts, number)
         with clock("reward"):
             grade(run, survivors, dropped, collected)
+        tell_curriculum(run, collected.groups, indices)
         places = without_variance(collected.groups, places, run.groups) if limit else []
         if not places or rounds == limit:
             break
@@ -75,6 +79,7 @@ def collect(run: Run, number: int, clock: Clock) -> tuple[Collected, dict[str, f
         for place in places:
             collected.groups.pop(place, None)
     metrics = {"data/skipped": float(skipped)} if run.config.data.skip_bad else {}
+    metrics |= curriculum_metrics(run, passed)
     if limit:
         metrics |= {"dynamic/rounds": float(rounds), "dynamic/drawn": float(asked), "dynamic/left": float(len(places))}
     with clock("reward"):
@@ -89,9 +94,11 @@ def without_variance(groups: Mapping[int, RolloutGroup], places: Sequence[int], 
     return [place for place in places if place not in sound]
 
 
-def draw_prompts(run: Run, number: int, places: Sequence[int], visits: Counter[str]) -> tuple[dict[int, Prompt], int]:
-    """The next prompts of the order for these places of the outer step, on every rank, and how many bad ones were
-    skipped, under ``data.skip_bad``. Collective.
+def draw_prompts(
+    run: Run, number: int, places: Sequence[int], visits: Counter[str]
+) -> tuple[dict[int, Prompt], dict[int, int], int]:
+    """The next prompts of the order for these places of the outer step, on every rank, each one's index among the
+    prompts, and how many bad ones were skipped, under ``data.skip_bad``. Collective.
 
     ``visits``: how often the outer step has drawn each prompt so far, by id; counts on.
     """
@@ -114,7 +121,8 @@ def draw_prompts(run: Run, number: int, places: Sequence[int], visits: Counter[s
     )
     run.notes.extend(skip_notes(number, drawn.skipped))
     prompts = number_visits([drawn.items[at] for at in range(len(places))], visits)
-    return dict(zip(places, prompts, strict=True)), len(drawn.skipped)
+    indices = {place: drawn.indices[at] for at, place in enumerate(places)}
+    return dict(zip(places, prompts, strict=True)), indices, len(drawn.skipped)
 
 
 def number_visits(prompts: Sequence[Prompt], seen: Counter[str]) -> list[Prompt]:
@@ -188,13 +196,23 @@ def grade(run: Run, survivors: dict[int, list[Rollout]], dropped: Dropped, colle
     error: Exception | None = None
     collected.dropped = collected.dropped + dropped
     try:
-        rewards = score_now(run.reward, list(survivors.values())) if survivors else []
-        for (place, rollouts), scored in zip(survivors.items(), rewards, strict=True):
-            keep_graded(run, place, rollouts, scored, collected)
+        for reward, places in by_reward(run, survivors):
+            scores = score_now(reward, [survivors[place] for place in places])
+            for place, scored in zip(places, scores, strict=True):
+                keep_graded(run, place, survivors[place], scored, collected)
     except Exception as caught:
         error = caught
     agree(error, run.groups.world)
     check_ungraded(run, collected)
+
+
+def by_reward(run: Run, survivors: Mapping[int, Sequence[Rollout]]) -> list[tuple[Reward, list[int]]]:
+    """Each reward with the places of the groups that it grades."""
+    rewards: dict[int, tuple[Reward, list[int]]] = {}
+    for place, rollouts in survivors.items():
+        reward = run.reward_of(rollouts[0].prompt)
+        rewards.setdefault(id(reward), (reward, []))[1].append(place)
+    return list(rewards.values())
 
 
 def keep_graded(run: Run, place: int, rollouts: Sequence[Rollout], scored: GroupRewards, collected: Collected) -> None:
@@ -217,7 +235,7 @@ def check_ungraded(run: Run, collected: Collected) -> None:
     if ungraded > run.reward.max_ungraded * asked:
         first = next(part[2] for part in parts if part[2])
         raise RewardError(
-            f"reward {run.reward.name!r} left {ungraded} of {asked} responses ungraded, more than a share of "
+            f"reward {run.reward_names} left {ungraded} of {asked} responses ungraded, more than a share of "
             f"{run.reward.max_ungraded:g} (reward.max_ungraded); the first: {first}"
         )
 
@@ -257,7 +275,8 @@ def _group(run: Run, rollouts: list[Rollout], scored: GroupRewards) -> RolloutGr
         token_rewards_G = shape_overlong(rollouts, zero_truncated(rollouts, scored.token_rewards_G, shaped), shaped)
         if problem := _without_token_rewards(algorithm):
             warn_once(
-                f"the reward {run.reward.name} gives one value a token, and {problem} takes their mean: see gspo-token"
+                f"the reward {run.reward_of(rollouts[0].prompt).name} gives one value a token, and {problem} takes "
+                f"their mean: see gspo-token"
             )
             token_rewards_G = None
     return RolloutGroup(rollouts[0].prompt, tuple(rollouts), rewards_G, token_rewards_G, scored.components_G)
@@ -328,6 +347,7 @@ def summarise(run: Run, collected: Collected) -> dict[str, float]:
     kinds = {f"dropped/{kind}": float(count) for kind, count in asdict(dropped).items()}
     stopped = {"reward/grader_timeouts": float(sum(part[2] for part in parts))}
     found = rollout_metrics(rewards, advantages, lengths, truncated, dropped.responses)
+    found |= source_metrics(run, collected.groups)
     return found | kinds | stopped | component_means([part[3] for part in parts]) | run.fleet.metrics()
 
 

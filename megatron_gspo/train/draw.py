@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import torch.distributed as dist
 
-from megatron_gspo.data.cursor import PromptCursor
+from megatron_gspo.data.cursor import PromptOrder
 from megatron_gspo.errors import DataError
 from megatron_gspo.parallel.exchange import gather_objects, together
 
@@ -26,10 +26,12 @@ class Drawn(Generic[T]):
     """Position in the step -> item; of the positions that this rank asked for."""
     skipped: tuple[str, ...]
     """What was wrong with each bad one that another stands in for."""
+    indices: dict[int, int]
+    """Position in the step -> index among the prompts, of all positions."""
 
 
 def take_usable(
-    cursor: PromptCursor,
+    cursor: PromptOrder,
     count: int,
     make: Callable[[int], T],
     world: dist.ProcessGroup,
@@ -41,8 +43,8 @@ def take_usable(
     """Takes ``count`` places of the order and makes this rank's items of them. Collective.
 
     A position whose item any rank finds bad (``make`` raises DataError, or ``judge`` objects) gets the next place of
-    the order instead, in order of positions, until all are good. So the items are a function of the file and of the
-    cursor, which stands behind the last place taken, whatever the ranks.
+    the order instead (of a mixture, the next of its source), in order of positions, until all are good. So the items
+    are a function of the file and of the cursor, which stands behind the last place taken, whatever the ranks.
 
     Args:
         make: index among the prompts -> item.
@@ -54,6 +56,7 @@ def take_usable(
     items: dict[int, T] = {}
     skipped: list[str] = []
     pending = dict(enumerate(cursor.take(count)))
+    indices = dict(pending)
     while pending:
         problems = _of_all_ranks(functools.partial(_make, pending, mine, make, judge, items), world)
         if problems and not skip_bad:
@@ -61,8 +64,10 @@ def take_usable(
         skipped += [problems[position] for position in sorted(problems)]
         if len(skipped) > cursor.num_prompts:
             raise DataError(f"{len(skipped)} prompts in a row are unusable, the first: {skipped[0]}")
-        pending = dict(zip(sorted(problems), cursor.take(len(problems)), strict=True))
-    return Drawn(items, tuple(skipped))
+        bad = sorted(problems)
+        pending = dict(zip(bad, cursor.instead([indices[position] for position in bad]), strict=True))
+        indices |= pending
+    return Drawn(items, tuple(skipped), indices)
 
 
 def skip_notes(step: int, skipped: Sequence[str]) -> list[str]:

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_gspo.data.cursor import PromptCursor
+from megatron_gspo.data.cursor import PromptOrder
 from megatron_gspo.data.fingerprint import fingerprint
 from megatron_gspo.types import StepReport
 
 __all__ = ["Progress", "fingerprint", "seed_generators"]
 
-ORDERED_BY = {"data.path", "data.shuffle", "train.seed"}
+ORDERED_BY = {"data.path", "data.sources", "data.shuffle", "train.seed"}
 """Settings that the order of the prompts is a function of."""
 SKIPPED = "step/skipped"
 """Metric: whether an outer step had nothing to train on, and took no optimizer step."""
@@ -34,7 +34,7 @@ NON_FINITE = "step/non_finite"
 class Progress:
     """Where a run stands between two outer steps, the same on every rank."""
 
-    cursor: PromptCursor
+    cursor: PromptOrder
     """Which prompts come next."""
     outer_steps: int = 0
     """Outer steps done; the weights' version is the same number."""
@@ -76,7 +76,8 @@ class Progress:
         Where the user ``accepted`` that the prompts, their seed or their shuffling are others, a new order begins at
         its start. Raises DataError when they are others and nobody did.
         """
-        same = all(state["cursor"][name] == value for name, value in self.cursor.order().items())
+        same = all(state["cursor"].get(name) == value for name, value in self.cursor.order().items())
+        same = same and ("sources" in state["cursor"]) == ("sources" in self.cursor.order())
         if same or not ORDERED_BY & set(accepted):
             self.cursor.load_state_dict(state["cursor"])
         self.outer_steps, self.optimizer_steps = state["outer_step"], state["optimizer_step"]

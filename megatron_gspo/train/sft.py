@@ -19,10 +19,10 @@ from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.parallel.exchange import agree, broadcast_object, gather_objects
 from megatron_gspo.parallel.sequence import ShardedSequenceSum
-from megatron_gspo.train.assembly import describe_looked
 from megatron_gspo.train.batch import Minibatch, check_tokens, place
 from megatron_gspo.train.clock import Clock
 from megatron_gspo.train.draw import skip_notes, take_usable
+from megatron_gspo.train.inputs import describe_looked
 from megatron_gspo.train.models import check_models
 from megatron_gspo.train.nonfinite import Guard, non_finite_error
 from megatron_gspo.train.profile import Profiles

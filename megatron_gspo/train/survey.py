@@ -19,14 +19,15 @@ from megatron_gspo.types import Prompt
 
 if TYPE_CHECKING:  # an evaluation by itself needs no Megatron
     from megatron_gspo.megatron.groups import Groups
-    from megatron_gspo.train.assembly import Inputs
+    from megatron_gspo.train.inputs import Inputs
 
 
 @dataclass(frozen=True)
 class _Told:
     """What the first rank found, for all."""
 
-    known: dict[str, Graded]
+    known: dict[str, dict[str, Graded]]
+    """By source."""
     notes: list[str]
 
 
@@ -37,23 +38,27 @@ def survey_references(config: RunConfig, inputs: Inputs, groups: Groups) -> tupl
     place in the order, and others stand in for them when they are drawn. Raises DataError without it when a reference
     would end the run, RewardError when the reward fails on every one.
     """
-    check = make_check(config, inputs.reward, inputs.tokenizer)
-    sets = [(inputs.prompts, config.train.prompts_per_step)]
+    checks = {"": make_check(config, inputs.reward, inputs.tokenizer)}
+    checks |= {name: make_check(config, reward, inputs.tokenizer) for name, reward in inputs.source_rewards.items()}
+    sets = [(source.name, source.prompts, 1) for source in inputs.sources]
+    sets = sets or [("", inputs.prompts, config.train.prompts_per_step)]
     if inputs.eval_prompts is not None and config.eval.every:
-        sets.append((inputs.eval_prompts, 1))
+        sets.append(("", inputs.eval_prompts, 1))
 
     def look() -> _Told | None:
-        if dist.get_rank() != 0 or not check.limit:
+        if dist.get_rank() != 0 or not any(check.limit for check in checks.values()):
             return None
-        return _Told(check.known, [note for part, needed in sets for note in _survey(config, check, part, needed)])
+        notes = [note for name, part, needed in sets for note in _survey(config, checks[name], part, needed)]
+        return _Told({name: check.known for name, check in checks.items()}, notes)
 
     told: _Told | None = broadcast_object(together(look, groups.world), 0, groups.world)
     if told is None:
         return inputs, []
-    check.known = told.known
-    inputs = replace(inputs, references=check)
+    for name, check in checks.items():
+        check.known = told.known[name]
+    inputs = replace(inputs, references=checks)
     if config.data.skip_bad and inputs.eval_prompts is not None:
-        inputs = replace(inputs, eval_prompts=without_bad(check, inputs.eval_prompts))
+        inputs = replace(inputs, eval_prompts=without_bad(checks[""], inputs.eval_prompts))
     return inputs, told.notes
 
 
@@ -79,16 +84,21 @@ def without_bad(check: ReferenceCheck, prompts: PromptSet) -> PromptSet:
 
 
 def judge_drawn(
-    check: ReferenceCheck, prompts: PromptSet, drawn: Mapping[int, tuple[int, Prompt]], *, skip_bad: bool
+    checks: Mapping[str, ReferenceCheck],
+    prompts: PromptSet,
+    drawn: Mapping[int, tuple[int, Prompt]],
+    *,
+    skip_bad: bool,
 ) -> dict[int, str]:
-    """What is wrong with the references of drawn prompts, by position, with the place in the file. Without
-    ``skip_bad`` only what would end the run is: the rest has been said before."""
-    found = check.judge({position: prompt for position, (_, prompt) in drawn.items()})
-    return {
-        position: f"{prompts.place(drawn[position][0])}: {text}"
-        for position, text in found.items()
-        if skip_bad or check.is_fatal(drawn[position][1])
-    }
+    """What is wrong with the references of drawn prompts, by position, with the place in the file; each source has its
+    own check. Without ``skip_bad`` only what would end the run is: the rest has been said before."""
+    found: dict[int, str] = {}
+    for name in sorted({prompt.source for _, prompt in drawn.values()}):
+        check = checks[name]
+        own = {position: prompt for position, (_, prompt) in drawn.items() if prompt.source == name}
+        problems = check.judge(own)
+        found |= {at: text for at, text in problems.items() if skip_bad or check.is_fatal(own[at])}
+    return {position: f"{prompts.place(drawn[position][0])}: {text}" for position, text in sorted(found.items())}
 
 
 def _survey(config: RunConfig, check: ReferenceCheck, prompts: PromptSet, needed: int) -> list[str]:

@@ -29,6 +29,8 @@ class Prompt:
     """Reference answer, handed to the reward; empty when there is none."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Whatever else the prompt's line held."""
+    source: str = ""
+    """The name of its source, where several are mixed."""
     visit: int = 0
     """How often this outer step has drawn the prompt before: an epoch's end may lie in it. Enters the seed."""
     asked: str | tuple[Mapping[str, Any], ...] = ""

@@ -20,9 +20,10 @@ from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.parallel.exchange import gather_objects
 from megatron_gspo.report.recorder import RunRecorder
 from megatron_gspo.runs.loop import train
-from megatron_gspo.train.assembly import build_run, load_inputs
+from megatron_gspo.train.assembly import build_run
 from megatron_gspo.train.batch import place
 from megatron_gspo.train.collect import collect_rollouts, score
+from megatron_gspo.train.inputs import load_inputs
 from megatron_gspo.train.routing import Routing
 from megatron_gspo.train.settle import settle
 from megatron_gspo.train.step import pi_old_pass

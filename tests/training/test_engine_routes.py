@@ -13,9 +13,10 @@ import torch
 from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import ReplayError
 from megatron_gspo.megatron.groups import make_groups
-from megatron_gspo.train.assembly import Run, build_run, load_inputs
+from megatron_gspo.train.assembly import Run, build_run
 from megatron_gspo.train.batch import place
 from megatron_gspo.train.collect import Collected, collect_rollouts, score
+from megatron_gspo.train.inputs import load_inputs
 from megatron_gspo.train.routing import changes_between, coverage, open_routing
 from megatron_gspo.train.step import outer_step, pi_old_pass
 from tests.pool import RankError, RankPool

@@ -24,9 +24,10 @@ from megatron_gspo.report.recorder import RunRecorder
 from megatron_gspo.rollout.sglang.control import Servers
 from megatron_gspo.runs.loop import train as train_with
 from megatron_gspo.sync.base import METHODS
-from megatron_gspo.train.assembly import Run, build_run, load_inputs
+from megatron_gspo.train.assembly import Run, build_run
 from megatron_gspo.train.batch import place
 from megatron_gspo.train.collect import collect_rollouts, score
+from megatron_gspo.train.inputs import load_inputs
 from megatron_gspo.train.noise import measure_noise
 from megatron_gspo.train.routing import Routing
 from megatron_gspo.train.step import outer_step, pi_old_pass
@@ -105,7 +106,9 @@ def test_the_first_minibatch_clips_exactly_nothing_and_the_engine_agrees_with_th
         assert abs(line["kl/engine_k3"]) < 1e-9  # after a sync of weights that have moved
         assert line["grad_norm"] > 0
     written = {name for line in metrics_of(config) for name in line} - set(PLACE)
-    asked_for = {name for name in METRICS if name.startswith(("correction/", "dynamic/", "critic/"))}
+    asked_for = {
+        name for name in METRICS if name.startswith(("correction/", "dynamic/", "critic/", "source/", "curriculum/"))
+    }
     asked_for |= {"data/skipped", "reward/kl_penalty", COMPONENT}
     expected = set(METRICS) - ENGINE_ROUTES - REFERENCE - asked_for
     assert {row_of(name) for name in written} == expected, "docs/metrics.md says what is there"

@@ -11,7 +11,7 @@ import pytest
 from megatron_gspo.cli import main
 from megatron_gspo.config import load
 from megatron_gspo.data.tokenizer import load_tokenizer, open_tokenizer
-from megatron_gspo.train.assembly import load_inputs
+from megatron_gspo.train.inputs import load_inputs
 from megatron_gspo.train.sft import load_examples
 from tests.training.conftest import QUICKSTART
 from tests.training.stand_in import StandIn

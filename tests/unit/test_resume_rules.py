@@ -133,8 +133,10 @@ def test_every_setting_stands_once_in_the_table(run: Path) -> None:
     assert flat(make_config(run).model_dump()).keys() <= RULES.keys()
 
 
-def other(value: Any) -> Any:
-    """Another value of the same kind; ``_find`` validates nothing."""
+def other(value: Any, name: str = "") -> Any:
+    """Another value of the same kind; ``_find`` validates nothing but that sources are tables."""
+    if isinstance(value, list) and name == "data.sources":
+        return [*value, {"name": "more", "path": "more.jsonl", "weight": 1.0}]
     return not value if isinstance(value, bool) else value + 1 if isinstance(value, (int, float)) else f"not {value}"
 
 
@@ -149,7 +151,7 @@ def test_each_setting_is_refused_or_noted_as_its_rule_says(run: Path, name: str)
             each["config"]["algorithm"] = make_algorithm(algorithms_with(key)[0]).model_dump(mode="json")
     extra = {"outer_step": 4, "optimizer_step": 16, "cursor": {}, **then}
     publish(run, extra)
-    now["config"][section][key] = other(now["config"][section][key])
+    now["config"][section][key] = other(now["config"][section][key], name)
     if not RULES[name].alters(flat(extra["config"]), flat(now["config"])):
         assert set(_find(base, now).changes) == {name} - {"train.resume", "train.resume_changes"}
         return

@@ -14,14 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gspo.rewards.arithmetic import arithmetic
+from megatron_gspo.rewards.choice import choice
 from megatron_gspo.rewards.exact import exact
 from megatron_gspo.rewards.expressions import MAX_BITS, UnreadableError, evaluate
 from megatron_gspo.rewards.gsm8k import gsm8k
+from megatron_gspo.rewards.math import math
 from megatron_gspo.rewards.tokens import tokenize
 from megatron_gspo.types import Prompt, Rollout
 
 PAGE = Path(__file__).parents[2] / "docs" / "grading.md"
 ROW = re.compile(r"^\| (\S+) \| `(.+)` \| ([01]) \|$", re.MULTILINE)
+SECTIONS = {"mathematics": math, "multiple choice": choice}
 
 
 def case(answer: str, text: str) -> tuple[Prompt, Rollout]:
@@ -33,13 +36,15 @@ def grade(answer: object, text: str) -> float:
     return gsm8k(*case(str(answer), text))
 
 
-def rows() -> list[tuple[str, str, str]]:
-    """(reference, response, reward) of each row of the page's tables."""
-    found = ROW.findall(PAGE.read_text(encoding="utf-8"))
-    return [
-        (reference, re.sub(r"<U\+(\w+)>", lambda m: chr(int(m[1], 16)), text).replace("⏎", "\n"), reward)
-        for reference, text, reward in found
-    ]
+def rows() -> list[tuple[str, str, str, str]]:
+    """(section, reference, response, reward) of each row of the page's tables."""
+    found = []
+    for section in PAGE.read_text(encoding="utf-8").split("\n## "):
+        name = section.partition("\n")[0].lower()
+        for answer, text, reward in ROW.findall(section):
+            text = re.sub(r"<U\+(\w+)>", lambda m: chr(int(m[1], 16)), text).replace("⏎", "\n")
+            found.append((name, answer, text, reward))
+    return found
 
 
 def test_every_row_of_the_page_is_read() -> None:
@@ -47,9 +52,9 @@ def test_every_row_of_the_page_is_read() -> None:
     assert len(rows()) == len([line for line in lines if not line.startswith("| reference")]) >= 75
 
 
-@pytest.mark.parametrize(("reference", "text", "reward"), rows())
-def test_an_answer_gets_what_the_page_says(reference: str, text: str, reward: str) -> None:
-    assert grade(reference, text) == int(reward)
+@pytest.mark.parametrize(("section", "reference", "text", "reward"), rows())
+def test_an_answer_gets_what_the_page_says(section: str, reference: str, text: str, reward: str) -> None:
+    assert SECTIONS.get(section, gsm8k)(*case(reference, text)) == int(reward)
 
 
 DRESS: dict[str, Callable[[int], str]] = {

@@ -61,6 +61,7 @@ def by_length(prompt: Prompt, response: Rollout) -> Any:
 def run(algorithm: str = "gspo", share: float = 0.5, rollout: RolloutConfig | None = None) -> Any:
     return SimpleNamespace(
         reward=Reward("mine", by_length, max_ungraded=share),
+        reward_names="'mine'",
         groups=SimpleNamespace(world=None),
         config=SimpleNamespace(rollout=rollout or RolloutConfig(), algorithm=make_algorithm(algorithm)),
     )

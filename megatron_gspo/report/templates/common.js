@@ -83,7 +83,8 @@ function explanation(metrics) {
   details.append(element("summary", "", "what this is"), list);
   const text = (markdown) => markdown.replaceAll("`", "");
   const rows = new Set(metrics.map((metric) => metric.replace(/layer_\d+$/, "layer_NN")
-    .replace(/^reward\/component\/.*/, "reward/component/NAME")));  // layers share one, and components
+    .replace(/^source\/[^/]+\//, "source/NAME/")
+    .replace(/^reward\/component\/.*/, "reward/component/NAME")));  // layers share one, components and sources
   for (const metric of rows) {
     if (!DATA.metrics[metric]) continue;
     const [unit, meaning, lookFor] = DATA.metrics[metric];
