@@ -132,7 +132,11 @@ def _parser() -> Parser:
         epilog=f"megatron-gspo COMMAND --help says how a command is used, megatron-gspo explain SECTION.KEY what a "
         f"setting means.\n\nThe docs: {DOCS} to begin with; docs/configuration.md has every setting.",
     )
-    parser.add_commands("COMMAND", GROUPS, {name: import_module(f"megatron_gspo.commands.{name}") for name in COMMANDS})
+    parser.add_commands(
+        "COMMAND",
+        GROUPS,
+        {name: import_module(f"megatron_gspo.commands.{name.replace('-', '_')}") for name in COMMANDS},
+    )
     parser.set_defaults(run=lambda options: parser.say_commands(), parser=parser)
     return parser
 

@@ -7,6 +7,8 @@ independent evidence on another. Every statistic is a value a prompt, [P], and i
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -40,6 +42,25 @@ def pass_at_k(correct_P: np.ndarray, samples: int, k: int) -> np.ndarray:
     drawn_k = np.arange(k)
     all_wrong_P = np.prod((wrong_P1 - drawn_k) / (samples - drawn_k), axis=1)
     return 1.0 - all_wrong_P
+
+
+def majority(answers_K: Sequence[str | None], right_K: Sequence[bool]) -> float:
+    """maj@K of one prompt: the chance that the most frequent answer of K responses is right.
+
+    Responses without an answer (None) do not vote. A tie is broken by lot, and this is the expectation: each of the m
+    most frequent answers counts 1/m. An answer that a grader took once for right and once for wrong (it may look at
+    more than the answer) counts the share of right ones. Without any answer: 0.
+
+    >>> majority(["7", "7", "8", None], [True, True, False, False]), majority(["7", "8"], [True, False])
+    (1.0, 0.5)
+    """
+    votes = Counter(answer for answer in answers_K if answer is not None)
+    if not votes:
+        return 0.0
+    most = max(votes.values())
+    leading = [answer for answer, count in votes.items() if count == most]
+    right = Counter(answer for answer, is_right in zip(answers_K, right_K, strict=True) if is_right)
+    return sum(right[answer] / most for answer in leading) / len(leading)
 
 
 def ks_up_to(samples: int) -> tuple[int, ...]:
@@ -89,6 +110,8 @@ def mean_with_interval(values_P: np.ndarray, span: tuple[float, float] = UNIT) -
     yes-or-no trials as would leave the mean m the variance that the prompts show (survey statistics divides by this
     design effect; Dean and Pagano 2015). For values of 0 and 1 that is P - 1. Where all prompts agree, n_eff = P. The
     quantile is Student's with P - 1 degrees of freedom; one prompt says nothing, and its interval is [0, 1].
+    s^2 / P is the variance of a mean whose clusters are the prompts, however many responses each has (Miller 2024,
+    arXiv 2411.00640, section 2); the normal interval that is made of it there has no width where all prompts agree.
 
     Chosen for its coverage, measured in 75 cases of 4000 simulated evaluations: 5, 10, 20, 50 and 200 prompts; avg@1,
     avg@8 and pass@4 of 8; chances of a right answer drawn from Beta(.5, .5), Beta(8, 1), Beta(1, 20), or .5 or .97
@@ -107,13 +130,17 @@ def mean_with_interval(values_P: np.ndarray, span: tuple[float, float] = UNIT) -
     count, mean = len(values_P), float(values_P.mean())
     if count == 1:
         return Estimate(mean, 0.0, 1.0)
-    variance_of_mean = float(values_P.var(ddof=1)) / count
+    return Estimate(mean, *wilson_interval(mean, float(values_P.var(ddof=1)) / count, count))
+
+
+def wilson_interval(mean: float, variance_of_mean: float, count: int) -> tuple[float, float]:
+    """Of a mean of ``count`` values in [0, 1], at least two: ``mean_with_interval`` says how."""
     trials = mean * (1 - mean) / variance_of_mean if variance_of_mean > 1e-15 else float(count)
     quantile = student_quantile((1 + CONFIDENCE) / 2, count - 1)
     shrink = quantile**2 / trials
     center = (mean + shrink / 2) / (1 + shrink)
     half = math.sqrt(shrink * mean * (1 - mean) + shrink**2 / 4) / (1 + shrink)
-    return Estimate(mean, max(0.0, min(mean, center - half)), min(1.0, max(mean, center + half)))
+    return max(0.0, min(mean, center - half)), min(1.0, max(mean, center + half))
 
 
 def _student_interval(values_P: np.ndarray) -> Estimate:

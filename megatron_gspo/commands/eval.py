@@ -11,13 +11,16 @@ if TYPE_CHECKING:
     from megatron_gspo.evaluation.examine import Examination, Questions
     from megatron_gspo.evaluation.subject import Subject
 
-SUMMARY = "measure a policy on held-out prompts: avg@k and pass@k with 95% intervals"
+SUMMARY = "measure a policy on held-out prompts or suites: avg@k and pass@k with 95% intervals"
 EXAMPLE = "megatron-gspo eval runs/quickstart --checkpoint latest --samples 8"
+DOCS = "docs/evaluation.md"
 MORE = (
     "What is evaluated: the model that a configuration starts from; a run, its hf/ when it has finished and else its\n"
     "latest checkpoint; or a Hugging Face directory. Prompts, reward and sampling are those of the configuration (of\n"
     "the run) unless options or settings say otherwise; a bare model gets limits that fit it and the prompts.\n"
-    "Servers are started for it unless rollout.servers names some."
+    "With --suite the problems, their prompts, sampling and grader are the suite's, and each has its directory.\n"
+    "Servers are started for it unless rollout.servers names some. An evaluation that was killed goes on where it\n"
+    "was: the same command finds a suite's, others need their directory in --out."
 )
 
 
@@ -27,6 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
     )
+    parser.add_argument(
+        "--suite",
+        type=_names,
+        default=(),
+        metavar="A,B",
+        help="published evaluations instead of prompts: aime24, lcb:window=202410..202502:k=8 (docs/evaluation.md)",
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="where the suites' published files are, in DIR/SUITE")
     parser.add_argument("--prompts", metavar="FILE", help="prompts, JSONL or Parquet, all of them (data.eval_path)")
     parser.add_argument("--format", choices=("prompts", "gsm8k"), help="of the prompt file (data.format)")
     parser.add_argument("--reward", metavar="NAME", help="reward without options (reward.function)")
@@ -55,37 +66,87 @@ def run(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> str:
     """Evaluates, and returns what is to be printed."""
     import json
-    import time
-    from datetime import UTC, datetime
 
-    from megatron_gspo.evaluation.examine import examine, read_questions
+    from megatron_gspo.evaluation.examine import examiner, read_questions
     from megatron_gspo.evaluation.lengths import fitting
     from megatron_gspo.evaluation.subject import exported
-    from megatron_gspo.report.evaluation import EvaluationDirectory, fingerprint, format_result
+    from megatron_gspo.report.evaluation import fingerprint, format_result
+    from megatron_gspo.report.evaluation_files import EvaluationDirectory
 
+    if options.suite or options.data:
+        return evaluate_suites(options)
     subject = find_subject(options)
     check_subject(subject)
     subject = fitting(subject)
     questions = read_questions(subject, greedy=options.greedy)
-    started, clock = datetime.now(UTC), time.monotonic()
-    out = EvaluationDirectory(options.out or default_out(subject, f"{started:%Y%m%dT%H%M%S}"))
-    with out, Progress(len(questions.prompts)) as progress:
+    clock = Clock()
+    path = options.out or default_out(subject, clock.stamp)
+    with Progress(len(questions.prompts)) as progress:
         if subject.open_limits:
             progress.note(describe_limits(subject))
         progress.phase(f"reading {subject.describe()}")
-        with exported(subject, out.path) as subject:
+        with exported(subject, path.parent) as subject:
+            assert subject.model is not None
+            asked = describe(subject, questions, fingerprint(subject.model))
+            with EvaluationDirectory(path, asked) as out:
+                with examiner(subject, questions.tokenizer, path / "servers", phase=progress.phase) as servers:
+                    sampling, prompts = questions.sampling, questions.prompts.prompts
+                    progress.phase(f"drawing {len(prompts)} x {sampling.group_size} responses")
+                    answers = servers.examine(prompts, questions.reward, sampling, out, progress=progress.advance)
+                result = conclude(asked, subject, questions, answers)
+                out.finish(answers.graded, result, clock.took(answers.servers))
+    return json.dumps(result, indent=2) if options.json else f"{format_result(result)}\nwritten to {path}"
+
+
+def evaluate_suites(options: argparse.Namespace) -> str:
+    """Evaluates suites, and returns what is to be printed."""
+    import json
+
+    from megatron_gspo.evaluation.subject import exported
+    from megatron_gspo.evaluation.suites import directory_name, read_tasks, run_suites, settings_of
+    from megatron_gspo.report.evaluation import fingerprint, format_result
+    from megatron_gspo.suites.catalog import read_all_asked
+
+    check_suite_options(options)
+    asked = read_all_asked(options.suite)
+    subject = find_subject(options)
+    check_subject(subject, suites=True)
+    tasks = read_tasks(subject, asked, options.data)
+    parent = options.out.parent if options.out else default_out(subject, "").parent
+    with Progress(sum(len(task.prompts) for task in tasks.tasks)) as progress:
+        for warning in (f"{task.name}: {warning}" for task in tasks.tasks for warning in task.warnings):
+            progress.note(f"warning: {warning}")
+        progress.phase(f"reading {subject.describe()}")
+        with exported(tasks.subject, parent) as subject:
             assert subject.model is not None
             identity = fingerprint(subject.model)
+            tasks = tasks.of(subject)
+            settings = [settings_of(task, subject, identity) for task in tasks.tasks]
+            out = options.out or parent / directory_name(subject, settings)
+            results = run_suites(tasks, identity, out, phase=progress.phase, progress=progress.advance)
+    if options.json:
+        return json.dumps({result["suite"]: result for result in results}, indent=2)
+    return "\n\n".join([*map(format_result, results), f"written to {out}"])
 
-            def arrived(rollouts: Any) -> None:
-                out.drawn(rollouts)
-                progress.advance()
 
-            answers = examine(subject, questions, out.path / "servers", phase=progress.phase, progress=arrived)
-        took = {"started": started.isoformat(timespec="seconds"), "seconds": round(time.monotonic() - clock, 3)}
-        result = describe(subject, questions, answers, identity) | took
-        out.finish(answers.graded, result)
-    return json.dumps(result, indent=2) if options.json else f"{format_result(result)}\nwritten to {out.path}"
+def check_suite_options(options: argparse.Namespace) -> None:
+    """Raises ConfigError for what a suite settles itself, and for one half of --suite and --data without the other."""
+    from megatron_gspo.errors import ConfigError
+    from megatron_gspo.suites.catalog import SUITES
+
+    if not options.suite:
+        raise ConfigError(f"--data {options.data}: name what to ask with --suite: {', '.join(SUITES)}")
+    if not options.data:
+        raise ConfigError(
+            f"--suite {','.join(options.suite)}: say with --data DIR where the published files are, in DIR/SUITE; "
+            f"docs/evaluation.md says which"
+        )
+    names = ("prompts", "format", "reward", "limit", "samples", "temperature", "greedy", "max_tokens")
+    for name in names:
+        if getattr(options, name):
+            word = {"samples": "k"}.get(name, name)
+            instead = f" ({options.suite[0]}:{word}=...)" if name not in ("prompts", "format", "reward") else ""
+            raise ConfigError(f"--{name.replace('_', '-')} with --suite: a suite has its own{instead}")
 
 
 def find_subject(options: argparse.Namespace) -> Subject:
@@ -94,29 +155,30 @@ def find_subject(options: argparse.Namespace) -> Subject:
     from megatron_gspo.evaluation.subject import of_configuration, of_model, of_run
     from megatron_gspo.report.rundir import RunDirectory
 
-    path, overrides = options.subject, settings(options)
+    path, overrides, suites = options.subject, settings(options), bool(options.suite)
     is_run = path.is_dir() and (path / "config.toml").is_file()
     if options.checkpoint is not None and not is_run:
         raise ConfigError(f"--checkpoint {options.checkpoint}: {path} is no run directory, which has checkpoints")
     if is_run:
         finished = RunDirectory.open(path).manifest().get("status") == "finished"
-        return of_run(path, overrides, checkpoint=options.checkpoint, finished=finished)
+        return of_run(path, overrides, checkpoint=options.checkpoint, finished=finished, suites=suites)
     if path.is_file():
-        return of_configuration(path, overrides)
+        return of_configuration(path, overrides, suites=suites)
     if (path / "config.json").is_file():
-        return of_model(path, overrides)
+        return of_model(path, overrides, suites=suites)
     if path.is_dir():
         raise DataError(f"{path}: neither a run (config.toml) nor a Hugging Face directory (config.json)")
     raise DataError(f"{path}: no such configuration, run or Hugging Face directory")
 
 
-def check_subject(subject: Subject) -> None:
-    """Raises DataError for an input of a configuration, or of a run, that is not there and can be made."""
+def check_subject(subject: Subject, *, suites: bool = False) -> None:
+    """Raises DataError for an input of a configuration, or of a run, that is not there and can be made. ``suites``: the
+    held-out prompts are not read."""
     from megatron_gspo.config.inputs import check_inputs
 
     if subject.kind == "configuration":
-        check_inputs(subject.config, subject.argument, ("model.path", "data.eval_path"))
-    elif subject.kind == "run":
+        check_inputs(subject.config, subject.argument, ("model.path",) if suites else ("model.path", "data.eval_path"))
+    elif subject.kind == "run" and not suites:
         check_inputs(subject.config, subject.argument / "config.toml", ("data.eval_path",))
 
 
@@ -158,26 +220,13 @@ def default_out(subject: Subject, stamp: str) -> Path:
     return (subject.argument if subject.kind == "run" else Path()) / "evals" / f"{name}-{stamp}"
 
 
-def describe(subject: Subject, questions: Questions, answers: Examination, identity: dict[str, Any]) -> dict[str, Any]:
-    """The result, as JSON values."""
-    from megatron_gspo.data.tokenizer import turn_end_fix, turn_end_problem
-    from megatron_gspo.report.evaluation import file_digest, statistics
-    from megatron_gspo.report.manifest import versions
-    from megatron_gspo.train.models import placed_here
+def describe(subject: Subject, questions: Questions, identity: dict[str, Any]) -> dict[str, Any]:
+    """What is asked of which weights, as JSON values."""
+    from megatron_gspo.report.evaluation import SCHEMA, file_digest
 
-    config, sampling, prompts = subject.config, questions.sampling, questions.prompts
-    figures = statistics(answers.graded, questions.reward.range)
-    warnings = [answers.note] if answers.note else []
-    if config.data.chat_template and (problem := turn_end_problem(questions.tokenizer)):
-        warnings.append(f"{problem} ({turn_end_fix(questions.tokenizer)})")
-    if prompts.skipped:
-        warnings.append(f"{prompts.skipped} prompts were skipped, the first: {prompts.problems[0]}")
-    if figures["ungraded"]:
-        first = next(reason for group in answers.graded for reason in group.ungraded_K if reason)
-        warnings.append(f"{figures['ungraded']} responses were not graded, and count nowhere; the first: {first}")
-    if figures["aborted"]:
-        warnings.append(f"{figures['aborted']} responses were given up by the server, and count as wrong")
+    config, sampling = subject.config, questions.sampling
     return {
+        "schema": SCHEMA,
         "model": {
             "name": subject.describe(),
             "kind": subject.kind,
@@ -188,6 +237,7 @@ def describe(subject: Subject, questions: Questions, answers: Examination, ident
         "settings": {
             "prompts": config.data.eval_path,
             "prompts_sha256": file_digest(Path(config.data.eval_path)),
+            "limit": config.eval.prompts,
             "format": config.data.format,
             "chat_template": config.data.chat_template,
             "reward": config.reward.model_dump(include={"function", "options"}),
@@ -198,12 +248,43 @@ def describe(subject: Subject, questions: Questions, answers: Examination, ident
             "max_response_tokens": sampling.max_tokens,
             "seed": sampling.seed,
             "dtype": config.model.dtype,
-            "servers": list(answers.servers) or f"{len(placed_here(config, ranks=0).first_cards)} started here",
         },
-        "result": figures,
-        "warnings": warnings,
-        "versions": versions(answers.engine_version),
     }
+
+
+def conclude(asked: dict[str, Any], subject: Subject, questions: Questions, answers: Examination) -> dict[str, Any]:
+    """The result, as JSON values."""
+    from megatron_gspo.data.tokenizer import turn_end_fix, turn_end_problem
+    from megatron_gspo.report.evaluation import statistics, warnings_of
+    from megatron_gspo.report.manifest import versions
+
+    prompts = questions.prompts
+    figures = statistics(answers.graded, questions.reward.range)
+    warnings = [answers.note] if answers.note else []
+    if subject.config.data.chat_template and (problem := turn_end_problem(questions.tokenizer)):
+        warnings.append(f"{problem} ({turn_end_fix(questions.tokenizer)})")
+    if prompts.skipped:
+        warnings.append(f"{prompts.skipped} prompts were skipped, the first: {prompts.problems[0]}")
+    warnings += warnings_of(answers.graded)
+    return asked | {"result": figures, "warnings": warnings, "versions": versions(answers.engine_version)}
+
+
+class Clock:
+    """When an evaluation began."""
+
+    def __init__(self) -> None:
+        import time
+        from datetime import UTC, datetime
+
+        self._started, self._monotonic = datetime.now(UTC), time.monotonic()
+        self.stamp = f"{self._started:%Y%m%dT%H%M%S}"
+
+    def took(self, servers: tuple[str, ...]) -> dict[str, Any]:
+        """What no two evaluations share."""
+        import time
+
+        seconds = round(time.monotonic() - self._monotonic, 3)
+        return {"started": self._started.isoformat(timespec="seconds"), "seconds": seconds, "servers": list(servers)}
 
 
 class Progress:
@@ -236,6 +317,10 @@ class Progress:
         """A line that stays."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def advance(self) -> None:
-        """One more response."""
+    def advance(self, group: Any = None) -> None:
+        """One more prompt's responses."""
         self._bars.advance(self._task)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from megatron_gspo.section import AsList, NonNegativeFloat, Positive, PositiveFloat, Section
+from megatron_gspo.section import AsList, Named, NonNegativeFloat, Positive, PositiveFloat, Section
 
 
 def _server_url(text: str) -> str:
@@ -255,6 +255,20 @@ class EvalConfig(Section):
     """Responses per prompt at the training temperature; above 1, ``eval/pass_at_k`` is logged too."""
     greedy: bool = True
     """Also evaluates at temperature 0, one response per prompt (``eval/greedy_accuracy``)."""
+    suites: Annotated[tuple[Named, ...], AsList] = ()
+    """Published evaluations, each with its own prompts, sampling and grader: ``["aime24", "lcb:k=4"]``;
+    docs/evaluation.md has them. They are asked at the servers' current weights, and give ``eval/SUITE/*``."""
+    suites_data: str = ""
+    """Directory of the suites' published files, those of a suite in ``suites_data/SUITE``."""
+    suites_every: Annotated[int, Field(ge=0)] = 50
+    """Outer steps between evaluations on suites; the first is before any training (with ``start``), the last at the
+    end; 0 never."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvalConfig:
+        if self.suites and not self.suites_data:
+            raise ValueError(f"suites = {list(self.suites)}: suites_data must say where their published files are")
+        return self
 
 
 class ReplayConfig(Section):

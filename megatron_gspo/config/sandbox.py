@@ -32,7 +32,7 @@ class SandboxConfig(Section):
     """Interpreter of Python programs, on the machine where they run; the packages of its environment can be imported.
     Empty: the one that this environment was made from, or the system's, without packages."""
     disk_mb: Positive = 64
-    """MiB that a program may write in all, to files in memory."""
+    """MiB that a program may write to each of its directories (its own, /tmp, /dev/shm), which lie in memory."""
     retries: Annotated[int, Field(ge=0)] = 3
     """Times that a program is sent again when a server is away or answers with HTTP 429 or 5xx."""
 

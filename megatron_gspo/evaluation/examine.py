@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from megatron_gspo.config import RunConfig
 from megatron_gspo.config.rollouts import EIGHT_BITS
 from megatron_gspo.data.prompts import PromptSet
 from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer, response_text
 from megatron_gspo.errors import ConfigError, EngineUnavailableError
+from megatron_gspo.evaluation.answering import answer
 from megatron_gspo.evaluation.lengths import check_room, read_prompts
 from megatron_gspo.evaluation.subject import Subject
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.platforms import here
+from megatron_gspo.report.evaluation_files import EvaluationDirectory
 from megatron_gspo.rewards.registry import Reward
 from megatron_gspo.rewards.scoring import guarded
 from megatron_gspo.rollout.addresses import named
@@ -31,11 +31,11 @@ from megatron_gspo.sync.base import NamedTensor, make_weight_sync
 from megatron_gspo.sync.head import HEAD, with_head
 from megatron_gspo.sync.peers import Peers
 from megatron_gspo.train.engine_dtype import sent, sent_names, served_directory
-from megatron_gspo.train.grade import Graded, check_graded, evaluation_sampling, grade
+from megatron_gspo.train.grade import Graded, evaluation_sampling
 from megatron_gspo.train.models import check_engine, engine_holds_head, placed_here, served, unread
 from megatron_gspo.train.reward import find_reward
 from megatron_gspo.train.survey import usable_questions
-from megatron_gspo.types import ServerAccess
+from megatron_gspo.types import Prompt, ServerAccess
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,19 @@ class Examination:
 def read_questions(subject: Subject, *, greedy: bool) -> Questions:
     """Reads prompts and finds the reward, before anything is started or written. Raises UserError."""
     config = subject.config
+    directory = check_engine_reads(subject)
+    tokenizer = open_tokenizer(config, directory)
+    prompts = read_prompts(config, tokenizer)
+    check_room(config, directory, prompts)
+    sampling = evaluation_sampling(config, tokenizer.stop_ids, seeded=is_seeded(config), greedy=greedy)
+    reward = find_reward(config, tokenizer, trains=False)
+    return Questions(tokenizer, usable_questions(config, prompts, reward, tokenizer), reward, sampling)
+
+
+def check_engine_reads(subject: Subject) -> Path:
+    """The subject's directory, or that of the model it was trained from. Raises ConfigError for a model that the engine
+    would take for another one."""
+    config = subject.config
     directory = subject.model or Path(config.model.path)
     _, shape = read_model(directory)
     check_engine(config.rollout.engine, directory, shape)
@@ -71,44 +84,55 @@ def read_questions(subject: Subject, *, greedy: bool) -> Questions:
             f"{directory}: {problem}, so that servers that were started from it compute something else; let one be "
             f"started here, which is sent the weights: rollout.servers=[]"
         )
-    tokenizer = open_tokenizer(config, directory)
-    prompts = read_prompts(config, tokenizer)
-    check_room(config, directory, prompts)
-    seeded = config.rollout.is_seeded(on_gpu=here().device_type == "cuda")
-    sampling = evaluation_sampling(config, tokenizer.stop_ids, seeded=seeded, greedy=greedy)
-    reward = find_reward(config, tokenizer, trains=False)
-    return Questions(tokenizer, usable_questions(config, prompts, reward, tokenizer), reward, sampling)
+    return directory
 
 
-def examine(
-    subject: Subject, questions: Questions, logs: Path, *, phase: Callable[[str], None], progress: Progress
-) -> Examination:
-    """Asks every question of ``subject.model``. ``phase`` hears what happens now, ``progress`` each group that arrives.
+def is_seeded(config: RunConfig) -> bool:
+    """Whether responses are drawn from seeds here."""
+    return config.rollout.is_seeded(on_gpu=here().device_type == "cuda")
 
-    Servers are those of ``rollout.servers`` when they hold this model, else local ones for the length of this.
-    Raises ConfigError, RolloutError and RewardError.
-    """
+
+@dataclass(frozen=True)
+class Examiner:
+    """Servers that hold the subject, for as many evaluations as there are."""
+
+    subject: Subject
+    tokenizer: Tokenizer
+    urls: tuple[str, ...]
+    key: str
+    note: str | None
+    vocab_size: int
+
+    def examine(
+        self,
+        prompts: Sequence[Prompt],
+        reward: Reward,
+        sampling: Sampling,
+        out: EvaluationDirectory,
+        *,
+        progress: Progress,
+    ) -> Examination:
+        """Asks every question of the subject; what ``out`` has from before is not asked again. ``progress`` hears of
+        each group that arrives. Raises RolloutError and RewardError."""
+        config = self.subject.config
+        decode = response_text(self.tokenizer, special_tokens=config.reward.special_tokens)
+        engine = make_engine(
+            self.urls, config.rollout, vocab_size=self.vocab_size, decode=decode, access=ServerAccess(self.key)
+        )
+        with contextlib.closing(reward), guarded(reward):
+            graded = asyncio.run(answer(engine, reward, prompts, sampling, out, progress=progress))
+        return Examination(graded, engine.version, self.urls if config.rollout.named else (), self.note)
+
+
+@contextlib.contextmanager
+def examiner(subject: Subject, tokenizer: Tokenizer, logs: Path, *, phase: Callable[[str], None]) -> Iterator[Examiner]:
+    """Servers for ``subject.model``: those of ``rollout.servers`` when they hold it, else local ones for the length of
+    this. ``phase`` hears what happens now. Raises ConfigError and RolloutError."""
     config, model = subject.config, subject.model
     assert model is not None, "a checkpoint is exported first"
     _, shape = read_model(model)
     with _servers(config, model, shape, logs, phase) as (urls, key, note):
-        phase(f"drawing {len(questions.prompts)} x {questions.sampling.group_size} responses")
-        decode = response_text(questions.tokenizer, special_tokens=config.reward.special_tokens)
-        engine = make_engine(urls, config.rollout, vocab_size=shape.vocab_size, decode=decode, access=ServerAccess(key))
-        with contextlib.closing(questions.reward), guarded(questions.reward):
-            graded = asyncio.run(
-                grade(
-                    engine,
-                    questions.reward,
-                    questions.prompts.prompts,
-                    questions.sampling,
-                    weight_version=0,
-                    progress=progress,
-                )
-            )
-    reasons = (reason for group in graded for reason in group.ungraded_K)
-    check_graded(questions.reward, np.stack([group.rewards_K for group in graded]), reasons)
-    return Examination(graded, engine.version, urls if config.rollout.named else (), note)
+        yield Examiner(subject, tokenizer, urls, key, note, shape.vocab_size)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ def fitting(subject: Subject) -> Subject:
     longest = max(prompts.looked.prompt_tokens)
     if "max_prompt_tokens" in subject.open_limits:
         limits["max_prompt_tokens"] = longest
-    room = _positions(config, subject.model) - min(longest, limits["max_prompt_tokens"])
+    room = positions(config, subject.model) - min(longest, limits["max_prompt_tokens"])
     if room < 1:
         raise ConfigError(_no_room(config, subject.model, longest))
     if "max_response_tokens" in subject.open_limits:
@@ -53,7 +53,7 @@ def check_room(config: RunConfig, model: Path, prompts: PromptSet) -> None:
     """Raises ConfigError when the longest prompt and a response as long as allowed are more than the engine gives the
     model: it would cut the response."""
     longest, response = max(prompts.looked.prompt_tokens), config.rollout.max_response_tokens
-    room = _positions(config, model) - longest
+    room = positions(config, model) - longest
     if room < 1:
         raise ConfigError(_no_room(config, model, longest))
     if response > room:
@@ -63,20 +63,20 @@ def check_room(config: RunConfig, model: Path, prompts: PromptSet) -> None:
         )
 
 
-def _positions(config: RunConfig, model: Path) -> int:
-    """Of a prompt and its response together."""
+def positions(config: RunConfig, model: Path) -> int:
+    """Tokens of a prompt and its response together that the engine gives the model."""
     _, shape = read_model(model)
     return shape.max_positions - ENGINES[config.rollout.engine].kept_positions
 
 
 def _limit(config: RunConfig, model: Path) -> str:
     kept = ENGINES[config.rollout.engine].kept_positions
-    positions = _positions(config, model) + kept
-    return f"max_position_embeddings = {positions}, of which {config.rollout.engine} keeps {kept}"
+    whole = positions(config, model) + kept
+    return f"max_position_embeddings = {whole}, of which {config.rollout.engine} keeps {kept}"
 
 
 def _no_room(config: RunConfig, model: Path, longest: int) -> str:
-    half = max(1, _positions(config, model) // 2)
+    half = max(1, positions(config, model) // 2)
     return (
         f"{config.data.eval_path}: its longest prompt has {longest} tokens, and {_limit(config, model)}: nothing is "
         f"left for a response; rollout.max_prompt_tokens={half} with data.skip_bad=true would leave longer prompts out"

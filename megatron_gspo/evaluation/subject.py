@@ -44,28 +44,32 @@ class Subject:
         return str(self.checkpoint or self.model)
 
 
-def of_configuration(path: Path, overrides: Sequence[str]) -> Subject:
-    """The policy that a TOML file starts from. Raises ConfigError."""
-    config = _with_prompts(load(path, [*NOTHING_IS_TRAINED, *overrides]), path)
+def of_configuration(path: Path, overrides: Sequence[str], *, suites: bool = False) -> Subject:
+    """The policy that a TOML file starts from. ``suites``: it needs no held-out prompts. Raises ConfigError."""
+    config = _with_prompts(load(path, [*NOTHING_IS_TRAINED, *overrides]), path, suites)
     return Subject("configuration", path, config, Path(config.model.path))
 
 
-def of_run(path: Path, overrides: Sequence[str], *, checkpoint: str | None, finished: bool) -> Subject:
-    """A run's ``hf/`` when it is finished; else, or when ``checkpoint`` names one, a checkpoint. Raises ConfigError."""
-    config = _with_prompts(load(path / "config.toml", [*NOTHING_IS_TRAINED, *overrides]), path)
+def of_run(
+    path: Path, overrides: Sequence[str], *, checkpoint: str | None, finished: bool, suites: bool = False
+) -> Subject:
+    """A run's ``hf/`` when it is finished; else, or when ``checkpoint`` names one, a checkpoint. ``suites``: it needs
+    no held-out prompts. Raises ConfigError."""
+    config = _with_prompts(load(path / "config.toml", [*NOTHING_IS_TRAINED, *overrides]), path, suites)
     if checkpoint is None and finished and (path / "hf" / "config.json").is_file():
         return Subject("run", path, config, path / "hf")
     return Subject("run", path, config, None, find_checkpoint(path / "checkpoints", checkpoint or LATEST))
 
 
-def of_model(path: Path, overrides: Sequence[str]) -> Subject:
-    """A Hugging Face directory, in the dtype that its ``config.json`` names. ``overrides`` must name the rest.
+def of_model(path: Path, overrides: Sequence[str], *, suites: bool = False) -> Subject:
+    """A Hugging Face directory, in the dtype that its ``config.json`` names. ``overrides`` must name the rest, unless
+    ``suites`` do.
 
     Raises ConfigError.
     """
     named = {override.partition("=")[0].strip() for override in overrides}
-    if not {"data.eval_path", "reward.function"} <= named:
-        raise ConfigError(f"{path} is a Hugging Face directory: it needs --prompts FILE and --reward NAME")
+    if not suites and not {"data.eval_path", "reward.function"} <= named:
+        raise ConfigError(f"{path} is a Hugging Face directory: it needs --prompts FILE and --reward NAME, or --suite")
     tree: dict[str, Any] = {
         "model": {"path": str(path)} | _dtype(path),
         "data": {"path": "(none)"},
@@ -93,15 +97,16 @@ def exported(subject: Subject, directory: Path) -> Iterator[Subject]:
     if subject.checkpoint is None:
         yield subject
         return
+    directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="exported-", dir=directory) as temporary:
         model = Path(temporary) / "hf"
         step = export_checkpoint(subject.config, subject.checkpoint, model)
         yield replace(subject, model=model, step=step)
 
 
-def _with_prompts(config: RunConfig, path: Path) -> RunConfig:
-    if not config.data.eval_path:
-        raise ConfigError(f"{path} names no held-out prompts (data.eval_path): give --prompts FILE")
+def _with_prompts(config: RunConfig, path: Path, suites: bool) -> RunConfig:
+    if not config.data.eval_path and not suites:
+        raise ConfigError(f"{path} names no held-out prompts (data.eval_path): give --prompts FILE, or --suite NAME")
     return config
 
 

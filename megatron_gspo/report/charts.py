@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_gspo.report.metrics import COMPONENT, FAMILIES, SOURCE_FAMILIES, row_of
+from megatron_gspo.report.metrics import COMPONENT, FAMILIES, SOURCE_FAMILIES, SUITE, row_of
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,28 @@ SECTIONS = (
                     ("Groups of equal rewards", "share of groups", "zero_std_groups", True),
                     ("Groups", "groups per outer step", "groups", True),
                 )
+            ),
+            Chart(
+                "Suites",
+                "share right (0 to 1)",
+                (Curve("eval/SUITE/accuracy", "", markers=True),),
+                "avg@k of published evaluations, each drawn in its own way.",
+            ),
+            Chart(
+                "Suites: the best and the most frequent answer",
+                "share right (0 to 1)",
+                (
+                    Curve("eval/SUITE/pass_at_k", "pass@k", markers=True),
+                    Curve("eval/SUITE/maj_at_k", "maj@k", markers=True),
+                ),
+                "pass@k: a right one among k; maj@k: the most frequent one is right.",
+            ),
+            Chart("Rating", "points", (Curve("eval/SUITE/elo", "", markers=True),)),
+            Chart(
+                "Suites: truncated responses",
+                "share (0 to 1)",
+                (Curve("eval/SUITE/truncated", "", markers=True),),
+                zero=True,
             ),
             Chart(
                 "Response length",
@@ -364,8 +386,8 @@ among them."""
 
 
 def for_families(chart: Chart, recorded: Iterable[str]) -> Chart:
-    """The chart with a curve a layer, a component or a source, where one stands for all of them."""
-    if not any(curve.metric.endswith(FAMILIES) for curve in chart.curves):
+    """The chart with a curve a layer, a component, a source or a suite, where one stands for all of them."""
+    if not any(curve.metric.endswith(FAMILIES) or curve.metric.startswith(SUITE) for curve in chart.curves):
         return chart
     curves = []
     for curve in chart.curves:
@@ -382,6 +404,8 @@ def _member(curve: Curve, name: str) -> str:
         return name.rpartition("/")[2]
     if curve.metric in SOURCE_FAMILIES:
         return name.split("/")[1]
+    if curve.metric.startswith(SUITE):
+        return f"{name.split('/')[1]} {curve.label}".strip()
     return f"{curve.label} {int(name.rpartition('_')[2])}"
 
 

@@ -43,6 +43,8 @@ COMPONENT = "reward/component/NAME"
 OF_SOURCE = "source/NAME/"
 """How the rows begin that stand for one metric a source: ``source/math/reward`` and so on."""
 SOURCE_FAMILIES = tuple(f"{OF_SOURCE}{kind}" for kind in ("reward", "accuracy", "length", "groups", "zero_std_groups"))
+SUITE = "eval/SUITE/"
+"""The beginning of the rows that stand for one metric a suite: ``eval/aime24/accuracy`` and so on."""
 FAMILIES = (LAYER, COMPONENT, *SOURCE_FAMILIES)
 """Ends of the rows that stand for several metrics."""
 
@@ -402,6 +404,34 @@ METRICS: dict[str, Metric] = {
         combine="last",
     ),
     "eval/rewarded": Metric("fraction", "Share of them with a reward above 0.", combine="last"),
+    "eval/SUITE/accuracy": Metric(
+        "fraction",
+        "Share of the responses to the problems of a suite of `eval.suites` that are right (avg@k), each suite drawn "
+        "and graded as it says (`docs/evaluation.md`), with the same seeds every time.",
+        "Rises, if training teaches more than its own prompts.",
+        combine="last",
+    ),
+    "eval/SUITE/pass_at_k": Metric(
+        "fraction", "Share of its problems with a right one among their k responses.", combine="last"
+    ),
+    "eval/SUITE/maj_at_k": Metric(
+        "fraction",
+        "Share of its problems whose most frequent final answer among k responses is right; ties by expectation. "
+        "Absent for suites of programs.",
+        "Rises less than the accuracy where training only sharpens what the model mostly says.",
+        combine="last",
+    ),
+    "eval/SUITE/elo": Metric(
+        "points",
+        "Rating on Codeforces' scale (`docs/evaluation.md`), whose interval `eval` prints.",
+        combine="last",
+    ),
+    "eval/SUITE/truncated": Metric(
+        "fraction",
+        "Share of its responses that the limit cut.",
+        "Near 0, or accuracies are those of the limit.",
+        combine="last",
+    ),
     "tokens_per_s": Metric(
         "tokens/s",
         "Prompt and response tokens trained on / wall time of the outer step, over all ranks.",
@@ -422,10 +452,11 @@ TIME_PARTS = ("rollout", "reward", "logprobs", "train", "sync")
 def row_of(name: str) -> str:
     """The name that a recorded metric has in ``METRICS``.
 
-    >>> row_of("route/drift/layer_03"), row_of("reward/component/correct"), row_of("source/math/reward")
-    ('route/drift/layer_NN', 'reward/component/NAME', 'source/NAME/reward')
+    >>> row_of("route/drift/layer_03"), row_of("source/math/reward"), row_of("eval/aime24/accuracy")
+    ('route/drift/layer_NN', 'source/NAME/reward', 'eval/SUITE/accuracy')
     """
     name = re.sub(r"^source/[^/]+/", OF_SOURCE, name)
+    name = re.sub(r"^eval/[^/]+/", SUITE, name)
     return COMPONENT if name.startswith("reward/component/") else re.sub(r"layer_\d+$", LAYER, name)
 
 

@@ -102,6 +102,8 @@ def series_name(metric: str) -> tuple[str, dict[str, str]]:
         name, labels = "reward/component", {"component": found[1]}
     elif found := re.fullmatch(r"source/([^/]+)/(\w+)", metric):
         name, labels = f"source/{found[2]}", {"source": found[1]}
+    elif found := re.fullmatch(r"eval/([^/]+)/(\w+)", metric):
+        name, labels = f"eval/suite/{found[2]}", {"suite": found[1]}
     return re.sub(r"[^a-zA-Z0-9_]", "_", name), labels
 
 

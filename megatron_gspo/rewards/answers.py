@@ -50,6 +50,12 @@ def final_answer(text: str) -> Value | None:
     return _last(text, marked, boxed)
 
 
+def boxed_text(text: str) -> str:
+    """What the last box holds, whatever it is; empty where there is none, or where several are alternatives."""
+    boxed = _boxed(text)
+    return boxed.text if boxed else ""
+
+
 def marked_span(text: str) -> Span | None:
     """What follows the last "####": its line or, when that is empty or says "Answer", the next line with text."""
     at = text.rfind("####")

@@ -22,11 +22,18 @@ Progress = Callable[[Sequence[Rollout]], None]
 """Called with each group as it completes, in the order of completion."""
 Decode = Callable[[Sequence[int]], str]
 """Token ids to the text that rewards read (``data.tokenizer.response_text``)."""
+EVALUATION = -1
+"""The outer step that evaluation's seeds are made from: the same in every evaluation, and none of training's."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn: plain sampling at a temperature, since training needs the sampled distribution."""
+    """How responses are drawn: plain sampling at a temperature, since training needs the sampled distribution. An
+    evaluation's may be truncated. Raises ValueError for ``top_p`` or ``top_k`` in an outer step of training.
+
+    >>> Sampling(8, 1.0, 512, (0,), outer_step=EVALUATION, top_p=0.7).top_k
+    -1
+    """
 
     group_size: int
     """Responses per prompt."""
@@ -43,6 +50,18 @@ class Sampling:
     """Argmax instead of a draw; for evaluation only (the logprobs are those at temperature 1)."""
     routes: RouteShape | None = None
     """Asks for the routes of every token, and says what those of the model look like; None does not ask."""
+    top_p: float = 1.0
+    """Of an evaluation: draws from the likeliest tokens that hold this much probability. The logprobs of its responses
+    stay those of the whole distribution, so nothing can be trained on them."""
+    top_k: int = -1
+    """Of an evaluation: draws from so many of the likeliest tokens; -1 from all."""
+
+    def __post_init__(self) -> None:
+        if (self.top_p, self.top_k) != (1.0, -1) and self.outer_step != EVALUATION:
+            raise ValueError(
+                f"top_p = {self.top_p:g}, top_k = {self.top_k} in outer step {self.outer_step}: training needs the "
+                f"logprobs of the distribution that was sampled"
+            )
 
 
 class Engine(Protocol):

@@ -196,7 +196,7 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
     ("when a run fails", _never, _names("train", "collective_timeout_s on_non_finite max_non_finite_steps")),
     ("a permission", _never, _names("algorithm", "allow_wide_clip")),
     ("which steps are measured", _never, _names("train", "noise_floor_every profile_steps")),
-    ("which steps are measured", _never, _names("eval", "every start greedy")),
+    ("which steps are measured", _never, _names("eval", "every start greedy suites suites_data suites_every")),
     ("which steps are measured", _never, _names("replay", "engine_routes_every drift_every")),
     (
         "what is kept, and where",

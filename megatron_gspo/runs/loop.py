@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,9 +37,14 @@ from megatron_gspo.train.profile import Profiles
 from megatron_gspo.train.progress import Progress, seed_generators
 from megatron_gspo.train.sft import Examples, fine_tune, load_examples
 from megatron_gspo.train.step import empty_text, outer_step
+from megatron_gspo.train.suite_inputs import suite_notes
+from megatron_gspo.train.suites import evaluate_suites
 from megatron_gspo.train.survey import survey_references
 from megatron_gspo.types import RolloutRecord, StepReport
 from megatron_gspo.versions import untested
+
+Evaluation = Callable[[Run, int], dict[str, float]]
+"""(run, the version of the servers' weights) -> metrics, on every rank."""
 
 
 def train(config: RunConfig, make_recorder: MakeRecorder) -> None:
@@ -67,6 +72,7 @@ def _train(config: RunConfig, make_recorder: MakeRecorder, groups: Groups, watch
     notes: list[str] = []
     if isinstance(inputs, Inputs):
         inputs, notes = survey_references(config, inputs, groups)
+        notes += suite_notes(config, inputs.suites, groups)
     with StopRequest() as stop, contextlib.ExitStack() as ending:
         if isinstance(inputs, Inputs):
             ending.callback(inputs.close)
@@ -190,14 +196,13 @@ def outer_steps(run: Run, progress: Progress, recorder: Recorder, outages: Outag
     Yields after each outer step, with ``progress`` at its end.
     """
     config = run.config
-    evaluating = bool(config.eval.every and run.eval_prompts)
     run.push(progress.outer_steps)  # the servers' own reading is not trusted
     say(run, recorder)
     profiles = Profiles(config, run.groups)
-    if evaluating and config.eval.start and progress.outer_steps == 0:
+    if config.eval.start and progress.outer_steps == 0 and (due := evaluations(run, 0)):
         recorder.phase("evaluating the cold start")
         seed_generators(config.train.seed, 0)
-        recorder.initial(outages.outlast(0, lambda: evaluate(run, 0)))
+        recorder.initial(outages.outlast(0, lambda: measure(run, 0, due)))
     for number in range(progress.outer_steps, config.train.outer_steps):
         step = functools.partial(one_step, run, number, progress.optimizer_steps, recorder)
         with profiles.step(number):
@@ -205,10 +210,10 @@ def outer_steps(run: Run, progress: Progress, recorder: Recorder, outages: Outag
         say(run, recorder)
         recorder.steps(reports[:-1])
         recorder.rollouts(number, records)
-        last = number + 1 == config.train.outer_steps
-        if evaluating and (last or (number + 1) % config.eval.every == 0):
-            version = number + 1
-            reports[-1].metrics |= outages.outlast(version, functools.partial(evaluate, run, version), savable=False)
+        version = number + 1
+        if due := evaluations(run, version):
+            measuring = functools.partial(measure, run, version, due)
+            reports[-1].metrics |= outages.outlast(version, measuring, savable=False)
             say(run, recorder)
         recorder.steps(reports[-1:])
         progress.advance(reports)
@@ -216,6 +221,22 @@ def outer_steps(run: Run, progress: Progress, recorder: Recorder, outages: Outag
             report_empty_step(config, progress, empty_text(number, reports[-1].metrics), recorder)
         check_non_finite(config, progress)
         yield
+
+
+def evaluations(run: Run, outer_steps: int) -> list[Evaluation]:
+    """What is evaluated after so many outer steps; all that ever is before the first and after the last."""
+    settings = run.config.eval
+    known: list[tuple[bool, int, Evaluation]] = [
+        (run.eval_prompts is not None, settings.every, evaluate),
+        (bool(run.suites), settings.suites_every, evaluate_suites),
+    ]
+    ends = outer_steps in (0, run.config.train.outer_steps)
+    return [evaluation for there, every, evaluation in known if there and every and (ends or outer_steps % every == 0)]
+
+
+def measure(run: Run, version: int, due: Sequence[Evaluation]) -> dict[str, float]:
+    """The metrics of some evaluations of the weights that the servers hold. Collective."""
+    return {name: value for evaluation in due for name, value in evaluation(run, version).items()}
 
 
 def one_step(

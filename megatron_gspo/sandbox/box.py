@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_gspo.sandbox.interface import Limits
-from megatron_gspo.sandbox.languages import HOME, Language
+from megatron_gspo.sandbox.languages import HOME, WRITABLE, Language
 
 SYSTEM = ("/usr/bin", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/include")
 """What a program sees of this machine, read-only, beside its interpreter."""
-ROOTS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64")
+ROOTS = ("/bin", "/lib", "/lib32", "/lib64")
 """Names in the root directory: links into /usr, or directories on systems that keep them apart."""
 OPEN_FILES = 128
 """Descriptors a process."""
@@ -51,7 +51,7 @@ class Settings:
 def environment(language: Language) -> dict[str, str]:
     """All of the environment that a program sees."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    paths = {"PATH": "/usr/bin:/bin", "HOME": HOME, "TMPDIR": HOME, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
+    paths = {"PATH": "/usr/bin:/bin", "HOME": HOME, "TMPDIR": "/tmp", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
     return {**paths, **threads, **language.environment}
 
 
@@ -87,10 +87,10 @@ def boxed(
     """
     box = [settings.bwrap, "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session"]
     box += ["--hostname", "sandbox", "--uid", "65534", "--gid", "65534"]
-    box += [*_system(settings.prefixes), "--proc", "/proc", "--dev", "/dev"]
-    for writable in (HOME, "/dev/shm"):
+    box += ["--proc", "/proc", "--dev", "/dev"]
+    for writable in WRITABLE:
         box += ["--size", str(disk_bytes), "--tmpfs", writable]
-    box += ["--symlink", HOME.removeprefix("/"), "/tmp"]
+    box += _system(settings.prefixes)
     for file in files:
         box += ["--perms", "0555" if file.executable else "0444", "--ro-bind-data", str(file.fd), file.path]
     box += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", HOME]

@@ -18,6 +18,7 @@ from megatron_gspo.sandbox.interpreter import find
 from megatron_gspo.sandbox.languages import LANGUAGES
 
 OLDEST_BWRAP = (0, 8)
+OLDEST_KERNEL = (5, 4)
 OWN_COUNT = (5, 14)
 """Linux from which a user namespace counts its own processes for RLIMIT_NPROC."""
 USERS = ((2_000_000_000, 100_000_000), (60_100, 4_800))
@@ -61,6 +62,11 @@ def settings_here(config: SandboxConfig) -> box.Settings:
     python = find(config.python, as_other_user=root)
     if shutil.which("prlimit", path="/usr/bin") is None:
         raise ConfigError("no /usr/bin/prlimit, which holds a program's limits: install util-linux")
+    if kernel() < OLDEST_KERNEL or not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        raise ConfigError(
+            f"Linux {platform.release()} does not tell which processes a program has started (pidfd_open, "
+            f"/proc/PID/task/TID/children): {OLDEST_KERNEL[0]}.{OLDEST_KERNEL[1]} or newer is needed, {ELSEWHERE}"
+        )
     return box.Settings(
         protected=protected,
         bwrap=_bwrap() if protected else "",

@@ -52,7 +52,7 @@ def find(python: str, *, as_other_user: bool) -> Interpreter:
 def _asked(python: str, *, as_other_user: bool) -> Interpreter:
     try:
         done = subprocess.run(
-            [python, "-I", "-S", "-c", ASK], capture_output=True, timeout=ASK_S, check=True, stdin=subprocess.DEVNULL
+            [python, "-I", "-c", ASK], capture_output=True, timeout=ASK_S, check=True, stdin=subprocess.DEVNULL
         )
         executable, prefix, base = json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:

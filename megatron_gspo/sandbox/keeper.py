@@ -165,6 +165,7 @@ class Keeper:
                 path.chmod(0o555 if file.executable else 0o444)
             there = [word.replace(f"{HOME}/", f"{home}/").replace(HEADERS, home + HEADERS) for word in command]
             environment = {name: value.replace(HOME, home) for name, value in box.environment(language).items()}
+            environment["TMPDIR"] = home
             line = ["/usr/bin/env", "-C", home, *there]
             return Run(Start(line, environment, stdin, None), limits, self._control).outcome(language)
         finally:

@@ -8,6 +8,8 @@ from megatron_gspo.sandbox.interface import MIB, Limits
 
 HOME = "/box"
 """Working directory inside: the program, its files, and what it writes."""
+WRITABLE = (HOME, "/tmp", "/dev/shm")
+"""Directories in memory that a program may write to."""
 COMPILE = Limits(
     wall_s=60.0,
     cpu_s=30.0,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_gspo.sandbox.languages import HOME
+from megatron_gspo.sandbox.languages import WRITABLE
 
 TICK = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -77,7 +77,7 @@ class NamespaceWatch(Watch):
             if os.fstat(self._proc).st_dev == os.stat("/proc").st_dev:
                 raise FileNotFoundError("the namespace has no /proc yet")
             self._disks = []
-            for path in (HOME, "/dev/shm"):
+            for path in WRITABLE:
                 self._disks.append(os.open(root + path, os.O_RDONLY | os.O_DIRECTORY))
                 stack.callback(os.close, self._disks[-1])
             self._stack = stack.pop_all()

@@ -27,6 +27,7 @@ from megatron_gspo.platforms import here
 from megatron_gspo.rewards.references import ReferenceCheck
 from megatron_gspo.rewards.registry import Reward
 from megatron_gspo.rollout.engine import Engine, Sampling, make_control, make_engine
+from megatron_gspo.suites.task import Task
 from megatron_gspo.sync.base import NamedTensor, WeightSync, make_weight_sync
 from megatron_gspo.sync.gap import with_router_noise
 from megatron_gspo.sync.head import HEAD, with_head
@@ -67,6 +68,8 @@ class Run(Learner):
     """Of trainer and servers on the same cards."""
     changed_names: frozenset[str] | None = None
     """With adapters, the tensors that a step can have changed: what a push sends once the servers have the others."""
+    suites: tuple[Task, ...] = ()
+    """Published evaluations."""
     notes: list[str] = field(default_factory=list)
     """What the recorder is to say after the step."""
     entering: Callable[[str], None] | None = None
@@ -226,6 +229,7 @@ def build_run(
         gate=make_gate(config),
         source_rewards=inputs.source_rewards,
         references=inputs.references,
+        suites=inputs.suites,
         access=access,
         turns=turns,
         changed_names=changed_names(config, policy),

@@ -12,11 +12,8 @@ from megatron_gspo.config import RunConfig
 from megatron_gspo.errors import RewardError
 from megatron_gspo.rewards.registry import Reward
 from megatron_gspo.rewards.scoring import GroupRewards, score_groups
-from megatron_gspo.rollout.engine import Engine, Progress, Sampling
+from megatron_gspo.rollout.engine import EVALUATION, Engine, Progress, Sampling
 from megatron_gspo.types import Prompt, Rollout
-
-EVALUATION = -1
-"""The outer step that evaluation's seeds are made from: the same in every evaluation, and none of training's."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +71,19 @@ async def grade(
         drawn = await engine.rollout_groups(
             prompts, sampling, weight_version=weight_version, progress=progress, first=first
         )
-    scored = await score_groups(reward, [[rollout for rollout in group if is_answer(rollout)] for group in drawn])
+    return await judge(reward, drawn)
+
+
+async def judge(reward: Reward, groups: Sequence[Sequence[Rollout]]) -> list[Graded]:
+    """Groups of responses with their rewards. Raises what ``score_groups`` raises."""
+    scored = await score_groups(reward, [[rollout for rollout in group if is_answer(rollout)] for group in groups])
     if stopped := sum(rewards.stopped for rewards in scored):
         print(f"warning: {stopped} responses took too long to grade and got 0", file=sys.stderr, flush=True)
     answers = sum(len(rewards.rewards_G) for rewards in scored)
     if reasons := [reason for rewards in scored for reason in rewards.ungraded_G if reason]:
         said = f"{len(reasons)} of {answers} responses were not graded, and count nowhere; the first: {reasons[0]}"
         print(f"warning: {said}", file=sys.stderr, flush=True)
-    return [
-        _graded(reward, prompt, group, rewards) for prompt, group, rewards in zip(prompts, drawn, scored, strict=True)
-    ]
+    return [_graded(reward, group[0].prompt, group, rewards) for group, rewards in zip(groups, scored, strict=True)]
 
 
 def _graded(reward: Reward, prompt: Prompt, group: Sequence[Rollout], scored: GroupRewards) -> Graded:

@@ -16,9 +16,11 @@ from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer, turn_end_fix
 from megatron_gspo.errors import DataError
 from megatron_gspo.rewards.references import ReferenceCheck
 from megatron_gspo.rewards.registry import Reward
+from megatron_gspo.suites.task import Task
 from megatron_gspo.train.models import check_models
 from megatron_gspo.train.progress import fingerprint
 from megatron_gspo.train.reward import find_reward, find_source_rewards
+from megatron_gspo.train.suite_inputs import load_suites
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,13 @@ class Inputs:
     """What ``prompts`` is mixed of; empty where it is one file."""
     source_rewards: Mapping[str, Reward] = field(default_factory=dict)
     """As ``Run.source_rewards``."""
+    suites: tuple[Task, ...] = ()
+    """As ``Run.suites``."""
 
     def close(self) -> None:
         """Gives back what rewards keep, each once."""
-        for reward in {id(reward): reward for reward in (self.reward, *self.source_rewards.values())}.values():
+        rewards = (self.reward, *self.source_rewards.values(), *(task.reward for task in self.suites))
+        for reward in {id(reward): reward for reward in rewards}.values():
             reward.close()
 
     def describe(self) -> str:
@@ -97,8 +102,16 @@ def load_inputs(config: RunConfig) -> Inputs:
         )
     eval_prompts = load(data, data.eval_path, config.eval.prompts, whole=True) if data.eval_path else None
     reward = find_reward(config, tokenizer)
-    rewards = find_source_rewards(config, tokenizer, reward)
-    return Inputs(tokenizer, prompts, eval_prompts, reward, data.chat_template, sources=sources, source_rewards=rewards)
+    return Inputs(
+        tokenizer,
+        prompts,
+        eval_prompts,
+        reward,
+        data.chat_template,
+        sources=sources,
+        source_rewards=find_source_rewards(config, tokenizer, reward),
+        suites=tuple(load_suites(config, tokenizer)),
+    )
 
 
 def make_order(config: RunConfig, inputs: Inputs) -> PromptOrder:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -355,3 +356,26 @@ def test_an_open_sandbox_is_the_one_that_the_configuration_names() -> None:
         "server": "ServerSandbox",
         "sandboxfusion": "FusionSandbox",
     }
+
+
+def test_a_python_that_is_named_brings_its_packages() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        Path(directory).chmod(0o755)
+        where = Path(directory) / "environment"
+        subprocess.run(["/usr/bin/python3", "-m", "venv", "--without-pip", str(where)], check=True)
+        (packages,) = where.glob("lib/python3*/site-packages")
+        (packages / "of_ours.py").write_text("N = 11")
+        config = SandboxConfig(python=str(where / "bin" / "python"))
+        (outcome,) = python("import of_ours, sys\nprint(of_ours.N, sys.prefix)", config=config)
+    assert outcome.stdout.decode() == f"11 {where}\n"
+
+
+def test_a_python_that_is_none_or_that_other_users_cannot_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no Python that runs"):
+        python("", config=SandboxConfig(python=str(tmp_path / "python")))
+    if os.geteuid() == 0:
+        hidden = tmp_path / "hidden"
+        hidden.mkdir(mode=0o700)
+        (hidden / "python").symlink_to("/usr/bin/python3")
+        with pytest.raises(ConfigError, match="only its owner reads"):
+            python("", config=SandboxConfig(python=str(hidden / "python")))

@@ -20,6 +20,7 @@ LAYERS = [
     {"config"},
     {"parallel", "sandbox"},
     {"rollout", "rewards", "sync", "megatron", "hf", "data"},
+    {"suites"},
     {"train", "report", "convert"},
     {"runs"},
     {"evaluation"},

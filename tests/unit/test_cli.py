@@ -79,7 +79,7 @@ def test_every_help_is_printed_and_fits_the_terminal(words, width, capsys, monke
 def test_the_help_lists_every_command_once_under_what_it_is_for(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     _, out, _ = ended(capsys, "--help")
-    listed = re.findall(r"^  ([a-z]+)  ", out, re.MULTILINE)
+    listed = re.findall(r"^  ([a-z][a-z-]*)  ", out, re.MULTILINE)
     assert tuple(listed) == COMMANDS == tuple(dict.fromkeys(COMMANDS))
     titles = re.findall(r"^([a-z ,]+):\n  [a-z]", out, re.MULTILINE)
     assert titles[0] == "train and measure a policy" and len(titles) == 5
@@ -136,7 +136,7 @@ def test_without_a_command_the_commands_are_named_in_a_few_lines(words, capsys, 
     monkeypatch.setenv("COLUMNS", "100")
     status, out, err = ended(capsys, *words)
     assert (status, out) == (2, "") and len(err.splitlines()) <= 8
-    assert set(PARTS[words[0]] if words else COMMANDS) <= set(re.findall(r"\w+", err))
+    assert set(PARTS[words[0]] if words else COMMANDS) <= set(re.findall(r"[\w-]+", err))
     assert f"{' '.join(['megatron-gspo', *words])} --help says" in err
 
 
@@ -147,6 +147,7 @@ NEEDS = {
     "doctor": "config",
     "status": "RUN",
     "report": "RUN",
+    "compare-evals": "A, B",
     "convert": "SRC, DST",
 }
 """Commands that cannot do anything without an argument -> what is missing."""
@@ -198,7 +199,8 @@ def test_a_word_that_is_nearly_right_brings_the_right_one(words, said, capsys):
 
 @pytest.mark.parametrize("words", WORDS, ids=name_of)
 def test_an_option_that_is_none_is_refused_by_the_command_it_was_given_to(words, capsys):
-    more = ["a"] * (2 if words == ["convert"] else words != [] and words[0] not in PARTS and words != ["compare"])
+    two = words in (["convert"], ["compare-evals"])
+    more = ["a"] * (2 if two else words != [] and words[0] not in PARTS and words != ["compare"])
     usage, error = refusal(capsys, *words, *more, "--xyzzy")
     assert error == "unrecognized arguments: --xyzzy"
     assert usage.startswith(f"usage: {' '.join(['megatron-gspo', *words])} [options]")
@@ -207,7 +209,7 @@ def test_an_option_that_is_none_is_refused_by_the_command_it_was_given_to(words,
 @pytest.mark.parametrize("words", WORDS, ids=name_of)
 def test_a_word_that_names_nothing_is_one_line(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    more = {"convert": ["out"], "compare": ["--out", "out"]}.get(name_of(words), [])
+    more = {"convert": ["out"], "compare-evals": ["b"], "compare": ["--out", "out"]}.get(name_of(words), [])
     _, error = refusal(capsys, *words, "xyzzy", *more)
     assert "xyzzy" in error
     assert list(tmp_path.iterdir()) == []

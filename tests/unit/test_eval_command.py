@@ -16,7 +16,8 @@ from megatron_gspo.errors import ConfigError, EngineUnavailableError, RewardErro
 from megatron_gspo.evaluation.examine import check_served, read_questions
 from megatron_gspo.evaluation.lengths import fitting
 from megatron_gspo.evaluation.subject import Subject, of_model, of_run
-from megatron_gspo.report.evaluation import EvaluationDirectory, fingerprint, statistics
+from megatron_gspo.report.evaluation import fingerprint, statistics
+from megatron_gspo.report.evaluation_files import EvaluationDirectory, restored
 from megatron_gspo.report.rundir import RunDirectory
 from megatron_gspo.rewards.registry import Reward
 from megatron_gspo.rollout.sglang.probe import ServerState
@@ -62,7 +63,7 @@ def make_rollout(tokens: int, finish: FinishReason = "stop", sample: int = 0) ->
 
 def test_a_bare_model_needs_prompts_and_a_reward(tmp_path: Path, capsys: Captured) -> None:
     model = hf_directory(tmp_path / "model")
-    expected = f"error: {model} is a Hugging Face directory: it needs --prompts FILE and --reward NAME"
+    expected = f"error: {model} is a Hugging Face directory: it needs --prompts FILE and --reward NAME, or --suite"
     assert refusal(capsys, model) == refusal(capsys, model, "--prompts", "a.jsonl") == expected
 
 
@@ -139,34 +140,62 @@ def test_servers_must_hold_what_is_evaluated(tmp_path: Path) -> None:
         check_served([ServerState("http://a", "refused")], model)
 
 
-def test_a_directory_with_files_is_not_written_to(tmp_path: Path) -> None:
+def test_a_directory_with_other_files_is_not_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="exists and is not an empty directory"):
-        EvaluationDirectory(tmp_path)
+        EvaluationDirectory(tmp_path, {})
+    begun = tmp_path / "begun"
+    with EvaluationDirectory(begun, {"k": 1}) as out:
+        out.drawn([make_rollout(2)])
+    (begun / "mine.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"holds mine.txt, which is no part of an evaluation"):
+        EvaluationDirectory(begun, {"k": 1})
 
 
-def test_a_failure_leaves_the_responses_that_had_arrived_and_an_early_one_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RewardError, match="jammed"), EvaluationDirectory(tmp_path / "early"):
+def test_an_early_failure_leaves_nothing_and_a_late_one_what_had_arrived(tmp_path: Path) -> None:
+    with pytest.raises(RewardError, match="jammed"), EvaluationDirectory(tmp_path / "early", {}):
         raise RewardError("jammed")
     assert not (tmp_path / "early").exists()
 
     def draw_and_fail() -> None:
-        with EvaluationDirectory(tmp_path / "late") as out:
+        with EvaluationDirectory(tmp_path / "late", {"k": 1}) as out:
             out.drawn([make_rollout(2)])
             raise RewardError("jammed")
 
-    with pytest.raises(RewardError, match=r"jammed \(no result; the 1 responses that had arrived: .*unscored.jsonl\)"):
+    with pytest.raises(RewardError, match=r"jammed \(no result; the 1 responses that had arrived are in .*late, and"):
         draw_and_fail()
-    (path,) = (tmp_path / "late").iterdir()
-    assert json.loads(path.read_text()) == {
-        "prompt_id": "p",
-        "sample": 0,
-        "prompt": "1+1=",
-        "answer": "2",
-        "response": "2\u2028",
-        "tokens": 2,
-        "finish_reason": "stop",
-    }
+    line = (tmp_path / "late/responses.jsonl").read_text().removesuffix("\n")
+    kept = {"token_ids": [3, 3], "finish_reason": "stop", "text": "2\u2028"}
+    assert json.loads(line) == {"prompt_id": "p", "samples": [kept]}
+
+
+def test_an_evaluation_takes_up_what_was_whole_and_no_other_one_s(tmp_path: Path) -> None:
+    with EvaluationDirectory(tmp_path / "out", {"k": 2, "model": {"sha256": "a"}}) as out:
+        out.drawn([make_rollout(2, sample=0), make_rollout(0, "abort", sample=1)])
+        out.judged(Graded(make_rollout(2).prompt, (make_rollout(2), make_rollout(0, "abort", 1)), np.array([1.0, 0.0])))
+    with (tmp_path / "out/responses.jsonl").open("a") as file:
+        file.write('{"prompt_id": "q", "samp')
+    again = EvaluationDirectory(tmp_path / "out", {"model": {"sha256": "a"}, "k": 2})
+    prompt = make_rollout(1).prompt
+    group = restored(again.before, prompt, 2)
+    assert group is not None and [rollout.finish_reason for rollout in group] == ["stop", "abort"]
+    assert group[0].response_ids.tolist() == [3, 3] and np.isnan(group[0].rollout_logprobs).all()
+    assert (
+        again.before.verdicts == {"p": [{"reward": 1.0}, {"reward": 0.0}]} and restored(again.before, prompt, 3) is None
+    )
+    with pytest.raises(ConfigError, match=r"being written by another process"):
+        EvaluationDirectory(tmp_path / "out", {"k": 2, "model": {"sha256": "a"}})
+    again.close()
+    with pytest.raises(ConfigError, match=r"was begun otherwise \(k, model.sha256\): name another"):
+        EvaluationDirectory(tmp_path / "out", {"k": 1, "model": {"sha256": "b"}})
+    with EvaluationDirectory(tmp_path / "out", {"k": 2, "model": {"sha256": "a"}}) as out:
+        out.finish([Graded(prompt, tuple(group), np.array([1.0, np.nan]))], {"result": 1}, {"seconds": 2.0})
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("clock.json", "result.json", "samples.jsonl", "settings.json"),
+    ]
+    assert json.loads((tmp_path / "out/clock.json").read_text()) == {"seconds": 2.0, "starts": 3}
+    with pytest.raises(ConfigError, match="holds an evaluation that is done: name another"):
+        EvaluationDirectory(tmp_path / "out", {"k": 2, "model": {"sha256": "a"}})
 
 
 def test_what_the_server_gave_up_on_is_wrong_and_no_reward_is_asked(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from megatron_gspo.algorithm.evaluation import (
     estimates,
     ks_up_to,
+    majority,
     mean_with_interval,
     pass_at_k,
     student_quantile,
@@ -94,3 +95,16 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says(prompts: int, sa
     found = [mean_with_interval(row) for row in shares]
     coverage = np.mean([estimate.low <= truth <= estimate.high for estimate in found])
     assert 0.92 < coverage < 0.995
+
+
+def test_the_majority_is_right_when_its_answer_is() -> None:
+    assert majority(["7", "8", "7"], [True, False, True]) == 1.0
+    assert majority(["7", "8", "8"], [True, False, False]) == 0.0
+
+
+def test_a_tie_counts_each_leading_answer_by_its_share_and_no_answer_does_not_vote() -> None:
+    assert majority(
+        ["1", "2", "3", "3", "2", None, None, None], [False, True, False, False, True, False, False, False]
+    ) == (pytest.approx(1 / 2))
+    assert majority([None, None], [False, False]) == 0.0
+    assert majority(["7", "7", "7", "8"], [True, True, False, False]) == pytest.approx(2 / 3)

@@ -22,7 +22,7 @@ from megatron_gspo import cli
 from megatron_gspo.config import SyncConfig
 from megatron_gspo.errors import ConfigError, MegatronGspoError, SyncError, UserError, WriteError
 from megatron_gspo.hf.checkpoint import HfReader
-from megatron_gspo.report.evaluation import EvaluationDirectory
+from megatron_gspo.report.evaluation_files import EvaluationDirectory
 from megatron_gspo.report.html import write_page
 from megatron_gspo.report.recorder import RunRecorder
 from megatron_gspo.report.rundir import RunDirectory
@@ -228,10 +228,10 @@ def test_cutting_back_on_a_full_disk_loses_nothing(tmp_path: Path, small_files: 
 def test_an_evaluation_that_cannot_keep_its_responses_fails(tmp_path: Path, small_files: Callable[[int], None]) -> None:
     prompt = Prompt("p", "q" * 2000, (1,), "42")
     ids, logprobs = np.array([1], np.int32), np.array([-1.0], np.float32)
-    out = EvaluationDirectory(tmp_path / "out")
+    out = EvaluationDirectory(tmp_path / "out", {})
     small_files(1000)
     with pytest.raises(WriteError, match=r"out: the responses cannot be written: .*File too large"), out:
-        out.drawn([Rollout(prompt, 0, ids, logprobs, "stop", (0,))])
+        out.drawn([Rollout(prompt, 0, ids, logprobs, "stop", (0,), text="a" * 2000)])
 
 
 def test_a_full_disk_under_a_weight_sync_is_said_and_what_was_written_goes(

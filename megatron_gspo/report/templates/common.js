@@ -83,8 +83,8 @@ function explanation(metrics) {
   details.append(element("summary", "", "what this is"), list);
   const text = (markdown) => markdown.replaceAll("`", "");
   const rows = new Set(metrics.map((metric) => metric.replace(/layer_\d+$/, "layer_NN")
-    .replace(/^source\/[^/]+\//, "source/NAME/")
-    .replace(/^reward\/component\/.*/, "reward/component/NAME")));  // layers share one, components and sources
+    .replace(/^source\/[^/]+\//, "source/NAME/").replace(/^eval\/[^/]+\//, "eval/SUITE/")
+    .replace(/^reward\/component\/.*/, "reward/component/NAME")));  // they share rows
   for (const metric of rows) {
     if (!DATA.metrics[metric]) continue;
     const [unit, meaning, lookFor] = DATA.metrics[metric];
@@ -92,4 +92,19 @@ function explanation(metrics) {
     if (lookFor) list.append(element("dd", "", text(lookFor)));
   }
   return details;
+}
+
+// A prompt or a reference answer; a long one is folded.
+function foldedText(name, text) {
+  const shown = element("pre", name, printable(text ?? ""));
+  if ((text ?? "").length < 1500) return shown;
+  const details = element("details");
+  details.append(element("summary", "quiet", `${name}, ${text.length} characters`), shown);
+  return details;
+}
+
+// Control and direction characters would hide or reorder what is around them: they are shown by their numbers.
+function printable(text) {
+  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g,
+    (character) => `⟨U+${character.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
 }

@@ -154,15 +154,6 @@ function readOut(event) {
   shown.textContent = event.target.title;
 }
 
-// A prompt or a reference answer; a long one is folded.
-function foldedText(name, text) {
-  const shown = element("pre", name, printable(text ?? ""));
-  if ((text ?? "").length < 1500) return shown;
-  const details = element("details");
-  details.append(element("summary", "quiet", `${name}, ${text.length} characters`), shown);
-  return details;
-}
-
 function responseOf(sample, scale) {
   const response = element("pre", "response"), values = sample.shades[byId("reader-shade").value];
   sample.tokens.forEach((token, i) => {
@@ -170,12 +161,6 @@ function responseOf(sample, scale) {
     response.append(tokenSpan(token, values ? values[i] : null, scale));
   });
   return response;
-}
-
-// Control and direction characters would hide or reorder what is around them: they are shown by their numbers.
-function printable(text) {
-  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g,
-    (character) => `⟨U+${character.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
 }
 
 function tokenSpan(token, value, scale) {

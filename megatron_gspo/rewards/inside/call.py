@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import types
+from functools import partial
 from typing import Any
 
 from megatron_gspo.rewards.inside.values import decode, dumps, encode  # this line is left out: they stand above
@@ -40,27 +41,41 @@ def main() -> None:
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
         os._exit(SYNTAX)
     exec(request["preamble"], module.__dict__)
+    lent = lend_again(module, [name for name, *_ in request["calls"]])
     exec(code, module.__dict__)
     send(channel, {"ready": True})
     for name, arguments, named in request["calls"]:
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])
-        send(channel, called(module, name, decode(arguments), decode(named)))
+        send(channel, called(module, lent, name, decode(arguments), decode(named)))
     os._exit(0)  # without what the program has registered for its end
 
 
-def called(module: types.ModuleType, name: str, arguments: list[Any], named: dict[str, Any]) -> dict[str, Any]:
+def lend_again(module: types.ModuleType, names: list[str]) -> dict[str, Any]:
+    """What the preamble has lent under the names that will be called, in a form that nobody else can have: operator's
+    ``add`` is no answer of a program that is asked for one."""
+    lent = {name: partial(module.__dict__[name]) for name in names if callable(module.__dict__.get(name))}
+    module.__dict__.update(lent)
+    return lent
+
+
+def called(
+    module: types.ModuleType, lent: dict[str, Any], name: str, arguments: list[Any], named: dict[str, Any]
+) -> dict[str, Any]:
     """What a call returned; a method of a fresh ``Solution``, where the program has that class and no such function."""
     try:
-        return {"ok": encode(function_of(module, name)(*arguments, **named))}
+        return {"ok": encode(function_of(module, lent, name)(*arguments, **named))}
     except Exception as error:
         return {"raised": type(error).__name__}
 
 
-def function_of(module: types.ModuleType, name: str) -> Any:
-    """A function of the program by its name. Raises AttributeError."""
-    if not hasattr(module, name) and hasattr(module, "Solution"):
+def function_of(module: types.ModuleType, lent: dict[str, Any], name: str) -> Any:
+    """A function of the program by its name, which is none that was lent. Raises AttributeError."""
+    found = module.__dict__.get(name)
+    if found is not None and found is not lent.get(name):
+        return found
+    if "Solution" in module.__dict__:
         return getattr(module.Solution(), name)
-    return getattr(module, name)
+    raise AttributeError(name)
 
 
 def send(channel: int, line: dict[str, Any]) -> None:

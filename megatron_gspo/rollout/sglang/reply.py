@@ -42,13 +42,21 @@ def generation_request(prompt: Prompt, samples: Sequence[int], sampling: Samplin
         "temperature": 0.0 if sampling.greedy else sampling.temperature,
         "max_new_tokens": sampling.max_tokens,
         "stop_token_ids": list(sampling.stop_token_ids),
-    }
+    } | _truncation(sampling)
     request = {
         "input_ids": [list(prompt.token_ids)] * len(samples),
         "sampling_params": [parameters | _seed(prompt, sample, sampling) for sample in samples],
         "return_logprob": True,
     }
     return request | ({"return_routed_experts": True} if sampling.routes else {})
+
+
+def _truncation(sampling: Sampling) -> dict[str, Any]:
+    """What only an evaluation has, and a greedy one needs not."""
+    if sampling.greedy:
+        return {}
+    values: dict[str, tuple[float, float]] = {"top_p": (sampling.top_p, 1.0), "top_k": (sampling.top_k, -1)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def alone(request: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Published evaluations: where their problems are, how they are asked, drawn and graded."""
