@@ -85,7 +85,7 @@ test-slurm: install ## install, then run the job script on a Slurm of two nodes 
 	OMP_NUM_THREADS=1 $(RUN) pytest -q -s -m slurm_suite tests/slurm --durations=0
 
 .PHONY: test-sandbox
-test-sandbox: install bubblewrap ## install, then run a thousand hostile programs in the sandbox: some ten minutes
+test-sandbox: install bubblewrap ## install, then run a thousand hostile programs in the sandbox: some three minutes
 	OMP_NUM_THREADS=1 $(RUN) pytest -q -s -m sandbox_suite tests/sandbox --durations=10
 
 FUZZ_TIMES ?= 2

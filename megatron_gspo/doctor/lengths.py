@@ -9,6 +9,7 @@ from megatron_gspo.data.prompts import CompletionSet, PromptSet
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.errors import DataError
+from megatron_gspo.rewards.registry import answers_are_responses
 from megatron_gspo.rollout.engine import ENGINES
 
 REFERENCES = 256
@@ -97,7 +98,8 @@ def _references(facts: Facts, prompts: PromptSet) -> list[Check]:
     limit, tokenizer = facts.config.rollout.max_response_tokens, facts.tokenizer
     setting = f"rollout.max_response_tokens = {limit}"
     answers = set()
-    for index in prompts.sample(REFERENCES, 0)[:REFERENCES]:
+    measured = answers_are_responses(facts.config.reward)
+    for index in prompts.sample(REFERENCES, 0)[:REFERENCES] if measured else ():
         with contextlib.suppress(DataError):  # a bad row of a long file, found when it is drawn
             answers.add(prompts.prompts[index].answer)
     lengths = [len(tokenizer.encode(answer)) + 1 for answer in sorted(answers - {""})]

@@ -39,6 +39,7 @@ class Code:
 
     limits_itself = True
     """A program's turn in the sandbox may come late; its time is counted from there."""
+    answers_are_responses = False
     sparing = False
     by_answer = False
 
@@ -74,7 +75,7 @@ class Code:
         self.terms = Terms(
             stop and credit == "all", max_tests or None, time_factor, time_s, int(memory_mb * MIB), total_s
         )
-        self._config: SandboxConfig = getattr(context, "sandbox", None) or SandboxConfig()
+        self._config: SandboxConfig = (context and context.sandbox) or SandboxConfig()
         self._sandbox: Sandbox | None = None
         self._tester: Tester | None = None
         self._read: OrderedDict[str, tuple[Prompt, Problem]] = OrderedDict()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from megatron_gspo.types import Prompt, Rollout
 
 if TYPE_CHECKING:
     from megatron_gspo.config import RewardConfig, RunConfig
+    from megatron_gspo.config.sandbox import SandboxConfig
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class RewardContext:
 
     config: RewardConfig | None = None
     """The ``[reward]`` section that the reward is made from."""
-    sandbox: Any = None
+    sandbox: SandboxConfig | None = None
     """The ``[sandbox]`` section, for rewards that run programs."""
     decode: Callable[[Sequence[int]], str] | None = None
     """The policy's tokenizer: ids -> text, special tokens included."""
@@ -80,8 +81,7 @@ class RewardContext:
     @classmethod
     def of(cls, config: RunConfig, decode: Callable[[Sequence[int]], str] | None = None) -> RewardContext:
         """That of a run's configuration."""
-        sandbox = getattr(config, "sandbox", None)
-        return cls(config.reward, sandbox, decode, config.model.path, config.train.run_dir)
+        return cls(config.reward, config.sandbox, decode, config.model.path, config.train.run_dir)
 
 
 class RewardFunction(Protocol):

@@ -206,6 +206,13 @@ def named_functions(config: RewardConfig) -> list[str]:
     return found
 
 
+def answers_are_responses(config: RewardConfig) -> bool:
+    """Whether a reference answer is what a response should be, and not something to hold it against (tests of a
+    program). A built-in reward says so by an attribute of this name; of yours it is not known, and assumed."""
+    built_in = [name for name in named_functions(config) if name in BUILTIN_REWARDS]
+    return all(getattr(_find(name), "answers_are_responses", True) for name in built_in)
+
+
 def _find(name: str) -> Callable[..., Any]:
     where, attribute = check_name(name)
     owner = os.getpid()

@@ -38,6 +38,9 @@ _UNIT = re.compile(
     r"(?P<rest>.*[\d})\]A-Za-z])\s*\\text\s*\{[^{}]*\}(?:\s*\^\s*(?:\{\d\}|\d))?\s*(?:\([^()]*\))?", re.DOTALL
 )
 _FUNCTIONS = frozenset({"sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "min", "max", "gcd", "lcm", "det"})
+_SHORT_UNITS = frozenset(
+    {"cm", "mm", "km", "kg", "mg", "ml", "mL", "ft", "in", "yd", "mi", "hr", "oz", "lb", "Hz", "kJ", "kW", "eV", "st"}
+)
 _BASED = re.compile(r"\d\s*_")
 """204_5 is written in base 5."""
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-z]*\*?\}")
@@ -120,9 +123,15 @@ def read_number(text: str) -> Value | None:
     """The value of a number or of an expression of numbers, with its unit; None for equations and anything else."""
     if "=" in text or r"\approx" in text or ":" in text or (text[:1] in "([" and "," in text):
         return None
-    if _BASED.search(text):
+    if _BASED.search(text) or _has_unknowns(text):
         return None
     return read_strictly(text, boxed=True)
+
+
+def _has_unknowns(text: str) -> bool:
+    """Whether letters stand in it that are no unit: 4 x^2 is no 4, and 4 apples and 4 cm are."""
+    bare = re.sub(r"\\text\s*\{[^{}]*\}|\\[A-Za-z]+|(?<=\d)[eE](?=[+-]?\d)", " ", text)
+    return any(len(word) < 3 and word not in _SHORT_UNITS for word in re.findall(r"[A-Za-z]+", bare))
 
 
 def _leaf(text: str) -> Leaf:
@@ -132,9 +141,14 @@ def _leaf(text: str) -> Leaf:
         number = read_number(text)
         if number is not None:
             return Leaf(text, number)
-    words = [word for word in _WORD.findall(_ENVIRONMENT.sub("", text)) if word not in _FUNCTIONS]
     is_based = _BASED.search(text) is not None  # math-verify would pass over the base
-    return Leaf(text, None, words=r"\text" in text or bool(words) or is_based)
+    return Leaf(text, None, words=_is_prose(text) or is_based)
+
+
+def _is_prose(text: str) -> bool:
+    """Whether words stand in it, which math-verify would pass over."""
+    words = [word for word in _WORD.findall(_ENVIRONMENT.sub("", text)) if word not in _FUNCTIONS]
+    return r"\text" in text or bool(words)
 
 
 def _list(text: str, depth: int, count: _Count) -> Node | None:
@@ -205,7 +219,7 @@ def _equation(text: str, sides: list[str], depth: int, count: _Count) -> Node | 
         is_computation = values[-1] is not None and not any(_has_letters(side) for side in sides)
         if is_computation and all(value.exact == known[-1].exact for value in known):
             return _read(last, depth + 1, count)
-        return Leaf(text, None, words=r"\text" in text)
+        return Leaf(text, None, words=_is_prose(text))
     between = [read_number(side) for side in sides[1:-1]]
     value = _read(last, depth + 1, count)
     own = value.value if isinstance(value, Leaf) else None
@@ -240,15 +254,15 @@ def is_name(text: str) -> bool:
 
 def _inequality(text: str, depth: int, count: _Count) -> Node | None:
     """ "1 <= x < 3" is the interval [1, 3), and "x > 5" is (5, oo)."""
-    signs = [part for part in _pieces(text) if _RELATION.fullmatch(part)]
-    if not signs:
-        return None
     sides = split(text, (r"\le", r"\ge", r"\ne", "<", ">"))
+    if len(sides) < 2:
+        return None
+    signs = [part for part in _pieces(text) if _RELATION.fullmatch(part)]
     if len(sides) != len(signs) + 1 or not all(sides) or r"\ne" in signs or len(signs) > 2:
-        return Leaf(text, None, words=r"\text" in text)
+        return Leaf(text, None, words=_is_prose(text))
     upwards = [sign in ("<", r"\le") for sign in signs]
     if len(set(upwards)) == 2:
-        return Leaf(text, None, words=r"\text" in text)
+        return Leaf(text, None, words=_is_prose(text))
     if not upwards[0]:
         sides, signs = sides[::-1], signs[::-1]
     closed = [sign in (r"\le", r"\ge") for sign in signs]
@@ -260,7 +274,7 @@ def _inequality(text: str, depth: int, count: _Count) -> Node | None:
     elif len(signs) == 1 and is_name(sides[1]) and not is_name(sides[0]):
         low, high, brackets = sides[0], r"\infty", "(["[closed[0]] + ")"
     else:
-        return Leaf(text, None, words=r"\text" in text)
+        return Leaf(text, None, words=_is_prose(text))
     ends = (_read(low, depth + 1, count), _read(high, depth + 1, count))
     return Many(ends, ordered=True, brackets=brackets, text=text)
 
@@ -279,6 +293,9 @@ def _bracketed(text: str, depth: int, count: _Count) -> Node | None:
         return None
     inside = "".join(pieces[1:-1]).strip()
     if pieces[0] in ("{", r"\{"):
+        builder = [part for part in split(inside, ("|", r"\mid", ":")) if part]
+        if len(builder) == 2 and is_name(builder[0]):
+            return _read(builder[1], depth + 1, count)  # {x | -2 <= x < 1}
         items = _items(inside, depth, count)
         return Many(items, ordered=False, brackets="{}")
     parts = [piece for part in split(inside, (";",)) for piece in _commas(part)]

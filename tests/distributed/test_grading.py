@@ -39,8 +39,11 @@ def graded(cases: Sequence[tuple[int, ...]]) -> list[tuple[list[float], dict[str
         def reward(prompt: Prompt, response: Rollout, stop: bool = rank in stopped_on) -> Any:
             return Stopped() if response.text == "time" and stop else gsm8k(prompt, response)
 
+        grader = Reward("gsm8k", reward)
         run: Any = SimpleNamespace(
-            reward=Reward("gsm8k", reward),
+            reward=grader,
+            reward_of=lambda prompt, grader=grader: grader,
+            source_rewards={},
             groups=SimpleNamespace(world=dist.group.WORLD),
             fleet=SimpleNamespace(metrics=dict),
             config=SimpleNamespace(rollout=RolloutConfig(), algorithm=make_algorithm("gspo")),

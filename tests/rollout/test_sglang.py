@@ -255,7 +255,7 @@ def test_a_misnamed_tensor_which_the_server_would_ignore_fails_the_push(
 
 def test_a_sync_waits_until_generation_is_over(server: str, other_model: Path, tmp_path: Path) -> None:
     groups: list[list[Rollout]] = []
-    long = Sampling(16, 1.0, 150, (), seed=1)
+    long = Sampling(64, 1.0, 150, (), seed=1)
     rollouts = threading.Thread(target=lambda: groups.extend(draw(server, PROMPTS[:2], long)))
     rollouts.start()
     time.sleep(0.5)

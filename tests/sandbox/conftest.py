@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_gspo.sandbox import local
-from tests.sandbox.world import World, draw
+from tests.sandbox.world import OTHERS, World, descendants, draw
 
 NAMESPACES = ("bwrap", "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "true")
 
@@ -28,6 +28,13 @@ def namespaces() -> None:
         pytest.fail(f"{lacks}: make bubblewrap, and a machine that allows them")
     if lacks:
         pytest.skip(lacks)
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    """What runs before a test is not what it has left."""
+    OTHERS.clear()
+    OTHERS.update(descendants())
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from megatron_gspo.errors import ConfigError
 from megatron_gspo.sandbox import Limits, Outcome, Program, Sandbox, Verdict, open_sandbox
 from megatron_gspo.sandbox.local import LocalSandbox
 from tests.sandbox.cases import DISK_MB
+from tests.sandbox.world import descendants
 
 pytestmark = pytest.mark.usefixtures("namespaces")
 LIMITS = Limits(wall_s=20.0, cpu_s=5.0)
@@ -154,10 +155,6 @@ def test_many_programs_at_once_each_get_what_is_theirs() -> None:
 
     outcomes = within(many, SandboxConfig(concurrency=3))
     assert [outcome.stdout for (outcome,) in outcomes] == [b"%d\n" % (2 * n) for n in range(40)]  # type: ignore[attr-defined]
-
-
-def descendants() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
 
 
 def test_a_run_that_is_given_up_is_ended_with_all_that_it_started() -> None:

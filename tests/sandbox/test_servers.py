@@ -24,6 +24,7 @@ from megatron_gspo.errors import ConfigError
 from megatron_gspo.sandbox import Limits, Outcome, Program, Verdict, open_sandbox, remote
 from megatron_gspo.sandbox.local import LocalSandbox
 from megatron_gspo.sandbox.server import application, shared_key
+from tests.sandbox.world import descendants
 
 LIMITS = Limits(wall_s=20.0, cpu_s=5.0)
 ECHO = Program("python", "print(input()[::-1])")
@@ -81,7 +82,7 @@ def test_a_client_that_goes_away_ends_what_it_had_run_and_what_waited(tmp_path: 
                 runs = [
                     asyncio.create_task(sandbox.run(sleeping, [b""], Limits(wall_s=600, cpu_s=60))) for _ in range(2)
                 ]
-                while not any(p.name() == "python3" for p in psutil.Process().children(recursive=True)):
+                while not any(p.name() == "python3" for p in descendants()):
                     await asyncio.sleep(0.02)
                 for task in runs:
                     task.cancel()
@@ -92,7 +93,7 @@ def test_a_client_that_goes_away_ends_what_it_had_run_and_what_waited(tmp_path: 
                 assert outcome.stdout == b"ba\n" and time.monotonic() - began < 15
 
     asyncio.run(main())
-    assert psutil.Process().children(recursive=True) == []
+    assert descendants() == []
 
 
 @pytest.mark.usefixtures("namespaces")

@@ -68,9 +68,18 @@ class World:
         self.listener.close()
 
 
+OTHERS: set[psutil.Process] = set()
+"""Descendants of this process from before the test: servers and ranks that other files' tests share."""
+
+
+def descendants() -> list[psutil.Process]:
+    """Processes that this one has started since the test began, and theirs."""
+    return [child for child in psutil.Process().children(recursive=True) if child not in OTHERS]
+
+
 def strays() -> list[str]:
     """Processes that this process's sandboxes have left: of the users that they became, or still its children."""
-    own = {child.pid for child in psutil.Process().children(recursive=True)}
+    own = {child.pid for child in descendants()}
     found = []
     for process in psutil.process_iter(["pid", "uids", "cmdline"]):
         uids = process.info["uids"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ REWARDS = Path(__file__).with_name("rewards.py")
 def mixed(quickstart: Path, make_config: MakeConfig, tmp_path: Path) -> MakeConfig:
     """Two halves of the quickstart's prompts: "even" is rewarded for what babble may do, "never" for nothing."""
     lines = (quickstart / "train.jsonl").read_text().splitlines(keepends=True)
-    for name, part in (("even", lines[:20]), ("never", lines[20:26])):
+    for name, part in (("even", lines[:20]), ("never", lines[20:22])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
     never = '{ function = "exact" }'
     sources = (
@@ -36,8 +37,15 @@ def mixed(quickstart: Path, make_config: MakeConfig, tmp_path: Path) -> MakeConf
     return make
 
 
+def cursor_of(config: RunConfig) -> dict[str, Any]:
+    """Where the run stands among its prompts, and what it knows of them."""
+    header = Path(config.train.run_dir) / "checkpoints" / "outer_00006" / "checkpoint.json"
+    cursor: dict[str, Any] = json.loads(header.read_text())["extra"]["cursor"]
+    return cursor
+
+
 @pytest.mark.slow_suite
-def test_a_mixture_with_a_curriculum_resumed_or_on_other_ranks_is_the_same_run(
+def test_a_mixture_with_a_curriculum_resumed_or_on_two_leaders_is_the_same_run(
     ranks: RankPool, mixed: MakeConfig, tmp_path: Path
 ) -> None:
     whole = mixed("train.save_rollouts=1000")
@@ -49,19 +57,20 @@ def test_a_mixture_with_a_curriculum_resumed_or_on_other_ranks_is_the_same_run(
     assert sum(line["source/even/groups"] for line in firsts) == 18  # 3 of 4
     assert all(line["source/never/reward"] == 0 and line["source/never/zero_std_groups"] == 1 for line in firsts)
     assert max(line["source/even/reward"] for line in firsts) > 0
-    assert [record["prompt_id"].split("/")[0] for record in responses_of(whole)].count("never") == 6 * 4
-    assert firsts[0]["curriculum/hard"] == 1 / 26 and firsts[-1]["curriculum/hard"] > firsts[0]["curriculum/hard"]
+    assert [record["prompt_id"].split("/")[0] for record in responses_of(whole)].count("never") == 6 * 8
+    assert firsts[0]["curriculum/hard"] == 1 / 22 and firsts[-1]["curriculum/hard"] > firsts[0]["curriculum/hard"]
 
     again = mixed(f'train.run_dir="{tmp_path}/again"', "train.save_rollouts=1000", "train.outer_steps=3")
     ranks.run(2, train, again)
-    again = mixed(f'train.run_dir="{tmp_path}/again"', "train.save_rollouts=1000", "train.resume=true")
+    again = mixed(
+        f'train.run_dir="{tmp_path}/again"', "train.save_rollouts=1000", "train.resume=true", "train.overwrite=false"
+    )
     ranks.run(2, train, again)
     assert list(map(exact, responses_of(again))) == list(map(exact, responses_of(whole)))
     assert list(map(exact, metrics_of(again))) == list(map(exact, metrics_of(whole)))
 
-    alone = mixed(f'train.run_dir="{tmp_path}/alone"', "train.save_rollouts=1000", "parallel.data=1")
-    ranks.run(1, train, alone)
-    drawn = [[(r["outer_step"], r["prompt_id"]) for r in responses_of(run)] for run in (whole, alone)]
-    assert drawn[0] == drawn[1]
-    cursor = json.loads((tmp_path / "again" / "checkpoints" / "outer_00006" / "checkpoint.json").read_text())
-    assert cursor["extra"]["cursor"]["given"] == [18, 6]
+    layout = ["parallel.tensor=1", "parallel.expert=1"]  # two leaders, each with half of the prompts
+    other = mixed(f'train.run_dir="{tmp_path}/other"', "train.save_rollouts=1000", *layout)
+    ranks.run(2, train, other)
+    assert sum(line["curriculum/skipped"] for line in firsts) == 9 and cursor_of(whole)["given"] == [18, 6]
+    assert cursor_of(other) == cursor_of(again) == cursor_of(whole)

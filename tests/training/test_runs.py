@@ -19,7 +19,7 @@ from megatron_gspo.config import RunConfig, load
 from megatron_gspo.errors import DataError, EngineReplyError, RewardError, WeightError
 from megatron_gspo.megatron.groups import make_groups
 from megatron_gspo.megatron.policy import Policy
-from megatron_gspo.report.metrics import COMPONENT, METRICS, PLACE, row_of
+from megatron_gspo.report.metrics import COMPONENT, METRICS, PLACE, SUITE, row_of
 from megatron_gspo.report.recorder import RunRecorder
 from megatron_gspo.rollout.sglang.control import Servers
 from megatron_gspo.runs.loop import train as train_with
@@ -106,9 +106,8 @@ def test_the_first_minibatch_clips_exactly_nothing_and_the_engine_agrees_with_th
         assert abs(line["kl/engine_k3"]) < 1e-9  # after a sync of weights that have moved
         assert line["grad_norm"] > 0
     written = {name for line in metrics_of(config) for name in line} - set(PLACE)
-    asked_for = {
-        name for name in METRICS if name.startswith(("correction/", "dynamic/", "critic/", "source/", "curriculum/"))
-    }
+    optional = ("correction/", "dynamic/", "critic/", "source/", "curriculum/", SUITE)
+    asked_for = {name for name in METRICS if name.startswith(optional)}
     asked_for |= {"data/skipped", "reward/kl_penalty", COMPONENT}
     expected = set(METRICS) - ENGINE_ROUTES - REFERENCE - asked_for
     assert {row_of(name) for name in written} == expected, "docs/metrics.md says what is there"

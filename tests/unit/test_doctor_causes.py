@@ -287,3 +287,14 @@ def test_the_command_takes_ranks_per_node(case: Case, capsys: pytest.CaptureFixt
     assert "32 ranks on 4 nodes of 8: over the network go gradients" in capsys.readouterr().out
     assert main(["doctor", str(case.config), "--ranks-per-node", "0"]) == 2
     assert capsys.readouterr().err == "error: --ranks-per-node = 0: the number of ranks is at least 1\n"
+
+
+def test_tests_of_a_program_are_not_measured_as_a_response(case: Case) -> None:
+    tests = json.dumps({"inputs": ["1"] * 9, "outputs": ["2"] * 9})  # no text for a tokenizer of digits
+    rows = [{"prompt": f"{number:012d}=", "answer": tests} for number in range(600)]
+    (case.root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert case.check("prompts", 'reward.function="code"').status == "ok"
+    assert case.check("reward", 'reward.function="code"').status == "ok"
+    parts = '[{function="code",weight=1.0},{function="repetition",weight=-0.1}]'
+    assert case.check("prompts", 'reward.function="weighted"', f"reward.options={{parts={parts}}}").status == "ok"
+    assert case.check("prompts", 'reward.function="exact"').status == "error"
