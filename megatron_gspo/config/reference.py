@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from megatron_gspo.algorithm.base import Algorithm, algorithm_class
 from megatron_gspo.algorithm.catalog import ALGORITHMS
 from megatron_gspo.config.run import RunConfig
+from megatron_gspo.config.sources import SourceConfig, SourceReward
 from megatron_gspo.config.training import OptimizerConfig
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.section import Section
@@ -117,6 +118,10 @@ def with_name(name: str) -> tuple[Setting, ...]:
 def did_you_mean(word: str) -> str:
     """What a setting that is none may have meant: a key of its section, one that is part of another or spelt like it,
     or one whose meaning has its words; else what there is."""
+    if in_source := re.fullmatch(r"data\.sources\.\d+\.(reward\.)?(\w+)", word):
+        keys = (SourceReward if in_source[1] else SourceConfig).model_fields
+        near = difflib.get_close_matches(in_source[2], keys, n=1)
+        return f" (did you mean {near[0]}?)" if near else f" (it has {', '.join(keys)})"
     section, dot, name = word.partition(".")
     if dot and section in RunConfig.model_fields:
         own = {setting.name: setting for setting in settings(section)}

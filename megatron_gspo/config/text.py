@@ -99,6 +99,8 @@ def _first_problem(error: ValidationError) -> str:
     """One line of the first problem; the rest are counted."""
     problems = error.errors(include_url=False)
     first = problems[0]
+    if first["type"] == "missing":  # perhaps since it is spelt wrong
+        first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), first)
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         text = f"unknown setting {where}{_of_others(where) or did_you_mean(where)}"

@@ -13,6 +13,7 @@ from megatron_gspo.doctor.pair import check_pair
 from megatron_gspo.doctor.placement import check_where
 from megatron_gspo.doctor.servers import check_servers
 from megatron_gspo.doctor.settings import check_settings
+from megatron_gspo.doctor.suites import check_suites
 
 CHECKS = (
     Entry("configuration", check_configuration, needs=()),
@@ -30,6 +31,7 @@ CHECKS = (
     Entry("memory", check_memory, needs=("config", "model", "layout", "placement"), setting="[placement]"),
     Entry("prompts", check_prompts, needs=("config", "tokenizer"), setting="data.path", file="data.path"),
     Entry("eval prompts", check_eval_prompts, ("config", "tokenizer"), setting="data.eval_path", file="data.eval_path"),
+    Entry("suites", check_suites, needs=("config", "model", "tokenizer"), setting="eval.suites_data"),
     Entry("reward", check_reward, needs=("config", "tokenizer", "prompts"), setting="reward.function"),
     Entry("settings", check_settings),
     Entry("servers", check_servers, needs=("config", "model"), setting="rollout.servers"),

@@ -11,7 +11,7 @@ from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.lengths import check_lengths
 from megatron_gspo.doctor.tokenizer import show_prompt
-from megatron_gspo.errors import DataError
+from megatron_gspo.errors import ConfigError, DataError
 from megatron_gspo.rewards.references import MADE_UP, ReferenceCheck, Survey, as_response
 from megatron_gspo.rewards.scoring import score_now
 from megatron_gspo.train.reward import find_reward
@@ -45,7 +45,7 @@ def check_eval_prompts(facts: Facts) -> Check:
     if facts.supervised:
         return ok("supervised fine-tuning does not evaluate")
     if not path:
-        return ok("data.eval_path is empty: no evaluation")
+        return ok("data.eval_path is empty: no evaluation on prompts of it")
     if not every:
         return warning(f"{path} is never read: eval.every = 0", "eval.every, or an empty data.eval_path")
     try:
@@ -80,7 +80,10 @@ def check_reward(facts: Facts) -> list[Check]:
     checks = []
     for source, read in zip(config.data.sources, facts.sources, strict=True):
         own = config.model_copy(update={"reward": source.reward_config(config.reward)})
-        found = _check_reward(facts, own, read.prompts)
+        try:
+            found = _check_reward(facts, own, read.prompts)
+        except ConfigError as caught:
+            found = [error(str(caught), f"data.sources.{source.name}.reward")]
         checks += [replace(check, detail=f"source {source.name}: {check.detail}") for check in found]
     return sorted(checks, key=lambda check: check.status == "ok")
 
@@ -140,17 +143,24 @@ def _enough(facts: Facts, text: str, rows: int) -> Check:
     step = config.train.prompts_per_step
     if rows < step:
         return error(f"{text}: one would be drawn twice in a step", _more_prompts(facts, rows, step))
+    if config.data.sources:  # each has epochs of its own
+        return ok(text)
     epochs = config.train.outer_steps * step / rows
     return ok(f"{text}, {epochs:.2g} epochs in {config.train.outer_steps} outer steps")
 
 
 def _named(config: RunConfig, facts: Facts) -> str:
-    """The file of the training prompts; of sources, each with its prompts and its share of those that are drawn."""
+    """The file of the training prompts; of sources, each with its prompts, its share of those that are drawn, and how
+    often it comes round."""
     if not config.data.sources:
         return config.data.path
-    total = sum(source.weight for source in facts.sources)
-    parts = [f"{s.name} {len(s.prompts)} ({s.weight / total:.0%} of those drawn)" for s in facts.sources]
-    return f"data.sources: {', '.join(parts)}"
+    total, steps = sum(source.weight for source in facts.sources), config.train.outer_steps
+    parts = []
+    for source in facts.sources:
+        share = source.weight / total
+        epochs = share * steps * config.train.prompts_per_step / len(source.prompts)
+        parts.append(f"{source.name} {len(source.prompts)} ({share:.0%} of those drawn, {epochs:.2g} epochs)")
+    return f"data.sources, in {steps} outer steps: {', '.join(parts)}"
 
 
 def _setting_of(config: RunConfig, problem: str) -> str:

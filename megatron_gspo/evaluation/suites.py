@@ -91,8 +91,7 @@ def run_suites(
     if left:
         with examiner(tasks.subject, tasks.tokenizer, out / "servers", phase=phase) as servers:
             for task in left:
-                phase(f"{task.suite.title}: {len(task.prompts)} x {task.sampling.group_size} responses")
-                _run_one(task, tasks, servers, settings[task.name], out / task.name, progress)
+                _run_one(task, tasks, servers, settings[task.name], out / task.name, phase, progress)
     results = [json.loads((out / task.name / RESULT).read_bytes()) for task in tasks.tasks]
     with writing(out, "the summary"):
         replace_text(out / SUMMARY, json.dumps(summary(results), indent=2) + "\n")
@@ -121,10 +120,19 @@ def _is_whole(path: Path, settings: dict[str, Any]) -> bool:
 
 
 def _run_one(
-    task: Task, tasks: Tasks, servers: Examiner, settings: dict[str, Any], path: Path, progress: Progress
+    task: Task,
+    tasks: Tasks,
+    servers: Examiner,
+    settings: dict[str, Any],
+    path: Path,
+    phase: Callable[[str], None],
+    progress: Progress,
 ) -> None:
     started, clock = datetime.now(UTC), time.monotonic()
     with EvaluationDirectory(path, settings) as directory:
+        there = len(directory.before.responses)
+        goes_on = f", goes on: {there} problems have theirs" if there else ""
+        phase(f"{task.suite.title}: {len(task.prompts)} x {task.sampling.group_size} responses{goes_on}")
         found = servers.examine(task.prompts, task.reward, task.sampling, directory, progress=progress)
         contamination, overlapping = _contamination(task, tasks.subject)
         result = {"schema": SCHEMA, **settings, **describe(task, found.graded), "contamination": contamination}

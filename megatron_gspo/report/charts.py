@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_gspo.report.metrics import COMPONENT, FAMILIES, SOURCE_FAMILIES, SUITE, row_of
+from megatron_gspo.report.metrics import COMPONENT, FAMILIES, LAYER, SOURCE_FAMILIES, SUITE, row_of
 
 
 @dataclass(frozen=True)
@@ -381,8 +381,7 @@ SECTIONS = (
 )
 
 SHOWN_LAYERS = 8
-"""Of a model with more layers (or a reward with more components), evenly spread ones are drawn, the first and the last
-among them."""
+"""Of a model with more layers, evenly spread ones are drawn, the first and the last among them."""
 
 
 def for_families(chart: Chart, recorded: Iterable[str]) -> Chart:
@@ -391,10 +390,11 @@ def for_families(chart: Chart, recorded: Iterable[str]) -> Chart:
         return chart
     curves = []
     for curve in chart.curves:
-        names = [name for name in recorded if row_of(name) == curve.metric]
-        names.sort(key=lambda name: (len(name), name))
-        last = max(1, min(SHOWN_LAYERS, len(names)) - 1)
-        chosen = dict.fromkeys(names[round(i * (len(names) - 1) / last)] for i in range(last + 1) if names)
+        chosen = sorted(name for name in recorded if row_of(name) == curve.metric)
+        if curve.metric.endswith(LAYER):
+            names = sorted(chosen, key=len)  # layer_100 is after layer_99
+            last = max(1, min(SHOWN_LAYERS, len(names)) - 1)
+            chosen = list(dict.fromkeys(names[round(i * (len(names) - 1) / last)] for i in range(last + 1) if names))
         curves += [replace(curve, metric=name, label=_member(curve, name)) for name in chosen]
     return replace(chart, curves=tuple(curves))
 

@@ -103,21 +103,23 @@ def format_result(result: Mapping[str, Any]) -> str:
     how += f", top-k {settings['top_k']}" if settings.get("top_k", -1) != -1 else ""
     what = result.get("title") or result["model"]["name"]
     units = "problems" if "suite" in result else "prompts"
+    names = {name: f"avg@{figures['samples']}" if name == "accuracy" else name for name in figures["estimates"]}
+    width = max(11, *map(len, (*figures["measured"], *names.values(), *figures["components"]))) + 1
     lines = [
         f"{what}: {figures['prompts']} {units} x {figures['samples']} responses, {how}",
-        f"{'':<12}{'':>8}   95% interval over {units}",
+        f"{'':<{width}}{'':>8}   95% interval over {units}",
     ]
     for name, values in figures["measured"].items():
-        lines.append(f"{name:<12}{values['value']:>8.0f}   {values['low']:.0f} ... {values['high']:.0f}")
+        lines.append(f"{name:<{width}}{values['value']:>8.0f}   {values['low']:.0f} ... {values['high']:.0f}")
     for name, values in figures["estimates"].items():
-        label = f"avg@{figures['samples']}" if name == "accuracy" else name
         low, high = ("?" if values[end] is None else f"{values[end]:.4f}" for end in ("low", "high"))
-        lines.append(f"{label:<12}{values['value']:>8.4f}   {low} ... {high}")
-    lines += [f"{name:<12}{value:>8.4f}   mean of the component" for name, value in figures["components"].items()]
+        lines.append(f"{names[name]:<{width}}{values['value']:>8.4f}   {low} ... {high}")
+    components = figures["components"].items()
+    lines += [f"{name:<{width}}{value:>8.4f}   mean of the component" for name, value in components]
     tokens = figures["tokens"]
-    lines.append(f"{'truncated':<12}{figures['truncated']:>8.2%}")
-    lines.append(f"{'tokens':<12}{tokens['mean']:>8.1f}   median {tokens['median']:g}, longest {tokens['max']}")
-    return "\n".join(lines + [f"{'warning':<12} {text}" for text in result["warnings"]])
+    lines.append(f"{'truncated':<{width}}{figures['truncated']:>8.2%}")
+    lines.append(f"{'tokens':<{width}}{tokens['mean']:>8.1f}   median {tokens['median']:g}, longest {tokens['max']}")
+    return "\n".join(lines + [f"{'warning':<{width}} {text}" for text in result["warnings"]])
 
 
 def _component_means(groups: Sequence[Answers]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from typing import Any
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.report.charts import SECTIONS, Chart, for_families
 from megatron_gspo.report.metrics import (
+    COMPONENT,
     INITIAL,
     METRICS,
     TIME_PARTS,
@@ -40,13 +41,14 @@ def payload(runs: Sequence[RunDirectory]) -> dict[str, Any]:
     """Everything that the page's script reads."""
     described = [run_payload(run, label, len(runs)) for run, label in zip(runs, labels(runs), strict=True)]
     recorded = {name for run in described for name in run["steps"]["series"]}
+    shown = recorded - idle_components(described)
     sections = [
         {
             "question": section.question,
             "charts": [
                 asdict(chart) | {"flat": is_flat(chart, [run["steps"]["series"] for run in described])}
-                for chart in (for_families(chart, recorded) for chart in section.charts)
-                if drawn(chart, recorded)
+                for chart in (for_families(chart, shown) for chart in section.charts)
+                if drawn(chart, shown)
             ],
         }
         for section in SECTIONS
@@ -60,6 +62,18 @@ def payload(runs: Sequence[RunDirectory]) -> dict[str, Any]:
             if name in {row_of(metric) for metric in recorded}
         },
     }
+
+
+def idle_components(described: Sequence[dict[str, Any]]) -> set[str]:
+    """Components of the reward that are 0 at every step of every run: a line on the axis hides others. None where all
+    are, since then their chart is folded away as a whole."""
+    values: dict[str, set[float]] = {}
+    for run in described:
+        for name, curve in run["steps"]["series"].items():
+            if row_of(name) == COMPONENT:
+                values.setdefault(name, set()).update(curve["y"])
+    idle = {name for name, seen in values.items() if seen == {0.0}}
+    return idle if len(idle) < len(values) else set()
 
 
 def in_order(recorded: Iterable[str]) -> list[str]:

@@ -85,7 +85,8 @@ class Service:
             else:
                 if status == 200:
                     return found
-                failure = f"{url}: {refusal(status) if status in (401, 403) else f'HTTP {status}'}: {_text(found)}"
+                said = refusal(status) if status in (401, 403) else f"HTTP {status}"
+                failure = ": ".join(filter(None, (url, said, _text(found))))
                 if status in MISTAKEN:
                     raise RewardError(failure)
                 if status not in PASSING and status < 500:

@@ -117,7 +117,7 @@ class Judge:
         try:
             verdict = Verdict(known) if known is not None else await self._ask_once(key, question)
         except NoAnswerError as error:
-            return Ungraded(f"judge {self._model}: {error}")
+            return Ungraded(f"judge {self._model!r}: {error}")
         return Score(verdict.grade, self._components(verdict))
 
     def close(self) -> None:

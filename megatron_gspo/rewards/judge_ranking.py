@@ -85,7 +85,7 @@ class JudgeRanking:
         try:
             said = await converse(self._service, question, lambda answer: shares(answer, len(texts)))
         except NoAnswerError as error:
-            return [Ungraded(f"judge {model}: {error}")] * len(responses)
+            return [Ungraded(f"judge {model!r}: {error}")] * len(responses)
         counts = {
             "prompt_tokens": said.prompt_tokens / len(responses),
             "completion_tokens": said.completion_tokens / len(responses),

@@ -29,6 +29,8 @@ class Language:
     """Name of its text."""
     run: tuple[str, ...]
     """Command; ``{python}`` is the interpreter of ``sandbox.python``."""
+    sample: str
+    """A program that writes 42 on a line: ``sandbox check`` runs it."""
     compile: str = ""
     """Shell command that turns ``file`` into ``binary``; ``{headers}`` is the directory of precompiled ones. Empty:
     the text itself is run."""
@@ -52,12 +54,14 @@ LANGUAGES = {
     "python": Language(
         file="main.py",
         run=("{python}", "-s", "main.py"),
+        sample="print(6 * 7)",
         out_of_memory=b"MemoryError",
         environment={"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"},
     ),
     "cpp": Language(
         file="main.cpp",
         run=(f"{HOME}/main",),
+        sample="#include <iostream>\nint main() { std::cout << 6 * 7 << std::endl; }",
         compile=f"{_COMPILER} -o main main.cpp",
         binary="main",
         header=f"echo '#include <bits/stdc++.h>' >all.h && {_COMPILER} -x c++-header -o all.gch all.h",

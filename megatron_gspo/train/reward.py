@@ -21,7 +21,10 @@ def find_source_rewards(config: RunConfig, tokenizer: Tokenizer, default: Reward
         wanted = source.reward_config(config.reward)
         reward = next((reward for known, reward in made if known == wanted), None)
         if reward is None:
-            reward = find_reward(config.model_copy(update={"reward": wanted}), tokenizer)
+            try:
+                reward = find_reward(config.model_copy(update={"reward": wanted}), tokenizer)
+            except ConfigError as error:
+                raise ConfigError(f"source {source.name}: {error}") from None
             made.append((wanted, reward))
         found[source.name] = reward
     return found

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.tokenizer import Tokenizer
 from megatron_gspo.hf.catalog import read_model
-from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.parallel.exchange import broadcast_object, together
 from megatron_gspo.platforms import here
 from megatron_gspo.rollout.engine import ENGINES
 from megatron_gspo.suites.catalog import read_all_asked
 from megatron_gspo.suites.task import Task, check_contamination, make_task
+
+if TYPE_CHECKING:  # doctor, which reads suites too, imports no Megatron
+    from megatron_gspo.megatron.groups import Groups
 
 
 def load_suites(config: RunConfig, tokenizer: Tokenizer) -> list[Task]:

@@ -364,3 +364,18 @@ def test_a_thinned_curve_says_so_and_is_not_smoothed(browser: Browser, tmp_path:
         assert (max(curve["y"]), curve["x"][curve["y"].index(77.0)]) == (77.0, 1235)
         assert len(curve["x"]) < 2000
         assert "Long curves keep the smallest and the largest value" in page.text("#axis-note")
+
+
+def test_charts_of_components_sources_and_suites_say_what_their_metrics_are(browser: Browser, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", outer_steps=1)
+    names = ("reward/component/passed", "source/math/reward", "eval/aime24/accuracy")
+    lines = [json.loads(line) | dict.fromkeys(names, 0.5) for line in run.metrics_file.read_text().splitlines()]
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with browser.open(report(run)) as page:
+        told = page.value(
+            "Object.fromEntries([...document.querySelectorAll('.chart')].map((card) => "
+            "[card.querySelector('h3').textContent, card.querySelector('dt')?.textContent]))"
+        )
+    assert told["Components of the reward"] == "reward/component/NAME (reward)"
+    assert told["Reward by source"] == "source/NAME/reward (reward)"
+    assert told["Suites"] == "eval/SUITE/accuracy (fraction)"

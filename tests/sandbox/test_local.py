@@ -16,10 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_gspo.cli import main
 from megatron_gspo.config import SandboxConfig
 from megatron_gspo.config.sandbox import UNPROTECTED
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.sandbox import Limits, Outcome, Program, Sandbox, Verdict, open_sandbox
+from megatron_gspo.sandbox.languages import LANGUAGES
 from megatron_gspo.sandbox.local import LocalSandbox
 from tests.sandbox.cases import DISK_MB
 from tests.sandbox.world import descendants
@@ -376,3 +378,19 @@ def test_a_python_that_is_none_or_that_other_users_cannot_read_is_refused(tmp_pa
         (hidden / "python").symlink_to("/usr/bin/python3")
         with pytest.raises(ConfigError, match="only its owner reads"):
             python("", config=SandboxConfig(python=str(hidden / "python")))
+
+
+def test_check_runs_a_program_of_every_language(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = replace(LANGUAGES["cpp"], sample="int main() { return 3; }")
+    monkeypatch.setitem(LANGUAGES, "cpp", wrong)  # here, not in the process that runs it
+    assert main(["sandbox", "check"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == "python: works" and lines[-1].startswith("cpp: crashed, status 3")
+
+
+def test_the_page_s_program_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs/sandbox.md").read_text("utf-8")
+    exec(compile(page.split("```python\n")[1].split("```")[0], "docs/sandbox.md", "exec"), {})
+    assert capsys.readouterr().out.count("verdict=<Verdict.OK") == 2

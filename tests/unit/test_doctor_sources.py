@@ -22,9 +22,11 @@ def sources(case: Case, *more: str) -> list[str]:
 
 
 def test_sources_are_counted_with_their_shares_and_each_reward_is_called(case: Case) -> None:
-    (prompts, *_) = case.checks(*sources(case), only="prompts")
+    (prompts, *_) = case.checks(*sources(case), "train.outer_steps=10", only="prompts")
     assert prompts.status == "ok"
-    assert "data.sources: long 600 (75% of those drawn), few 100 (25% of those drawn): 700 prompts" in prompts.detail
+    # 10 outer steps of 32 prompts: 240 of the 600, 80 of the 100
+    assert "in 10 outer steps: long 600 (75% of those drawn, 0.4 epochs), few 100 (25% of those" in prompts.detail
+    assert "drawn, 0.8 epochs): 700 prompts, 32 a step" in prompts.detail and prompts.detail.count("epochs") == 2
     found = [check.detail for check in case.checks(*sources(case), only="reward")]
     assert any(text.startswith("source long: exact on prompt 'line-1': 1 for its reference") for text in found)
     assert any(text.startswith("source few: arithmetic on prompt 'line-1': 1 for its reference") for text in found)
@@ -44,3 +46,17 @@ def test_references_are_held_against_their_own_source_s_reward(case: Case) -> No
     worst = case.check("reward", *sources(case, words))
     assert worst.status == "error" and worst.detail.startswith("source words: ")
     assert f"{case.root}/words.jsonl, line 1" in worst.detail and "ends in no number" in worst.detail
+
+
+def test_a_source_s_reward_that_is_none_is_named_with_its_source(case: Case) -> None:
+    other = f'{{ name = "other", path = "{case.root}/words.jsonl", reward = {{ function = "maht" }} }}'
+    worst = case.check("reward", *sources(case, other))
+    assert worst.status == "error" and worst.fix == "data.sources.other.reward"
+    assert worst.detail.startswith("source other: reward.function = 'maht' is unknown")
+
+
+def test_a_setting_of_a_source_that_is_spelt_wrong_brings_the_one_that_was_meant(case: Case) -> None:
+    found = case.check("configuration", *sources(case, '{ name = "a", path = "b", limt = 3 }'))
+    assert "unknown setting data.sources.2.limt (did you mean limit?)" in found.detail
+    found = case.check("configuration", *sources(case, '{ name = "a", path = "b", reward = { functon = "math" } }'))
+    assert "unknown setting data.sources.2.reward.functon (did you mean function?)" in found.detail

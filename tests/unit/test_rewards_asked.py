@@ -135,6 +135,11 @@ def test_a_range_that_is_declared_holds() -> None:
         assert score(remote(asked, low="-inf", high="inf"), group("a"))[0].rewards_G.tolist() == [-3.5]
 
 
+def test_a_refusal_without_a_text_ends_with_its_status() -> None:
+    with answering(lambda body, number: Answer(b"", 404)) as asked, pytest.raises(RewardError, match=r"HTTP 404$"):
+        score(remote(asked), group("a"))
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_wrong_key_or_address_ends_the_scoring_at_once(status: int) -> None:
     with (

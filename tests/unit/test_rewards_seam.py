@@ -362,3 +362,12 @@ def test_a_grader_that_is_away_says_nothing_of_a_reference_but_one_that_grades_n
     assert some.error is None and not some.problems and not some.fatal
     none = check(lambda answer: True).survey(these, range(4))
     assert none.error is not None and "graded no reference: HTTP 503" in str(none.error)
+
+
+def test_the_page_s_way_to_try_a_reward_works_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs/rewards.md").read_text("utf-8")
+    (code,) = [
+        block.split("```")[0] for block in page.split("```python\n")[1:] if "asyncio.run" in block.split("```")[0]
+    ]
+    exec(compile(code, "docs/rewards.md", "exec"), {})
+    assert "rewards_G=array([1., 0.])" in capsys.readouterr().out

@@ -19,6 +19,7 @@ from megatron_gspo.report.charts import CHARTS, for_families
 from megatron_gspo.report.comparison.charts import REWARD, curve_chart
 from megatron_gspo.report.evaluation import statistics
 from megatron_gspo.report.metrics import METRICS, row_of
+from megatron_gspo.report.payload import idle_components
 from megatron_gspo.report.prometheus import series_name
 from megatron_gspo.report.samples import sample
 from megatron_gspo.rewards import (
@@ -206,10 +207,21 @@ def test_a_chart_has_a_line_a_component_and_the_reader_has_its_numbers() -> None
         ("reward/component/right", "right"),
         ("reward/component/style", "style"),
     ]
+    many = [f"reward/component/{letter}" for letter in "abcdefghijkl"]
+    assert [curve.label for curve in for_families(chart, many).curves] == list("abcdefghijkl"), "none is left out"
     shown = sample({"reward": 0.5, "components": {"right": 1, "style": float("nan")}, "tokens": ["a"]})
     assert shown["components"] == {"right": 1, "style": None} and sample({"tokens": []})["components"] is None
     assert sample({"components": [1]})["components"] is None
     assert series_name("reward/component/right") == ("reward_component", {"component": "right"})
+
+
+def test_a_component_that_is_0_at_every_step_of_every_run_is_not_drawn() -> None:
+    def run(**values: list[float]) -> dict[str, Any]:
+        return {"steps": {"series": {f"reward/component/{name}": {"y": of} for name, of in values.items()}}}
+
+    runs = [run(crashed=[0.0, 0.0], passed=[0.0, 0.5], time=[0.0]), run(crashed=[0.0], time=[0.0, 0.1])]
+    assert idle_components(runs) == {"reward/component/crashed"}
+    assert idle_components([run(crashed=[0.0], time=[0.0])]) == set(), "then the chart as a whole is folded away"
 
 
 def test_a_comparison_of_rewards_outside_of_0_and_1_is_not_cut_there() -> None:

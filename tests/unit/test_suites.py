@@ -13,6 +13,7 @@ from megatron_gspo.algorithm.elo import win_probability
 from megatron_gspo.cli import main
 from megatron_gspo.config import DataConfig
 from megatron_gspo.errors import ConfigError, DataError
+from megatron_gspo.report.evaluation import format_result
 from megatron_gspo.rollout.engine import EVALUATION, Sampling
 from megatron_gspo.rollout.sglang.reply import generation_request
 from megatron_gspo.suites import codeforces
@@ -124,8 +125,10 @@ def test_an_evaluation_that_is_killed_goes_on_and_gives_the_same_files(
     monkeypatch.chdir(tmp_path)
     for dies_after in (2, 1, 3):
         killed_after(dies_after, answers_half, [str(model), *arguments])
+    capsys.readouterr()
     with standing_in(answers_half) as engine:
-        evaluate(capsys, model, *arguments)
+        assert main(["eval", str(model), *arguments]) == 0
+    assert "2 responses, goes on: 3 problems have theirs" in capsys.readouterr().err
     (out,) = (tmp_path / "evals").iterdir()
     for name in ("aime25", "gpqa-diamond"):
         for file in ("settings.json", "samples.jsonl", "result.json"):
@@ -426,3 +429,20 @@ def test_every_entry_of_the_catalog_is_a_suite_of_its_name() -> None:
     for name in SUITES:
         suite = find_suite(name)
         assert suite.name == name and suite.sources and suite.draw.source
+
+
+def test_a_table_s_figures_stand_under_each_other_however_long_their_names_are() -> None:
+    figures = {
+        "prompts": 4,
+        "samples": 2,
+        "measured": {"elo": {"value": 1500.0, "low": 1400.0, "high": 1600.0}},
+        "estimates": {"accuracy": {"value": 0.5, "low": 0.25, "high": None}},
+        "components": {"compile_error": 0.25, "passed": 1.0},
+        "truncated": 0.0,
+        "tokens": {"mean": 3.0, "median": 3, "max": 4},
+    }
+    result = {"suite": "lcb", "title": "LCB", "sampling": {"temperature": 1.0}, "result": figures, "warnings": ["few"]}
+    lines = format_result(result).splitlines()
+    shown = ("1500", "0.5000", "0.2500", "1.0000", "0.00%", "3.0")
+    cells = [(line, line.split()[1]) for line in lines[2:]]
+    assert [line.index(cell) + len(cell) for line, cell in cells if cell in shown] == [22] * len(shown)

@@ -73,20 +73,21 @@ function plotCard(id, title, unit, notes, metrics) {
   plot.setAttribute("role", "img");
   plot.setAttribute("aria-label", `${title}, ${unit}`);
   card.append(element("h3", "", title), ...notes.filter(Boolean), plot);
-  if (metrics.some((metric) => DATA.metrics[metric])) card.append(explanation(metrics));
+  const rows = new Set(metrics.map(rowOf).filter((row) => DATA.metrics[row]));  // layers, say, share one
+  if (rows.size) card.append(explanation(rows));
   return card;
 }
 
-// What docs/metrics.md says of the metrics.
-function explanation(metrics) {
+// The name that a recorded metric has in docs/metrics.md, as report/metrics.py has it.
+const rowOf = (metric) => metric.replace(/layer_\d+$/, "layer_NN").replace(/^source\/[^/]+\//, "source/NAME/")
+  .replace(/^eval\/[^/]+\//, "eval/SUITE/").replace(/^reward\/component\/.*/, "reward/component/NAME");
+
+// What docs/metrics.md says of its rows.
+function explanation(rows) {
   const details = element("details", "about quiet"), list = element("dl");
   details.append(element("summary", "", "what this is"), list);
   const text = (markdown) => markdown.replaceAll("`", "");
-  const rows = new Set(metrics.map((metric) => metric.replace(/layer_\d+$/, "layer_NN")
-    .replace(/^source\/[^/]+\//, "source/NAME/").replace(/^eval\/[^/]+\//, "eval/SUITE/")
-    .replace(/^reward\/component\/.*/, "reward/component/NAME")));  // they share rows
   for (const metric of rows) {
-    if (!DATA.metrics[metric]) continue;
     const [unit, meaning, lookFor] = DATA.metrics[metric];
     list.append(element("dt", "", `${metric} (${unit === "1" ? "no unit" : unit})`), element("dd", "", text(meaning)));
     if (lookFor) list.append(element("dd", "", text(lookFor)));
