@@ -124,8 +124,8 @@ class DataConfig(Section):
     curriculum: Literal["off", "variance"] = "off"
     """"variance": a prompt whose last k groups in a row had equal rewards is kept with probability max(floor, 2^-k)
     when its turn comes, else the next has its turn."""
-    curriculum_floor: Annotated[float, Field(gt=0.0, le=1.0)] = 0.0625
-    """The least probability with which such a prompt is kept."""
+    curriculum_floor: Annotated[float, Field(ge=0.01, le=1.0)] = 0.0625
+    """The least probability with which such a prompt is kept. Where all are such, a step draws 1 / floor as many."""
 
     @model_validator(mode="before")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
@@ -111,7 +112,7 @@ class Service:
     def _pause(self, number: int, asked: str | None) -> float:
         """Seconds before the next try; spread, so that not all come back at once."""
         wanted = self._backoff_s * 2**number * (0.5 + self._spread.random())
-        if asked is not None and asked.strip().isdigit():
+        if asked is not None and re.fullmatch("[0-9]{1,9}", asked.strip()):
             wanted = max(wanted, float(asked))
         return min(wanted, LONGEST_WAIT_S)
 
@@ -120,8 +121,7 @@ def check_urls(name: str, urls: object) -> list[str]:
     """Addresses as a reward is given them. Raises ConfigError, without what might be a key."""
     given = [urls] if isinstance(urls, str) else list(urls) if isinstance(urls, (list, tuple)) else []
     for url in given:
-        parts = urlsplit(url) if isinstance(url, str) else None
-        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+        if not _is_address(url):
             raise ConfigError(
                 f"reward {name!r}: a url is http://HOST:PORT/..., or https, without a user or a key in it "
                 f"(key_variable and key_file name one)"
@@ -131,12 +131,30 @@ def check_urls(name: str, urls: object) -> list[str]:
     return given
 
 
+def _is_address(url: object) -> bool:
+    if not isinstance(url, str) or not url.isprintable() or " " in url:
+        return False
+    try:
+        parts = urlsplit(url)
+        return (
+            parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
+        )
+    except ValueError:  # no port, or no address of IPv6
+        return False
+
+
 def read_key(name: str, variable: str, file: str) -> str:
     """The key that a reward's ``key_variable`` or ``key_file`` names. Raises ConfigError."""
     try:
         return named_key(variable, file)
     except ConfigError as error:
-        raise ConfigError(f"reward {name!r}: {error}") from None
+        raise ConfigError(f"reward {name!r}: {' '.join(str(error).split())}") from None
+
+
+def check_model(name: str, model: str, max_tokens: int) -> None:
+    """Raises ConfigError for a language model that nobody could ask."""
+    if not model or max_tokens < 1:
+        raise ConfigError(f"reward {name!r}: model = {model!r} is a name, and max_tokens = {max_tokens} 1 or more")
 
 
 def check_asking(name: str, timeout_s: float, retries: int) -> None:

@@ -19,6 +19,8 @@ from megatron_gspo.types import Prompt, Rollout
 Credit = Literal["all", "fraction"]
 KINDS = ("wrong", *(str(verdict) for verdict in Verdict if verdict not in (Verdict.OK, Verdict.FAILED)))
 """Why a program failed: each is a component of the reward, 1 for the first test that was not passed."""
+MOST = 1_000_000
+"""Of each limit, in its own unit: the kernel takes none without end."""
 READ_AT_ONCE = 32
 """Problems whose tests are kept: those of LiveCodeBench have up to 100 MB."""
 
@@ -65,7 +67,7 @@ class Code:
         _one_of("credit", credit, get_args(Credit))
         numbers = {"time_factor": time_factor, "time_s": time_s, "memory_mb": memory_mb, "total_s": total_s}
         for name, value in numbers.items():
-            _number(name, value, value > 0 if _is_number(value) else False, "above 0")
+            _number(name, value, _is_number(value) and 0 < value <= MOST, f"above 0, and at most {MOST:,}")
         whole = isinstance(max_tests, int) and not isinstance(max_tests, bool) and max_tests >= 0
         _number("max_tests", max_tests, whole, "a whole number, 0 for all tests")
         if tolerance != "statement":

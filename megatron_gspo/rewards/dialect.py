@@ -32,18 +32,17 @@ MODULES = {
 }
 """Module -> names that ``from module import *`` would give. Later ones win, and a module wins over what it holds."""
 WORD = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
-FUTURE = re.compile(r"^\s*from\s+__future__\s+import", re.MULTILINE)
+FUTURE = re.compile(r"^from[ \t]+__future__[ \t]+import[ \t]+(?:[\w, \t]+|\([^()]*\))(?=[ \t]*(?:#|$))", re.MULTILINE)
+MARK = "\ufeff"
+"""Stands first in files that some editors write, and in no other place of a program."""
 
 
 def imports_for(source: str) -> str:
-    """One line that imports those modules and names that stand in a program somewhere; empty when none does, and for a
-    program that must begin with ``from __future__``.
+    """One line that imports those modules and names that stand in a program somewhere; empty when none does.
 
     To import all of them would cost each run 40 ms. A name that the program defines itself is that one: its
     definition comes later.
     """
-    if FUTURE.search(source):
-        return ""
     words = set(WORD.findall(source))
     lines = []
     for module, names in MODULES.items():
@@ -52,3 +51,16 @@ def imports_for(source: str) -> str:
             lines.append(f"from {module} import {', '.join(wanted)}")
     lines += [f"import {module}" for module in MODULES if module in words]
     return "; ".join(lines)
+
+
+def in_front(code: str, source: str) -> str:
+    """A program behind ``code``, without a byte order mark; ``from __future__`` stays what it begins with.
+
+    >>> in_front("import os\\n", "from __future__ import annotations\\na = 1")
+    'from __future__ import annotations\\nimport os\\n\\na = 1'
+    """
+    source = source.removeprefix(MARK)
+    if not code:
+        return source
+    first = "".join(f"{found}\n" for found in FUTURE.findall(source))
+    return first + code + (FUTURE.sub("", source) if first else source)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.rewards.asking import NoAnswerError, Service, check_asking, check_urls, read_key
+from megatron_gspo.rewards.asking import NoAnswerError, Service, check_asking, check_model, check_urls, read_key
 from megatron_gspo.rewards.interface import RewardContext, RewardResult, Score, Ungraded
 from megatron_gspo.rewards.judge_cache import JudgeCache
 from megatron_gspo.rewards.judge_talk import chat, converse
@@ -89,7 +89,10 @@ class Judge:
         context: RewardContext = NO_CONTEXT,
     ) -> None:
         check_asking("judge", timeout_s, retries)
+        check_model("judge", model, max_tokens)
         check_template(template)
+        if cache < 0:
+            raise ConfigError(f"reward 'judge': cache = {cache} is 0 or more")
         self._model, self._system, self._template = model, system, template
         self._reader = GradeReader(pattern, field, scale)
         self._extra, self._max_tokens = dict(extra or {}), max_tokens

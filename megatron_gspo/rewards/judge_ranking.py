@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.rewards.asking import NoAnswerError, Service, check_asking, check_urls, read_key
+from megatron_gspo.rewards.asking import NoAnswerError, Service, check_asking, check_model, check_urls, read_key
 from megatron_gspo.rewards.interface import RewardResult, Score, Ungraded
 from megatron_gspo.rewards.judge_talk import chat, converse
 from megatron_gspo.rewards.judge_text import MOST_PROMPT, MOST_RESPONSE, asked_of, shortened
@@ -61,6 +61,7 @@ class JudgeRanking:
         retries: int = 4,
     ) -> None:
         check_asking("judge_ranking", timeout_s, retries)
+        check_model("judge_ranking", model, max_tokens)
         if "{responses}" not in template:
             raise ConfigError("reward 'judge_ranking': its template has no {responses}")
         self._template, self._request = template, (model, system, max_tokens, dict(extra or {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -133,8 +134,10 @@ def _in_json(said: str, field: str) -> float | None:
         except (ValueError, RecursionError):
             continue
         value = found.get(field) if isinstance(found, dict) else None
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            with contextlib.suppress(OverflowError):  # an integer that no float is near
+                if math.isfinite(value):
+                    return float(value)
     return None
 
 

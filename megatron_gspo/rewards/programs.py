@@ -28,6 +28,8 @@ MAX_NESTING = 4
 MAX_FENCES = 20
 """Closing fences of one block that are looked at: each is one reading of the lines above it."""
 
+_LINE_BREAK = re.compile(r"\r\n|\r|\n")
+"""CommonMark's, and Python's: ``splitlines`` would cut a text at a form feed too, and at six others."""
 _OPENING = re.compile(r"[ \t]*(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})[ \t]*(?P<info>[^\n]*)")
 _STRINGS = re.compile(
     r"""#[^\n]*|\"\"\"(?:[^\\]|\\.)*?(?:\"\"\"|(?P<open>\Z))|'''(?:[^\\]|\\.)*?(?:'''|(?P<open2>\Z))"""
@@ -65,7 +67,9 @@ def program_of(
 
 def blocks(text: str) -> Iterator[Block]:
     """The fenced blocks of a text, in order. One without an end goes to the end of the text."""
-    lines = text.splitlines()
+    lines = _LINE_BREAK.split(text)
+    if not lines[-1]:
+        lines.pop()
     at = 0
     while at < len(lines):
         opening = _OPENING.fullmatch(lines[at])

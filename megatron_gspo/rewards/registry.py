@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_gspo.config import RewardConfig
 from megatron_gspo.errors import ConfigError
@@ -43,6 +47,8 @@ Late = Literal["zero", "ungraded", "error"]
 """What a response gets whose grading takes longer than ``reward.timeout_s``: 0, counted; ``Ungraded``; or the scoring
 ends with a RewardError."""
 UNIT = (0.0, 1.0)
+PLAIN = re.compile(r"[\w.+-]{0,24}")
+"""A value that is shown in an error."""
 NO_CONTEXT = RewardContext()
 
 
@@ -250,6 +256,21 @@ def _check_options(config: RewardConfig, function: Any) -> None:
         ) from None
     except ValueError:
         pass  # a callable written in C may have no signature to look at
+    if config.function in BUILTIN_REWARDS:
+        _check_types(config, function)
+
+
+def _check_types(config: RewardConfig, function: Any) -> None:
+    """Raises ConfigError for an option that is not of the type that a built-in reward's parameter has; as in JSON,
+    where a text is no number, a number no truth, and a list may be a tuple."""
+    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    for name, value in config.options.items():
+        try:
+            TypeAdapter(hints.get(name, Any)).validate_json(json.dumps(value, default=str), strict=True)
+        except ValidationError as error:
+            what = " or ".join(dict.fromkeys(each["msg"] for each in error.errors()))
+            shown = repr(value) if PLAIN.fullmatch(str(value)) else f"a {type(value).__name__}"  # a URL may hold a key
+            raise ConfigError(f"reward {config.function!r}: {name} = {shown}: {' '.join(what.split())}") from None
 
 
 def _is_group(function: Any) -> bool:

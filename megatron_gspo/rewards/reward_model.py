@@ -128,7 +128,7 @@ CHECKED: list[tuple[list[dict[str, Any]], str]] = [
 
 def _server(url: Any, model: Any, key_variable: str, key_file: str) -> tuple[list[str], str]:
     """(urls, key). Raises ConfigError."""
-    if not (isinstance(model, str) and Path(model).is_dir()):
+    if not (isinstance(model, str) and model and Path(model).is_dir()):
         raise ConfigError(f"reward {NAME!r}: model = {model!r} is no directory; its tokenizer is needed here")
     return [one.rstrip("/") for one in check_urls(NAME, url)], read_key(NAME, key_variable, key_file)
 

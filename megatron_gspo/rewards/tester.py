@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from megatron_gspo.rewards.cases import Asserts, Call, Calls, Problem, Stdin
-from megatron_gspo.rewards.dialect import imports_for
+from megatron_gspo.rewards.dialect import imports_for, in_front
 from megatron_gspo.rewards.harness import by_files, caller, checking, harness, judged, results_of
 from megatron_gspo.rewards.inside.call import SYNTAX
 from megatron_gspo.rewards.inside.values import decode, dumps, encode
@@ -18,8 +18,9 @@ from megatron_gspo.sandbox import Limits, Outcome, Program, Sandbox, Verdict
 
 T = TypeVar("T")
 MIB = 2**20
-LEAST_MEMORY = {"python": 256 * MIB}
-"""What a language needs to start, and some: limits of problems are for other machines."""
+LEAST_MEMORY = {"python": 512 * MIB}
+"""What a language needs to start, and a thread with a stack of 256 MiB, which programs that recurse ask for: it is
+address space, and counts here though little of it is used. Limits of problems are for other machines."""
 OWN_LIMITS = Limits(wall_s=30.0, cpu_s=15.0, memory_bytes=1024 * MIB)
 """Of programs that a data file brings: checkers and asserts."""
 OUT_OF_TIME = (128 + 27, 128 + 24)
@@ -80,7 +81,7 @@ class Tester:
 
     async def report(self, language: str, source: str, problem: Problem, tolerance: float | None = None) -> Report:
         """Tries one program. Raises nothing of the program's."""
-        source = problem.prefix + source
+        source = in_front(problem.prefix, source)
         imports = imports_for(source) if problem.imports and language == "python" else ""
         if isinstance(problem.tests, Stdin):
             return await self._stdin(language, source, imports, problem, problem.tests, tolerance)
@@ -94,7 +95,7 @@ class Tester:
         self, language: str, source: str, imports: str, problem: Problem, tests: Stdin, tolerance: float | None
     ) -> Report:
         pairs = chosen(tests.pairs, self.terms.max_tests)
-        source = f"{imports}\n{source}" if imports else source
+        source = in_front(f"{imports}\n", source) if imports else source
         program = Program(language, by_files(language, source) if tests.by_files else source)
         longest = max(len(expected) for _, expected in pairs)
         limits = self._limits(problem, language, output_bytes=max(MIB, 2 * longest + 2**16))
@@ -177,8 +178,9 @@ class Tester:
             "results": dealt(results, [len(learnt[at]) for at in usable]),
         }
         answer = await self._own(harness("asserts"), replay)
-        if isinstance(answer, Report):
-            return answer
+        if isinstance(answer, Report):  # with stand-ins they have ended: what they choke on is what was returned
+            spoilt = Report("wrong", (0.0,) * len(usable), len(usable), answer.detail)
+            return spoilt if answer.kind == "unusable" else answer
         scores = tuple(1.0 if good else 0.0 for good in answer["passed"])
         failed = next((kind for kind in kinds if kind), "wrong")
         return Report("passed" if min(scores) == 1.0 else failed, scores, len(usable))
@@ -299,6 +301,8 @@ def kind_of(outcome: Outcome, ready: bool, results: list[dict[str, Any]], at: in
 def returned(call: Call, result: dict[str, Any], tolerance: float | None) -> bool:
     """Whether a result is what a call should return."""
     try:
+        if most_items(result["ok"]) > most_items(encode(call.expected)):
+            return False
         found = decode(result["ok"])
     except (KeyError, ValueError, TypeError, ArithmeticError, RecursionError):
         return False
@@ -306,6 +310,17 @@ def returned(call: Call, result: dict[str, Any], tolerance: float | None) -> boo
         return True
     wrapped = call.either and isinstance(call.expected, list) and len(call.expected) > 0
     return wrapped and same_value(call.expected[0], found, tolerance)
+
+
+def most_items(tree: Any) -> int:
+    """Items of the largest dictionary or set in an encoded value, which is built here: keys of one hash take quadratic
+    time, and a program may choose its own."""
+    if isinstance(tree, list):
+        return max(map(most_items, tree), default=0)
+    if not isinstance(tree, dict):
+        return 0
+    hashed = [len(inside) for kind, inside in tree.items() if kind in ("dict", "set", "frozenset")]
+    return max([*hashed, *map(most_items, tree.values())], default=0)
 
 
 def checker_score(outcome: Outcome) -> float:

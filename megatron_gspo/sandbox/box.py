@@ -14,6 +14,12 @@ SYSTEM = ("/usr/bin", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/
 """What a program sees of this machine, read-only, beside its interpreter."""
 ROOTS = ("/bin", "/lib", "/lib32", "/lib64")
 """Names in the root directory: links into /usr, or directories on systems that keep them apart."""
+HIDDEN = (
+    *("--ro-bind", "/dev/null", "/proc/1/mem"),
+    *("--perms", "0555", "--size", "4096", "--tmpfs", "/proc/1/task", "--remount-ro", "/proc/1/task"),
+)
+"""Of bubblewrap's first process, which is the program's user but is not behind its limits: its memory, by either name.
+A program could write code of its own there."""
 OPEN_FILES = 128
 """Descriptors a process."""
 OWN = 2
@@ -93,6 +99,7 @@ def boxed(
     box += _system(settings.prefixes)
     for file in files:
         box += ["--perms", "0555" if file.executable else "0444", "--ro-bind-data", str(file.fd), file.path]
+    box += HIDDEN
     box += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", HOME]
     return [*box, "--seccomp", str(seccomp), "--json-status-fd", str(status), "--", *command]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import logging
 import os
 import secrets
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aiohttp import WSMsgType, web
+from aiohttp.http import HttpProcessingError
 
 from megatron_gspo.calls import key_in
 from megatron_gspo.errors import ConfigError
@@ -29,6 +31,8 @@ HEARTBEAT_S = 20.0
 """Seconds between the signs of life that each end asks of the other."""
 MOST_BYTES = 256 * MIB
 """Of a message: a program with its files, or an input."""
+MOST_AHEAD = 2
+"""Messages that are kept for later: the client waits for an answer before it sends the next one."""
 SANDBOX = web.AppKey("sandbox", LocalSandbox)
 KEY = web.AppKey("key", str)
 
@@ -50,15 +54,18 @@ def application(sandbox: LocalSandbox, key: str) -> web.Application:
     return app
 
 
+def runner_of(app: web.Application) -> web.AppRunner:
+    """What lets ``application`` answer, and logs nothing that a client has sent."""
+    return web.AppRunner(app, access_log=None, logger=_logger(), handler_cancellation=True, shutdown_timeout=1)
+
+
 async def serve(sandbox: LocalSandbox, host: str, port: int, key: str, say: Callable[[str], None]) -> None:
     """Answers until SIGTERM or SIGINT. Raises ConfigError where it cannot listen."""
     ended = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, ended.set)
     async with sandbox:
-        runner = web.AppRunner(
-            application(sandbox, key), access_log=None, handler_cancellation=True, shutdown_timeout=1
-        )
+        runner = runner_of(application(sandbox, key))
         await runner.setup()
         try:
             try:
@@ -72,9 +79,21 @@ async def serve(sandbox: LocalSandbox, host: str, port: int, key: str, say: Call
             await runner.cleanup()
 
 
+def _logger() -> logging.Logger:
+    """For errors of this program's own. What no request can be read in is told to its sender alone: aiohttp's words
+    about it quote it, and a key may stand there."""
+    logger = logging.getLogger(__name__)
+    logger.addFilter(_is_ours)
+    return logger
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
 @web.middleware
 async def _with_key(request: web.Request, handler: Callable[..., object]) -> web.StreamResponse:
-    given = request.headers.get("Authorization", "").encode()
+    given = request.headers.get("Authorization", "").encode(errors="surrogateescape")  # as aiohttp has decoded it
     if not hmac.compare_digest(given, f"Bearer {request.app[KEY]}".encode()):
         return web.json_response({"error": "another key is needed"}, status=401)
     return await handler(request)  # type: ignore[misc]
@@ -88,7 +107,7 @@ async def _run(request: web.Request) -> web.WebSocketResponse:
     """One program, until it is done, or its client is gone: then what runs is ended, and what waits forgotten."""
     connection = web.WebSocketResponse(heartbeat=HEARTBEAT_S, max_msg_size=MOST_BYTES, compress=False)
     await connection.prepare(request)
-    messages: asyncio.Queue[bytes] = asyncio.Queue()
+    messages: asyncio.Queue[bytes] = asyncio.Queue(MOST_AHEAD)
     work = asyncio.create_task(_program(request.app[SANDBOX], connection, messages))
     reading = asyncio.create_task(_read(connection, messages))
     try:
@@ -96,15 +115,17 @@ async def _run(request: web.Request) -> web.WebSocketResponse:
     finally:
         for task in (work, reading):
             task.cancel()
-        ended, _ = await asyncio.gather(work, reading, return_exceptions=True)
-    if isinstance(ended, ConfigError | ValueError):  # a client of another version
-        await connection.close(code=1008, message=str(ended).encode()[:120])
+        for ended in await asyncio.gather(work, reading, return_exceptions=True):
+            if isinstance(ended, ConfigError | ValueError):  # a client of another version
+                await connection.close(code=1008, message=str(ended).encode()[:120])
     return connection
 
 
 async def _read(connection: web.WebSocketResponse, messages: asyncio.Queue[bytes]) -> None:
     async for message in connection:
         if message.type is WSMsgType.BINARY:
+            if messages.full():
+                raise ValueError(f"more than {MOST_AHEAD} messages ahead of what has been answered")
             messages.put_nowait(message.data)
 
 

@@ -341,6 +341,16 @@ def test_started_as_root_a_program_is_another_user() -> None:
     assert int(uid) > 60000 and groups.strip() == "[]"
 
 
+@pytest.mark.usefixtures("namespaces")
+def test_a_program_cannot_write_to_the_memory_of_what_started_it() -> None:
+    (outcome,) = python(
+        "import os\nfor path in ('/proc/1/mem', '/proc/1/task/1/mem', '/proc/self/root/proc/1/task/1/mem'):\n"
+        "    try:\n        os.open(path, os.O_RDWR)\n    except OSError:\n        continue\n    print(path)\n"
+        "assert os.open('/proc/self/mem', os.O_RDWR) > 0"
+    )
+    assert (outcome.verdict, outcome.stdout) == (Verdict.OK, b""), outcome
+
+
 def test_an_open_sandbox_is_the_one_that_the_configuration_names() -> None:
     names = {
         "bubblewrap": SandboxConfig(),

@@ -21,9 +21,9 @@ from aiohttp import web
 
 from megatron_gspo.config import SandboxConfig
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.sandbox import Limits, Outcome, Program, Verdict, open_sandbox, remote
+from megatron_gspo.sandbox import Limits, Outcome, Program, Verdict, open_sandbox, remote, wire
 from megatron_gspo.sandbox.local import LocalSandbox
-from megatron_gspo.sandbox.server import application, shared_key
+from megatron_gspo.sandbox.server import MOST_AHEAD, application, runner_of, shared_key
 from tests.sandbox.world import descendants
 
 LIMITS = Limits(wall_s=20.0, cpu_s=5.0)
@@ -32,7 +32,7 @@ ECHO = Program("python", "print(input()[::-1])")
 
 @asynccontextmanager
 async def listening(app: web.Application) -> AsyncIterator[str]:
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
+    runner = runner_of(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
@@ -114,6 +114,46 @@ def test_without_the_key_nothing_is_answered_and_nothing_is_run(tmp_path: Path) 
             with pytest.raises(ConfigError, match="asks for another key"):
                 async with open_sandbox(served(url, str(other))):
                     pass
+
+    asyncio.run(main())
+
+
+def test_a_request_that_cannot_be_read_is_refused_and_the_key_in_it_is_not_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    key = "a-key-that-nobody-else-may-read"
+    requests = {
+        f"GET /check HTTP/1.1\r\nHost: x\r\nAuthorization Bearer {key}\r\n\r\n": b"400",
+        f"Authorization: Bearer {key}\r\n\r\n": b"400",
+        f"GET /check HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\xff\r\n\r\n": b"401",
+        f"GET /check HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n\r\n": b"200",
+    }
+
+    async def main() -> None:
+        async with listening(application(LocalSandbox(SandboxConfig()), key)) as url:
+            for request, status in requests.items():
+                reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+                writer.write(request.encode("latin-1"))
+                assert (await reader.readuntil(b"\r\n")).split()[1] == status, request
+                writer.close()
+
+    asyncio.run(main())
+    assert caplog.text == ""
+
+
+@pytest.mark.usefixtures("namespaces")
+def test_a_client_that_does_not_wait_for_answers_is_refused(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with lent(tmp_path) as (url, file), aiohttp.ClientSession() as session:
+            headers = {"Authorization": f"Bearer {Path(file).read_text().strip()}"}
+            async with session.ws_connect(f"{url}/run", headers=headers) as connection:
+                source = b"import time\ntime.sleep(60)"
+                await connection.send_bytes(wire.of_program(Program("python", ""), source, Limits(wall_s=60.0)))
+                for _ in range(MOST_AHEAD + 3):
+                    await connection.send_bytes(wire.pack({"run": True}, [b""]))
+                while (message := await connection.receive(20)).type is aiohttp.WSMsgType.BINARY:
+                    pass
+                assert message.data == 1008 and "messages ahead" in str(message.extra)
 
     asyncio.run(main())
 

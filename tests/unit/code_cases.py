@@ -149,7 +149,35 @@ PROGRAMS: list[tuple[str, Fields, str, str]] = [
     ("humaneval wrong", HUMANEVAL, "    return s\n", "wrong"),
 ]
 
+FROM_FUTURE = "from __future__ import (\n    annotations,\n)  # for List\n"
+DOCUMENTED = f'"""Mine."""\n{FROM_FUTURE}def decode_pairs(s: "List[int]"):\n    return encode_pairs(s)\n'
+STACK = (
+    "import threading\nthreading.stack_size(2**28)\n\ndef main():\n    print(sum(map(int, open(0).read().split())))\n\n"
+    "thread = threading.Thread(target=main)\nthread.start()\nthread.join()\n"
+)
+UNUSUAL: list[tuple[str, Fields, str, str]] = [
+    ("a byte order mark, call", APPS_CALL, "\ufeffdef add(a, b):\n    return a + b\n", "passed"),
+    ("a byte order mark, imports", APPS_STDIN, "\ufeffprint(floor(sum(map(int, open(0).read().split()))))\n", "passed"),
+    ("the future behind a docstring", HUMANEVAL, DOCUMENTED, "passed"),
+    (
+        "the future and a lent name",
+        LCB_STDIN,
+        f"{FROM_FUTURE}print(floor(sum(map(int, open(0).read().split()))))\n",
+        "passed",
+    ),
+    ("a stack of 256 MiB", TACO, STACK, "passed"),
+]
+"""Right programs that begin, or take memory, as few do."""
 CHEATS: list[tuple[str, Fields, str, str]] = [
+    (
+        "results that its tests cannot be run with",
+        MBPP,
+        "import json, os\ntree = json.dumps({'ok': {'dict': [[i * (2**61 - 1), 0] for i in range(90_000)]}})\n"
+        "line = ('{\"ready\": true}\\n' + tree + '\\n').encode()\nfor at in range(3, 9):\n    left = line\n    try:\n"
+        "        while left:\n            left = left[os.write(at, left):]\n    except OSError:\n        pass\n"
+        "os._exit(0)\n",
+        "wrong",
+    ),
     ("ends at once", APPS_CALL, "import os\nos._exit(0)\n", "crashed"),
     ("ends at once, in asserts", MBPP, "import os\nos._exit(0)\n", "crashed"),
     ("ends in the call", HUMANEVAL, "    import sys\n    sys.exit(0)\n", "crashed"),

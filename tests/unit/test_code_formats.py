@@ -190,6 +190,14 @@ def test_a_bomb_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
         (rows.MBPP | {"test_list": []}, "test_list is empty"),
         (rows.HUMANEVAL | {"entry_point": "a b"}, "entry_point names no function"),
         (rows.HUMANEVAL | {"test": "pass"}, "test defines no check"),
+        (rows.HUMANEVAL | {"test": "def check(f): '\ud800'"}, "test is no Unicode text"),
+        (rows.CODEFORCES | {"generated_checker": "'\ud800'"}, "generated_checker is no Unicode text"),
+        ({"input_output": '{"inputs": ["\\ud800"], "outputs": ["1"]}'}, "inputs is no Unicode text: .* character 0"),
+        ({"input_output": '{"fn_name": ["f"], "inputs": [[3]], "outputs": [4]}'}, "fn_name is no name"),
+        (rows.TACO | {"memory_limit": "9" * 400 + " megabytes"}, "memory_limit = '9+ is no amount"),
+        (rows.TACO | {"time_limit": "9" * 400 + " seconds"}, "time_limit = '9+ is no amount"),
+        (rows.LCB_CALL | {"metadata": "[1]"}, "metadata has no func_name"),
+        (rows.LCB_STDIN | {"public_test_cases": [rows.lcb("1", "2", ["stdin"])]}, "testtype is neither"),  # type: ignore[arg-type]
     ],
 )
 def test_tests_that_cannot_be_read_are_named_in_a_line(row: dict[str, Any], why: str) -> None:

@@ -55,6 +55,12 @@ def test_a_tolerance_is_what_the_statement_says(statement: str, tolerance: float
     assert stated_tolerance(statement) == pytest.approx(tolerance)
 
 
+@pytest.mark.parametrize("written", ["1e99999999999999999999", "1e-99999999999999999999", "0e99999999999999999999"])
+@pytest.mark.parametrize("tolerance", [None, 1e-6])
+def test_an_exponent_beyond_all_numbers_is_a_wrong_answer(written: str, tolerance: float | None) -> None:
+    assert not same_output(Stdin((), numbers=True), "1", written, tolerance)
+
+
 def test_values_travel_and_come_back_as_they_were() -> None:
     value = {
         1: (2, [3.5, None, True]),

@@ -43,6 +43,12 @@ def test_a_response_gives_the_program_that_the_page_says(response: str, program:
     assert (found and found[1]) == program
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_line_ends_where_markdown_and_python_have_it_end(end: str) -> None:
+    source = "print('a\u2028b\x0cc\x85d\x1ce')"
+    assert program_of("", end.join(["```python", source, "```", ""])) == ("python", source + "\n")
+
+
 def test_the_language_is_that_of_the_fence_where_it_may_be_any() -> None:
     answer = "```python\nprint(1)\n```\n```c++17\nint main(){}\n```\n```rust\nfn main(){}\n```"
     assert program_of("", answer, "auto") == ("cpp", "int main(){}\n")

@@ -183,6 +183,7 @@ A, B = {"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl", "weigh
         ([A], {"path": "p.jsonl"}, "path = 'p.jsonl' and sources: name the training prompts once"),
         ([A], {"limit": 3}, "limit = 3 with sources: give each source its own"),
         ([], {"path": ""}, "path is empty: name a file of training prompts, or sources"),
+        ([], {"curriculum": "variance", "curriculum_floor": 1e-6}, "greater than or equal to 0.01"),
         ([], {"curriculum_floor": 0.5}, 'curriculum_floor = 0.5 has no effect with curriculum = "off"'),
         ([A | {"format": "xml"}], {}, "data.sources.0.format = 'xml'"),
     ],

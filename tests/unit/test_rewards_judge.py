@@ -193,6 +193,10 @@ def test_a_field_of_the_last_object_that_has_it_counts(said: str, grade: float |
     assert GradeReader(MARKED_GRADE, "score", (1, 5)).grade(said) == grade
 
 
+def test_a_grade_beyond_all_floats_is_none() -> None:
+    assert GradeReader(MARKED_GRADE, "score", (1, 5)).grade('{"score": 1' + "0" * 400 + "}") is None
+
+
 def test_a_scale_may_run_downwards_and_has_a_length() -> None:
     reader = GradeReader(MARKED_GRADE, "", (5, 1))
     assert reader.grade("[[1]]") == 1.0 and reader.grade("[[5]]") == 0.0 and reader.unscaled(0.75) == 2.0
@@ -228,7 +232,7 @@ def test_a_conversation_is_shown_with_its_roles() -> None:
     ("options", "message"),
     [
         ({"template": "Grade: {answer}"}, "has no {response}"),
-        ({"price": 3}, "price = 3 is not two numbers"),
+        ({"price": 3}, "price = 3: Input should be a valid array"),
         ({"timeout_s": 0}, "timeout_s = 0"),
         ({"retries": -1}, "retries = -1"),
         ({"modle": "m"}, "unexpected keyword argument 'modle'"),

@@ -215,7 +215,7 @@ def test_a_server_that_fails_later_leaves_responses_ungraded(directory: Path) ->
     ("options", "message"),
     [
         ({"model": "/nowhere"}, "is no directory"),
-        ({"transform": "tanh"}, "neither identity nor sigmoid"),
+        ({"transform": "tanh"}, "transform = 'tanh': Input should be 'identity' or 'sigmoid'"),
         ({"label": -1}, "label = -1"),
         ({"tolerance": 0}, "tolerance = 0"),
         ({"url": "host:1"}, "a url is"),

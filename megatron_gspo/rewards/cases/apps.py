@@ -10,6 +10,7 @@ One key is ours: ``prefix``, code that a response goes on from.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from megatron_gspo.rewards.cases import livecodebench
@@ -17,6 +18,8 @@ from megatron_gspo.rewards.cases.fields import as_list, as_text, code, memory, p
 from megatron_gspo.rewards.cases.tests import Call, Calls, Problem, Row, Stdin
 
 FIELD = "input_output"
+WHOLE = re.compile(r"-?[0-9]{1,1000}")
+"""An integer that JSON has made a text of, to be a key."""
 
 
 def recognise(row: Row) -> bool:
@@ -37,12 +40,14 @@ def read(row: Row) -> Problem:
     if not inputs or len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs are no tests")
     name = held.get("fn_name")
+    if name and not isinstance(name, str):
+        raise ValueError(f"fn_name is no name, but {name!r:.60}")
     if not name:
         texts = zip(inputs, outputs, strict=True)
         pairs = tuple((as_text(given, "inputs"), as_text(wanted, "outputs")) for given, wanted in texts)
         tests: Stdin | Calls = Stdin(pairs)
     else:
-        tests = Calls(str(name), tuple(call(given, wanted) for given, wanted in zip(inputs, outputs, strict=True)))
+        tests = Calls(name, tuple(call(given, wanted) for given, wanted in zip(inputs, outputs, strict=True)))
     language: Literal["", "python"] = "python" if name else ""
     return Problem(tests, seconds(row), memory(row), code(held, "prefix"), imports=True, language=language)
 
@@ -58,6 +63,6 @@ def call(given: Any, wanted: Any) -> Call:
 
 def with_numbers(value: Any) -> Any:
     """A dictionary with integers for keys, where JSON has made texts of all of them."""
-    if isinstance(value, dict) and value and all(key.lstrip("-").isdecimal() for key in value):
+    if isinstance(value, dict) and value and all(WHOLE.fullmatch(key) for key in value):
         return {int(key): item for key, item in value.items()}
     return value

@@ -13,6 +13,8 @@ from megatron_gspo.rewards.cases.tests import MIB, Row
 SHORT = 4_000
 """Digits up to which Python's own reader of integers is used."""
 MOST_DIGITS = 1_000_000
+MOST_AMOUNT = 1e9
+"""Of a limit, in its own unit."""
 
 
 def parsed(value: Any, name: str) -> Any:
@@ -51,7 +53,7 @@ def as_list(value: Any, name: str) -> list[Any]:
 def as_text(value: Any, name: str) -> str:
     """A text; numbers are written out, and a list is its lines. Raises ValueError."""
     if isinstance(value, str):
-        return value
+        return unicode(value, name)
     if is_texts(value):
         return "\n".join(as_text(item, name) for item in value)
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -66,7 +68,17 @@ def code(row: Row, name: str) -> str:
         return ""
     if not isinstance(value, str):
         raise ValueError(f"{name} is no code, but {value!r:.60}")
-    return value
+    return unicode(value, name)
+
+
+def unicode(text: str, name: str) -> str:
+    """A text that can be written to a file or a pipe. Raises ValueError for one with half a surrogate pair, as JSON's
+    escapes can make it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is no Unicode text: {error.reason} at character {error.start}") from None
+    return text
 
 
 def amount(value: Any, name: str, words: dict[str, float]) -> float | None:
@@ -79,7 +91,7 @@ def amount(value: Any, name: str, words: dict[str, float]) -> float | None:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\.?\s*", str(value))
     unit = found[2].lower() if found else ""
     scale = next((scale for word, scale in words.items() if unit.startswith(word)), None)
-    if found is None or (unit and scale is None) or float(found[1]) <= 0:
+    if found is None or (unit and scale is None) or not 0 < float(found[1]) <= MOST_AMOUNT:
         raise ValueError(f"{name} = {value!r:.40} is no amount of {' or '.join(words)}")
     return float(found[1]) * (scale if unit and scale is not None else 1.0)
 

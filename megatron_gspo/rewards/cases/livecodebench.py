@@ -25,13 +25,14 @@ def recognise(row: Row) -> bool:
 def read(row: Row) -> Problem:
     """The public tests and then the private ones. Raises ValueError."""
     cases = [*listed(row.get(PUBLIC), PUBLIC), *listed(row.get(PRIVATE), PRIVATE)]
-    kinds = {case.get("testtype") for case in cases}
+    kinds = {str(case.get("testtype")) for case in cases}
     if not cases or kinds - {"stdin", "functional"} or len(kinds) > 1:
-        raise ValueError(f'testtype is neither "stdin" nor "functional" throughout: {sorted(map(str, kinds))}')
+        raise ValueError(f'testtype is neither "stdin" nor "functional" throughout: {sorted(kinds)}')
     pairs = [(as_text(case.get("input"), "input"), as_text(case.get("output"), "output")) for case in cases]
     if kinds == {"stdin"}:
         return Problem(Stdin(tuple(pairs), lines=True, numbers=True), TIME_S, imports=True)
-    name = (parsed(row.get("metadata") or "{}", "metadata") or {}).get("func_name")
+    metadata = parsed(row.get("metadata") or "{}", "metadata")
+    name = metadata.get("func_name") if hasattr(metadata, "get") else None
     if not isinstance(name, str) or not name:
         raise ValueError("metadata has no func_name, and the tests are calls of a function")
     calls = tuple(Call(arguments(given), parsed(wanted, "output")) for given, wanted in pairs)
