@@ -60,9 +60,18 @@ def count_prompts(first_P: np.ndarray, second_P: np.ndarray) -> Counts:
 def sign_test(first: int, second: int) -> float:
     """P(a split at least as uneven): 2 P(X <= min) for X ~ Binomial(first + second, 1/2), at most 1.
 
-    >>> sign_test(0, 5), sign_test(0, 0)
+    Terms are summed from the largest on, each from the one before, in logarithms of their common factor: a hundred
+    thousand prompts take milliseconds, and nothing overflows.
+
+    >>> round(sign_test(0, 5), 12), sign_test(0, 0)
     (0.0625, 1.0)
     """
-    count = first + second
-    below = sum(math.comb(count, i) for i in range(min(first, second) + 1))
-    return min(1.0, 2 * below / 2**count)
+    count, least = first + second, min(first, second)
+    largest = math.lgamma(count + 1) - math.lgamma(least + 1) - math.lgamma(count - least + 1) - count * math.log(2)
+    share, term = 1.0, 1.0
+    for i in range(least, 0, -1):
+        term *= i / (count - i + 1)
+        share += term
+        if term < 1e-17 * share:
+            break
+    return min(1.0, 2 * math.exp(largest) * share)

@@ -23,6 +23,9 @@ MORE = (
     "was: the same command finds a suite's, others need their directory in --out."
 )
 
+FORMATS = ("auto", "prompts", "gsm8k", "verl", "messages", "sharegpt", "alpaca")
+"""Of ``data.format``."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
@@ -39,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="where the suites' published files are, in DIR/SUITE")
     parser.add_argument("--prompts", metavar="FILE", help="prompts, JSONL or Parquet, all of them (data.eval_path)")
-    parser.add_argument("--format", choices=("prompts", "gsm8k"), help="of the prompt file (data.format)")
+    parser.add_argument("--format", choices=FORMATS, help="of the prompt file (data.format)")
     parser.add_argument("--reward", metavar="NAME", help="reward without options (reward.function)")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts (eval.prompts)")
     parser.add_argument("--samples", type=int, metavar="K", help="responses per prompt (eval.samples)")

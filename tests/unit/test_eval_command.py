@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import get_args
 from unittest import mock
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 from report_runs import make_config
 
 from megatron_gspo.cli import main
+from megatron_gspo.commands.eval import FORMATS
+from megatron_gspo.config import DataConfig
 from megatron_gspo.errors import ConfigError, EngineUnavailableError, RewardError
 from megatron_gspo.evaluation.examine import check_served, read_questions
 from megatron_gspo.evaluation.lengths import fitting
@@ -306,3 +309,7 @@ def test_a_configuration_keeps_its_own_limits(tmp_path: Path) -> None:
     run = run_with(tmp_path / "run").path
     subject = of_run(run, [], checkpoint=None, finished=True)
     assert subject.open_limits == frozenset() and fitting(subject) is subject
+
+
+def test_every_format_of_prompt_files_can_be_named() -> None:
+    assert get_args(DataConfig.model_fields["format"].annotation) == FORMATS

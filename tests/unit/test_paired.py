@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -78,3 +80,17 @@ def test_coverage_of_differences_over_many_simulated_evaluations(
     held = coverage(prompts, samples, gain, trials=10_000, alike=alike)
     print(f"{prompts} prompts x {samples}, gain {gain}, alike {alike}: {held:.4f}")
     assert held >= 0.945
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (3, 3), (2, 9), (40, 61), (300, 420), (0, 1000), (700, 700)])
+def test_the_sign_test_is_the_exact_sum_of_binomials(first: int, second: int) -> None:
+    count = first + second
+    exact = Fraction(2 * sum(math.comb(count, i) for i in range(min(first, second) + 1)), 2**count)
+    assert sign_test(first, second) == pytest.approx(min(1.0, float(exact)), rel=1e-9)
+
+
+def test_the_sign_test_of_a_hundred_thousand_prompts_takes_no_time() -> None:
+    began = time.process_time()
+    assert sign_test(49_000, 51_000) == pytest.approx(2.6e-10, rel=0.1)
+    assert sign_test(10, 1_000_000) == 0.0
+    assert time.process_time() - began < 0.5
