@@ -191,10 +191,11 @@ def _rights(evaluation: Evaluation, problem: str) -> list[bool]:
 
 
 def _by_sample(first: Evaluation, second: Evaluation, problems: Sequence[str]) -> dict[str, int] | None:
-    """Of responses of the same seed, how many are right in both, in one, in none (McNemar's table); None where they
-    were not drawn from the same seeds."""
-    seeds = [_sampling(one).get("seed") for one in (first, second)]
-    if seeds[0] is None or seeds[0] != seeds[1]:
+    """Of responses of the same seed, or greedy ones, how many are right in both, in one, in none (McNemar's table);
+    None where they were not drawn from the same seeds."""
+    drawn = [_sampling(one) for one in (first, second)]
+    greedy = all(one.get("temperature") == 0 for one in drawn)
+    if not greedy and (drawn[0].get("seed") is None or drawn[0]["seed"] != drawn[1].get("seed")):
         return None
     full = [one.result["result"].get("full_reward", 1.0) for one in (first, second)]
     table = {"both": 0, "first": 0, "second": 0, "neither": 0}
@@ -234,7 +235,8 @@ def _warnings(first: Evaluation, second: Evaluation, common: Sequence[str], grad
 def _sampling(evaluation: Evaluation) -> dict[str, Any]:
     names = ("k", "samples", "temperature", "top_p", "top_k", "max_tokens", "max_response_tokens", "seed")
     found = evaluation.result.get("sampling") or evaluation.result.get("settings", {})
-    return {name: found[name] for name in names if name in found}
+    greedy = found.get("temperature") == 0  # which is the same for every seed
+    return {name: found[name] for name in names if name in found and not (greedy and name == "seed")}
 
 
 def _grader(evaluation: Evaluation) -> dict[str, Any]:

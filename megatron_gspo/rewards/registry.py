@@ -249,7 +249,7 @@ def _check_options(config: RewardConfig, function: Any) -> None:
         given = {"context": None} if is_class and "context" in signature.parameters else {}
         signature.bind(*(() if is_class else (None, None)), **config.options, **given)
     except TypeError as error:
-        options = ", ".join(f"{key}={value!r}" for key, value in config.options.items()) or "none"
+        options = ", ".join(config.options) or "none"  # names alone: a value may be a key
         how = "made with" if is_class else "called with (prompt, response) and"
         raise ConfigError(
             f"reward.function = {config.function!r} cannot be {how} the options {options}: {error}"

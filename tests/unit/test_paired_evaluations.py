@@ -98,6 +98,15 @@ def test_what_is_not_the_same_is_warned_of_or_refused(tmp_path: Path) -> None:
         compare(first, second)
 
 
+def test_greedy_evaluations_are_paired_whatever_their_seeds(tmp_path: Path) -> None:
+    greedy = [{"k": 1, "temperature": 0.0, "seed": seed} for seed in (0, 1)]
+    one, other = ({name: group[:1] for name, group in rewards.items()} for rewards in (FIRST, SECOND))
+    first = write_evaluation(tmp_path / "a", one, sampling=greedy[0])
+    (pair,) = compare(first, write_evaluation(tmp_path / "b", other, sampling=greedy[1]))
+    assert pair.record["warnings"] == []
+    assert pair.record["samples"] == {"both": 2, "first": 0, "second": 1, "neither": 1}
+
+
 def test_unseeded_evaluations_have_no_table_of_seeds_and_measured_figures_stand_side_by_side(tmp_path: Path) -> None:
     elo = {"value": 1234.0, "low": 1000.0, "high": 1500.0, "method": "m"}
     figures = {"prompts": 4, "samples": 2, "full_reward": 1.0, "measured": {"elo": elo}}

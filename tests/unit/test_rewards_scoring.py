@@ -281,5 +281,5 @@ def test_a_file_that_fails_on_import_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_an_option_that_the_function_does_not_take_is_a_clear_error() -> None:
-    with pytest.raises(ConfigError, match=r"options formt_reward=0.1: got an unexpected keyword argument"):
+    with pytest.raises(ConfigError, match=r"options formt_reward: got an unexpected keyword argument"):
         resolve_reward(RewardConfig(function="gsm8k", options={"formt_reward": 0.1}))
