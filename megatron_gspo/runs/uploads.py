@@ -62,6 +62,9 @@ class CheckpointHook:
         with self._changed:
             while (self._waiting or self._running) and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(left)
+            if self._running:
+                line = f"train.on_checkpoint still runs for {self._running.name}: the run has ended and does not wait"
+                print(f"warning: {line} for it any longer", file=sys.stderr, flush=True)
             for directory in self._waiting:
                 _warn(f"{directory.name}: the run has ended and does not wait for it any longer")
             self._waiting.clear()

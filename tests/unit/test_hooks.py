@@ -103,13 +103,24 @@ def test_a_run_that_goes_on_repeats_the_command_unless_it_had_succeeded(tmp_path
 
 
 def test_a_run_does_not_wait_for_ever(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    hook = CheckpointHook(train(tmp_path, "sh -c 'sleep 30'", hook_timeout_s=0.3))
-    for number in (1, 2):
+    """Of three commands that take too long the last has not had its turn when the run ends."""
+    hook = CheckpointHook(train(tmp_path, "sh -c 'sleep 30'", hook_timeout_s=1.0))
+    for number in (1, 2, 3):
         hook.add(checkpoint(tmp_path, number))
     began = time.monotonic()
     hook.finish()
-    assert time.monotonic() - began < 5
-    assert "outer_00002: the run has ended and does not wait" in capfd.readouterr().err
+    assert time.monotonic() - began < 6
+    assert "outer_00003: the run has ended and does not wait" in capfd.readouterr().err
+
+
+def test_a_command_that_still_runs_at_the_end_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    hook = CheckpointHook(train(tmp_path, "sh -c 'sleep 3'", hook_timeout_s=60.0))
+    hook.add(checkpoint(tmp_path, 1))
+    while hook._running is None:
+        time.sleep(0.01)
+    hook._train = hook._train.model_copy(update={"hook_timeout_s": 0.1})
+    hook.finish()
+    assert "on_checkpoint still runs for outer_00001: the run has ended and does not wait" in capfd.readouterr().err
 
 
 KILLED = """
