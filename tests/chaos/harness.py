@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from megatron_gspo.supervise import PREFIXES, remove_abandoned
+from megatron_gspo.sync import disk
 from tests.chaos.faults import Fault
 from tests.chaos.servers import Servers
 
@@ -38,7 +39,8 @@ PATIENCE_S = 240.0
 PAUSE_S = 1.0
 SYNCS = ("/begin_weight_update", "/update_weights_from_disk")
 MOST_TMPFS = "96m"
-INEXACT = ("time/", "tokens_per_s")
+INEXACT = ("time/", "tokens_per_s", "servers/")
+"""Clocks, and what became of servers, which is what the faults were."""
 OF_REAL_SERVERS = ("kl/engine_", "rollout_logprobs")
 """The last digits of an engine's logprobs depend on which requests met in a batch."""
 
@@ -256,11 +258,15 @@ def results(run: Path, *, real: bool) -> dict[str, Any]:
 
 
 def leftovers(place: Path) -> list[str]:
-    """Files of a finished run's place that should not be there, once what a killed watcher has left, and the next
-    command removes when it has lain there for ``SETTLED_S``, is gone."""
+    """Files of a finished run's place that should not be there, once what a killed process has left, and the next
+    command or sync removes when it has lain there for ``SETTLED_S``, is gone."""
     names = re.compile(r"\.(unfinished|replaced|removed|tmp)$|^megatron-gspo-|^mgspo-")
-    for left in [left for prefix in PREFIXES for left in place.parent.glob(f"{prefix}*")]:
+    for left in [
+        *place.glob(f"{disk.PREFIX}*"),
+        *(left for each in PREFIXES for left in place.parent.glob(f"{each}*")),
+    ]:
         os.utime(left, (0, 0))
+    disk.remove_abandoned(place)
     before, tempfile.tempdir = tempfile.tempdir, str(place.parent)
     try:
         remove_abandoned()
