@@ -18,6 +18,7 @@ import torch
 
 from megatron_gspo.data.cursor import PromptOrder
 from megatron_gspo.data.fingerprint import fingerprint
+from megatron_gspo.errors import DataError
 from megatron_gspo.types import StepReport
 
 __all__ = ["Progress", "fingerprint", "seed_generators"]
@@ -74,8 +75,19 @@ class Progress:
         """Continues where ``state`` was taken.
 
         Where the user ``accepted`` that the prompts, their seed or their shuffling are others, a new order begins at
-        its start. Raises DataError when they are others and nobody did.
+        its start. Raises DataError when they are others and nobody did, and for a state that nobody has written so.
         """
+        try:
+            self._load(state, accepted)
+        except DataError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise DataError(
+                f"where the checkpoint's run stood cannot be read ({type(error).__name__}: {error}): it was changed, "
+                f"or another version wrote it; continue from another checkpoint"
+            ) from error
+
+    def _load(self, state: dict[str, Any], accepted: Collection[str]) -> None:
         same = all(state["cursor"].get(name) == value for name, value in self.cursor.order().items())
         same = same and ("sources" in state["cursor"]) == ("sources" in self.cursor.order())
         if same or not ORDERED_BY & set(accepted):

@@ -290,3 +290,11 @@ def test_the_documentation_names_every_setting_that_may_not_change() -> None:
     altering = [name for name, rule in RULES.items() if rule.alters is not RULES["parallel.tensor"].alters]
     assert len(altering) > 30
     assert [name for name in altering if f"`{name}`" not in page] == []
+
+
+@pytest.mark.parametrize("change", [{"cursor": {}}, {"cursor": None}, {"cursor": [1]}, {"outer_step": ...}])
+def test_a_state_that_was_changed_by_hand_is_one_clear_line(change: dict[str, Any]) -> None:
+    state = Progress(PromptCursor(8, 0)).state_dict() | change
+    state = {name: value for name, value in state.items() if value is not ...}
+    with pytest.raises(DataError, match="where the checkpoint's run stood cannot be read"):
+        Progress(PromptCursor(8, 0)).load_state_dict(state)
