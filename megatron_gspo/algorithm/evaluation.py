@@ -135,11 +135,12 @@ def mean_with_interval(values_P: np.ndarray, span: tuple[float, float] = UNIT) -
 
 def wilson_interval(mean: float, variance_of_mean: float, count: int) -> tuple[float, float]:
     """Of a mean of ``count`` values in [0, 1], at least two: ``mean_with_interval`` says how."""
-    trials = mean * (1 - mean) / variance_of_mean if variance_of_mean > 1e-15 else float(count)
+    spread = mean * (1 - mean)
+    trials = spread / variance_of_mean if variance_of_mean > 1e-15 and spread > 0 else float(count)
     quantile = student_quantile((1 + CONFIDENCE) / 2, count - 1)
     shrink = quantile**2 / trials
     center = (mean + shrink / 2) / (1 + shrink)
-    half = math.sqrt(shrink * mean * (1 - mean) + shrink**2 / 4) / (1 + shrink)
+    half = math.sqrt(shrink * spread + shrink**2 / 4) / (1 + shrink)
     return max(0.0, min(mean, center - half)), min(1.0, max(mean, center + half))
 
 

@@ -121,3 +121,14 @@ def test_coverage_of_ratings_over_many_simulated_evaluations(kind: str, rating: 
     print(f"{kind}, rating {rating:.0f}, {contests} contests: {held:.3f} hold the truth, median error {error:+.0f}")
     assert (0.88 if contests == 8 else 0.92) <= held <= 0.97
     assert abs(error) < 40
+
+
+@pytest.mark.parametrize(("score", "bound"), [(0.0, "low"), (1.0, "high")])
+def test_who_solves_nothing_or_everything_in_unlike_contests_has_one_end_that_is_a_measurement(
+    score: float, bound: str
+) -> None:
+    contests = [Contest(np.array(ratings), np.full(len(ratings), score)) for ratings in ([800.0], [900.0, 2500.0])]
+    found = rate(contests)
+    open_end, measured = (found.low, found.high) if bound == "low" else (found.high, found.low)
+    assert open_end == (LOWEST if bound == "low" else HIGHEST) == found.value
+    assert LOWEST < measured < HIGHEST
