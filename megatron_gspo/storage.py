@@ -79,6 +79,17 @@ def replace_text(path: Path, text: str, errors: str = "strict") -> None:
         raise
 
 
+def cut_torn_line(path: Path) -> None:
+    """Takes off what stands behind the last whole line: a kill may have come between the halves of one."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
 def explain(error: Exception, path: Path, then: str) -> str:
     """``cannot be written: [Errno 28] ... (0.0 of 3.1 MB free at DIR): make room, then ...``."""
     full = getattr(error, "errno", None) in ROOM or not isinstance(error, OSError)

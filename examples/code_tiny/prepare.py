@@ -7,7 +7,7 @@ Three values of an unknown function in; a Python expression out, which is run ag
     f(4)=19 f(0)=7 f(1)=10 f(x)=  ->  3*x+7<eos>
 
 Writes ``model/`` (a Hugging Face directory), ``sft.jsonl``, ``train.jsonl`` and ``eval.jsonl``; takes seconds, and the
-same seed writes the same files.
+same seed writes the same files. The model is the quickstart's (``examples/quickstart/prepare.py``) with other symbols.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterable, Iterator
+import runpy
+from collections.abc import Iterator
 from itertools import islice, permutations, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
-EOS, PAD = "<eos>", "<pad>"
-VOCABULARY = {symbol: i for i, symbol in enumerate([*"0123456789f()= x*+-", EOS, PAD])}
+quickstart = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "quickstart" / "prepare.py")))
+
+SYMBOLS = [*"0123456789f()= x*+-", quickstart.EOS, quickstart.PAD]
+VOCABULARY = {symbol: i for i, symbol in enumerate(SYMBOLS)}
 HIDDEN = (-7, -3, 12, 25, 100)
 """Arguments that a program is tested at; the prompt shows others, of 0 to 9."""
 SLOPES, OFFSETS = range(1, 10), range(21)
@@ -48,13 +52,15 @@ def main() -> None:
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
-    write_model(args.out / "model", args.seed)
+    quickstart.write_model(args.out / "model", args.seed, VOCABULARY)
     rng = random.Random(args.seed)
     prompts = all_prompts(rng)  # dealt out to the three files, which have none in common
-    write_jsonl(args.out / "eval.jsonl", map(problem, islice(prompts, args.eval_prompts)))
-    write_jsonl(args.out / "train.jsonl", map(problem, islice(prompts, args.train_prompts)))
+    quickstart.write_jsonl(args.out / "eval.jsonl", map(problem, islice(prompts, args.eval_prompts)))
+    quickstart.write_jsonl(args.out / "train.jsonl", map(problem, islice(prompts, args.train_prompts)))
     left = list(prompts)
-    write_jsonl(args.out / "sft.jsonl", (example(left[i % len(left)], rng) for i in range(args.sft_examples)))
+    quickstart.write_jsonl(
+        args.out / "sft.jsonl", (example(left[i % len(left)], rng) for i in range(args.sft_examples))
+    )
     print(f"{args.out}: a model, {args.sft_examples} examples, {args.train_prompts} + {args.eval_prompts} prompts")
 
 
@@ -89,57 +95,6 @@ def example(drawn: tuple[Line, tuple[int, ...]], rng: random.Random) -> dict[str
     term = rng.choice((f"{slope}*x", f"x*{slope}"))
     forms = (f"{term}+{offset}", f"{offset}+{term}") if offset >= 0 else (f"{term}{offset}",)
     return {"prompt": asked(*drawn), "completion": rng.choice(forms)}
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def write_model(directory: Path, seed: int) -> None:
-    """A random Qwen3-MoE of 0.45 M parameters, the quickstart's but for its 21 tokens, one character each."""
-    import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-    from transformers.utils import logging
-
-    config = Qwen3MoeConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=16,
-        num_experts_per_tok=4,
-        moe_intermediate_size=32,
-        intermediate_size=128,  # no dense layer uses it
-        norm_topk_prob=True,
-        max_position_embeddings=64,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        initializer_range=64**-0.5,  # unit-scale activations at this width; 0.02 is meant for wide models
-        tie_word_embeddings=False,
-        router_aux_loss_coef=0.0,
-        eos_token_id=VOCABULARY[EOS],
-        # A padding token's row would be zeros, where RMSNorm's gradient is 1 / sqrt(eps), and it can be sampled.
-        pad_token_id=None,
-        bos_token_id=None,
-    )
-    logging.disable_progress_bar()
-    torch.manual_seed(seed)
-    model = Qwen3MoeForCausalLM(config)
-    model.save_pretrained(directory)
-    tokenizer().save_pretrained(directory)
-
-
-def tokenizer():  # type: ignore[no-untyped-def]  # transformers' class, imported late
-    """One token a character. Without an unknown token, so that a character outside the vocabulary is an error."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.WordLevel(VOCABULARY))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=PAD, model_max_length=64)
 
 
 if __name__ == "__main__":

@@ -86,14 +86,14 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def write_model(directory: Path, seed: int) -> None:
-    """A random Qwen3-MoE of 0.45 M parameters with a 13-token tokenizer, one character a token."""
+def write_model(directory: Path, seed: int, vocabulary: dict[str, int] = VOCABULARY) -> None:
+    """A random Qwen3-MoE of 0.45 M parameters and a tokenizer with one character a token, 13 of them here."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
     from transformers.utils import logging
 
     config = Qwen3MoeConfig(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(vocabulary),
         hidden_size=64,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -109,7 +109,7 @@ def write_model(directory: Path, seed: int) -> None:
         initializer_range=64**-0.5,  # unit-scale activations at this width; 0.02 is meant for wide models
         tie_word_embeddings=False,
         router_aux_loss_coef=0.0,
-        eos_token_id=VOCABULARY[EOS],
+        eos_token_id=vocabulary[EOS],
         # A padding token's row would be zeros, where RMSNorm's gradient is 1 / sqrt(eps), and it can be sampled.
         pad_token_id=None,
         bos_token_id=None,
@@ -118,15 +118,15 @@ def write_model(directory: Path, seed: int) -> None:
     torch.manual_seed(seed)
     model = Qwen3MoeForCausalLM(config)
     model.save_pretrained(directory)
-    tokenizer().save_pretrained(directory)
+    tokenizer(vocabulary).save_pretrained(directory)
 
 
-def tokenizer():  # type: ignore[no-untyped-def]  # transformers' class, imported late
+def tokenizer(vocabulary: dict[str, int] = VOCABULARY):  # type: ignore[no-untyped-def]  # transformers' class, imported late
     """One token a character. Without an unknown token, so that a character outside the vocabulary is an error."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.WordLevel(VOCABULARY))
+    backend = Tokenizer(models.WordLevel(vocabulary))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=PAD, model_max_length=64)

@@ -28,7 +28,7 @@ import numpy as np
 from megatron_gspo.errors import ConfigError, MegatronGspoError
 from megatron_gspo.report.evaluation import Answers
 from megatron_gspo.report.metrics import strict
-from megatron_gspo.storage import claiming, replace_text, writing
+from megatron_gspo.storage import claiming, cut_torn_line, replace_text, writing
 
 if TYPE_CHECKING:
     from megatron_gspo.types import Prompt, Rollout
@@ -71,7 +71,7 @@ class EvaluationDirectory:
             _lock(self._responses, path)
             replace_text(path / SETTINGS, text)
             for name in (RESPONSES, VERDICTS):
-                _cut_torn_line(path / name)
+                cut_torn_line(path / name)
             self.before = _read(path)
             replace_text(path / CLOCK, json.dumps({"starts": self.before.starts + 1}) + "\n")
         self._drawn = sum(map(len, self.before.responses.values()))
@@ -218,17 +218,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def _cut_torn_line(path: Path) -> None:
-    """A kill may have come between the halves of a line."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
 
 
 def _kept(rollout: Rollout) -> dict[str, Any]:

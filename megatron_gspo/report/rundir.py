@@ -30,7 +30,7 @@ from megatron_gspo.algorithm.base import Unread
 from megatron_gspo.config import RunConfig, dump, parse, read
 from megatron_gspo.errors import ConfigError, DataError
 from megatron_gspo.report.metrics import INITIAL, PLACE, Record, clean, finite, strict
-from megatron_gspo.storage import claiming, replace_text
+from megatron_gspo.storage import claiming, cut_torn_line, replace_text
 
 if TYPE_CHECKING:  # types imports torch, and reading a run needs none
     from megatron_gspo.types import RolloutRecord, StepReport
@@ -218,7 +218,7 @@ class MetricsWriter:
     """Appends to ``metrics.jsonl``; a line is on disk when ``write`` returns. A ``MetricSink``."""
 
     def __init__(self, path: Path) -> None:
-        _cut_torn_line(path)
+        cut_torn_line(path)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, report: StepReport) -> None:
@@ -313,13 +313,3 @@ def _remove_run(path: Path) -> None:
             f"so nothing replaces it: remove it yourself or name another"
         )
     shutil.rmtree(path)
-
-
-def _cut_torn_line(path: Path) -> None:
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)

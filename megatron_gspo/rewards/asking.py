@@ -117,6 +117,20 @@ class Service:
         return min(wanted, LONGEST_WAIT_S)
 
 
+class Asking:
+    """A reward that asks a ``Service``: its connections live as long as a scoring, and what comes too late leaves the
+    response ungraded."""
+
+    on_timeout = "ungraded"
+    _service: Service
+
+    async def __aenter__(self) -> None:
+        await self._service.__aenter__()
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._service.__aexit__(*error)
+
+
 def check_urls(name: str, urls: object) -> list[str]:
     """Addresses as a reward is given them. Raises ConfigError, without what might be a key."""
     given = [urls] if isinstance(urls, str) else list(urls) if isinstance(urls, (list, tuple)) else []

@@ -40,7 +40,7 @@ MARK = "\ufeff"
 def imports_for(source: str) -> str:
     """One line that imports those modules and names that stand in a program somewhere; empty when none does.
 
-    To import all of them would cost each run 40 ms. A name that the program defines itself is that one: its
+    To import all of them would cost each run time. A name that the program defines itself is that one: its
     definition comes later.
     """
     words = set(WORD.findall(source))

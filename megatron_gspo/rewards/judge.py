@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.rewards.asking import NoAnswerError, Service, check_asking, check_model, check_urls, read_key
+from megatron_gspo.rewards.asking import Asking, NoAnswerError, Service, check_asking, check_model, check_urls, read_key
 from megatron_gspo.rewards.interface import RewardContext, RewardResult, Score, Ungraded
 from megatron_gspo.rewards.judge_cache import JudgeCache
 from megatron_gspo.rewards.judge_talk import chat, converse
@@ -43,7 +43,7 @@ class Prices:
         return (verdict.prompt_tokens * self.prompt + verdict.completion_tokens * self.completion) / 1e6
 
 
-class Judge:
+class Judge(Asking):
     """Asks ``model`` to grade each response, at temperature 0; the grade is scaled to [0, 1].
 
     Equal questions are asked once: answers are kept by the hash of what was asked, in memory, and with ``keep`` in the
@@ -64,8 +64,6 @@ class Judge:
         cache: answers that are kept in memory; 0 none.
         keep: also writes them to ``judge/`` in the run's directory, and reads them there.
     """
-
-    on_timeout = "ungraded"
 
     def __init__(
         self,
@@ -102,15 +100,12 @@ class Judge:
         urls, key = check_urls("judge", url), read_key("judge", key_variable, key_file)
         self._service = Service(urls, key=key, timeout_s=timeout_s, retries=retries)
 
-    async def __aenter__(self) -> None:
-        await self._service.__aenter__()
-
     async def __aexit__(self, *error: object) -> None:
         left = list(self._under_way.values())
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
-        await self._service.__aexit__(*error)
+        await super().__aexit__(*error)
         await asyncio.to_thread(self._cache.write)
 
     async def __call__(self, prompt: Prompt, response: Rollout) -> RewardResult:

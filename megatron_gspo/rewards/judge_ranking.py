@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.rewards.asking import NoAnswerError, Service, check_asking, check_model, check_urls, read_key
+from megatron_gspo.rewards.asking import Asking, NoAnswerError, Service, check_asking, check_model, check_urls, read_key
 from megatron_gspo.rewards.interface import RewardResult, Score, Ungraded
 from megatron_gspo.rewards.judge_talk import chat, converse
 from megatron_gspo.rewards.judge_text import MOST_PROMPT, MOST_RESPONSE, asked_of, shortened
@@ -35,7 +35,7 @@ MOST = 64
 """Different responses that are compared at a time."""
 
 
-class JudgeRanking:
+class JudgeRanking(Asking):
     """1 for the response that the judge finds best, 0 for the worst, evenly between them; equals share the mean of
     their places. Equal texts are shown once. A group with one text has nothing to compare: 0.5.
 
@@ -43,8 +43,6 @@ class JudgeRanking:
     Components: ``prompt_tokens``, ``completion_tokens`` and ``asked``, a response's share of its group's.
     Options as those of ``judge``; ``template`` has {responses} in the place of {response}.
     """
-
-    on_timeout = "ungraded"
 
     def __init__(
         self,
@@ -67,12 +65,6 @@ class JudgeRanking:
         self._template, self._request = template, (model, system, max_tokens, dict(extra or {}))
         urls, key = check_urls("judge_ranking", url), read_key("judge_ranking", key_variable, key_file)
         self._service = Service(urls, key=key, timeout_s=timeout_s, retries=retries)
-
-    async def __aenter__(self) -> None:
-        await self._service.__aenter__()
-
-    async def __aexit__(self, *error: object) -> None:
-        await self._service.__aexit__(*error)
 
     async def score_group(self, prompt: Prompt, responses: Sequence[Rollout]) -> Sequence[RewardResult]:
         """One result a response."""

@@ -6,20 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.rewards.asking import NoAnswerError, Service, check_asking, check_urls, read_key
+from megatron_gspo.rewards.asking import Asking, NoAnswerError, Service, check_asking, check_urls, read_key
 from megatron_gspo.rewards.interface import RewardResult, Score, Ungraded
 from megatron_gspo.types import Prompt, Rollout
 
 
-class Remote:
+class Remote(Asking):
     """Posts a group, gets one reward a response.
 
     The question: ``{"prompt_id", "prompt", "turns", "answer", "metadata", "ids", "responses", "finish_reasons"}``, the
     last three lists with an entry a response. The answer: a list with an entry a response, or ``{"rewards": [...]}``;
     an entry is a number, ``{"reward": NUMBER, "components": {NAME: NUMBER}}``, or ``{"ungraded": REASON}``.
     """
-
-    on_timeout = "ungraded"
 
     def __init__(
         self,
@@ -41,12 +39,6 @@ class Remote:
             raise ConfigError(f"reward 'remote': low = {low!r} is not below high = {high!r}")
         urls, key = check_urls("remote", url), read_key("remote", key_variable, key_file)
         self._service = Service(urls, key=key, timeout_s=timeout_s, retries=retries)
-
-    async def __aenter__(self) -> None:
-        await self._service.__aenter__()
-
-    async def __aexit__(self, *error: object) -> None:
-        await self._service.__aexit__(*error)
 
     async def score_group(self, prompt: Prompt, responses: Sequence[Rollout]) -> Sequence[RewardResult]:
         """What the server says of each."""

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.rewards.asking import NoAnswerError, Service, check_asking, check_urls, read_key
+from megatron_gspo.rewards.asking import Asking, NoAnswerError, Service, check_asking, check_urls, read_key
 from megatron_gspo.rewards.interface import RewardResult, Score, Ungraded
 from megatron_gspo.rewards.reward_model_check import hold_against_transformers, score_of
 from megatron_gspo.rewards.thinking import after_thinking
 from megatron_gspo.types import Prompt, Rollout
 
 
-class RewardModel:
+class RewardModel(Asking):
     """The score of (turns, response) under the reward model's own chat template; ``sigmoid`` brings it to (0, 1).
 
     Component: ``score``, before the transform. At the start the servers' scores of a few texts are held against
@@ -30,8 +30,6 @@ class RewardModel:
         check: whether scores are held against transformers'; when absent, where its weights are 4 GiB at most.
         tolerance: by how much scores may differ, relative to the larger of 1 and the score.
     """
-
-    on_timeout = "ungraded"
 
     def __init__(
         self,
@@ -66,12 +64,6 @@ class RewardModel:
         check_asking(NAME, options.get("timeout_s", 20.0), options.get("retries", 4))
         _server(url, model, options.get("key_variable", ""), options.get("key_file", ""))
         _check_score(options.get("transform", "identity"), options.get("label", 0), options.get("tolerance", 0.02))
-
-    async def __aenter__(self) -> None:
-        await self._service.__aenter__()
-
-    async def __aexit__(self, *error: object) -> None:
-        await self._service.__aexit__(*error)
 
     async def __call__(self, prompt: Prompt, response: Rollout) -> RewardResult:
         text = response.text if self._thinking else after_thinking(prompt.text, response.text) or ""

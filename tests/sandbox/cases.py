@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ LIMITS = Limits(
 """Of every hostile program."""
 DISK_MB = 16
 SECRET = "canary-7d1f"
+HOME = pwd.getpwuid(0).pw_dir
+"""What nobody may read: root's."""
 """What files outside, the environment and a listening process of the host hold; no program may see it."""
 OK, CRASHED, TIME, MEMORY, OUTPUT = Verdict.OK, Verdict.CRASHED, Verdict.TIME, Verdict.MEMORY, Verdict.OUTPUT
 COMPILE = Verdict.COMPILE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from tests.sandbox.cases import COMPILE, CRASHED, MEMORY, OK, OUTPUT, TIME, Case, case
+from tests.sandbox.cases import COMPILE, CRASHED, HOME, MEMORY, OK, OUTPUT, TIME, Case, case
 
 HEAD = "#include <cstdio>\n#include <cstdlib>\n#include <unistd.h>\n#include <sys/types.h>\n#include <signal.h>\n"
 
@@ -28,6 +28,7 @@ def compiler() -> list[Case]:
         "/proc/1/environ",
         "/dev/stdin",
         "@CANARY@/secret",
+        HOME,
     ]
     return [
         *(cpp(f"including {path}", f'#include "{path}"\nint main() {{}}', COMPILE, OK) for path in inclusions),

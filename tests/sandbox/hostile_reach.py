@@ -5,12 +5,14 @@ from __future__ import annotations
 import signal
 
 from megatron_gspo.sandbox.seccomp import CALLS
-from tests.sandbox.cases import CRASHED, OK, SECRET, TIME, Case, case, denied, each
+from tests.sandbox.cases import CRASHED, HOME, OK, SECRET, TIME, Case, case, denied, each
 
 PATHS = (
     *("/etc/passwd", "/etc/shadow", "/etc/hosts", "/etc/resolv.conf", "/etc/ssh", "/etc/hostname", "/etc/machine-id"),
     *(
-        "/root",
+        HOME,
+        f"{HOME}/.ssh",
+        f"{HOME}/.profile",
         "/home",
         "/var",
         "/var/log",
@@ -30,7 +32,7 @@ PATHS = (
         "/dev/net/tun",
         "/dev/port",
     ),
-    *("/dev/nvidia0", "/dev/nvidiactl", "/dev/dri", "/dev/loop-control", "/dev/input", "/newroot", "/oldroot", "/work"),
+    *("/dev/nvidia0", "/dev/nvidiactl", "/dev/dri", "/dev/loop-control", "/dev/input", "/newroot", "/oldroot"),
     *(
         "/proc/1/root/etc",
         "/proc/1/cwd/etc",

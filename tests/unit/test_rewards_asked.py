@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +12,10 @@ import pytest
 
 from megatron_gspo.config import RewardConfig
 from megatron_gspo.errors import ConfigError, RewardError
-from megatron_gspo.rewards import GroupRewards, Reward, asking, resolve_reward, score_groups
+from megatron_gspo.rewards import Reward, asking, resolve_reward
 from megatron_gspo.rewards.registry import check_reward
-from megatron_gspo.types import Prompt, Rollout
 from tests.unit.answering import BREAK, HANG, Answer, Asked, answering
-
-PROMPT = Prompt("line-1", "<user>6*7?<end>", (1,), "42", {"level": 3}, asked="6*7?")
-
-
-def group(*texts: str, prompt: Prompt = PROMPT) -> list[Rollout]:
-    return [
-        Rollout(prompt, i, np.ones(3, np.int32), np.zeros(3, np.float32), "stop", (0,), text)
-        for i, text in enumerate(texts)
-    ]
-
-
-def score(reward: Reward, *groups: Sequence[Rollout]) -> list[GroupRewards]:
-    return asyncio.run(score_groups(reward, groups))
+from tests.unit.asked_cases import group, score
 
 
 @pytest.fixture(autouse=True)

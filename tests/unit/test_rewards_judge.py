@@ -2,49 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from megatron_gspo.config import RewardConfig
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.rewards import GroupRewards, Reward, RewardContext, asking, resolve_reward, score_groups
+from megatron_gspo.rewards import Reward, RewardContext, asking, resolve_reward
 from megatron_gspo.rewards.judge_cache import JudgeCache
 from megatron_gspo.rewards.judge_ranking import TEMPLATE as RANKING
 from megatron_gspo.rewards.judge_ranking import fill as fill_ranking
 from megatron_gspo.rewards.judge_ranking import shares
 from megatron_gspo.rewards.judge_text import MARKED_GRADE, TEMPLATE, GradeReader, fill
 from megatron_gspo.rewards.registry import check_reward
-from megatron_gspo.types import Prompt, Rollout
+from megatron_gspo.types import Prompt
 from tests.unit.answering import HANG, Answer, Asked, answering
-
-PROMPT = Prompt("line-1", "<user>6*7?<end>", (1,), "42", {"level": 3}, asked="6*7?")
-
-
-def group(*texts: str, prompt: Prompt = PROMPT) -> list[Rollout]:
-    return [
-        Rollout(prompt, i, np.ones(3, np.int32), np.zeros(3, np.float32), "stop", (0,), text)
-        for i, text in enumerate(texts)
-    ]
-
-
-def score(reward: Reward, *groups: Sequence[Rollout]) -> list[GroupRewards]:
-    return asyncio.run(score_groups(reward, groups))
+from tests.unit.asked_cases import PROMPT, group, score
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asking, "LONGEST_WAIT_S", 0.02)
-
-
-def remote(asked: Asked, timeout_s: float = 10.0, **options: Any) -> Reward:
-    return resolve_reward(RewardConfig(function="remote", options={"url": asked.url, **options}, timeout_s=timeout_s))
 
 
 # Judges

@@ -15,7 +15,6 @@ import pytest
 from megatron_gspo.config import RewardConfig
 from megatron_gspo.errors import ConfigError, RewardError
 from megatron_gspo.rewards import (
-    GroupRewards,
     Reward,
     RewardContext,
     Score,
@@ -26,26 +25,7 @@ from megatron_gspo.rewards import (
 )
 from megatron_gspo.rewards.references import ReferenceCheck
 from megatron_gspo.types import Prompt, Rollout
-
-PROMPT = Prompt("a", "?", (1,), "42")
-
-
-def group(*texts: str, prompt: Prompt = PROMPT) -> list[Rollout]:
-    return [
-        Rollout(prompt, i, np.ones(len(text), np.int32), np.zeros(len(text), np.float32), "stop", (0,), text)
-        for i, text in enumerate(texts)
-    ]
-
-
-def score(function: Any, *groups: Sequence[Rollout], **settings: Any) -> list[GroupRewards]:
-    return asyncio.run(score_groups(Reward("mine", function, **settings), groups))
-
-
-def by_length(prompt: Prompt, response: Rollout) -> Any:
-    if response.text == "bad":
-        return Ungraded("the grader is away")
-    return Score(len(response.text) / 10, {"long": len(response.text), "odd": len(response.text) % 2})
-
+from tests.unit.reward_cases import by_length, group, score
 
 # What is returned
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,38 +21,16 @@ from megatron_gspo.report.payload import idle_components
 from megatron_gspo.report.prometheus import series_name
 from megatron_gspo.report.samples import sample
 from megatron_gspo.rewards import (
-    GroupRewards,
     Reward,
-    Score,
     TokenRewards,
     Ungraded,
-    score_groups,
 )
 from megatron_gspo.rollout.survivors import Dropped
 from megatron_gspo.train import collect
 from megatron_gspo.train.collect import Collected, check_ungraded, component_means, keep_graded, samples_of, sums_of
 from megatron_gspo.train.grade import Graded, check_graded
 from megatron_gspo.types import Prompt, Rollout
-
-PROMPT = Prompt("a", "?", (1,), "42")
-
-
-def group(*texts: str, prompt: Prompt = PROMPT) -> list[Rollout]:
-    return [
-        Rollout(prompt, i, np.ones(len(text), np.int32), np.zeros(len(text), np.float32), "stop", (0,), text)
-        for i, text in enumerate(texts)
-    ]
-
-
-def score(function: Any, *groups: Sequence[Rollout], **settings: Any) -> list[GroupRewards]:
-    return asyncio.run(score_groups(Reward("mine", function, **settings), groups))
-
-
-def by_length(prompt: Prompt, response: Rollout) -> Any:
-    if response.text == "bad":
-        return Ungraded("the grader is away")
-    return Score(len(response.text) / 10, {"long": len(response.text), "odd": len(response.text) % 2})
-
+from tests.unit.reward_cases import PROMPT, by_length, group, score
 
 # In training
 
