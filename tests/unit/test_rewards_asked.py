@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from megatron_gspo.config import RewardConfig
 from megatron_gspo.errors import ConfigError, RewardError
-from megatron_gspo.rewards import Reward, asking, resolve_reward
+from megatron_gspo.rewards import Reward, asking, resolve_reward, score_groups
 from megatron_gspo.rewards.registry import check_reward
 from tests.unit.answering import BREAK, HANG, Answer, Asked, answering
 from tests.unit.asked_cases import group, score
@@ -28,6 +29,23 @@ def remote(asked: Asked, timeout_s: float = 10.0, **options: Any) -> Reward:
 
 
 # Remote rewards
+
+
+def test_connections_live_as_long_as_a_scoring() -> None:
+    with answering(lambda body, number: Answer([1])) as asked:
+        reward: Any = remote(asked)
+        sessions = []
+
+        async def scored() -> None:
+            for _ in range(2):
+                task = asyncio.create_task(score_groups(reward, [group("42")]))
+                while reward.function._service._session is None:
+                    await asyncio.sleep(0)
+                sessions.append(reward.function._service._session)
+                await task
+
+        asyncio.run(scored())
+    assert len(set(sessions)) == 2 and all(session.closed for session in sessions)
 
 
 def test_a_group_is_posted_whole_and_gets_what_is_answered() -> None:
