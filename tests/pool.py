@@ -18,6 +18,9 @@ from typing import Any
 PRELOAD = ["megatron_gspo.runs.loop", "transformers.models.auto.tokenization_auto", "tests.pool"]
 
 
+DIED = "the process died"
+
+
 class RankError(AssertionError):
     """A rank raised; the message holds its traceback."""
 
@@ -54,20 +57,32 @@ class RankPool:
 def _collect(connections: list[Connection], timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(connections):
-        waiting = {connection: rank for rank, connection in enumerate(connections) if rank not in results}
-        ready = wait(list(waiting), timeout)
+        waiting = {rank: connection for rank, connection in enumerate(connections) if rank not in results}
+        ready = wait(list(waiting.values()), timeout)
         if not ready:
-            raise RankError(f"ranks {sorted(waiting.values())} gave no answer within {timeout:g} s")
-        for connection in ready:
-            rank = waiting[connection]  # type: ignore[index]
-            try:
-                ok, value = connection.recv()  # type: ignore[union-attr]
-            except EOFError:
-                ok, value = False, "the process died"
+            raise RankError(f"ranks {sorted(waiting)} gave no answer within {timeout:g} s")
+        for rank in [rank for rank, connection in waiting.items() if connection in ready]:
+            ok, value = _answer(waiting.pop(rank))
+            if not ok and "by peer" in value:  # whose? A rank that was killed can be heard after its peers
+                wait(list(waiting.values()), 1.0)
+                dead = [other for other, connection in waiting.items() if _has_died(connection)]
+                rank, value = (dead[0], DIED) if dead else (rank, value)
             if not ok:
                 raise RankError(f"rank {rank}: {value}")
             results[rank] = value
     return [results[rank] for rank in range(len(connections))]
+
+
+def _answer(connection: Connection) -> tuple[bool, Any]:
+    try:
+        answer: tuple[bool, Any] = connection.recv()
+        return answer
+    except EOFError:
+        return False, DIED
+
+
+def _has_died(connection: Connection) -> bool:
+    return connection.poll() and _answer(connection) == (False, DIED)
 
 
 def _serve(
