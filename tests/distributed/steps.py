@@ -209,18 +209,23 @@ def run_step(case: Case, parallel: dict[str, int], plan: Plan, fault: Callable[[
                 sums = sums + minibatch_sums(shards[index], output, entropy_T, logprobs_T)
             return output.loss
 
-        before = {name: weight.numpy() for name, weight in policy.weights()}
+        before = {name: as_array(weight) for name, weight in policy.weights()}
         policy.gradients(batches, loss_of)
         if groups.is_last_stage:
             result.metrics = finish(reduce_metric_sums(sums, stage=groups.tensor_data, data=groups.data))
-        result.gradients = {name: gradient.numpy() for name, gradient in policy.named_gradients()}
+        result.gradients = {name: as_array(gradient) for name, gradient in policy.named_gradients()}
         for update in range(case.updates):
             if update:
                 policy.gradients(batches, loss_of)
             result.grad_norms.append(policy.step(update, case.updates)[0])
         if case.updates:
-            result.moved = {name: weight.numpy() - before[name] for name, weight in policy.weights()}
+            result.moved = {name: as_array(weight) - before[name] for name, weight in policy.weights()}
     return result
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """numpy knows no bfloat16: that is widened."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def make_policy(case: Case, parallel: dict[str, int]) -> tuple[Any, Any]:
