@@ -56,7 +56,8 @@ def overall_of_sweep(comparison: Comparison, analysis: Analysis) -> str:
     cells = sum(cell.finished for cell in comparison.cells)
     return (
         f"Collapse as a function of {analysis.stability.setting}, in {count(cells, 'run')}: a logistic curve in its "
-        f"log by Firth's penalised likelihood; 95% intervals by resampling seeds within cold starts."
+        f"log by Firth's penalised likelihood; 95% intervals, the wider of the curve's own and of those by resampling "
+        f"seeds within cold starts."
     )
 
 
@@ -153,7 +154,7 @@ def limits(comparison: Comparison, analysis: Analysis) -> list[str]:
     found = [
         _unfinished(comparison),
         _failed(comparison),
-        _cold_starts(analysis),
+        "" if comparison.swept else _cold_starts(analysis),
         _power(analysis),
         _tests(analysis),
         _scope(comparison),
