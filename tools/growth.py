@@ -28,6 +28,7 @@ MOST_GROWTH = {"memory_mib": 10.0, "descriptors": 0, "threads": 0, "shared": 0}
 """By which the median of the last fifth of the steps may exceed that of the fifth after the warm-up. Memory that an
 allocator keeps moves by some MiB; a leak of 100 kB a step is 30 MiB."""
 MAPPED = re.compile(r"(/dev/shm/.*)$", re.MULTILINE)
+ROLES = {"launcher", "rank 0", "rank 1", "server", "server's scheduler", "server's detokenizer"}
 Sample = dict[str, float]
 
 
@@ -53,7 +54,7 @@ def settings(directory: Path, steps: int) -> list[str]:
 def role(process: psutil.Process) -> str:
     """What a process of the run is called in the figure; "" for one that is not watched."""
     words = process.cmdline()
-    if "sglang_server.py" in " ".join(words):
+    if any(word.endswith("rollout/sglang/server.py") for word in words):
         return "server"
     if words and words[0].startswith("sglang::"):
         return f"server's {words[0].removeprefix('sglang::').split('_')[0]}"
@@ -62,14 +63,15 @@ def role(process: psutil.Process) -> str:
 
 
 def sample(root: psutil.Process) -> dict[str, Sample]:
-    """role -> what its process holds now."""
+    """role -> what its process holds now: of those that have its environment, the largest."""
     found: dict[str, Sample] = {}
     for process in [root, *root.children(recursive=True)]:
         try:
             name = role(process)
-            if name and name not in found:
+            memory = process.memory_full_info().uss / 2**20 if name else 0.0
+            if name and memory > found.get(name, {"memory_mib": 0.0})["memory_mib"]:
                 found[name] = {
-                    "memory_mib": process.memory_full_info().uss / 2**20,
+                    "memory_mib": memory,
                     "descriptors": process.num_fds(),
                     "threads": process.num_threads(),
                     "shared": len(set(MAPPED.findall(Path(f"/proc/{process.pid}/maps").read_text()))),
@@ -99,6 +101,8 @@ def watch(directory: Path, steps: int) -> dict[str, list[tuple[int, Sample]]]:
                 left = max(left, sum(1 for _ in (directory / "sync").iterdir()))
     if run.returncode:
         raise RuntimeError(f"the run ended with {run.returncode}: {directory / 'log'}")
+    if missed := ROLES - series.keys():
+        raise RuntimeError(f"never seen, so not watched: {', '.join(sorted(missed))}")
     if left > 1:
         raise RuntimeError(f"weights of {left} versions lay in {directory}/sync at a time")
     return series
