@@ -8,6 +8,7 @@ process, and threads of groups whose peers are gone spin.
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from typing import Any
 PRELOAD = ["megatron_gspo.runs.loop", "transformers.models.auto.tokenization_auto", "tests.pool"]
 
 
+DEVICE = "RANKS_ON"
+"""Environment variable: "card" has ranks compute on the second device of ``tests.card``, where mixing it with the host
+raises."""
 DIED = "the process died"
 
 
@@ -92,9 +96,12 @@ def _serve(
     import torch.distributed as dist
 
     from megatron_gspo.megatron import cpu
+    from tests import card
 
     torch.set_num_threads(1)
     cpu.install()
+    if os.environ.get(DEVICE) == "card":
+        card.install()
     try:
         dist.init_process_group(
             "gloo",

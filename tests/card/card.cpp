@@ -18,8 +18,11 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <cstdlib>
 #include <cstring>
+#include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 namespace {
@@ -185,6 +188,28 @@ void refuse_mixtures(const c10::FunctionSchema& schema, const torch::jit::Stack&
   }
 }
 
+// What CUDA has no deterministic form of; a product has one that cuBLAS must be told to take before the first of all.
+void refuse_what_is_by_chance(const c10::FunctionSchema& schema, const torch::jit::Stack& stack, size_t first) {
+  static const std::unordered_set<std::string> products = {
+      "aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::mv", "aten::addmv", "aten::dot"};
+  static const std::unordered_set<std::string> never = {"aten::kthvalue", "aten::put_", "aten::histc"};
+  static const std::unordered_set<std::string> of_fractions = {"aten::cumsum", "aten::cumprod"};
+  const auto& name = schema.name();
+  bool product = products.count(name);
+  static bool told = false, decided = false;
+  if (product && !decided) {
+    const char* set = std::getenv("CUBLAS_WORKSPACE_CONFIG");
+    told = set && (std::string(set) == ":4096:8" || std::string(set) == ":16:8");
+    decided = true;
+  }
+  if (!at::globalContext().deterministicAlgorithms()) return;
+  TORCH_CHECK(!product || told, name, " of cuBLAS is by chance: CUBLAS_WORKSPACE_CONFIG was not set in time");
+  TORCH_CHECK(!never.count(name), name, " has no deterministic form on CUDA");
+  TORCH_CHECK(
+      !of_fractions.count(name) || !at::isFloatingType(stack[first].toTensor().scalar_type()), name,
+      " of fractions has no deterministic form on CUDA");
+}
+
 void computed_by_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   size_t first = stack->size() - schema.arguments().size();
@@ -194,7 +219,10 @@ void computed_by_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack
       of_the_card |= tensor.defined() && tensor.device().type() == CARD;
       return tensor;
     });
-  if (of_the_card) refuse_mixtures(schema, *stack, first);
+  if (of_the_card) {
+    refuse_mixtures(schema, *stack, first);
+    refuse_what_is_by_chance(schema, *stack, first);
+  }
   Shown call;
   bool makes_one = !of_the_card;
   for (size_t i = first; i < stack->size(); i++) {

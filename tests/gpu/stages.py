@@ -146,6 +146,9 @@ STAGES: dict[str, Callable[[Sizes], Result]] = {
     "bench": bench,
 }
 """In the order in which they are worth their time."""
+DETERMINISTIC = ("noise", "resume")
+"""Those that turn torch's deterministic algorithms on. On a GPU these refuse the first matrix product unless cuBLAS was
+told of it before the first of all, whichever algorithms were asked for then."""
 
 
 # ------------------------------------------------------------------------------------------------- models and passes
@@ -416,17 +419,22 @@ def free() -> None:
 
 
 def pytest_of(file: str) -> Result:
-    """Passed, failed and skipped tests of a file beside this one, with the last line of each failure."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rfE", "--no-header", "-p", "no:cacheprovider", f"tests/gpu/{file}"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={name: value for name, value in os.environ.items() if name not in WORLD},
-    )
-    lines = done.stdout.strip().splitlines()
+    """Passed, failed and skipped tests of a file beside this one, with the last line of each failure; the log has all
+    that pytest says, as it says it."""
+    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--no-header", "-p", "no:cacheprovider"]
+    environment = {name: value for name, value in os.environ.items() if name not in WORLD}
+    lines = [""]
+    with subprocess.Popen(
+        [*command, f"tests/gpu/{file}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            print(line, end="", flush=True)
+            lines += [line.strip()] if line.strip() else []
     failures = [line[:300] for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return {"last line": lines[-1] if lines else done.stderr[-300:], "failures": failures}
+    if running.returncode:
+        failures = failures or [f"pytest ended with status {running.returncode}"]
+    return {"last line": lines[-1], "failures": failures}
 
 
 def command(*words: str) -> Any:
@@ -452,7 +460,7 @@ def a_world_of_one() -> Iterator[None]:
 
 
 def main() -> int:
-    """Runs one stage; its status is 1 when the stage raised, and the file says what."""
+    """Runs one stage; its status is 1 when it raised, or a test of it failed, and the file says what."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
@@ -460,6 +468,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.rehearse:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if options.stage in DETERMINISTIC:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from megatron_gspo.quiet import mute
 
     mute()
@@ -467,10 +477,11 @@ def main() -> int:
     try:
         with a_world_of_one():
             result = STAGES[options.stage](SMALL if options.rehearse else FULL)
+        status = int(bool(result.get("tests", {}).get("failures")))
     except Exception as error:
         import traceback
 
-        result, status = {"raised": f"{type(error).__name__}: {error}", "at": traceback.format_exc()[-3000:]}, 1
+        result, status = {"raised": f"{type(error).__name__}: {error}", "at": traceback.format_exc()[-6000:]}, 1
     result["seconds"] = round(time.perf_counter() - started, 1)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
