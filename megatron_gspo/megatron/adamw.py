@@ -8,6 +8,7 @@ which keeps nothing beside its arguments; torch's foreach form, its default on a
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -43,7 +44,9 @@ class ShardedAdamW:
         """In host memory, of the states that can be parked, in their order."""
         self._parked: list[tuple[dict[str, torch.Tensor], str]] = []
         shards = [shard for group in groups for shard in group["params"]]
-        memory = HostMemory(sum(_bytes_on_host(shard, moments) for shard in shards)) if on_host and shards else None
+        self._memory: list[HostMemory] = []
+        """Locked for as long as this lives."""
+        memory = self._lock(sum(_bytes_on_host(shard, moments) for shard in shards)) if on_host and shards else None
         for shard in shards:
             self.state[shard] = _new_state(shard, moments, memory)
 
@@ -74,7 +77,7 @@ class ShardedAdamW:
             return
         found = [(state, name) for shard, state in self.state.items() for name in _beside(shard, state)]
         if not self._places:
-            memory = HostMemory(sum(_aligned(state[name].nbytes) for state, name in found)) if found else None
+            memory = self._lock(sum(_aligned(state[name].nbytes) for state, name in found)) if found else None
             self._places = [memory.take(state[name].numel(), state[name].dtype) for state, name in found if memory]
         for (state, name), place in zip(found, self._places, strict=True):
             place.copy_(state[name], non_blocking=True)
@@ -91,6 +94,10 @@ class ShardedAdamW:
             state[name] = torch.empty_like(place, device=devices[id(state)]).copy_(place, non_blocking=True)
         self._parked = []
         self._wait()
+
+    def _lock(self, size: int) -> HostMemory:
+        self._memory.append(HostMemory(size))
+        return self._memory[-1]
 
     def _wait(self) -> None:
         """Copies between host and device are on their way until here."""
@@ -150,7 +157,8 @@ class ShardedAdamW:
 class HostMemory:
     """One block of host memory, cut into tensors of zeros; page-locked where a GPU copies from and to it.
 
-    Locked as it is and not by torch's allocator, which rounds each block up to a power of two. (Not run on a GPU yet.)
+    Locked as it is and not by torch's allocator, which rounds each block up to a power of two, and unlocked when this
+    object goes: CUDA would refuse the next block that the system puts at its address. (Not run on a GPU yet.)
     """
 
     ALIGNED = 64
@@ -159,7 +167,10 @@ class HostMemory:
         self._block = torch.zeros(size, dtype=torch.uint8, device="cpu")
         self._used = 0
         if here() is CUDA:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._block.data_ptr(), size, 0))
+            address = self._block.data_ptr()
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, size, 0))
+            # At the end of the process CUDA may be gone first, and unlocks all by itself.
+            weakref.finalize(self, lambda: torch.cuda.cudart().cudaHostUnregister(address)).atexit = False
 
     def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """[numel] of zeros."""

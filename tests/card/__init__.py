@@ -3,30 +3,52 @@
 ``install`` compiles ``card.cpp``, once for a release of torch, and has Megatron-Core and this package take the device
 "card" for the one that they compute on. Its tensors lie in the host's memory and are computed by the CPU's kernels, but
 an operation that is given some of both raises, ``numpy`` of one raises, and a tensor that was made without a device is
-on the host. Numbers are those of a CPU, bit for bit.
+on the host. What CUDA refuses under deterministic algorithms is refused too: products, unless cuBLAS was told of it
+before the first, and operations that have no such form. ``RANKS_ON=card pytest ...`` runs any test's ranks on it.
 
-What it cannot show: kernels, streams, and what CUDA alone has.
+What it cannot show: kernels, streams, nccl, and what CUDA alone has.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from tests.pool import RankPool
+
+TRIED = ("2.13",)
+"""Releases of torch against which the device compiles: its interface to C++ is not kept from one to the next."""
 SOURCE = Path(__file__).with_name("card.cpp")
 CARD = torch.device("privateuseone", 0)
+BUILD = Path(__file__).parents[2] / "build"
+
+
+class CardPool(RankPool):
+    """Ranks that compute on the card."""
+
+    def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
+        """As ``RankPool.run``."""
+        return super().run(world, on_card, function, *args, timeout=timeout)
+
+
+def on_card(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns in a process that computes on the card, and does for good."""
+    install()
+    return function(*args)
 
 
 def install() -> None:
-    """Makes the device and has this process compute on it. Before anything of Megatron is imported."""
+    """Makes the device and has this process compute on it, before its first model."""
     load()
     _stand_for_cuda()
 
@@ -57,19 +79,18 @@ def library() -> Path:
     """The compiled device, under a name that changes with its source and with torch; made where it is missing."""
     root = Path(torch.__file__).parent
     key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode() + sys.version.encode()).hexdigest()[:16]
-    directory = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_gspo"
-    directory.mkdir(parents=True, exist_ok=True)
-    made = directory / f"card-{key}.so"
-    with open(directory / "card.lock", "w", encoding="utf-8") as lock:
+    BUILD.mkdir(exist_ok=True)
+    made = BUILD / f"card-{key}.so"
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context((BUILD / "card.lock").open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
-            with tempfile.TemporaryDirectory(dir=directory) as scratch:
-                target = Path(scratch) / "card.so"
-                include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
-                link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
-                command = ["g++", "-std=c++20", "-O0", "-w", "-fPIC", "-shared", *include, str(SOURCE), "-o", str(target)]
-                subprocess.run([*command, *link], check=True, timeout=600)
-                target.rename(made)
+            target = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=BUILD))) / "card.so"
+            include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+            link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
+            command = ["g++", "-std=c++20", "-O0", "-w", "-fPIC", "-shared", *include, str(SOURCE), "-o", str(target)]
+            subprocess.run([*command, *link], check=True, timeout=600)
+            target.rename(made)
     return made
 
 

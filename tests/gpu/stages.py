@@ -10,6 +10,7 @@ on which card in docs/gpu.md and docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -84,8 +85,8 @@ def noise(sizes: Sizes) -> Result:
         torch.use_deterministic_algorithms(deterministic)
         policy, batch = policy_of(sizes, deterministic=deterministic)
         found[name] = differences(policy, batch)
+        let_go(policy)
         del policy
-        free()
     torch.use_deterministic_algorithms(False)
     return found
 
@@ -123,8 +124,8 @@ def layers(sizes: Sizes) -> Result:
         found[f"recompute {recompute}"] = timed(policy, batch, sizes, recompute)
         if recompute == "off":
             found["profile"] = profile(policy, batch)
+        let_go(policy)
         del policy
-        free()
     return found
 
 
@@ -410,9 +411,14 @@ def reset_peak() -> int:
     return torch.cuda.memory_allocated()
 
 
-def free() -> None:
-    import gc
-
+def let_go(policy: Any) -> None:
+    """Gives a policy's device memory back. The hooks that Megatron puts on gradients hold its buffers in circles that
+    go through torch's own objects, and that Python does not find."""
+    for module in policy.modules:
+        for buffer in (*module.buffers, *module.expert_parallel_buffers):
+            for data in (buffer.param_data, buffer.grad_data):
+                if data is not None:
+                    data.untyped_storage().resize_(0)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,0 +1,179 @@
+"""Training on a device that is not the host: what a GPU would refuse of it, a CPU refuses here."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests import oracle
+from tests.card import CARD, CardPool
+from tests.distributed import steps
+from tests.distributed.steps import Case
+from tests.gpu import stages
+from tests.pool import RankPool
+
+SLOW = pytest.mark.slow_suite
+ROOT = Path(__file__).parents[2]
+
+
+# ------------------------------------------------------------------------------------------------- the device itself
+
+
+def said(action: Callable[[], Any]) -> str:
+    """What it raises, or nothing."""
+    try:
+        action()
+    except (RuntimeError, TypeError) as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def refusals() -> dict[str, str]:
+    host, there = torch.ones(3, 3), torch.ones(3, 3, device=CARD)
+    there_row, place = torch.arange(3, device=CARD), torch.tensor([1])
+    return {
+        "sum": said(lambda: there + host),
+        "product": said(lambda: there @ host),
+        "index": said(lambda: there[place]),
+        "out": said(lambda: torch.add(there, there, out=host)),
+        "number written": said(lambda: torch.zeros(()).add_(there.sum())),
+        "numpy": said(there.numpy),
+        "number": said(lambda: there * torch.tensor(2.0)),
+        "copy": said(lambda: host.copy_(there)),
+        "index there": said(lambda: there[there_row]),
+        "list": said(there.tolist),
+    }
+
+
+def by_chance() -> dict[str, str]:
+    """The first product is made before cuBLAS was told, as its library asks once."""
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    there = torch.ones(3, 3, device=CARD)
+    before = said(lambda: there @ there)
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    whole = torch.arange(3, device=CARD)
+    products = {"before": before, "after": said(lambda: there @ there)}
+    return products | {"fractions": said(lambda: there.cumsum(0)), "whole": said(lambda: whole.cumsum(0))}
+
+
+def test_what_mixes_host_and_card_raises_and_nothing_else_does(cards: CardPool) -> None:
+    [found] = cards.run(1, refusals)
+    assert found.pop("numpy").startswith("can't convert card:0 device type tensor to numpy")
+    refused = {name: text for name, text in found.items() if text}
+    assert refused.keys() == {"sum", "product", "index", "out", "number written"}
+    assert refused["product"] == "aten::mm: mat2 [3, 3] is on the CPU, and others are on the card"
+
+
+def test_under_deterministic_algorithms_it_refuses_what_cuda_does(cards: CardPool) -> None:
+    [found] = cards.run(1, by_chance)
+    assert found["before"] == found["whole"] == ""
+    assert "CUBLAS_WORKSPACE_CONFIG was not set in time" in found["after"]
+    assert "no deterministic form" in found["fractions"]
+
+
+# ------------------------------------------------------------------------------------------------------------- steps
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return steps.straddling_case(str(oracle.make_tiny_qwen3_moe(tmp_path_factory.mktemp("moe"))), updates=2)
+
+
+@pytest.mark.parametrize("layout", ["TP2xEP2", *(pytest.param(name, marks=SLOW) for name in ("CP2xPP2", "DP2", "PP2"))])
+def test_a_step_on_the_card_mixes_nothing_and_is_the_cpus(cards: CardPool, case: Case, layout: str) -> None:
+    there, here = steps.train(cards, case, layout), steps.train(RankPool(), case, layout)
+    assert there.metrics == pytest.approx(here.metrics, rel=1e-9, abs=1e-12)
+    assert there.grad_norms == pytest.approx(here.grad_norms, rel=1e-9)
+    assert there.clipped == here.clipped and any(here.clipped.values())
+    for name in ("logprobs", "gradients", "moved"):
+        mine, theirs = getattr(there, name), getattr(here, name)
+        assert mine.keys() == theirs.keys() and mine
+        for key in mine:
+            np.testing.assert_allclose(mine[key], theirs[key], rtol=1e-6, atol=1e-11)
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+PPO = (
+    *('algorithm.name="ppo"', 'algorithm.credit="gae"', "algorithm.clip_low=0.2", "algorithm.clip_high=0.2"),
+    *("critic.lr=1e-3", "critic.normalise=true", "critic.pretraining_steps=1", "algorithm.kl_reward_coef=0.01"),
+)
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "gspo": ("train.noise_floor_every=1", 'sync.verify="first"', "train.deterministic=true"),
+    "critic": PPO,
+    "reference and recompute": ("algorithm.kl_loss_coef=0.1", 'model.recompute="full"'),
+    "adapters": ("lora.rank=4", 'lora.targets=["q_proj","o_proj","experts.down_proj"]'),
+    "offload": ("optimizer.offload=true", 'optimizer.state_dtype="bfloat16"', 'model.dtype="bfloat16"'),
+    "replay": ('replay.mode="r2"', 'correction.rule="truncate"'),
+    "reference kernels": ('model.kernels="reference"', 'model.recompute="selective"'),
+    "over http": ('sync.method="tensor"',),
+}
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.training.conftest import QUICKSTART
+    from tests.training.conftest import quickstart as make
+
+    assert QUICKSTART.is_dir()
+    return make.__wrapped__(tmp_path_factory)  # type: ignore[attr-defined, no-any-return]
+
+
+def run(model: Path, more: tuple[str, ...]) -> list[float]:
+    """Two outer steps, evaluated and saved, and a third from the checkpoint; the gradient norms."""
+    import json
+
+    from megatron_gspo.config import load
+    from megatron_gspo.report.recorder import RunRecorder
+    from megatron_gspo.runs.loop import train
+    from tests.training.stand_in import StandIn
+
+    data = model.parent
+    with tempfile.TemporaryDirectory() as directory, StandIn(model) as server:
+        settings = [
+            *(f'model.path="{model}"', f'data.path="{data}/train.jsonl"', f'data.eval_path="{data}/eval.jsonl"'),
+            f'reward.function="{ROOT}/tests/training/rewards.py:share_of_even_tokens"',
+            *(f'train.run_dir="{directory}/run"', "train.outer_steps=2", "train.prompts_per_step=4"),
+            *("train.minibatches=2", "train.tensorboard=false", "train.checkpoint_every=1", "eval.prompts=8"),
+            *(f'rollout.servers=["{server.url}"]', "rollout.max_engine_k3=0", "parallel.tensor=1", "parallel.expert=1"),
+            *('sync.method="disk"', f'sync.directory="{directory}"', 'sync.verify="off"', *more),
+        ]
+        again = [*settings, "train.overwrite=false", "train.resume=true", "train.outer_steps=3"]
+        for part in (settings, again):
+            train(load(ROOT / "examples/quickstart/gspo.toml", part), RunRecorder)
+        lines = (Path(directory) / "run" / "metrics.jsonl").read_text().splitlines()
+        assert (Path(directory) / "run" / "hf" / "config.json").exists()
+    return [line["grad_norm"] for line in map(json.loads, lines) if "grad_norm" in line]
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("kind", ["gspo", *(pytest.param(kind, marks=SLOW) for kind in list(SETTINGS)[1:])])
+def test_a_run_that_evaluates_saves_resumes_syncs_and_exports_mixes_nothing(
+    cards: CardPool, quickstart: Path, kind: str
+) -> None:
+    [norms] = cards.run(1, run, quickstart / "model", SETTINGS[kind])
+    assert len(norms) == 6 and max(norms) > 0
+
+
+def stage(name: str) -> dict[str, Any]:
+    return stages.STAGES[name](stages.SMALL)
+
+
+@SLOW
+@pytest.mark.parametrize("name", ["imports", "layers", "resume"])
+def test_a_stage_for_a_gpu_mixes_nothing(cards: CardPool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    [found] = cards.run(1, staged, name)
+    assert found and found.get("largest difference", 0.0) == 0.0
+
+
+def staged(name: str) -> dict[str, Any]:
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    return stage(name)
