@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from tests import card
+from tests.training.conftest import quickstart
+
+__all__ = ["cards", "quickstart"]
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,17 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_gspo.config import load
+from megatron_gspo.report.recorder import RunRecorder
+from megatron_gspo.runs.loop import train
 from tests import oracle
 from tests.card import CARD, CardPool
 from tests.distributed import steps
-from tests.distributed.steps import Case
 from tests.gpu import stages
+from tests.gpu.test_policy import take_step
 from tests.pool import RankPool
+from tests.training.conftest import QUICKSTART
+from tests.training.stand_in import StandIn
 
 SLOW = pytest.mark.slow_suite
 ROOT = Path(__file__).parents[2]
@@ -82,19 +88,14 @@ def test_under_deterministic_algorithms_it_refuses_what_cuda_does(cards: CardPoo
 # ------------------------------------------------------------------------------------------------------------- steps
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return steps.straddling_case(str(oracle.make_tiny_qwen3_moe(tmp_path_factory.mktemp("moe"))), updates=2)
-
-
-@pytest.mark.parametrize("layout", ["TP2xEP2", *(pytest.param(name, marks=SLOW) for name in ("CP2xPP2", "DP2", "PP2"))])
-def test_a_step_on_the_card_mixes_nothing_and_is_the_cpus(cards: CardPool, case: Case, layout: str) -> None:
-    there, here = steps.train(cards, case, layout), steps.train(RankPool(), case, layout)
-    assert there.metrics == pytest.approx(here.metrics, rel=1e-9, abs=1e-12)
-    assert there.grad_norms == pytest.approx(here.grad_norms, rel=1e-9)
-    assert there.clipped == here.clipped and any(here.clipped.values())
-    for name in ("logprobs", "gradients", "moved"):
-        mine, theirs = getattr(there, name), getattr(here, name)
+def test_a_step_on_the_card_mixes_nothing_and_is_the_cpus(cards: CardPool, tmp_path: Path) -> None:
+    """By the code that compares a GPU's with a CPU's."""
+    case = replace(steps.straddling_case(str(oracle.make_tiny_qwen3_moe(tmp_path))), exact=False)
+    [there], [here] = (pool.run(1, take_step, case) for pool in (cards, RankPool()))
+    assert there.step.grad_norms == pytest.approx(here.step.grad_norms, rel=1e-9)
+    assert there.step.clipped == here.step.clipped and any(here.step.clipped.values())
+    parts = [(part.step.logprobs, part.step.gradients, part.after) for part in (there, here)]
+    for mine, theirs in zip(*parts, strict=True):
         assert mine.keys() == theirs.keys() and mine
         for key in mine:
             np.testing.assert_allclose(mine[key], theirs[key], rtol=1e-6, atol=1e-11)
@@ -116,64 +117,54 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "reference kernels": ('model.kernels="reference"', 'model.recompute="selective"'),
     "over http": ('sync.method="tensor"',),
 }
+LAYOUTS = {
+    "tensor ranks": ("parallel.tensor=2", "parallel.expert=2"),
+    "stages": ("parallel.pipeline=2",),
+    "context ranks": ("parallel.context=2", "parallel.expert=2", 'replay.mode="r2"'),
+}
+"""On two ranks."""
 
 
-@pytest.fixture(scope="session")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.training.conftest import QUICKSTART
-    from tests.training.conftest import quickstart as make
-
-    assert QUICKSTART.is_dir()
-    return make.__wrapped__(tmp_path_factory)  # type: ignore[attr-defined, no-any-return]
-
-
-def run(model: Path, more: tuple[str, ...]) -> list[float]:
-    """Two outer steps, evaluated and saved, and a third from the checkpoint; the gradient norms."""
-    import json
-
-    from megatron_gspo.config import load
-    from megatron_gspo.report.recorder import RunRecorder
-    from megatron_gspo.runs.loop import train
-    from tests.training.stand_in import StandIn
-
+def settings_of(model: Path, directory: Path, url: str) -> list[str]:
     data = model.parent
-    with tempfile.TemporaryDirectory() as directory, StandIn(model) as server:
-        settings = [
-            *(f'model.path="{model}"', f'data.path="{data}/train.jsonl"', f'data.eval_path="{data}/eval.jsonl"'),
-            f'reward.function="{ROOT}/tests/training/rewards.py:share_of_even_tokens"',
-            *(f'train.run_dir="{directory}/run"', "train.outer_steps=2", "train.prompts_per_step=4"),
-            *("train.minibatches=2", "train.tensorboard=false", "train.checkpoint_every=1", "eval.prompts=8"),
-            *(f'rollout.servers=["{server.url}"]', "rollout.max_engine_k3=0", "parallel.tensor=1", "parallel.expert=1"),
-            *('sync.method="disk"', f'sync.directory="{directory}"', 'sync.verify="off"', *more),
-        ]
-        again = [*settings, "train.overwrite=false", "train.resume=true", "train.outer_steps=3"]
-        for part in (settings, again):
-            train(load(ROOT / "examples/quickstart/gspo.toml", part), RunRecorder)
-        lines = (Path(directory) / "run" / "metrics.jsonl").read_text().splitlines()
-        assert (Path(directory) / "run" / "hf" / "config.json").exists()
-    return [line["grad_norm"] for line in map(json.loads, lines) if "grad_norm" in line]
+    return [
+        *(f'model.path="{model}"', f'data.path="{data}/train.jsonl"', f'data.eval_path="{data}/eval.jsonl"'),
+        f'reward.function="{ROOT}/tests/training/rewards.py:share_of_even_tokens"',
+        *(f'train.run_dir="{directory}/run"', "train.outer_steps=2", "train.prompts_per_step=4"),
+        *("train.minibatches=2", "train.tensorboard=false", "train.checkpoint_every=1", "eval.prompts=8"),
+        *(f'rollout.servers=["{url}"]', "rollout.max_engine_k3=0", "parallel.tensor=1", "parallel.expert=1"),
+        *('sync.method="disk"', f'sync.directory="{directory}"', 'sync.verify="off"'),
+    ]
+
+
+def run(settings: list[str]) -> None:
+    """Two outer steps, evaluated and saved, and a third from the checkpoint."""
+    again = [*settings, "train.overwrite=false", "train.resume=true", "train.outer_steps=3"]
+    for part in (settings, again):
+        train(load(QUICKSTART / "gspo.toml", part), RunRecorder)
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("kind", ["gspo", *(pytest.param(kind, marks=SLOW) for kind in list(SETTINGS)[1:])])
+@pytest.mark.parametrize("kind", ["gspo", *(pytest.param(kind, marks=SLOW) for kind in [*SETTINGS, *LAYOUTS][1:])])
 def test_a_run_that_evaluates_saves_resumes_syncs_and_exports_mixes_nothing(
-    cards: CardPool, quickstart: Path, kind: str
+    cards: CardPool, quickstart: Path, tmp_path: Path, kind: str
 ) -> None:
-    [norms] = cards.run(1, run, quickstart / "model", SETTINGS[kind])
+    with StandIn(quickstart / "model") as server:
+        settings = settings_of(quickstart / "model", tmp_path, server.url)
+        cards.run(2 if kind in LAYOUTS else 1, run, [*settings, *(SETTINGS | LAYOUTS)[kind]])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
     assert len(norms) == 6 and max(norms) > 0
+    assert (tmp_path / "run" / "hf" / "config.json").exists()
 
 
-def stage(name: str) -> dict[str, Any]:
+def staged(name: str) -> dict[str, Any]:
+    stages.prepare(name)
     return stages.STAGES[name](stages.SMALL)
 
 
 @SLOW
-@pytest.mark.parametrize("name", ["imports", "layers", "resume"])
-def test_a_stage_for_a_gpu_mixes_nothing(cards: CardPool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["imports", "layers", "noise", "resume"])
+def test_a_stage_for_a_gpu_mixes_nothing(cards: CardPool, name: str) -> None:
     [found] = cards.run(1, staged, name)
     assert found and found.get("largest difference", 0.0) == 0.0
-
-
-def staged(name: str) -> dict[str, Any]:
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    return stage(name)

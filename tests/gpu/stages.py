@@ -465,6 +465,12 @@ def a_world_of_one() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+def prepare(stage: str) -> None:
+    """What a process needs before its first matrix product."""
+    if stage in DETERMINISTIC:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def main() -> int:
     """Runs one stage; its status is 1 when it raised, or a test of it failed, and the file says what."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -474,8 +480,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.rehearse:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if options.stage in DETERMINISTIC:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    prepare(options.stage)
     from megatron_gspo.quiet import mute
 
     mute()

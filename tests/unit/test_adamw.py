@@ -165,3 +165,20 @@ def test_a_step_keeps_little_beside_its_states(moments: torch.dtype | None, on_h
         peak = PeakMemory(torch.device("cpu"))
         optimizer.step()
         assert peak.read() < 48 * 2**20, "the shard itself is 64 MiB"
+
+
+def test_on_a_gpu_host_memory_is_locked_while_its_optimizer_lives_and_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory that stays locked when the system takes it back is refused where it hands it out again."""
+    runtime = mock.Mock(cudaHostRegister=mock.Mock(return_value=0))
+    monkeypatch.setattr(adamw, "here", lambda: adamw.CUDA)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda result: None)
+    optimizer = optimizer_of(*random(2, 39, torch.bfloat16), on_host=True)
+    [(address, size, _)] = [call.args for call in runtime.cudaHostRegister.call_args_list]
+    first = next(iter(optimizer.state.values()))["param"]
+    assert address <= first.data_ptr() < address + size
+    assert not runtime.cudaHostUnregister.called
+    del optimizer, first
+    assert [call.args for call in runtime.cudaHostUnregister.call_args_list] == [(address,)]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from tests.gpu import stages
 from tests.gpu.stages import FULL, STAGES, operations
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +55,80 @@ def test_a_stage_that_might_not_end_in_time_is_not_begun(tmp_path):
     done = lease("--rehearse", "imports", OUT=str(tmp_path), LIMIT="10")
     assert done.returncode == 1
     assert re.fullmatch(r"imports: not begun at \d s: it may take 90, and the limit is 10\n", done.stdout)
+
+
+def failing_python(directory: Path, words: str) -> str:
+    """A Python that says its words and fails, for the environment; what has torch it says of itself."""
+    python = directory / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *pip*) echo "{words}"; exit 1;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+def packed(directory: Path) -> Path:
+    """The script in a checkout of its own, with wheels to install."""
+    (directory / "tests" / "gpu").mkdir(parents=True)
+    (directory / ".lease" / "wheels").mkdir(parents=True)
+    shutil.copy(LEASE, directory / "tests" / "gpu")
+    return directory / "tests" / "gpu" / LEASE.name
+
+
+def test_packages_lie_beside_the_machines_own_and_an_environment_that_fails_says_why(tmp_path):
+    """Not in a virtual environment: made by the Python of one, it has the packages of neither."""
+    script, out = packed(tmp_path / "checkout"), tmp_path / "out"
+    environment = os.environ | {"PYTHON": failing_python(tmp_path, "no such wheel"), "OUT": str(out)}
+    done = subprocess.run(["bash", str(script), "imports"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert re.fullmatch(r"the environment: FAILED at \d+ s, the end of its log:\nno such wheel\n", done.stdout), (
+        done.stdout
+    )
+    assert (out / "stages.log").read_text() == "no such wheel\n"
+    assert "-m venv" not in script.read_text() and '--target "$SITE"' in script.read_text()
+
+
+def test_results_are_few_enough_to_be_brought_back(tmp_path):
+    """A machine that is lent brings back eight files."""
+    script = LEASE.read_text()
+    assert set(re.findall(r'"\$OUT/([^"]+)"', script)) == {"$LOG", "$1.json"}
+    assert len(STAGES) + 1 <= 8
+
+
+def test_a_stage_that_hangs_says_in_which_line(tmp_path):
+    script = packed(tmp_path)
+    (tmp_path / "tests" / "gpu" / "stages.py").write_text("import time\ndef stuck():\n    time.sleep(60)\nstuck()\n")
+    script.write_text(re.sub(r"\[imports\]=\d+", "[imports]=1", script.read_text()))
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "PYTHONPATH": ""}
+    done = subprocess.run(
+        ["bash", str(script), "--rehearse", "imports"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 1 and "imports: FAILED" in done.stdout
+    assert "line 3 in stuck" in (tmp_path / "out" / "stages.log").read_text()
+
+
+@pytest.mark.parametrize(("stage", "told"), [("resume", ":4096:8"), ("layers", None)])
+def test_cublas_is_told_of_determinism_before_a_stage_that_asks_for_it(tmp_path, monkeypatch, stage, told):
+    """It is asked for once, at the first product of a process."""
+    asking = {name for name, run in STAGES.items() if "use_deterministic_algorithms" in inspect.getsource(run)}
+    assert asking == set(stages.DETERMINISTIC)
+    seen = []
+    monkeypatch.setitem(
+        STAGES, stage, lambda sizes: seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG")) or {"seen": True}
+    )
+    monkeypatch.setattr(stages, "a_world_of_one", nullcontext)
+    monkeypatch.setattr("megatron_gspo.quiet.mute", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["stages", stage, "--out", str(tmp_path / "out.json")])
+    monkeypatch.setitem(os.environ, "CUBLAS_WORKSPACE_CONFIG", "")
+    del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    assert stages.main() == 0
+    assert seen == [told]
+
+
+def test_a_stage_of_tests_fails_with_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(STAGES, "step", lambda sizes: {"tests": {"last line": "", "failures": ["FAILED one"]}})
+    monkeypatch.setattr(stages, "a_world_of_one", nullcontext)
+    monkeypatch.setattr("megatron_gspo.quiet.mute", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["stages", "step", "--out", str(tmp_path / "out.json")])
+    assert stages.main() == 1
 
 
 def test_operations_of_a_forward_pass_are_counted():
