@@ -88,6 +88,7 @@ def test_under_deterministic_algorithms_it_refuses_what_cuda_does(cards: CardPoo
 # ------------------------------------------------------------------------------------------------------------- steps
 
 
+@SLOW
 def test_a_step_on_the_card_mixes_nothing_and_is_the_cpus(cards: CardPool, tmp_path: Path) -> None:
     """By the code that compares a GPU's with a CPU's."""
     case = replace(steps.straddling_case(str(oracle.make_tiny_qwen3_moe(tmp_path))), exact=False)

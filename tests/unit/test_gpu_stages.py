@@ -123,8 +123,20 @@ def test_cublas_is_told_of_determinism_before_a_stage_that_asks_for_it(tmp_path,
     assert seen == [told]
 
 
-def test_a_stage_of_tests_fails_with_them(tmp_path, monkeypatch):
-    monkeypatch.setitem(STAGES, "step", lambda sizes: {"tests": {"last line": "", "failures": ["FAILED one"]}})
+def test_errors_of_products_are_measured_and_seen():
+    """On a CPU, of the same code: forward, both gradients, and experts without rows."""
+    found = stages.grouped_errors(stages.SMALL)
+    bounds = {"grouped_mm torch.float32": 1e-5, "grouped_mm torch.bfloat16": 2e-2}
+    assert found.keys() == bounds.keys()
+    for name, errors in found.items():
+        assert errors.keys() == {"y", "dx", "dW"}
+        assert 0 < max(errors.values()) < bounds[name], name
+    assert stages.sum_errors(stages.SMALL) == {"repeats bit by bit": True, "within a rounding": True}
+
+
+@pytest.mark.parametrize("part", [{"last line": "", "failures": ["FAILED one"]}, {"failed": "no such command"}])
+def test_a_stage_fails_with_its_tests_and_commands(tmp_path, monkeypatch, part):
+    monkeypatch.setitem(STAGES, "step", lambda sizes: {"tests": part})
     monkeypatch.setattr(stages, "a_world_of_one", nullcontext)
     monkeypatch.setattr("megatron_gspo.quiet.mute", lambda: None)
     monkeypatch.setattr(sys, "argv", ["stages", "step", "--out", str(tmp_path / "out.json")])
@@ -137,8 +149,13 @@ def test_operations_of_a_forward_pass_are_counted():
     assert 2 * 0.5e9 < operations(FULL) / FULL.tokens < 2 * 0.6e9
 
 
+def test_commands_go_to_the_command_line():
+    said = stages.command("bench", "experts", "--widths", "64", "--dtype", "none", "--json")["failed"]
+    assert "--dtype" in said and "No module" not in said
+
+
 @pytest.mark.slow_suite
-@pytest.mark.parametrize("stage", ["imports", "noise", "resume", "layers"])
+@pytest.mark.parametrize("stage", [name for name in STAGES if name != "bench"])  # which takes minutes of a CPU
 def test_a_stage_rehearses_on_a_cpu(tmp_path, stage):
     done = lease("--rehearse", stage, OUT=str(tmp_path), LIMIT="400")
     assert done.returncode == 0, done.stdout
