@@ -8,7 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 AsList = Field(strict=False)
 """Of a tuple: TOML has lists. Its items are as strict as everything else."""
-Positive = Annotated[int, Field(ge=1)]
+MOST = 2**31 - 1
+"""Of anything that is counted: what lies beyond is no number of things, and a loop over it is a hang."""
+LONGEST_S = 1e9
+"""Of a time in seconds, thirty years: threads and sockets take no longer ones."""
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Seconds = Annotated[float, Field(gt=0.0, le=LONGEST_S, allow_inf_nan=False)]
 Named = Annotated[str, Field(min_length=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]

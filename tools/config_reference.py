@@ -16,8 +16,9 @@ HEAD = """\
 
 One TOML file; `section.key=value` on the command line replaces a setting. An unknown key, a value out of range and
 settings that contradict each other are refused with one line that shows the values. A run keeps the configuration as
-it was resolved in `config.toml` of its directory. `megatron-gspo explain SECTION.KEY` says in a terminal what this page
-says. Both are written from the code, the page by `tools/config_reference.py`.
+it was resolved in `config.toml` of its directory. A count is 2^31 - 1 at most, a time 10^9 seconds.
+`megatron-gspo explain SECTION.KEY` says in a terminal what this page says. Both are written from the code, the page by
+`tools/config_reference.py`.
 """
 
 

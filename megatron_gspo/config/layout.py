@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -56,7 +57,7 @@ class ParallelConfig(Section):
         elif world_size is not None:
             data = max(1, world_size // model)
         else:
-            data = next(d for d in range(1, experts + 1) if (dense * d) % experts == 0)
+            data = experts // math.gcd(dense, experts)  # the fewest that the experts divide
         if world_size is not None and model * data != world_size:
             raise LayoutError(f"{text} x data {data} = {model * data} ranks, but the world has {world_size}")
         if (dense * data) % experts:

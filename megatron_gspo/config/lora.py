@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from megatron_gspo.section import AsList, Named, PositiveFloat, Section
+from megatron_gspo.section import AsList, Count, Named, PositiveFloat, Section
 
 ALL_LINEAR = "all-linear"
 
@@ -15,7 +15,7 @@ ALL_LINEAR = "all-linear"
 class LoraConfig(Section):
     """Low-rank adapters (LoRA, arXiv 2106.09685) on the policy's matrices, which are then all that is trained of it."""
 
-    rank: Annotated[int, Field(ge=0)] = 0
+    rank: Count = 0
     """Rank of each adapter; 0: there are none, and every weight is trained."""
     alpha: PositiveFloat = 32.0
     """An adapted matrix is W + (alpha / rank) B A."""

@@ -23,7 +23,7 @@ from megatron_gspo.config.run import RunConfig
 from megatron_gspo.config.sources import SourceConfig, SourceReward
 from megatron_gspo.config.training import OptimizerConfig
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.section import Section
+from megatron_gspo.section import LONGEST_S, MOST, Section
 
 NAMES = {bool: "true or false", int: "integer", float: "number", str: "string", dict: "table"}
 BOUNDS = ((Ge, "≥", "ge"), (Gt, ">", "gt"), (Le, "≤", "le"), (Lt, "<", "lt"))
@@ -196,6 +196,8 @@ def _bounds(item: Any) -> Iterator[str]:
     for kind, sign, name in BOUNDS:
         if isinstance(item, kind):
             value = getattr(item, name)
+            if value in (MOST, LONGEST_S):  # of every number of things, and of every time
+                continue
             yield f"{sign} {'2^63' if value == 2**63 else f'{value:g}'}"
 
 

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from megatron_gspo.section import AsList, Named, NonNegativeFloat, Positive, PositiveFloat, Section
+from megatron_gspo.section import AsList, Count, Named, NonNegativeFloat, Positive, PositiveFloat, Seconds, Section
 
 
 def _server_url(text: str) -> str:
@@ -66,15 +66,16 @@ class RolloutConfig(Section):
     server_args: Annotated[tuple[str, ...], AsList, AfterValidator(_without_keys)] = ()
     """More arguments for each local server, after those that ``[placement]`` and the launcher choose, which they
     overrule; a size that the configuration names in both places, with two values, is refused."""
-    server_start_s: PositiveFloat = 300.0
+    server_start_s: Seconds = 300.0
     """Seconds a local server may take until it is healthy."""
     group_size: Positive = 8
     """Responses G per prompt."""
-    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    dynamic_sampling: Count = 0
     """How often, at most, the places of groups whose rewards are all equal, or that were dropped, are drawn anew from
     further prompts of the order (DAPO). What the last time brings is kept. 0 never."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature; the trainer's logprobs and entropy use the same."""
+    temperature: Annotated[float, Field(ge=1e-5, allow_inf_nan=False)] = 1.0
+    """Sampling temperature; the trainer's logprobs and entropy use the same. Below 1e-6 SGLang takes the best token, so
+    that is refused."""
     top_p: float = 1.0
     """Only 1 is accepted: the engine returns logprobs that are not renormalised over the kept tokens."""
     top_k: int = -1
@@ -93,22 +94,22 @@ class RolloutConfig(Section):
     concurrency: Positive | None = None
     """Prompts in flight per data-parallel leader, spread over all servers. Absent: as many as make 512 responses a
     server."""
-    timeout_s: PositiveFloat = 600.0
+    timeout_s: Seconds = 600.0
     """Seconds in which a server must answer one of the requests that it has, or generate a token: then they are given
     up. Waiting in its queue does not count."""
-    retries: Annotated[int, Field(ge=0)] = 3
+    retries: Count = 3
     """Further tries after a connection failure, a 5xx answer or an abort; each with the same seed."""
     on_server_loss: Literal["continue", "error"] = "continue"
     """A server that is gone, or silent for too long: its prompts go to others, it is started again if this run has
     started it, and asked for responses once it holds the current weights; or the run fails (docs/servers.md)."""
-    server_restarts: Annotated[int, Field(ge=0)] = 10
+    server_restarts: Count = 10
     """How often, at most, local servers that have died are started again in one start of a run, all together."""
     wait_for_servers_s: Annotated[float, Field(ge=0.0)] = 1800.0
     """Seconds that a run without any server waits for one to return, once it is saved; then it fails."""
-    health_every_s: PositiveFloat = 20.0
+    health_every_s: Seconds = 20.0
     """Seconds between questions to a server that has requests and answers none. One that does not even take three of
     them in a row is given up, before ``timeout_s``."""
-    resubmit_after_s: PositiveFloat | None = None
+    resubmit_after_s: Seconds | None = None
     """Seconds after which a prompt that is not answered is asked of another server too: the first answer counts, the
     other request is aborted. Absent: never. Without ``seeded``, the answer that comes first is rather a short one."""
     seeded: bool | None = None
@@ -116,7 +117,7 @@ class RolloutConfig(Section):
     on_truncated: Literal["keep", "drop", "zero", "mask"] = "keep"
     """Truncated responses: keep their reward, drop them, keep them with reward 0, or let their reward count in their
     group and do not train on them ("mask": DAPO's overlong filtering)."""
-    overlong_buffer: Annotated[int, Field(ge=0)] = 0
+    overlong_buffer: Count = 0
     """DAPO's overlong shaping: of the last so many tokens below ``max_response_tokens``, each takes
     ``overlong_penalty`` / ``overlong_buffer`` off the reward. 0: none."""
     overlong_penalty: PositiveFloat = 1.0
@@ -190,7 +191,7 @@ class SyncConfig(Section):
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Of the process group of "distributed"; "auto" is nccl where trainer and servers all compute on GPUs, and on
     different ones as far as is known, gloo otherwise; a line says which and why."""
-    timeout_s: PositiveFloat = 600.0
+    timeout_s: Seconds = 600.0
     """Seconds that one request or broadcast may take; a server that is silent for longer fails the run."""
     verify: Literal["off", "first", "every"] = "first"
     """Which syncs of a run a checksum confirms: before it the servers' weights are overwritten by random numbers,
@@ -227,7 +228,7 @@ class RewardConfig(Section):
     special_tokens: bool = False
     """``response.text`` keeps special tokens, but for the stop token at its end: for rewards that look for
     ``</think>`` or a tool call's tokens in a tokenizer where those are special."""
-    timeout_s: PositiveFloat = 30.0
+    timeout_s: Seconds = 30.0
     """Seconds a call may take. A function of yours that takes longer ends the run; a built-in grader gives 0, and what
     asks another server leaves the response ungraded."""
     max_ungraded: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
@@ -235,7 +236,7 @@ class RewardConfig(Section):
     ``dropped/ungraded``); more of them end the run."""
     concurrency: Positive = 64
     """Asynchronous calls in flight; a plain function runs in at most 8 threads."""
-    check_references: Annotated[int, Field(ge=0)] | None = None
+    check_references: Count | None = None
     """Distinct reference answers that are graded as responses before training (and by ``doctor``), at most; the others
     are when they are drawn, unless the function is ``async``. When absent, 10,000, and 8 for an ``async`` function,
     which may be a judge.
@@ -245,7 +246,7 @@ class RewardConfig(Section):
 class EvalConfig(Section):
     """Evaluation on held-out prompts during training."""
 
-    every: Annotated[int, Field(ge=0)] = 10
+    every: Count = 10
     """Outer steps between evaluations; the first is before any training, the last at the end; 0 never."""
     start: bool = True
     """Also evaluates before any training."""
@@ -260,7 +261,7 @@ class EvalConfig(Section):
     docs/evaluation.md has them. They are asked at the servers' current weights, and give ``eval/SUITE/*``."""
     suites_data: str = ""
     """Directory of the suites' published files, those of a suite in ``suites_data/SUITE``."""
-    suites_every: Annotated[int, Field(ge=0)] = 50
+    suites_every: Count = 50
     """Outer steps between evaluations on suites; the first is before any training (with ``start``), the last at the
     end; 0 never."""
 
@@ -279,9 +280,9 @@ class ReplayConfig(Section):
     engine, in the pi_old pass too."""
     min_coverage: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
     """With "r3", the step fails when the engine gave routes for a smaller share of the tokens that have one."""
-    engine_routes_every: Annotated[int, Field(ge=0)] = 0
+    engine_routes_every: Count = 0
     """Without "r3", outer steps between requests of the engine's routes, for ``route/engine_mismatch``; 0 never."""
-    drift_every: Annotated[int, Field(ge=0)] = 1
+    drift_every: Count = 1
     """With "off", outer steps between measurements of ``route/drift``, 0 never; with replay every step has one."""
 
     @property

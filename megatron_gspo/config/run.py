@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -91,7 +92,7 @@ class RunConfig(Section):
         prompts, minibatches = self.train.prompts_per_step, self.train.minibatches
         if self.algorithm.draws_responses and prompts % minibatches:
             below, above = prompts // minibatches * minibatches, -(-prompts // minibatches) * minibatches
-            fewer = max(count for count in range(1, minibatches) if prompts % count == 0)
+            fewer = _divisor_below(prompts, minibatches)
             raise ValueError(
                 f"train.prompts_per_step = {prompts} is not a multiple of train.minibatches = {minibatches}: "
                 f"a mini-batch is made of whole groups ({prompts} / {minibatches} = {prompts / minibatches:g}); "
@@ -192,3 +193,9 @@ class RunConfig(Section):
                 raise ValueError(
                     f"{name} = {path} lies in train.run_dir = {self.train.run_dir}: name another directory"
                 )
+
+
+def _divisor_below(number: int, bound: int) -> int:
+    """The largest divisor of ``number`` below ``bound``, in as many steps as its square root has."""
+    small = [count for count in range(1, math.isqrt(number) + 1) if number % count == 0]
+    return max(count for one in small for count in (one, number // one) if count < bound)

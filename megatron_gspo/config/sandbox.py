@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from megatron_gspo.config.rollouts import Url
-from megatron_gspo.section import AsList, Positive, Section
+from megatron_gspo.section import AsList, Count, Positive, Section
 
 UNPROTECTED = "none_programs_run_unprotected_on_this_machine"
 """Of ``sandbox.backend``."""
@@ -33,7 +33,7 @@ class SandboxConfig(Section):
     Empty: the one that this environment was made from, or the system's, without packages."""
     disk_mb: Positive = 64
     """MiB that a program may write to each of its directories (its own, /tmp, /dev/shm), which lie in memory."""
-    retries: Annotated[int, Field(ge=0)] = 3
+    retries: Count = 3
     """Times that a program is sent again when a server is away or answers with HTTP 429 or 5xx."""
 
     @model_validator(mode="after")

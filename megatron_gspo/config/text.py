@@ -46,6 +46,8 @@ def parse(tree: dict[str, Any], source: str = "configuration", overrides: Sequen
     """
     for override in overrides:
         _apply_override(tree, override)
+    if where := _nul_in(tree):
+        raise ConfigError(f"{source}: {where} holds a NUL character, which no path, name or command can hold")
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -86,6 +88,17 @@ def _override_value(override: str, text: str) -> Any:
     if len(tree) > 1:
         raise ConfigError(f"{override[:80]!r} holds more than one value")
     return tree["value"]
+
+
+def _nul_in(tree: Any) -> str:
+    """The setting whose name or text has a NUL in it; empty where none has."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        if "\0" in str(key) or (isinstance(value, str) and "\0" in value):
+            return ascii(str(key))[1:-1][:80]
+        if found := _nul_in(value):
+            return f"{key}.{found}"
+    return ""
 
 
 def _of_others(where: str) -> str:

@@ -10,7 +10,17 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, model_validator
 
 from megatron_gspo.config.sources import SourceConfig
-from megatron_gspo.section import AsList, Decay, Named, NonNegativeFloat, Positive, PositiveFloat, Section
+from megatron_gspo.section import (
+    AsList,
+    Count,
+    Decay,
+    Named,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Seconds,
+    Section,
+)
 
 
 def _address(text: str) -> str:
@@ -178,7 +188,7 @@ class TrainConfig(Section):
     resume: bool = False
     """Continues from ``checkpoints/latest`` in ``run_dir``; starts afresh where there is no checkpoint yet, so that a
     job can be queued again unchanged."""
-    max_restarts: Annotated[int, Field(ge=0)] = 0
+    max_restarts: Count = 0
     """Where ``train`` starts the ranks itself: how often in a row, without a new checkpoint, it starts
     them again after a failure, to go on from the latest checkpoint. Under torchrun its ``--max-restarts`` does that."""
     resume_changes: Annotated[tuple[str, ...], AsList] = ()
@@ -194,11 +204,11 @@ class TrainConfig(Section):
     of which a rank holds 1/context. Memory, not mathematics: it cannot change a step."""
     oversize: Literal["error", "own"] = "error"
     """A sequence above the budget: an error, or a micro-batch of its own."""
-    checkpoint_every: Annotated[int, Field(ge=0)] = 10
+    checkpoint_every: Count = 10
     """Outer steps between checkpoints; the last outer step always has one; with 0 that is the only one."""
     keep_last: Positive = 2
     """Newest checkpoints that stay."""
-    keep_every: Annotated[int, Field(ge=0)] = 0
+    keep_every: Count = 0
     """Checkpoints whose number of outer steps this divides stay as well; 0 none."""
     checkpoint_async: bool = False
     """Writes checkpoints while training goes on, from copies in host memory (weights, moments: this rank's share)."""
@@ -211,22 +221,22 @@ class TrainConfig(Section):
     response, the layer or the parameters are named, and weights and moments are as they were."""
     max_non_finite_steps: Positive = 10
     """With ``on_non_finite`` "skip": as many outer steps in a row in which something was not finite fail the run."""
-    collective_timeout_s: PositiveFloat = 1800.0
+    collective_timeout_s: Seconds = 1800.0
     """Seconds that ranks wait for one another in a collective while one of them gives no sign of life, or all of them
     wait: then the missing are named, with what they were last doing, and the run fails. nccl and gloo have the same
     limit for their own operations. A rank that lives and computes (a reward, a rollout) is waited for, with a
     warning."""
-    noise_floor_every: Annotated[int, Field(ge=0)] = 10
+    noise_floor_every: Count = 10
     """Outer steps between measurements of the numerical noise in log s_i; 0 never."""
     profile_steps: Annotated[tuple[Positive, ...], AsList] = ()
     """Outer steps, counted from 1, of which ``profile/`` gets a trace a rank: what ran when, for ui.perfetto.dev. The
     first steps of a run are slower than the others: [3] is better than [1]."""
-    save_rollouts: Annotated[int, Field(ge=0)] = 8
+    save_rollouts: Count = 8
     """Responses of an outer step kept in ``rollouts/`` for reading, and as many more as complete their groups; 0 keeps
     none."""
     save_hf: bool = True
     """Writes a Hugging Face directory at the end, beside the checkpoint."""
-    save_hf_every: Annotated[int, Field(ge=0)] = 0
+    save_hf_every: Count = 0
     """Outer steps between Hugging Face directories in ``exports/``, written while training goes on, from copies in host
     memory (this rank's share of the weights); all stay. 0 none."""
     on_checkpoint: Command = ""
@@ -237,7 +247,7 @@ class TrainConfig(Section):
     """A command that is run when the run has ended, with the outcome ("finished", "stopped" or "failed") and the run
     directory as last arguments, and in $MEGATRON_GSPO_OUTCOME, $MEGATRON_GSPO_STATUS (exit status) and
     $MEGATRON_GSPO_RUN_DIR: a note to whoever waits."""
-    hook_timeout_s: PositiveFloat = 600.0
+    hook_timeout_s: Seconds = 600.0
     """Seconds that ``on_checkpoint`` and ``on_end`` may take each time, and that a run which has ended waits."""
     tensorboard: bool = True
     """Writes TensorBoard events."""
@@ -269,7 +279,7 @@ class OptimizerConfig(Section):
     """Floor of a decaying schedule."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape after warm-up, over the run's optimizer steps."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Count = 0
     """Optimizer steps of linear warm-up from 0."""
     betas: Annotated[tuple[Decay, Decay], AsList] = (0.9, 0.98)
     """Adam's decay rates."""
@@ -313,5 +323,5 @@ class CriticConfig(OptimizerConfig):
     """The head gives values in deviations of the returns that have been seen from their mean (MAPPO)."""
     epochs: Positive = 1
     """Times that the critic is trained on each of an outer step's mini-batches, an optimizer step each time."""
-    pretraining_steps: Annotated[int, Field(ge=0)] = 0
+    pretraining_steps: Count = 0
     """Outer steps at the start in which the critic alone is trained; the policy's weights stay."""

@@ -115,6 +115,12 @@ def test_a_ppo_sized_clip_range_for_a_sequence_ratio_needs_to_be_asked_for(name:
         ({"rollout": {"server_args": "--tp 2"}}, r"rollout\.server_args = '--tp 2': input should be a valid list"),
         ({"train": {"seed": 2**63}}, r"train\.seed = 9223372036854775808"),
         ({"model": {"dtype": "fp8"}}, r"model\.dtype = 'fp8'"),
+        ({"train": {"outer_steps": 10**18}}, r"outer_steps = 10{18}: input should be less than or equal to 2147483647"),
+        ({"rollout": {"retries": 2**31}}, r"retries = 2147483648: input should be less than or equal to 2147483647"),
+        ({"rollout": {"timeout_s": 1e308}}, r"timeout_s = 1e\+308: input should be less than or equal to 1000000000"),
+        ({"rollout": {"temperature": 1e-7}}, r"temperature = 1e-07: input should be greater than .* \(at 0 all resp"),
+        ({"sync": {"directory": "a\0b"}}, r"sync\.directory holds a NUL character"),
+        ({"rollout": {"server_args": ["--tp\0"]}}, r"rollout\.server_args\.0 holds a NUL character"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -177,6 +183,26 @@ def tiny_shape() -> ModelShape:
 def test_a_layout_that_does_not_divide_the_model_shows_the_division(layout: dict[str, int], message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         check_layout(ParallelConfig(**layout), tiny_shape())
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train": {"minibatches": 2**31 - 1, "prompts_per_step": 2**31 - 3}}, r"or train\.minibatches = 2147483645"),
+        ({"train": {"minibatches": 10, "prompts_per_step": 12}}, r"10 or 20 prompts would do, or .*minibatches = 6$"),
+        ({"train": {"minibatches": 7, "prompts_per_step": 11}}, r"7 or 14 prompts would do, or .*minibatches = 1$"),
+    ],
+)
+def test_what_would_divide_is_found_at_once_however_large_the_numbers(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(tree(**settings))
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(("expert", "tensor", "data"), [(2**31 - 1, 1, 2**31 - 1), (12, 8, 3), (8, 2, 4), (1, 4, 1)])
+def test_the_fewest_data_ranks_that_hold_the_experts(expert: int, tensor: int, data: int) -> None:
+    assert ParallelConfig(expert=expert, tensor=tensor).data_size() == data
 
 
 def test_overrides_replace_what_the_file_says(tmp_path: Path) -> None:
