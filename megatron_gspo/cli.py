@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     own = arguments is None
     if own:
+        _open_closed_streams()
         interrupt_quietly()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -56,6 +57,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if was_interrupted():
             return INTERRUPTED
         raise
+
+
+def _open_closed_streams() -> None:
+    """Standard streams that are closed (``>&-``, some schedulers) lead nowhere from here on: the next file to be opened
+    would take their number, and whatever prints would write into it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere == number:
+                os.set_inheritable(number, True)
+            else:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
 
 
 def _run_supervised(options: argparse.Namespace, who: str) -> int:

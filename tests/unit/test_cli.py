@@ -290,3 +290,20 @@ def test_every_script_says_what_it_does_and_writes_nothing(script: Path, tmp_pat
         assert "Traceback" not in done.stderr
         assert status or "usage: " in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("closed", [(1,), (0, 1, 2)])
+def test_a_closed_standard_stream_leads_nowhere_and_is_no_traceback(closed: tuple[int, ...], tmp_path: Path) -> None:
+    """``doctor`` ends with the status of the mistake, and its files are none of the three streams."""
+    redirects = " ".join(f"{number}>&-" for number in closed)
+    errors = tmp_path / "errors" if 2 not in closed else None
+    words = [sys.executable, "-m", "megatron_gspo.cli", "doctor", str(tmp_path / "nope.toml")]
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {redirects}', "bash", *words],
+        stderr=errors.open("w") if errors else None,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    if errors:
+        assert errors.read_text().splitlines() == [f"error: configuration: {words[-1]}: no such configuration file"]
