@@ -72,7 +72,7 @@ def _open_closed_streams() -> None:
             else:
                 os.dup2(nowhere, number)
                 os.close(nowhere)
-            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115  it stays open
 
 
 def _run_supervised(options: argparse.Namespace, who: str) -> int:

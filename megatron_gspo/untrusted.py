@@ -27,6 +27,12 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a directory",
 }
+INSTEAD = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file: git lfs pull brings it, or download it again",
+    b"<!doctype html": "is a web page, not the file: download it again",
+    b"<html": "is a web page, not the file: download it again",
+}
+"""How a file begins that came in the place of the one that was asked for, in small letters."""
 CACHED = "snapshots"
 """Hugging Face's cache: ``models--a--b/snapshots/REVISION/file`` links to ``models--a--b/blobs/HASH``."""
 
@@ -58,8 +64,17 @@ def read_bytes(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
 
 
 def read_json(path: Path, most: int = MOST_JSON_BYTES) -> Any:
-    """What a JSON file holds. Raises OSError, or ValueError as ``parse_json`` does."""
-    return parse_json(read_bytes(path, most))
+    """What a JSON file holds. Raises OSError, or ValueError as ``parse_json`` does, and for what came in its place."""
+    content = read_bytes(path, most)
+    if words := what_instead(content[:64]):
+        raise ValueError(f"it {words}")
+    return parse_json(content)
+
+
+def what_instead(head: bytes) -> str:
+    """What a file that begins so is, where it came in the place of the one that was asked for; else empty."""
+    begins = head.lstrip().lower()
+    return next((words for begin, words in INSTEAD.items() if begins.startswith(begin)), "")
 
 
 def parse_json(content: bytes) -> Any:

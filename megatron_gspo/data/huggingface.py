@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gspo.data.messages import ChatMessage
-from megatron_gspo.data.model_files import find_stop_ids, one_line, read_json, short
+from megatron_gspo.data.model_files import find_stop_ids, one_line, read_json, short, softmax_rows
 from megatron_gspo.data.templates import ChatTemplate
 from megatron_gspo.errors import DataError
+from megatron_gspo.untrusted import read_bytes
 
 FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -44,6 +45,7 @@ class HuggingFaceTokenizer:
             read_json(directory, name)
         self._hf = _load(directory)
         settings = read_json(directory, "tokenizer_config.json")
+        _check_named_once(directory, settings)
         if (directory / FILE).is_file():
             _check_against_file(self._hf, directory, settings)
         else:
@@ -60,7 +62,7 @@ class HuggingFaceTokenizer:
             )
         if template_variables and self._template is None:
             raise DataError(f"{directory}: data.chat_template_kwargs is set, but the tokenizer has no chat template")
-        self.vocab_size = read_json(directory).get("vocab_size") or len(self._hf)
+        self.vocab_size = softmax_rows(directory) or len(self._hf)
         self.eos_id, self.stop_ids = find_stop_ids(directory, self._hf.eos_token_id)
 
     def __len__(self) -> int:
@@ -147,6 +149,13 @@ def _check_against_file(hf: Any, directory: Path, settings: Mapping[str, Any]) -
     file.no_padding()
     named = _added(settings)
     _check_added_tokens(hf, directory)
+    built = hf.get_vocab()
+    for token, i in named.items():
+        if built.get(token) != i:
+            raise DataError(
+                f"{directory}: tokenizer_config.json says that {short(token)} is {i}, and in the tokenizer it is "
+                f"{built.get(token)}: mend added_tokens_decoder, or add the token to {FILE}"
+            )
     for name in ("eos_token", "bos_token"):
         token = getattr(hf, name)
         if token is not None and file.token_to_id(token) is None and token not in named:
@@ -178,6 +187,30 @@ def _check_vocabulary(hf: Any, directory: Path, settings: Mapping[str, Any]) -> 
                     f"{built.get(token)}, and {name} says {i}: name the right tokenizer_class in "
                     f"tokenizer_config.json, or put the model's tokenizer.json beside it"
                 )
+
+
+def _check_named_once(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Raises DataError for two files that say different things: transformers takes ``special_tokens_map.json``'s
+    tokens, the last of several templates of one name, and a template's mark of its encoding for text."""
+    for name, other in read_json(directory, "special_tokens_map.json").items():
+        mine, theirs = _content(settings.get(name)), _content(other)
+        if name in ("bos_token", "eos_token") and None not in (mine, theirs) and mine != theirs:
+            raise DataError(
+                f"{directory}: {name} is {mine!r:.60} in tokenizer_config.json and {theirs!r:.60} in "
+                f"special_tokens_map.json: remove the one that is wrong"
+            )
+    templates = settings.get("chat_template")
+    names = [str(one.get("name")) for one in templates if isinstance(one, dict)] if isinstance(templates, list) else []
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{directory}: tokenizer_config.json has the chat template {twice!r:.60} twice: remove one")
+    path = directory / TEMPLATE_FILE
+    if path.is_file() and read_bytes(path).startswith(b"\xef\xbb\xbf"):
+        raise DataError(f"{path}: it begins with a byte order mark, which the model would read: save it without one")
+
+
+def _content(token: Any) -> Any:
+    """The text of a special token, which may be written with its flags."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _check_added_tokens(hf: Any, directory: Path) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_gspo.data.messages import ChatMessage
-from megatron_gspo.data.model_files import find_stop_ids, one_line, read_json
+from megatron_gspo.data.model_files import find_stop_ids, one_line, softmax_rows
 from megatron_gspo.errors import DataError, DependencyError
-from megatron_gspo.untrusted import open_regular
+from megatron_gspo.untrusted import open_regular, what_instead
 
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s*")
 
@@ -36,12 +36,15 @@ class SentencePieceTokenizer:
             import sentencepiece
         except ImportError:
             raise DependencyError(f"{model}: a SentencePiece model needs the sentencepiece package") from None
+        with open_regular(model) as start:
+            if words := what_instead(start.read(64)):
+                raise DataError(f"{model}: it {words}")
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
         except (OSError, RuntimeError) as error:
             raise DataError(f"{model}: not a SentencePiece model: {one_line(error)}") from error
         eos = self._sp.eos_id()
-        self.vocab_size = read_json(directory).get("vocab_size") or len(self)
+        self.vocab_size = softmax_rows(directory) or len(self)
         self.eos_id, self.stop_ids = find_stop_ids(directory, eos if eos >= 0 else None)
 
     @functools.cached_property

@@ -10,7 +10,7 @@ from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.estimate import microbatches, tokens_of_minibatch
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.nodes import check_nodes
-from megatron_gspo.doctor.tokenizer import check_turn_end
+from megatron_gspo.doctor.tokenizer import check_template_files, check_turn_end
 from megatron_gspo.errors import LayoutError, WeightError
 from megatron_gspo.hf.carried import carried_names
 from megatron_gspo.hf.catalog import read_config
@@ -168,6 +168,7 @@ def check_tokenizer(facts: Facts) -> Sequence[Check]:
         f"{', '.join(map(str, tokenizer.stop_ids))}; prompts are rendered with {how}"
     )
     checks = [ok(text), *check_turn_end(tokenizer, config.data.chat_template)]
+    checks += check_template_files(Path(config.model.path), config.data.chat_template)
     pad = read_config(config.model.path).get("pad_token_id")
     if isinstance(pad, int) and pad >= 0 and pad not in tokenizer.stop_ids:
         checks.append(

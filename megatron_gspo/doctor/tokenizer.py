@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from megatron_gspo.data.huggingface import TEMPLATE_FILE
+from megatron_gspo.data.model_files import read_json
 from megatron_gspo.data.tokenizer import Tokenizer, token_texts, turn_end_fix, turn_end_problem
 from megatron_gspo.doctor.check import Check, ok, warning
 from megatron_gspo.types import Prompt
@@ -23,6 +26,15 @@ def check_turn_end(tokenizer: Tokenizer, chat_template: bool) -> list[Check]:
         return [warning(problem, turn_end_fix(tokenizer))]
     end = tokenizer.decode([tokenizer.turn_end], skip_special=False)
     return [ok(f"the chat template ends a turn with {end!r} ({tokenizer.turn_end}), a stop token")]
+
+
+def check_template_files(directory: Path, chat_template: bool) -> list[Check]:
+    """Whether two files hold templates that differ: transformers reads one of them, and says nothing of the other."""
+    beside, name = directory / TEMPLATE_FILE, "tokenizer_config.json"
+    other = read_json(directory, name).get("chat_template") if beside.is_file() and chat_template else None
+    if not isinstance(other, str) or other.strip() == beside.read_text(encoding="utf-8").strip():
+        return []
+    return [warning(f"{beside} is the chat template, and the other one in {name} is read by nothing", "remove one")]
 
 
 def show_prompt(tokenizer: Tokenizer, prompt: Prompt) -> Check:

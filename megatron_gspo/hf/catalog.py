@@ -80,6 +80,8 @@ def model_of(
     ``read_model``."""
     config = without_quantization(config) if dequantised else config
     names = config.get("architectures")
+    if isinstance(names, str):
+        raise ConfigError(f"{directory}: architectures = {names!r:.80} in config.json is a text: write it as a list")
     name = str(names[0]) if isinstance(names, list) and names else "(none)"
     for ending, other in renamed.items():
         name = name.removesuffix(ending) + other if name.endswith(ending) else name

@@ -18,7 +18,7 @@ from megatron_gspo.hf.names import MODEL, index_name, shard_name, shards_in, sin
 from megatron_gspo.hf.names import SINGLE as SINGLE
 from megatron_gspo.hf.stacked import Part, find_parts
 from megatron_gspo.hf.stream import NAMES, check_header, write_tensors
-from megatron_gspo.untrusted import check_regular, read_json
+from megatron_gspo.untrusted import open_regular, read_json, what_instead
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Of weights that are read."""
@@ -175,10 +175,13 @@ def whole_set(directory: Path, stem: str = MODEL) -> list[Path]:
 def _opened(path: Path, *, checked: bool = False) -> safe_open:
     """A file of tensors, whose header is read once more unless it was ``checked``.
 
-    Raises OSError for a directory or a pipe (which would wait for a writer), ValueError for a header that names a
-    tensor twice: the library takes the last one.
+    Raises OSError for a directory or a pipe (which would wait for a writer), ValueError for what came in the file's
+    place (a pointer of Git LFS), and for a header that names a tensor twice: the library takes the last one.
     """
-    check_regular(path)
+    with open_regular(path) as start:
+        words = what_instead(start.read(64))
+    if words:
+        raise ValueError(f"it {words}")
     file = safe_open(path, framework="pt", device="cpu")
     if not checked:
         check_header(path)

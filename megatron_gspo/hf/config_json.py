@@ -26,6 +26,10 @@ def dense_shape(config: Config, **further: Any) -> ModelShape:
     The family's defaults are in ``config``. Raises ConfigError for what no family here does.
     """
     refuse_everywhere(config)
+    if "rotary_fraction" not in further:
+        fraction = rope_value(config, "partial_rotary_factor", None)
+        if fraction not in (None, 1):  # SGLang turns a part of each head, transformers all of it, and nobody says so
+            raise ConfigError(f"partial_rotary_factor = {fraction!r:.80} in config.json is not supported: only 1")
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     fields = {
         "architecture": config["architectures"][0],
@@ -81,6 +85,8 @@ def rope(config: Config) -> Config:
             f"the one that is wrong"
         )
     found: Config = new or old
+    if not isinstance(found, dict):
+        raise ConfigError(f"rotary settings of config.json are {json.dumps(found)[:80]}, not an object of settings")
     nested = [name for name, value in found.items() if isinstance(value, dict)]
     if nested:
         raise ConfigError(f"rope_parameters with {nested[0]!r:.80} in config.json: one for all layers is supported")
@@ -105,7 +111,10 @@ def rope_type(config: Config) -> str:
 
 def rotary_base(config: Config, default: float = ROTARY_BASE) -> float:
     """The rotary base, from transformers 5's ``rope_parameters`` or the older ``rope_theta``."""
-    return float(rope_value(config, "rope_theta", default))
+    base = rope_value(config, "rope_theta", default)
+    if isinstance(base, bool | str):
+        raise ConfigError(f"rope_theta = {json.dumps(base)[:80]} in config.json is not a number")
+    return float(base)
 
 
 def refuse_scaled_rope(config: Config) -> None:

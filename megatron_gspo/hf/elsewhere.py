@@ -13,6 +13,7 @@ from megatron_gspo.untrusted import read_json
 SAVE_AGAIN = "load it in transformers (AutoModelForCausalLM) and save_pretrained() it"
 MERGE = "an adapter, not a model: merge it into its base{base} with peft (merge_and_unload()) and save the result"
 FILES = (
+    (r".*\.(incomplete|part|partial|crdownload|aria2|download)", "a download that did not end: download it again"),
     (r"adapter_(model|config)\..*", MERGE),
     (r".*\.gguf", "llama.cpp's format: take the model that it was made from, in safetensors"),
     (r"consolidated.*", "in the names of its maker, not of transformers: take the files that transformers reads"),

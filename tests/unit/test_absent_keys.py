@@ -173,6 +173,10 @@ def test_a_default_that_is_refused_is_said_to_be_none_of_the_file(tmp_path: Path
         ("DeepseekV3ForCausalLM", {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
         ("DeepseekV3ForCausalLM", {"head_dim": 12}, "head_dim = 12"),
         ("DeepseekV3ForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("Qwen3MoeForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 in config.json is not"),
+        ("LlamaForCausalLM", {"rope_scaling": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor = 0.25 in"),
+        ("Qwen3ForCausalLM", {"rope_scaling": ["yarn"]}, 'rotary settings of config.json are ["yarn"], not an object'),
+        ("Qwen3ForCausalLM", {"rope_theta": "10000"}, 'rope_theta = "10000" in config.json is not a number'),
     ],
 )
 def test_what_two_keys_disagree_on_and_what_no_model_here_does_is_refused(

@@ -216,5 +216,69 @@ def test_a_directory_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
 def test_a_model_that_could_never_stop_is_refused(hf: Path) -> None:
     backend = Backend.from_file(str(hf / "tokenizer.json"))
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(hf)
-    with pytest.raises(DataError, match="no usable end-of-sequence token"):
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        load_tokenizer(hf)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "generation_config.json",
+            {"eos_token_id": "</s>"},
+            r"generation_config\.json: eos_token_id = '</s>' is not a",
+        ),
+        ("generation_config.json", {"eos_token_id": [12, None]}, r"eos_token_id = \[12, None\] is not a token's id"),
+        ("config.json", {"vocab_size": "16"}, r"config\.json: vocab_size = '16' is not a number of tokens"),
+        ("config.json", {"vocab_size": 16.0}, r"vocab_size = 16\.0 is not a number of tokens"),
+        ("config.json", {"vocab_size": 0}, r"vocab_size = 0 is not a number of tokens"),
+        (
+            "special_tokens_map.json",
+            {"eos_token": {"content": "<end>", "lstrip": False}},
+            r"eos_token is '<eos>' in tokenizer_config\.json and '<end>' in special_tokens_map\.json: remove the one",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"3": {"content": "<tool>", "special": True}}},
+            r"tokenizer_config\.json says that '<tool>' is 3, and in the tokenizer it is 15",
+        ),
+        (
+            "tokenizer_config.json",
+            {"chat_template": [{"name": "default", "template": "a"}, {"name": "default", "template": "b"}]},
+            r"the chat template 'default' twice: remove one",
+        ),
+        (
+            "tokenizer_config.json",
+            {"chat_template": [{"template": "a"}]},
+            r"cannot load the tokenizer: KeyError: 'name'",
+        ),
+    ],
+)
+def test_files_that_say_two_things_or_nothing_usable_are_named(
+    hf: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    path = hf / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | changes))
+    with pytest.raises(DataError, match=message) as caught:
+        load_tokenizer(hf)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_file_of_windows_editors_is_refused_since_its_mark_would_be_read(hf: Path) -> None:
+    path = hf / "chat_template.jinja"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    with pytest.raises(DataError, match=r"chat_template\.jinja: it begins with a byte order mark"):
+        load_tokenizer(hf)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "generation_config.json"])
+def test_a_pointer_of_git_lfs_and_a_web_page_are_named_for_what_they_are(hf: Path, name: str) -> None:
+    (hf / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11422654\n")
+    if name == "tokenizer.model":
+        (hf / "tokenizer.json").unlink()
+        (hf / "tokenizer_config.json").unlink()
+    with pytest.raises(DataError, match=rf"{name}: it is a pointer of Git LFS, not the file: git lfs pull brings it"):
+        load_tokenizer(hf)
+    (hf / name).write_text("<!DOCTYPE html><html>Too many requests</html>")
+    with pytest.raises(DataError, match=rf"{name}: it is a web page, not the file"):
         load_tokenizer(hf)

@@ -83,3 +83,14 @@ def test_a_long_prompt_is_shown_by_both_its_ends(model: Path) -> None:
 def test_a_variable_that_no_template_reads_is_an_error_of_the_tokenizer(model: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="never reads enable_thinkin"):
         check_tokenizer(facts(tmp_path, chat_template_kwargs={"enable_thinkin": False}))
+
+
+def test_a_template_in_each_of_two_files_is_warned_of_where_they_differ(model: Path, tmp_path: Path) -> None:
+    text = json.loads((model / "tokenizer_config.json").read_text())["chat_template"]
+    (model / "chat_template.jinja").write_text(text + "\n")
+    assert {check.status for check in check_tokenizer(facts(tmp_path))} == {"ok"}
+    published.change(model / "tokenizer_config.json", chat_template=text.replace("im_end", "im_END"))
+    check = said(check_tokenizer(facts(tmp_path)), "read by nothing")
+    assert check.status == "warning" and check.detail.startswith(
+        f"{model / 'chat_template.jinja'} is the chat template"
+    )

@@ -112,6 +112,8 @@ def test_a_tensor_in_two_shards_is_refused(case: Case) -> None:
         (["weights.safetensors"], "weights.safetensors is there, by another name: call it model.safetensors"),
         (["model.fp16.safetensors"], "model.fp16.safetensors is there, by another name"),
         ([".metadata", "__0_0.distcp"], "a Megatron checkpoint: megatron-gspo convert makes a Hugging Face directory"),
+        (["model.safetensors.incomplete"], "model.safetensors.incomplete is there, a download that did not end"),
+        (["model.safetensors.part", "model.safetensors.aria2"], "a download that did not end: download it again"),
         (["optimizer.pt", "README.md"], "there are no weights in it"),
         (["hf/model.safetensors"], "there are weights in hf: name that directory"),
         ([], "there are no weights in it"),
@@ -289,3 +291,10 @@ def test_an_evaluation_sends_stacked_experts_to_a_server_of_its_own_and_refuses_
     subject = of_model(case.model, [*asked, 'rollout.servers=["http://127.0.0.1:9"]'])
     with pytest.raises(ConfigError, match=r"its experts are stacked .*rollout\.servers=\[\]"):
         read_questions(subject, greedy=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pointer_of_git_lfs_in_the_place_of_a_file_is_named(case: Case, name: str) -> None:
+    (case.model / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3554214752\n")
+    check = case.check("model" if name == "config.json" else "weights")
+    assert check.status == "error" and f"{name}: it is a pointer of Git LFS, not the file: git lfs pull" in check.detail
