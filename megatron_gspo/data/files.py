@@ -21,7 +21,7 @@ from megatron_gspo.data.parquet_rows import ParquetRows
 from megatron_gspo.data.rows import Row, Rows
 from megatron_gspo.data.text_rows import csv_rows, json_array, json_lines
 from megatron_gspo.errors import DataError
-from megatron_gspo.untrusted import check_regular
+from megatron_gspo.untrusted import check_regular, what_instead
 
 PARQUET, JSON_LINES, TABLES = (".parquet", ".pq"), (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -36,8 +36,17 @@ UNREAD = {
 }
 BEGINNINGS = {
     b"\x1f\x8b": "is compressed with gzip: give it a name that ends in .gz",
+    b"BZh": "is compressed with bzip2: give it a name that ends in .bz2",
+    b"\xfd7zXZ": "is compressed with xz: give it a name that ends in .xz",
     b"\x28\xb5\x2f\xfd": UNREAD[".zst"],
+    b"\x04\x22\x4d\x18": "is compressed with lz4: unpack it (lz4 -d)",
     b"PK\x03\x04": UNREAD[".zip"],
+    b"7z\xbc\xaf": "is a 7-Zip archive: unpack it",
+    b"ARROW1": UNREAD[".arrow"],
+    b"SQLite format 3": "is a database: write JSON lines or Parquet",
+    b"\xff\xfe\0\0": "is UTF-32: save it as UTF-8",
+    b"{\0": "is UTF-16: save it as UTF-8",
+    b"[\0": "is UTF-16: save it as UTF-8",
     b"\xff\xfe": "is UTF-16: save it as UTF-8",
     b"\xfe\xff": "is UTF-16: save it as UTF-8",
 }
@@ -136,8 +145,10 @@ def _open_file(path: Path) -> Rows:
     if suffix in UNREAD:
         raise DataError(f"{path} {UNREAD[suffix]}")
     with path.open("rb") as file:
-        head = file.read(4)
-    if suffix in PARQUET or head == b"PAR1":
+        head = file.read(64)
+    if words := what_instead(head):
+        raise DataError(f"{path} {words}")
+    if suffix in PARQUET or head.startswith(b"PAR1"):
         return ParquetRows(path)
     if suffix not in COMPRESSED:
         for begin, advice in BEGINNINGS.items():

@@ -97,11 +97,16 @@ def read_alpaca(fields: Fields) -> Example:
     return Example(prompt, answer, _identity(fields), output or None, fields)
 
 
+def _is_verl(row: Fields) -> bool:
+    model = row.get("reward_model")
+    return _is_object(model) or find(row, VERL_ANSWER) is not None
+
+
 VERL_ANSWER = "reward_model.ground_truth"
 FORMATS: dict[str, Format] = {
     "verl": Format(
         read_verl,
-        lambda row: "prompt" in row and "answer" not in row and find(row, VERL_ANSWER) is not None,
+        lambda row: "prompt" in row and "answer" not in row and _is_verl(row),
         prompt="prompt",
         completion="completion",
     ),
@@ -175,25 +180,41 @@ def completion_of(name: str, paths: Paths, example: Example) -> str:
                 count = len(example.completion)
                 raise DataError(f"{where} has {count} messages: one is learnt, the assistant's answer to the prompt")
             return _assistant_text(example.completion[0], f"{where}[-1]")
+        if example.completion is None and not paths.completion and where in ("messages", "conversations"):
+            raise DataError(f"the last turn of {where} is not the assistant's: there is nothing to learn")
+        if example.completion is None and not paths.completion:
+            names = ", ".join(example.metadata)
+            raise DataError(
+                f"the field {where!r} is missing; beside it the row has {names:.200}: "
+                f"data.completion_field names what is learnt"
+            )
         return text(example.completion, where)
     except DataError as error:
         raise DataError(f'{error} (read as data.format = "{name}")') from None
 
 
 def find(fields: Mapping[str, Any], path: str) -> Any:
-    """The value at "a.b", or of a column that is named so; None when there is none."""
+    """The value at "a.b", or of a column that is named so; None when there is none. Raises DataError for an object that
+    was written down as a text: it has no fields."""
     if path in fields:
         return fields[path]
     head, dot, rest = path.partition(".")
     inner = fields.get(head) if dot else None
+    if _is_object(inner):
+        raise DataError(f"the field {head!r} holds an object as a text, got {inner!r:.80}: write it as an object")
     return find(inner, rest) if isinstance(inner, Mapping) else None
+
+
+def _is_object(value: object) -> bool:
+    """Whether it is a text that is a JSON object."""
+    return isinstance(value, str) and value.lstrip()[:1] == "{" and value.rstrip()[-1:] == "}"
 
 
 def text(value: object, name: str) -> str:
     """A text with something in it."""
     if value is None:
         raise DataError(f"the field {name!r} is missing")
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value.strip():
         raise DataError(f"the field {name!r} must be a non-empty string, got {value!r:.80}")
     if holds_messages(value):
         raise DataError(f"the field {name!r} holds chat messages as a text, got {value!r:.80}: write them as a list")

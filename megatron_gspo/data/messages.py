@@ -21,6 +21,10 @@ ALIASES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "as
 MEDIA = ("image", "images", "video", "videos", "audio", "audios", "files")
 """Keys of a message that stand for what is no text."""
 _ROLE_KEY = re.compile(r"['\"](?:role|from)['\"]\s*:")
+_ONE_MESSAGE = (
+    re.compile(r"['\"](?:role|from)['\"]\s*:\s*['\"](?:system|developer|user|assistant|tool|human|gpt)['\"]"),
+    re.compile(r"['\"](?:content|value)['\"]\s*:"),
+)
 _INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 
 
@@ -46,6 +50,9 @@ def check_prompt(value: object, name: str = "prompt") -> str | tuple[ChatMessage
         messages = tuple(_message(message, f"{name}[{i}]") for i, message in enumerate(value))
     except RecursionError:
         raise DataError(f"{name}: the messages are nested too deeply to be read") from None
+    if not any(message["role"] in ("user", "tool") for message in messages):
+        roles = ", ".join(str(message["role"]) for message in messages[:5])
+        raise DataError(f"{name} has no turn of the user's ({roles}): the model would answer to nobody")
     if messages[-1]["role"] == "assistant":
         raise DataError(
             f"{name}[{len(messages) - 1}], the last message, is the assistant's: a prompt ends where the model is to "
@@ -67,8 +74,11 @@ def check_text(value: object, name: str) -> str:
 
 
 def holds_messages(text: str) -> bool:
-    """Whether the text is chat messages, as JSON or as Python prints them."""
-    return text.lstrip().startswith("[{") and _ROLE_KEY.search(text) is not None
+    """Whether the text is chat messages, or one of them, as JSON or as Python prints them."""
+    begins = text.lstrip()[:2]
+    if begins == "[{":
+        return _ROLE_KEY.search(text) is not None
+    return begins[:1] == "{" and all(pattern.search(text) for pattern in _ONE_MESSAGE)
 
 
 def _is_blank(text: str) -> bool:

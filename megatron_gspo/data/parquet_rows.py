@@ -66,7 +66,7 @@ class ParquetRows:
         group = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[group - 1]) if group else 0
         with self._saying(index):
-            (fields,) = self._group(group).slice(index - first, 1).to_pylist()
+            (fields,) = self._group(group).slice(index - first, 1).to_pylist(maps_as_pydicts="strict")
         return self._row(index + 1, fields)
 
     def read_all(self) -> Iterator[Row]:
@@ -78,7 +78,7 @@ class ParquetRows:
                 batch = next(batches, None)
                 if batch is None:
                     return
-                rows = batch.to_pylist()
+                rows = batch.to_pylist(maps_as_pydicts="strict")
             for fields in rows:
                 number += 1
                 yield self._row(number, fields)
@@ -107,7 +107,7 @@ class ParquetRows:
             self._copy = pa.ipc.open_file(pa.OSFile(str(plain_copy(self._path, ".arrow", self._write_copy))))
         with self._saying(index):
             batch = self._copy.get_batch(index // COPIED_ROWS)
-            (fields,) = batch.slice(index % COPIED_ROWS, 1).to_pylist()
+            (fields,) = batch.slice(index % COPIED_ROWS, 1).to_pylist(maps_as_pydicts="strict")
         return self._row(index + 1, fields)
 
     def _write_copy(self, target: Path) -> None:
@@ -133,9 +133,9 @@ class ParquetRows:
     def _row(self, number: int, fields: dict[str, Any]) -> Row:
         # Parquet gives every row every column: an absent field is a null there, and is not metadata.
         present = {key: value for key, value in fields.items() if value is not None}
-        for name in self._short:
+        for name, kind in self._short.items():
             if name in present:
-                present[name] = float(str(np.float32(present[name])))
+                present[name] = _shortest(present[name], kind)
         return Row("row", number, present)
 
     @contextlib.contextmanager
@@ -159,8 +159,26 @@ def _open(path: Path) -> Any:
     return pq.ParquetFile(path, page_checksum_verification=True, buffer_size=2**20, pre_buffer=False)
 
 
-def _short_floats(schema: pa.Schema) -> tuple[str, ...]:
-    """Columns of 16 or 32 bits, whose 0.1 is 0.10000000149011612 as a float of 64."""
+def _short_floats(schema: pa.Schema) -> dict[str, pa.DataType]:
+    """Columns with floats of 16 or 32 bits in them, at any depth: as a float of 64 their 0.1 is 0.10000000149011612."""
+    return {column.name: column.type for column in schema if _has_short_floats(column.type)}
+
+
+def _has_short_floats(kind: pa.DataType) -> bool:
+    inside = (kind.field(i).type for i in range(kind.num_fields))
+    return str(kind) in ("float", "halffloat") or any(map(_has_short_floats, inside))
+
+
+def _shortest(value: Any, kind: pa.DataType) -> Any:
+    """A value of this type, with each float of 32 bits as the shortest number that it stands for."""
     import pyarrow as pa
 
-    return tuple(column.name for column in schema if column.type in (pa.float16(), pa.float32()))
+    if value is None or not _has_short_floats(kind):
+        return value
+    if pa.types.is_struct(kind):
+        return {name: _shortest(item, kind.field(name).type) for name, item in value.items()}
+    if pa.types.is_map(kind):
+        return {key: _shortest(item, kind.item_type) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shortest(item, kind.value_type) for item in value]
+    return float(str(np.float32(value)))

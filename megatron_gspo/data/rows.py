@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -60,7 +61,11 @@ def json_row(number: int, text: bytes, unit: str = "line") -> Row:
     """One JSON object. What is wrong with it becomes ``Row.problem``."""
     try:
         fields = json.loads(
-            text.decode("utf-8-sig"), object_pairs_hook=without_twins, parse_int=integer, parse_constant=_no_constant
+            text.decode("utf-8-sig"),
+            object_pairs_hook=without_twins,
+            parse_int=integer,
+            parse_float=_finite,
+            parse_constant=_no_constant,
         )
         if b"\\u" in text:  # an escape may stand for half a character, which no file of the run could hold
             json.dumps(fields, ensure_ascii=False).encode()
@@ -69,7 +74,7 @@ def json_row(number: int, text: bytes, unit: str = "line") -> Row:
     except UnicodeDecodeError as error:
         return Row(unit, number, {}, f"not UTF-8 at byte {error.start + 1}")
     except json.JSONDecodeError as error:
-        return Row(unit, number, {}, f"not JSON at character {error.pos + 1}: {error.msg}")
+        return Row(unit, number, {}, f"not JSON at character {error.pos + 1}: {error.msg}{_hint(text, unit)}")
     except ValueError as error:  # an integer of thousands of digits
         return Row(unit, number, {}, f"not JSON that can be read: {error}")
     except RecursionError:
@@ -77,6 +82,30 @@ def json_row(number: int, text: bytes, unit: str = "line") -> Row:
     if not isinstance(fields, dict):
         return Row(unit, number, {}, f"expected one JSON object a {unit}, got {type(fields).__name__}")
     return Row(unit, number, fields)
+
+
+def _hint(text: bytes, unit: str) -> str:
+    """What a line that is no JSON is, where it is what many files have."""
+    line = text.strip()
+    if unit != "line":
+        return ""
+    if b"\r" in line:
+        return " (its lines end in a carriage return alone: end them in a line feed)"
+    if line.startswith(b"["):
+        return " (an array of rows: give the file a name that ends in .json)"
+    if line == b"{":
+        return " (an object over several lines: write each on one line, or all as one array in a .json file)"
+    if line.startswith(b"{'"):
+        return " (as Python prints it: write it with json.dumps)"
+    return " (rows have no comma between them)" if line.endswith((b"},", b"}, ")) else ""
+
+
+def _finite(digits: str) -> float:
+    """A JSON number with a point or an exponent. Raises ValueError where a float has no room for it."""
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits[:40]} is more than a float holds: write it as a text")
+    return value
 
 
 def integer(digits: str) -> int:

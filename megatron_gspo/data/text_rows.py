@@ -147,7 +147,8 @@ def _index_lines(file: io.BufferedReader) -> Index:
 
 
 def _without_blanks(file: io.BufferedReader, starts: np.ndarray, ends: np.ndarray, odd: np.ndarray) -> Index:
-    keep = np.ones(len(starts), bool)
+    keep = starts < ends
+    odd = odd[keep[odd]]
     for line in odd.tolist():
         file.seek(int(starts[line]))
         keep[line] = bool(file.read(min(int(ends[line] - starts[line]), LONGEST_ROW)).strip())

@@ -158,7 +158,7 @@ def test_of_a_conversation_the_last_turn_is_learnt_and_the_others_are_the_prompt
     assert one(tmp_path, {field: talk, "answer": 4}).answer == "4"
     open_end = {field: talk[:-1]}
     assert (one(tmp_path, open_end).text, one(tmp_path, open_end).answer) == (asked.text, "")
-    with pytest.raises(DataError, match=rf"the field '{field}' (is missing|holds no text)"):
+    with pytest.raises(DataError, match=rf"the last turn of {field} is not the assistant's: there is nothing to learn"):
         learnt(tmp_path, open_end)
     with pytest.raises(DataError, match="has no turn before the assistant's"):
         one(tmp_path, {field: talk[-1:]})
@@ -290,6 +290,36 @@ def test_a_newer_compressed_file_replaces_its_copy(tmp_path: Path, cache: Path) 
         ("x.parquet.gz", "", "compressed once more outside"),
         ("x.jsonl.zst", "", "is compressed with zstd: unpack it"),
         ("x.arrow", "", "is an Arrow file .*to_parquet"),
+        ("x.jsonl", "ARROW1..", "is an Arrow file .*to_parquet"),
+        (
+            "x.jsonl",
+            "version https://git-lfs.github.com/spec/v1\n",
+            "is a pointer of Git LFS, not the file: git lfs pull",
+        ),
+        ("x.parquet", "version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS, not the file"),
+        ("x.csv", "\n<!DOCTYPE html><html>", "is a web page, not the file: download it again"),
+        ("x.jsonl", "BZh91AY", "is compressed with bzip2: give it a name that ends in .bz2"),
+        ("x.jsonl", "\x04\x22M\x18", "is compressed with lz4"),
+        ("x.db", "SQLite format 3\0", "is a database"),
+        ("x.jsonl", '{\0"\0p\0', "is UTF-16: save it as UTF-8"),
+        (
+            "x.jsonl",
+            '{"prompt": "a"}\r{"prompt": "b"}\r',
+            "line 1: not JSON at .*carriage return alone: end them in a line",
+        ),
+        (
+            "x.jsonl",
+            '[{"prompt": "a"},\n{"prompt": "b"}]\n',
+            r"line 1: not JSON .*an array of rows: give the file a name.*\.json",
+        ),
+        ("x.json", '{\n "prompt": "a"\n}\n', "line 1: not JSON .*an object over several lines: write each on one"),
+        ("x.jsonl", '{"prompt": "a"},\n{"prompt": "b"},\n', "line 1: not JSON .*rows have no comma between them"),
+        ("x.jsonl", "{'prompt': 'a'}\n", r"line 1: not JSON .*as Python prints it: write it with json\.dumps"),
+        (
+            "x.jsonl",
+            '{"prompt": "a", "m": 1e999}\n',
+            "line 1: not JSON that can be read: 1e999 is more than a float holds",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, name: str, content: str, said: str) -> None:
@@ -449,3 +479,79 @@ def test_tools_of_a_row_and_messages_written_as_a_text_are_refused(tmp_path: Pat
     for row in ({"question": " ", "answer": "1"}, {"instruction": "\n", "output": "1"}):
         with pytest.raises(DataError, match="must be a non-empty string"):
             load_prompts(write(tmp_path / "q.jsonl", row), tokenizer=TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "<image>what?", "images": ["a.png"]}, "the row has 'images': images, audio and files do not reach"),
+        ({"question": "what?", "answer": "1", "image": {"bytes": "x"}}, "the row has 'image'"),
+        (
+            {"prompt": "a", "reward_model": '{"ground_truth": "5"}'},
+            "'reward_model' holds an object as a text, got .*verl",
+        ),
+        ({"prompt": '{"role": "user", "content": "x"}'}, "'prompt' holds chat messages as a text"),
+        ({"prompt": "{'content': 'x', 'role': 'user'}"}, "'prompt' holds chat messages as a text"),
+        ({"prompt": [{"role": "system", "content": "be"}]}, r"prompt has no turn of the user's \(system\)"),
+    ],
+)
+def test_what_a_row_would_lose_without_a_word_is_refused(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        one(tmp_path, row)
+
+
+def test_what_only_resembles_messages_or_media_is_read(tmp_path: Path) -> None:
+    assert one(tmp_path, {"prompt": '{"role": "admin", "content": 1} is what?'}).text.startswith('<user:{"role"')
+    assert one(tmp_path, {"prompt": "a", "images": [], "image": None}).text == "<user:a>"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "q", "response": "r"},
+            "'completion' is missing; beside it the row has response: data.completion_field",
+        ),
+        ({"prompt": "q", "completion": " \n"}, "'completion' must be a non-empty string"),
+        (
+            {
+                "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}] * 2
+                + [{"from": "human", "value": "c"}]
+            },
+            "the last turn of conversations is not the assistant's: there is nothing to learn",
+        ),
+    ],
+)
+def test_a_row_without_a_text_to_learn_says_why(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=f"line 1: .*{message}"):
+        load_completions(path, tokenizer=TOKENIZER)
+
+
+def test_short_floats_and_maps_within_columns_of_parquet_are_the_values_that_were_written(tmp_path: Path) -> None:
+    inner = pa.struct([("ground_truth", pa.float32())])
+    table = pa.table(
+        {
+            "prompt": ["a"],
+            "reward_model": pa.array([{"ground_truth": 0.1}], inner),
+            "weights": pa.array([[0.1, None]], pa.list_(pa.float32())),
+            "tags": pa.array([[("level", 0.3)]], pa.map_(pa.string(), pa.float32())),
+        }
+    )
+    pq.write_table(table, tmp_path / "x.parquet")
+    (prompt,) = load_prompts(tmp_path / "x.parquet", tokenizer=TOKENIZER).prompts
+    assert prompt.answer == "0.1"
+    assert prompt.metadata["weights"] == [0.1, None] and prompt.metadata["tags"] == {"level": 0.3}
+    table = pa.table(
+        {"prompt": ["a"], "reward_model": pa.array([[("ground_truth", "5")]], pa.map_(pa.string(), pa.string()))}
+    )
+    pq.write_table(table, tmp_path / "map.parquet")
+    assert load_prompts(tmp_path / "map.parquet", tokenizer=TOKENIZER).prompts[0].answer == "5"
+
+
+@pytest.mark.timeout(30)
+def test_a_million_empty_lines_cost_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\n" * 3_000_000 + b'{"prompt": "a"}\n')
+    assert load_prompts(path, tokenizer=TOKENIZER).prompts[0].id == "line-3000001"

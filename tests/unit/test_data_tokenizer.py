@@ -247,11 +247,6 @@ def test_a_model_that_could_never_stop_is_refused(hf: Path) -> None:
             {"chat_template": [{"name": "default", "template": "a"}, {"name": "default", "template": "b"}]},
             r"the chat template 'default' twice: remove one",
         ),
-        (
-            "tokenizer_config.json",
-            {"chat_template": [{"template": "a"}]},
-            r"cannot load the tokenizer: KeyError: 'name'",
-        ),
     ],
 )
 def test_files_that_say_two_things_or_nothing_usable_are_named(
@@ -262,6 +257,12 @@ def test_files_that_say_two_things_or_nothing_usable_are_named(
     with pytest.raises(DataError, match=message) as caught:
         load_tokenizer(hf)
     assert "\n" not in str(caught.value)
+
+
+def test_an_error_that_names_a_key_alone_says_what_kind_it_is(hf: Path) -> None:
+    (hf / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"cannot load the tokenizer: KeyError: 'added_tokens'"):
+        load_tokenizer(hf)
 
 
 def test_a_template_file_of_windows_editors_is_refused_since_its_mark_would_be_read(hf: Path) -> None:

@@ -298,3 +298,8 @@ def test_a_pointer_of_git_lfs_in_the_place_of_a_file_is_named(case: Case, name: 
     (case.model / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3554214752\n")
     check = case.check("model" if name == "config.json" else "weights")
     assert check.status == "error" and f"{name}: it is a pointer of Git LFS, not the file: git lfs pull" in check.detail
+
+
+def test_architectures_that_are_a_text_are_named_as_such(case: Case) -> None:
+    case.change_config(architectures="Qwen3MoeForCausalLM")
+    assert "architectures = 'Qwen3MoeForCausalLM' in config.json is a text: write it as" in case.check("model").detail
