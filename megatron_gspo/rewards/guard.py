@@ -8,10 +8,13 @@ over a closed socket would wait for each other for ever.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import signal
+import socket
 import sys
-from collections.abc import Iterable, Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -22,8 +25,54 @@ STANDARD = {0: "standard input", 1: "standard output", 2: "standard error"}
 CONNECTIONS = ("socket:", "pipe:", "anon_inode:")
 """How Linux names descriptors through which this process talks to others."""
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
+"""Those that a run is asked with to save and to end, and that tell it of its children."""
+
 Open = dict[int, str]
 """Descriptor -> what it is."""
+
+
+def _umask() -> int:
+    """Read without setting it: other threads make files meanwhile."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1], 8) for line in status if line.startswith("Umask:"))
+
+
+def _handlers() -> dict[int, Any]:
+    """What Python does at each signal; without those that C code has set, which cannot be named."""
+    return {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) is not None}
+
+
+def _set_handlers(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def _of_torch(look: str) -> Any:
+    """A setting of torch; None where nobody has imported it."""
+    return getattr(sys.modules["torch"], look)() if "torch" in sys.modules else None
+
+
+def _to_torch(change: str, value: Any) -> None:
+    if value is not None:
+        getattr(sys.modules["torch"], change)(value)
+
+
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "the umask": (_umask, os.umask),
+    "handlers of signals": (_handlers, _set_handlers),
+    "the timeout of new sockets": (socket.getdefaulttimeout, socket.setdefaulttimeout),
+    "the recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit),
+    "torch's default dtype": (
+        functools.partial(_of_torch, "get_default_dtype"),
+        functools.partial(_to_torch, "set_default_dtype"),
+    ),
+    "torch's number of threads": (
+        functools.partial(_of_torch, "get_num_threads"),
+        functools.partial(_to_torch, "set_num_threads"),
+    ),
+}
+"""What the whole process has one of, and the trainer goes by: how it is looked at, and given back."""
 
 
 class Guard:
@@ -35,6 +84,7 @@ class Guard:
         self._standard: dict[int, int] = {}
         self._kept: Open | None = None
         self._warned: set[str] = set()
+        self._settings: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def around(self, name: str) -> Iterator[None]:
@@ -56,8 +106,10 @@ class Guard:
         self._kept = now if self._kept is None else {fd: what for fd, what in self._kept.items() if now.get(fd) == what}
         self._home = os.open(".", os.O_PATH)
         self._standard = {fd: os.dup(fd) for fd in STANDARD if fd in now}
+        self._settings = {what: look() for what, (look, _) in SETTINGS.items()}
 
     def _check(self, name: str) -> None:
+        self._give_settings_back(name)
         now = connections()
         gone = {fd: what for fd, what in (self._kept or {}).items() if now.get(fd) != what}
         try:
@@ -73,6 +125,14 @@ class Guard:
             which = [STANDARD.get(fd, f"{fd}, {what.partition(':')[0]}") for fd, what in sorted(gone.items())]
             more = f" and {len(which) - 4} more" if len(which) > 4 else ""
             _refuse(f"reward {name!r} closed descriptors that are not its own ({'; '.join(which[:4])}{more})")
+
+    def _give_settings_back(self, name: str) -> None:
+        for what, (look, give_back) in SETTINGS.items():
+            if look() == self._settings[what]:
+                continue
+            with contextlib.suppress(OSError, ValueError):  # signals, of another thread than the main one
+                give_back(self._settings[what])
+                self._warn(f"reward {name!r} changed {what}: it is as it was")
 
     def _come_home(self, name: str) -> None:
         """Raises OSError where the way home is closed."""

@@ -12,6 +12,7 @@ import numpy as np
 from megatron_gspo.errors import RewardError
 from megatron_gspo.rewards.interface import Score, Stopped, TokenRewards, Ungraded
 from megatron_gspo.rewards.registry import Reward
+from megatron_gspo.supervise import was_interrupted
 from megatron_gspo.types import Rollout
 
 COMPONENT = re.compile(r"[a-z0-9_]{1,64}")
@@ -105,14 +106,18 @@ def _as_float64(values: Any) -> np.ndarray | None:
 def shown(value: object) -> str:
     try:
         return f"{value!r:.100}"
-    except Exception as error:
+    except BaseException as error:
+        if was_interrupted():
+            raise
         return f"a {type(value).__name__} whose repr() raises {type(error).__name__}"
 
 
 def error_text(error: BaseException) -> str:
     try:
         return str(error)[:1000]
-    except Exception as raised:
+    except BaseException as raised:
+        if was_interrupted():
+            raise
         return f"(its str() raises {type(raised).__name__})"
 
 

@@ -9,7 +9,7 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,8 @@ from megatron_gspo.rewards.results import Result, checked, error_text, reward_er
 from megatron_gspo.supervise import was_interrupted
 from megatron_gspo.types import Rollout
 
+CANCELLED_S = 1.0
+"""That a call which was cancelled has for its end."""
 SYNC_THREADS = 8
 """Plain functions running at a time. They share the interpreter lock, so more of them would not grade faster, but each
 would seem to take longer and run into its timeout."""
@@ -155,7 +157,7 @@ async def _score(reward: Reward, called: Sequence[Rollout], limit: asyncio.Semap
     async with limit:
         try:
             action = _call(reward, lambda: scored(prompt, tuple(called) if whole else called[0]), reward.is_async)
-            result = await asyncio.wait_for(action, None if reward.untimed else reward.timeout_s)
+            result = await _within(action, None if reward.untimed else reward.timeout_s)
         except TimeoutError:
             return [_late(reward, rollout) for rollout in called]
         except Exception as error:  # a user's function may raise anything; what it raised stays attached
@@ -190,7 +192,7 @@ def _late(reward: Reward, rollout: Rollout) -> Result:
 async def _timed(reward: Reward, what: str, action: Callable[[], Any]) -> None:
     """Awaits a part of a reward's lifetime. Raises RewardError."""
     try:
-        await asyncio.wait_for(_call(reward, action, is_async=True), reward.timeout_s)
+        await _within(_call(reward, action, is_async=True), reward.timeout_s)
     except TimeoutError:
         gone = f"{what} did not end within {reward.timeout_s:g} s (reward.timeout_s)"
         raise RewardError(f"reward {reward.name!r}: {gone}") from None
@@ -198,6 +200,24 @@ async def _timed(reward: Reward, what: str, action: Callable[[], Any]) -> None:
         raise
     except Exception as error:
         raise RewardError(f"reward {reward.name!r}: {what} raised {_described(error)}") from error
+
+
+async def _within(action: Coroutine[Any, Any, Any], seconds: float | None) -> Any:
+    """As ``asyncio.wait_for``, which waits for ever for what does not let itself be cancelled: a loop that tries again
+    after whatever is raised. Such a task is forgotten, or ``asyncio.run`` would wait for it in its turn."""
+    task = asyncio.create_task(action)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        if done:
+            return task.result()
+        raise TimeoutError
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=CANCELLED_S)
+        if not task.done():
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            asyncio._unregister_task(task)
 
 
 async def _call(reward: Reward, action: Callable[[], Any], is_async: bool) -> Any:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +24,7 @@ import torch
 
 from megatron_gspo.config import RewardConfig
 from megatron_gspo.errors import ConfigError, RewardError
-from megatron_gspo.rewards import Reward, TokenRewards, resolve_reward, score_groups
+from megatron_gspo.rewards import Reward, TokenRewards, guard, resolve_reward, score_groups
 from megatron_gspo.rewards.guard import Guard
 from megatron_gspo.types import Prompt, Rollout
 
@@ -122,6 +125,7 @@ def test_whatever_is_not_a_number_in_range_is_refused_by_its_value(value: Any, s
         asyncio.CancelledError(),
         SystemExit(0),
         BaseException("x"),
+        BaseExceptionGroup("several", [SystemExit(0), KeyboardInterrupt()]),
     ],
     ids=lambda raised: type(raised).__name__,
 )
@@ -137,6 +141,66 @@ def test_what_would_end_a_loop_or_a_process_is_an_error_of_the_reward(raised: Ba
     with pytest.raises(RewardError, match=r"reward 'judge' raised RuntimeError: .*prompt 'a', sample 0"):
         score(judge_async if is_async else judge)
     assert time.monotonic() - begin < 5
+
+
+class Unending(Exception):
+    def __str__(self) -> str:
+        raise KeyboardInterrupt
+
+
+def test_an_error_whose_text_would_end_the_process_is_an_error_of_the_reward() -> None:
+    def judge(prompt: Prompt, response: Rollout) -> float:
+        raise Unending
+
+    with pytest.raises(RewardError, match=r"raised Unending: \(its str\(\) raises KeyboardInterrupt\)"):
+        score(judge)
+
+
+@pytest.mark.timeout(60)
+def test_a_loop_that_tries_again_after_whatever_is_raised_is_given_up_in_time() -> None:
+    async def judge(prompt: Prompt, response: Rollout) -> float:
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(600)
+
+    begin = time.monotonic()
+    with pytest.raises(RewardError, match=r"'judge' gave no answer within 0\.2 s"):
+        asyncio.run(score_groups(Reward("judge", judge, timeout_s=0.2), [group(3, 3)]))
+    assert time.monotonic() - begin < 20
+
+
+def _handle(*_: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("what", "change", "look"),
+    [
+        ("the umask", lambda: os.umask(0o777), guard._umask),
+        ("the timeout of new sockets", lambda: socket.setdefaulttimeout(1e-3), socket.getdefaulttimeout),
+        ("the recursion limit", lambda: sys.setrecursionlimit(9_999), sys.getrecursionlimit),
+        ("torch's default dtype", lambda: torch.set_default_dtype(torch.float64), torch.get_default_dtype),
+        ("torch's number of threads", lambda: torch.set_num_threads(3), torch.get_num_threads),
+        (
+            "handlers of signals",
+            lambda: signal.signal(signal.SIGUSR1, _handle),
+            lambda: signal.getsignal(signal.SIGUSR1),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_the_whole_process_has_one_of_is_given_back_and_that_is_said(
+    what: str, change: Callable[[], object], look: Callable[[], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def judge(prompt: Prompt, response: Rollout) -> float:  # on the main thread, where signals can be set
+        change()
+        return 1.0
+
+    before = look()
+    with Guard().around("judge"):
+        assert asyncio.run(judge(None, None)) == 1.0  # type: ignore[arg-type]
+        assert look() != before
+    assert look() == before
+    assert capsys.readouterr().err == f"warning: reward 'judge' changed {what}: it is as it was\n"
 
 
 def test_an_error_that_cannot_be_printed_or_is_endless_is_one_short_line() -> None:
