@@ -26,6 +26,7 @@ _MATRIX = re.compile(
     r"\\begin\{(?P<kind>[pbB]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(?P<inside>(?:(?!\\end\{).)*)\\end\{(?P=kind)\}",
     re.DOTALL,
 )
+_OR = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*,?\s*or\s*\}|(?<![A-Za-z\\])or(?![A-Za-z]))\s*")
 _JOINING = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*")
 _NAME = re.compile(
     r"(?:\\text\s*\{[^{}]*\}\s*)?(?:\\angle|\\triangle|\\vec|\\overline|\\overrightarrow|\\bar|\\hat|\\Delta)?\s*"
@@ -112,7 +113,7 @@ def _read(text: str, depth: int, count: _Count) -> Node:
     number = read_number(text)
     if number is not None:
         return Leaf(text, number)
-    for attempt in (_list, _relation, _union, _bracketed, _matrix, _plus_minus, _ratio):
+    for attempt in (_either, _list, _relation, _union, _bracketed, _matrix, _plus_minus, _ratio):
         found = attempt(text, depth, count)
         if found is not None:
             return found
@@ -149,6 +150,17 @@ def _is_prose(text: str) -> bool:
     """Whether words stand in it, which math-verify would pass over."""
     words = [word for word in _WORD.findall(_ENVIRONMENT.sub("", text)) if word not in _FUNCTIONS]
     return r"\text" in text or bool(words)
+
+
+def _either(text: str, depth: int, count: _Count) -> Node | None:
+    """ "x <= 2 or x >= 3" is the union of two intervals, where both are about one unknown."""
+    sides = _OR.split(text) if depth == 0 else []
+    unknowns = [set(re.findall(r"[A-Za-z]+", re.sub(r"\\[A-Za-z]+", " ", side))) for side in sides]
+    if len(sides) < 2 or len(unknowns[0]) != 1 or any(names != unknowns[0] for names in unknowns):
+        return None
+    intervals = [_inequality(side, depth + 1, count) for side in sides]
+    found = tuple(interval for interval in intervals if isinstance(interval, Many))
+    return Many(found, ordered=False, brackets="u") if len(found) == len(sides) else None
 
 
 def _list(text: str, depth: int, count: _Count) -> Node | None:

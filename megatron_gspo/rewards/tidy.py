@@ -20,7 +20,7 @@ _CHARACTERS = str.maketrans(
     | dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufe0f\ufeff", None)
     | {"√": r"\sqrt", "∞": r"\infty ", "\u222a": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset "}
     | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ", "\u00d7": r"\times "}
-    | {"·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "°": r"^\circ ", "²": "^{2}", "³": "^{3}", "\u03c3": r"\sigma "}
+    | {"·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "°": r"^\circ ", "\u03c3": r"\sigma "}
     | {"φ": r"\phi ", "ω": r"\omega ", "τ": r"\tau ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"}
 )
 _SAME = {
@@ -52,7 +52,10 @@ _SAME = {
     r"\\(?:quad|qquad|hspace\*?\{[^{}]*\}|[ ;:>])|~": " ",
     r",\s*\\!\s*(?=\d{3}(?!\d))": ",",
     r"\\!": "",
+    r"^\s*\\\{\s*\\\}\s*$": r"\\emptyset ",
 }
+_RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
+_PLAIN_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _RULES = [(re.compile(pattern), replacement) for pattern, replacement in _SAME.items()]
 _TEXT = re.compile(rf"\\(?:{TEXT_FONTS})(?![A-Za-z])\s*")
 _FONT = re.compile(rf"\\(?:{MATH_FONTS})(?![A-Za-z])\s*")
@@ -60,7 +63,7 @@ _SHORT_FRACTION = re.compile(r"\\frac\s*(\{[^{}]*\}|[A-Za-z0-9])\s*(?=([A-Za-z0-
 _SHORT_ABOVE = re.compile(r"\\frac\s*([A-Za-z0-9])\s*\{")
 _SHORT_ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*([A-Za-z0-9])")
 _PLAIN_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)")
-_REPEATING = re.compile(r"(?<![\d.])(\d{0,40})\.(\d{0,40})\\overline\s*\{\s*(\d{1,40})\s*\}")
+_REPEATING = re.compile(r"(?<![\d.])(\d{0,40})\.(\d{0,40})\\(?:overline|dot|bar)\s*\{\s*(\d{1,40})\s*\}")
 _ESCAPED_TWICE = re.compile(r"\\\\(?=[A-Za-z(){}\[\]])")
 """A command as JSON writes it: two backslashes."""
 _PERCENT = re.compile(r"(?<=\d)\s*(?:\\text\{\s*)?(?:percent|percentage|pct)\.?\s*\}?\s*$")
@@ -73,11 +76,12 @@ def tidy(text: str) -> str:
 
     Linear in the text's length, which the caller bounds.
     """
-    text = text.translate(_CHARACTERS).strip()
+    text = _RAISED.sub(lambda m: "^{" + m[0].translate(_PLAIN_DIGITS) + "}", text).translate(_CHARACTERS).strip()
     if r"\begin" not in text:
         text = _ESCAPED_TWICE.sub(r"\\", text)
     text = re.sub(r"\\\\(?:\s*\[[^\[\]]{0,20}\])?", "\x00", text)  # the end of a matrix's row
     text = re.sub(r"\\[()\[\]]", " ", text)
+    text = re.sub(r"(?<=\d)~(?=\d{3}(?!\d))", r"\\,", text)
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
     text = _thousands(text)
