@@ -77,6 +77,10 @@ def _open_closed_streams() -> None:
 
 def _run_supervised(options: argparse.Namespace, who: str) -> int:
     try:
+        os.getcwd()  # libraries under torch end the process without it, and no path of the configuration means anything
+    except FileNotFoundError:
+        return _say(UserError("the working directory has been removed: change to one that is there"), USER_ERROR)
+    try:
         return supervised(lambda: _run_and_flush(options), who, launched="TORCHELASTIC_RUN_ID" in os.environ)
     except OSError as error:  # no room for temporary files, no process more
         return _say(MegatronGspoError(explain(error) or str(error)), FAILED)

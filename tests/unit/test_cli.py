@@ -307,3 +307,20 @@ def test_a_closed_standard_stream_leads_nowhere_and_is_no_traceback(closed: tupl
     assert done.returncode == 2
     if errors:
         assert errors.read_text().splitlines() == [f"error: configuration: {words[-1]}: no such configuration file"]
+
+
+def test_a_working_directory_that_was_removed_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    words = [sys.executable, "-m", "megatron_gspo.cli", "doctor", str(tmp_path / "nope.toml")]
+    script = 'cd "$0" && rmdir "$0" && exec "$@"'
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", script, str(tmp_path / "gone"), *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: the working directory has been removed: change to one that is there\n"
