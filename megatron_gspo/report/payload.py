@@ -200,7 +200,7 @@ def settings(run: RunDirectory) -> dict[str, str]:
     """``section.key`` -> value as text, as ``config.toml`` has it; empty when it cannot be read."""
     try:
         tree = tomllib.loads(run.config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return dict(flatten(tree))
 

@@ -31,6 +31,7 @@ from megatron_gspo.config import RunConfig, dump, parse, read
 from megatron_gspo.errors import ConfigError, DataError
 from megatron_gspo.report.metrics import INITIAL, PLACE, Record, clean, finite, strict
 from megatron_gspo.storage import claiming, cut_torn_line, replace_text
+from megatron_gspo.untrusted import open_regular, strange_entry
 
 if TYPE_CHECKING:  # types imports torch, and reading a run needs none
     from megatron_gspo.types import RolloutRecord, StepReport
@@ -71,10 +72,12 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
-        """A run that exists, finished or not. Raises DataError if ``path`` holds no run."""
+        """A run that exists, finished or not. Raises DataError if ``path`` holds no run, or a pipe."""
         path = Path(path)
         if not path.is_dir():
             raise DataError(f"{path}: no such run directory")
+        if problem := strange_entry(path):
+            raise DataError(f"{path}: {problem}")
         if not _is_run(path):
             raise DataError(f"{path}: not a run directory (no config.toml, manifest.json or metrics.jsonl in it)")
         return cls(path)
@@ -194,7 +197,7 @@ class RunDirectory:
         """The manifest; empty when it is missing or torn."""
         try:
             manifest = json.loads(self.manifest_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return manifest if isinstance(manifest, dict) else {}
 
@@ -264,7 +267,8 @@ def initial_evaluation(metrics: Mapping[str, float]) -> StepReport:
 def read_lines(path: Path) -> Iterator[Record]:
     """The objects of a JSON-lines file; nothing if it is missing; lines that are not whole objects are skipped."""
     try:
-        text = path.read_bytes().decode("utf-8", errors="replace")
+        with open_regular(path) as file:
+            text = file.read().decode("utf-8", errors="replace")
     except OSError:
         return
     for line in text.split("\n"):  # not splitlines: a response may hold U+2028, which JSON does not escape

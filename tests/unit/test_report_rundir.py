@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_gspo.errors import BatchError, ConfigError, DataError
 from megatron_gspo.report import samples
 from megatron_gspo.report.manifest import describe, git_state, with_start
 from megatron_gspo.report.metrics import METRICS, by_outer_step
+from megatron_gspo.report.payload import settings
 from megatron_gspo.report.rundir import RunDirectory, initial_evaluation, read_lines
 from megatron_gspo.types import RolloutRecord, StepReport
 
@@ -280,3 +282,21 @@ def test_a_line_of_somebody_elses_with_what_is_no_number_still_reads(tmp_path: P
     run.cut_back(make_config(run.path), 1)
     (line,) = run.metrics_file.read_text().splitlines()
     assert json.loads(line, parse_constant=no_constant)["loss"] is None
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["manifest.json", "metrics.jsonl", "config.toml"])
+def test_a_pipe_in_the_place_of_a_file_is_named_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path / "run", outer_steps=1)
+    (run.path / name).unlink()
+    os.mkfifo(run.path / name)
+    with pytest.raises(DataError, match=f"{name} is a named pipe, where files are expected"):
+        RunDirectory.open(run.path)
+    assert list(read_lines(run.path / name)) == []
+
+
+def test_files_that_are_nested_without_end_are_as_if_they_were_torn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", outer_steps=1)
+    run.manifest_file.write_text("[" * 100_000)
+    run.config_file.write_text("a = " + "[" * 100_000)
+    assert run.manifest() == {} and settings(run) == {} and run.config() is None
