@@ -239,9 +239,6 @@ def row_of(chosen: Published, row: Row, counts: Counts, *, system: bool) -> dict
     prompt: Any = example.prompt
     if not isinstance(prompt, str):
         prompt = [dict(message) for message in prompt if system or message["role"] != "system"]
-    if not prompt:
-        counts.dropped["nothing but a system message"] += 1
-        return None
     key = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:24]
     place = {"row": row.number} | {name: row.fields[name] for name in ("data_source",) if name in row.fields}
     return {"id": key, "prompt": prompt, "answer": example.answer, **place}

@@ -167,7 +167,7 @@ def test_of_eurus_the_code_with_whole_tests_is_taken(tmp_path: Path):
         "no reference answer": 1,
         "the tests cannot be read": 1,
         "the tests are no pairs of input and output": 2,
-        "nothing but a system message": 1,
+        "prompt has no turn of the user's (system): the model would answer to nobody": 1,
     }
     (row,) = lines(tmp_path / "out/train.jsonl")
     assert row["prompt"] == [{"role": "user", "content": "double it"}] and json.loads(row["answer"])["inputs"]
