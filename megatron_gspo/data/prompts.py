@@ -332,7 +332,7 @@ class _Reader:
                 "the row has tools, which would not reach the chat template: give those that all rows share as "
                 "data.chat_template_kwargs.tools, and leave the field out or name it otherwise"
             )
-        if media := next((name for name in MEDIA if example.metadata.get(name)), None):
+        if media := next((name for name in MEDIA if name != "files" and example.metadata.get(name)), None):
             raise DataError(
                 f"the row has {media!r}: images, audio and files do not reach a language model; name the "
                 f"field otherwise if the prompt says all without them"

@@ -503,6 +503,7 @@ def test_what_a_row_would_lose_without_a_word_is_refused(tmp_path: Path, row: di
 def test_what_only_resembles_messages_or_media_is_read(tmp_path: Path) -> None:
     assert one(tmp_path, {"prompt": '{"role": "admin", "content": 1} is what?'}).text.startswith('<user:{"role"')
     assert one(tmp_path, {"prompt": "a", "images": [], "image": None}).text == "<user:a>"
+    assert one(tmp_path, {"prompt": "a", "files": {"a.py": "x"}}).metadata["files"] == {"a.py": "x"}  # of a program
 
 
 @pytest.mark.parametrize(
