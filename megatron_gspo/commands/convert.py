@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="Hugging Face directory, or Megatron distributed checkpoint")
     parser.add_argument("destination", metavar="DST", help="directory to write")
     parser.add_argument("--config", metavar="DIR", help="config.json and tokenizer (default: SRC's, or its run's)")
+    parser.add_argument("--model", default="policy", metavar="NAME", help="of a run's checkpoint (default: policy)")
     parser.add_argument("--dtype", choices=("fp8",), help="of matrices, for an engine (default: that of SRC)")
     parser.add_argument("--max-shard-gb", type=float, default=4.0, metavar="GB", help="of a file (default: 4)")
     parser.add_argument("--verify", action="store_true", help="compare SRC with DST, tensor by tensor")
@@ -80,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         config=Path(options.config) if options.config else None,
         drop_unknown=options.drop_unknown,
+        model=options.model,
         eight_bits=options.dtype == "fp8",
     )
     start, start_rss = time.monotonic(), psutil.Process().memory_info().rss
@@ -106,6 +108,8 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigError("--logits, --tokens and --layout belong to --verify, which compares and writes nothing")
     if options.verify and options.dtype:
         raise ConfigError("--dtype says how tensors are written, and --verify compares and writes nothing")
+    if options.logits and options.model != "policy":
+        raise ConfigError(f"--logits are a policy's, and --model {options.model} is none: leave one of them out")
     if not 0 < options.max_shard_gb <= MOST_GB:
         raise ConfigError(f"--max-shard-gb {options.max_shard_gb:g}: it must be above 0, and at most {MOST_GB:g}")
 
@@ -121,7 +125,8 @@ def verify(options: argparse.Namespace, groups: Groups) -> int:
 
     config = Path(options.config) if options.config else None
     with bars("comparing") as show:
-        verdict = verify_tensors(Path(options.source), Path(options.destination), config, groups, show)
+        paths = (Path(options.source), Path(options.destination))
+        verdict = verify_tensors(*paths, config, groups, show, model=options.model)
     rows = compare_logits_of(options) if options.logits else []
     held = verdict.held and all(row.error <= options.tolerance for row in rows)
     if dist.get_rank() == 0:

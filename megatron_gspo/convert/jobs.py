@@ -14,6 +14,7 @@ from megatron_gspo.convert.eight_bits import AsStored, EightBits
 from megatron_gspo.convert.sources import REPEATED, HuggingFaceSource, MegatronSource, Source, same_dtype
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.carried import CARRIED
+from megatron_gspo.hf.critic import name_as_critic
 from megatron_gspo.hf.directory import copy_companions, write_index
 from megatron_gspo.hf.fp8 import READ
 from megatron_gspo.hf.names import MODEL, shard_name
@@ -155,7 +156,10 @@ class ToHuggingFace:
             dtype = str(READ).removeprefix("torch.")
         elif self._model.home != self.source.directory:  # of the model that training started from: perhaps in bfloat16
             dtype = str(self._most_common_dtype()).removeprefix("torch.")
-        return copy_companions(self._model.home, partial, dtype=dtype, quantization=self._form.quantization)
+        said = copy_companions(self._model.home, partial, dtype=dtype, quantization=self._form.quantization)
+        if self._model.valued:
+            name_as_critic(partial)
+        return said
 
     def _infos_of(self, shard: Shard) -> list[TensorInfo]:
         parameters = [info for place in shard.places for info in self._infos(place)]
@@ -185,6 +189,8 @@ Job = ToMegatron | ToHuggingFace
 
 def make_job(source: Source, max_shard_bytes: int, *, eight_bits: bool = False) -> Job:
     """The direction is what the source is not. Raises ConfigError for ``eight_bits`` in a checkpoint to train from."""
+    if eight_bits and source.model.valued:
+        raise ConfigError(f"{source.directory}: eight bits are for engines, and no engine serves a critic")
     if isinstance(source, MegatronSource):
         return ToHuggingFace(source, max_shard_bytes, EightBits(source) if eight_bits else AsStored(source))
     if eight_bits:

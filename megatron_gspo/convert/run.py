@@ -19,7 +19,7 @@ from megatron_gspo.convert.kinds import check_replaceable, kind_of
 from megatron_gspo.convert.sources import MegatronSource, open_source
 from megatron_gspo.convert.workplace import PARTIAL, Watch, Workplace
 from megatron_gspo.errors import ConfigError, WriteError
-from megatron_gspo.megatron.checkpoint import plain
+from megatron_gspo.megatron.checkpoint import POLICY, plain
 from megatron_gspo.megatron.checkpoint_files import REPLACED, sync, verify
 from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.parallel.exchange import broadcast_object, gather_objects, together
@@ -42,6 +42,8 @@ class Options:
     config: Path | None = None
     """Where ``config.json`` and the tokenizer are, when not in the source."""
     drop_unknown: bool = False
+    model: str = POLICY
+    """Which model of a run's checkpoint."""
     eight_bits: bool = False
     """Write a Hugging Face directory for an engine in eight bits."""
 
@@ -82,7 +84,8 @@ def convert(source: Path, destination: Path, options: Options, groups: Groups, s
     world = groups.world
     first = dist.get_rank() == 0
     together(lambda: _check_paths(source, destination, options), world)
-    opened = together(lambda: open_source(source, options.config, groups, drop_unknown=options.drop_unknown), world)
+    chosen: dict[str, Any] = {"model": options.model, "drop_unknown": options.drop_unknown}
+    opened = together(lambda: open_source(source, options.config, groups, **chosen), world)
     job = together(lambda: make_job(opened, options.max_shard_bytes, eight_bits=options.eight_bits), world)
     watch = Watch(opened.files())
     place = Workplace(destination)
@@ -90,7 +93,7 @@ def convert(source: Path, destination: Path, options: Options, groups: Groups, s
     found = together(lambda: _open(place, plan, job, options) if first else "", world)
     show.note(found)
     layers = opened.model.shape.carried_layers
-    if layers and not opened.carried:
+    if layers and not opened.carried and not opened.model.valued:
         show.note(f"no tensors of the {layers} layer(s) behind the last were found: the result has none of them")
     try:
         done = together(lambda: _write_share(job, place, watch, show), world)
@@ -205,6 +208,7 @@ def _plan(job: Job, watch: Watch, options: Options) -> dict[str, Any]:
         "source": str(job.source.directory.resolve()),
         "home": str(job.source.model.home.resolve()),
         "model": plain(job.source.model.shape),
+        "which": job.source.model.name,
         "files": watch.stamps(),
         "shards": [[shard.name, shard.bytes] for shard in job.shards],
         "drop_unknown": options.drop_unknown,

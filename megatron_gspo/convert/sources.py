@@ -7,22 +7,26 @@ from typing import Any
 
 import torch
 
+from megatron_gspo.algorithm.gae import ValueScale
 from megatron_gspo.convert.kinds import Kind, home_of_config, kind_of
 from megatron_gspo.errors import ConfigError, MegatronGspoError, WeightError
-from megatron_gspo.hf.carried import carried_names, find_carried
+from megatron_gspo.hf.carried import Carried, carried_names, find_carried
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import HfReader
+from megatron_gspo.hf.critic import in_reward_units, read_critic
 from megatron_gspo.hf.directory import check_companions
 from megatron_gspo.hf.elsewhere import other_names, some
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.names import INDEX
 from megatron_gspo.hf.stream import TensorInfo
-from megatron_gspo.megatron.checkpoint import check_adapters, header_of_model
+from megatron_gspo.megatron.checkpoint import POLICY, check_adapters, header_of_model, prefix_of
 from megatron_gspo.megatron.checkpoint_files import HEADER
 from megatron_gspo.megatron.checkpoint_stream import DistributedReader
 from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.megatron.places import Place, Places, find_places
 
+CRITIC = "critic"
+"""What a run's checkpoint calls its critic (``train.learner``)."""
 REPEATED = "repeated"
 """In a converted checkpoint's header: {name: the tensor that it repeats}, of a stored head that is tied."""
 HELD_BYTES = 64 * 1024**2
@@ -30,16 +34,18 @@ HELD_BYTES = 64 * 1024**2
 
 
 class Model:
-    """What ``config.json`` says, and where its parameters lie in a distributed checkpoint."""
+    """What ``config.json`` says, and where its parameters lie in a distributed checkpoint: of one of its models."""
 
-    def __init__(self, home: Path, groups: Groups) -> None:
-        self.home = home
+    def __init__(self, home: Path, groups: Groups, name: str = POLICY) -> None:
+        self.home, self.name, self.valued = home, name, name == CRITIC
         self.family: Family
         self.shape: ModelShape
-        self.family, self.shape = read_model(home, dequantised=True)
+        self.family, self.shape = (read_critic if self.valued else read_model)(home, dequantised=True)
         check_companions(home)
         try:
-            self.places: Places = find_places(self.family, self.shape, groups)
+            self.places: Places = find_places(
+                self.family, self.shape, groups, prefix=prefix_of(name), valued=self.valued
+            )
         except MegatronGspoError:
             raise
         except (ValueError, TypeError, AssertionError, ZeroDivisionError, RuntimeError) as error:
@@ -53,10 +59,21 @@ class Model:
         """Hugging Face name -> shape, of every tensor that the family's table names."""
 
 
-def open_source(directory: Path, config: Path | None, groups: Groups, *, drop_unknown: bool = False) -> Source:
-    """The checkpoint at ``directory``, checked as far as headers tell. Raises ConfigError or WeightError."""
+def open_source(
+    directory: Path, config: Path | None, groups: Groups, *, model: str = POLICY, drop_unknown: bool = False
+) -> Source:
+    """The checkpoint at ``directory``, or of a distributed one the ``model`` of that name, checked as far as headers
+    tell. Raises ConfigError or WeightError."""
     kind: Kind = kind_of(directory)
-    model = Model(home_of_config(directory, config), groups)
+    if kind == "hugging-face" and model != POLICY:
+        raise ConfigError(
+            f"{directory} is a Hugging Face directory, which holds one model: --model {model} chooses among those of a "
+            f"run's checkpoint"
+        )
+    return _open(directory, kind, Model(home_of_config(directory, config), groups, model), drop_unknown)
+
+
+def _open(directory: Path, kind: Kind, model: Model, drop_unknown: bool) -> Source:
     if kind == "hugging-face":
         return HuggingFaceSource(directory, model, drop_unknown=drop_unknown)
     return MegatronSource(directory, model, drop_unknown=drop_unknown)
@@ -147,9 +164,10 @@ class HuggingFaceSource(StoredTensors):
 
 
 class MegatronSource:
-    """A distributed checkpoint of any layout; optimizer state in it is not read.
+    """One model of a distributed checkpoint of any layout; optimizer state in it is not read.
 
-    Layers that training does not touch come from files beside it, or from the model that training started from.
+    Layers that training does not touch come from files beside it, or from the model that training started from; a
+    critic has none. A critic's value head is read as one that gives values in the rewards' units.
     """
 
     def __init__(self, directory: Path, model: Model, *, drop_unknown: bool = False, whole: bool = True) -> None:
@@ -157,27 +175,48 @@ class MegatronSource:
         self.directory, self.model = directory, model
         self.header: dict[str, Any] = {}
         if (directory / HEADER).is_file():
-            self.header = header_of_model(directory, model.shape)
-            check_adapters(directory, self.header)
+            self.header = header_of_model(directory, model.name, model.shape)
+            if model.name == POLICY:
+                check_adapters(directory, self.header)
+        elif model.name != POLICY:
+            raise ConfigError(
+                f"{directory} has no {HEADER}, which says of a run's checkpoint what models are in it: without one, it "
+                f"is a policy's"
+            )
+        self._scale = self._value_scale() if model.valued else None
         self.repeated: dict[str, str] = self.header.get("extra", {}).get(REPEATED, {})
         self.reader = DistributedReader(directory)
         keys = self.reader.keys()
         there = [place for place in model.places.parameters if whole or place.pieces[0].key in keys]
         self._place_of = {name: place for place in there for name in place.named.hf_names}
-        self._carried = find_carried(directory, model.shape)
-        if self._carried.reader is None:
+        self._carried = Carried(None, ()) if model.valued else find_carried(directory, model.shape)
+        if self._carried.reader is None and not model.valued:
             self._carried = find_carried(model.home, model.shape)
         self.carried = self._carried.names
         self._last: tuple[Place, dict[str, torch.Tensor]] | None = None
         if whole:
             self._check(drop_unknown)
 
+    def _value_scale(self) -> ValueScale:
+        """What a critic's values are normalised by. Raises WeightError."""
+        kept = self.header["extra"].get(self.model.name)
+        try:
+            return ValueScale(**kept)
+        except TypeError:
+            raise WeightError(
+                f"{self.directory}: {HEADER} says {kept!r:.80} of the {self.model.name}'s values, which is not how they "
+                f"are normalised"
+            ) from None
+
     @property
     def unknown(self) -> list[str]:
         """Tensors that the family's model has no parameter for; the optimizer's are none of it."""
         wanted = {piece.key for place in self.model.places.parameters for piece in place.pieces}
-        others = tuple(f"{name}." for name in self.header.get("models", {}))  # a critic beside the policy
-        return sorted(key for key in self.reader.keys() - wanted if not key.startswith(("optimizer.", *others)))
+        others = tuple(prefix_of(name) for name in self.header.get("models", {}))  # a critic beside the policy
+        left = [key for key in self.reader.keys() - wanted if not key.startswith("optimizer.")]
+        if self.model.name == POLICY:
+            return sorted(key for key in left if not key.startswith(others))
+        return sorted(key for key in left if key.startswith(prefix_of(self.model.name)))
 
     def _check(self, drop_unknown: bool) -> None:
         for place in self.model.places.parameters:
@@ -220,7 +259,11 @@ class MegatronSource:
         pieces = [self.reader.read(piece.key, piece.offset, piece.size) for piece in place.pieces]
         rows = [block.reshape(piece.rows, *place.shape[1:]) for block, piece in zip(pieces, place.pieces, strict=True)]
         whole = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return dict(zip(place.named.hf_names, place.named.rule.split(whole), strict=True))
+        tensors = dict(zip(place.named.hf_names, place.named.rule.split(whole), strict=True))
+        if self._scale is None:
+            return tensors
+        mean, std = self._scale.mean, self._scale.std
+        return {name: in_reward_units(name, tensor, mean, std) for name, tensor in tensors.items()}
 
     def _carried_reader(self) -> HfReader:
         assert self._carried.reader is not None, "a name of no tensor"

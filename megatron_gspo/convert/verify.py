@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megatron_gspo.convert.kinds import home_of_config, kind_of
 from megatron_gspo.convert.run import Show
 from megatron_gspo.convert.sources import MegatronSource, Model, StoredTensors
-from megatron_gspo.errors import WeightError
+from megatron_gspo.errors import ConfigError, WeightError
+from megatron_gspo.megatron.checkpoint import POLICY
 from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.parallel.exchange import gather_objects, together
 
@@ -52,13 +53,19 @@ class Verdict:
         return not self.differences
 
 
-def verify_tensors(first: Path, second: Path, config: Path | None, groups: Groups, show: Show) -> Verdict:
+def verify_tensors(
+    first: Path, second: Path, config: Path | None, groups: Groups, show: Show, *, model: str = POLICY
+) -> Verdict:
     """Compares names, shapes, dtypes and bytes; ranks share the tensors. Collective.
 
-    A head that is stored although it is tied counts as the embedding. Raises ConfigError or WeightError for a directory
-    that is no checkpoint.
+    A head that is stored although it is tied counts as the embedding; ``model``: which one of a run's checkpoint.
+    Raises ConfigError or WeightError for a directory that is no checkpoint.
     """
-    a, b = together(lambda: (_open(first, config, groups), _open(second, config, groups)), groups.world)
+    a, b = together(lambda: tuple(_open(each, config, groups, model) for each in (first, second)), groups.world)
+    if model != POLICY and not any(isinstance(side, MegatronSource) for side in (a, b)):
+        raise ConfigError(
+            f"{first} and {second} hold one model each: --model chooses among those of a run's checkpoint"
+        )
     names_a, names_b = _names(a), _names(b)
     order = b if isinstance(b, MegatronSource) else a  # in which a parameter's tensors follow one another
     common = [name for name in (*order.names(), *sorted(_repeated(order))) if name in names_a & names_b]
@@ -81,10 +88,10 @@ def verify_tensors(first: Path, second: Path, config: Path | None, groups: Group
     )
 
 
-def _open(directory: Path, config: Path | None, groups: Groups) -> Side:
+def _open(directory: Path, config: Path | None, groups: Groups, model: str) -> Side:
     if kind_of(directory) == "hugging-face":
         return StoredTensors(directory)
-    return MegatronSource(directory, Model(home_of_config(directory, config), groups), whole=False)
+    return MegatronSource(directory, Model(home_of_config(directory, config), groups, model), whole=False)
 
 
 def _names(side: Side) -> set[str]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from megatron_gspo.hf.catalog import read_config, read_model
 from megatron_gspo.hf.directory import write_json
 from megatron_gspo.hf.family import Family, ModelShape
@@ -21,12 +23,12 @@ VALUE_RULES = (
 )
 
 
-def read_critic(directory: str | Path) -> tuple[Family, ModelShape]:
+def read_critic(directory: str | Path, *, dequantised: bool = False) -> tuple[Family, ModelShape]:
     """The family and shape of a critic that starts from ``directory``, which holds a policy or a critic.
 
-    Raises ConfigError as ``read_model`` does.
+    ``dequantised``, and what it raises: as of ``read_model``.
     """
-    family, shape = read_model(directory, renamed={CRITIC: POLICY})
+    family, shape = read_model(directory, dequantised=dequantised, renamed={CRITIC: POLICY})
     return critic_of(family), shape
 
 
@@ -37,6 +39,14 @@ def name_as_critic(directory: Path) -> None:
     names = [str(name).removesuffix(POLICY).removesuffix(CRITIC) + CRITIC for name in config["architectures"]]
     config |= {"architectures": names, "id2label": {"0": "value"}, "label2id": {"value": 0}}
     write_json(path, config)
+
+
+def in_reward_units(name: str, tensor: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    """A tensor of a critic that was trained on (returns - mean) / std, as one that gives values in the rewards' units
+    has it: its value head's are others."""
+    if name.startswith("score."):
+        tensor = (tensor.double() * std).to(tensor.dtype)
+    return tensor + mean if name == "score.bias" else tensor
 
 
 def critic_of(family: Family) -> Family:

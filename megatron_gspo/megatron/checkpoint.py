@@ -92,7 +92,7 @@ def load_checkpoint(models: Models, directory: Path) -> dict[str, Any]:
     def load() -> None:
         with contextlib.closing(DistributedReader(directory, metadata)) as reader:
             for name, model in models.items():
-                weights = _sharded_weights(model, _prefix(name))
+                weights = _sharded_weights(model, prefix_of(name))
                 _load_weights(reader, weights)
                 _load_states(reader, model, weights)
 
@@ -118,7 +118,8 @@ def load_weights_of(model: Network, directory: Path) -> None:
     together(load, model.groups.world)
 
 
-def _prefix(name: str) -> str:
+def prefix_of(name: str) -> str:
+    """What a model's keys begin with in a checkpoint."""
     return "" if name == POLICY else f"{name}."
 
 
@@ -145,7 +146,7 @@ def _chunk_entry(index: int) -> str:
 def _shares(models: Models) -> Iterator[Share]:
     """What this rank writes of all models, one tensor after the other. Collective."""
     for name, model in models.items():
-        weights = _sharded_weights(model, _prefix(name))
+        weights = _sharded_weights(model, prefix_of(name))
         for entry in nested_values(weights):
             yield from to_write(entry)
         for optimizer, number, parameter, shard in _stepped(model, weights):
@@ -296,7 +297,8 @@ def _verified(models: Models, directory: Path) -> tuple[dict[str, Any], Metadata
 
 def header_of_models(directory: Path, models: Models) -> dict[str, Any]:
     """``checkpoint.json`` of a checkpoint of such models. Raises WeightError."""
-    header = header_of_model(directory, models[POLICY].shape)
+    header = read_header(directory)
+    _check_same(directory, models[POLICY].shape, header["model"])
     check_adapters(directory, header, models[POLICY].adapters_header)
     kept = header.get("models", {})
     for name, model in models.items():
@@ -326,10 +328,15 @@ def check_adapters(directory: Path, header: Mapping[str, Any], wanted: Mapping[s
             raise WeightError(f"{directory} holds {what}: {name} {kept[name]} then, {wanted[name]} now")
 
 
-def header_of_model(directory: Path, shape: ModelShape) -> dict[str, Any]:
-    """``checkpoint.json`` of a checkpoint of such a policy. Raises WeightError."""
+def header_of_model(directory: Path, name: str, shape: ModelShape) -> dict[str, Any]:
+    """``checkpoint.json`` of a checkpoint that holds such a model as ``name``. Raises WeightError."""
     header = read_header(directory)
-    _check_same(directory, shape, header["model"])
+    kept = {POLICY: header["model"]} | {other: each["model"] for other, each in header.get("models", {}).items()}
+    if name not in kept:
+        raise WeightError(
+            f"{directory}: it holds {' and '.join(f'the {each}' for each in kept)}, and no {name}: name one of these"
+        )
+    _check_same(directory, shape, kept[name])
     return header
 
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_gspo.algorithm.gae import ValueScale
 from megatron_gspo.config import RunConfig
-from megatron_gspo.hf.critic import read_critic
+from megatron_gspo.hf.critic import in_reward_units, read_critic
 from megatron_gspo.megatron.groups import Groups
 from megatron_gspo.megatron.heads import ValueHead
 from megatron_gspo.megatron.network import Network
@@ -44,9 +44,7 @@ class Critic(Network):
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """As ``Network.weights``, with a value head that gives values in the rewards' units."""
         for name, tensor in super().weights(copies=copies, host=host, only=only):
-            if name.startswith("score."):
-                tensor = (tensor.double() * self.scale.std).to(tensor.dtype)
-            yield name, tensor + self.scale.mean if name == "score.bias" else tensor
+            yield name, in_reward_units(name, tensor, self.scale.mean, self.scale.std)
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self.scale)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from megatron_gspo.config import ModelConfig, ParallelConfig
 from megatron_gspo.hf.family import Family, ModelShape
@@ -62,14 +63,21 @@ class Places:
     objects: tuple[str, ...]
 
 
-def find_places(family: Family, shape: ModelShape, groups: Groups) -> Places:
-    """Builds one rank's model, on ``groups`` of tensor, pipeline and expert size 1, and reads its places."""
+def find_places(family: Family, shape: ModelShape, groups: Groups, *, prefix: str = "", valued: bool = False) -> Places:
+    """Builds one rank's model, on ``groups`` of tensor, pipeline and expert size 1, and reads its places.
+
+    ``prefix``: before its keys, as a checkpoint has it of other models than the policy; ``valued``: with a value head.
+    """
     model = ModelConfig(path="unused", dtype="bfloat16", kernels="reference")  # a parameter an expert
-    chunk = PolicyModel(transformer_config(model, ParallelConfig(), shape, groups), shape, groups, model)
+    settings = transformer_config(model, ParallelConfig(), shape, groups)
+    chunk = PolicyModel(settings, shape, groups, model, valued=valued)
     rules = family.rules(shape)
     places, objects = [], []
     taken: set[tuple[str, Size]] = set()
-    for name, entry in chunk.sharded_state_dict(metadata={"dp_cp_group": groups.data_context}).items():
+    state = chunk.sharded_state_dict(metadata={"dp_cp_group": groups.data_context})
+    if prefix:
+        add_prefix_for_sharding(state, prefix)
+    for name, entry in state.items():
         if isinstance(entry, ShardedObject):
             objects.append(entry.unique_key)
             continue

@@ -77,13 +77,13 @@ def save_rank(path: Path, parallel: dict[str, int], dtype: str, directory: Path)
     save_checkpoint(models, directory, {"config": {"model": {"path": str(path)}}})
 
 
-def verify_rank(first: Path, second: Path) -> Any:
+def verify_rank(first: Path, second: Path, model: str = "policy") -> Any:
     from megatron_gspo.config import ParallelConfig
     from megatron_gspo.convert.run import Show
     from megatron_gspo.convert.verify import verify_tensors
     from megatron_gspo.megatron.groups import make_groups
 
-    return verify_tensors(first, second, None, make_groups(ParallelConfig()), Show())
+    return verify_tensors(first, second, None, make_groups(ParallelConfig()), Show(), model=model)
 
 
 def store(directory: Path, change: dict[str, torch.Tensor | None]) -> None:

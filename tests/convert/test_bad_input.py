@@ -297,6 +297,18 @@ def test_a_checkpoint_of_many_files_is_read_with_few_of_them_open(ranks: RankPoo
     assert most == MOST_OPEN
 
 
+def test_a_model_that_is_not_there_is_named_with_those_that_are(ranks: RankPool, megatron: Path, tmp_path: Path):
+    with pytest.raises(RankError, match="megatron: it holds the policy, and no critic: name one of these"):
+        convert(ranks, megatron, tmp_path / "critic", model="critic")
+    with pytest.raises(RankError, match="is a Hugging Face directory, which holds one model: --model critic chooses"):
+        convert(ranks, megatron.parent / "hf", tmp_path / "critic", model="critic")
+    stranger = shutil.copytree(megatron, tmp_path / "stranger")
+    (stranger / "checkpoint.json").unlink()
+    with pytest.raises(RankError, match=r"stranger has no checkpoint\.json, .*: without one, it is a policy's"):
+        convert(ranks, stranger, tmp_path / "critic", model="critic")
+    assert not (tmp_path / "critic").exists()
+
+
 def test_a_destination_inside_the_source_is_refused(ranks: RankPool, tiny: Path):
     with pytest.raises(RankError, match="lies in it"):
         convert(ranks, tiny, tiny / "megatron")

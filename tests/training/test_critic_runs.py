@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_gspo.algorithm.gae import ValueScale
 from megatron_gspo.config import load
 from megatron_gspo.report.recorder import RunRecorder
 from megatron_gspo.runs.loop import train
-from tests.pool import RankPool
+from tests.convert.ranks import convert, verify_rank
+from tests.pool import RankError, RankPool
 from tests.training.conftest import QUICKSTART
 from tests.training.stand_in import StandIn
 from tests.training.test_group_work import lines
@@ -45,6 +47,31 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
+def beside(directory: Path) -> dict[str, bytes]:
+    """Every file that holds no weights and lists none."""
+    files = (path for path in directory.iterdir() if "safetensors" not in path.name)
+    return {path.name: path.read_bytes() for path in files}
+
+
+def check_conversions(ranks: RankPool, checkpoint: Path, run: Path, out: Path) -> None:
+    """Both models of a checkpoint that a run left at its end are what the run exported then."""
+    for model, directory in (("critic", "critic-hf"), ("policy", "hf")):
+        convert(ranks, checkpoint, out / model, model=model)
+        converted, exported = tensors(out / model), tensors(run / directory)
+        assert converted.keys() == exported.keys()
+        for name, tensor in exported.items():
+            assert converted[name].dtype == tensor.dtype and torch.equal(converted[name], tensor), name
+        assert beside(out / model) == beside(run / directory)
+        (verdict,) = ranks.run(1, verify_rank, checkpoint, run / directory, model)
+        assert verdict.held and verdict.equal == len(exported)
+    (verdict,) = ranks.run(1, verify_rank, checkpoint, run / "hf", "critic")
+    assert {found.what for found in verdict.differences} == {"missing", "extra", "values"}
+    with pytest.raises(RankError, match="it holds the policy and the critic, and no teacher: name one of these"):
+        convert(ranks, checkpoint, out / "teacher", model="teacher")
+    with pytest.raises(RankError, match="eight bits are for engines, and no engine serves a critic"):
+        convert(ranks, checkpoint, out / "eight", model="critic", eight_bits=True)
+
+
 def test_a_run_with_a_critic_resumes_bit_for_bit_and_gives_a_critic_that_transformers_loads(
     ranks: RankPool, settings: Settings, quickstart: Path, tmp_path: Path
 ) -> None:
@@ -56,6 +83,10 @@ def test_a_run_with_a_critic_resumes_bit_for_bit_and_gives_a_critic_that_transfo
         parts = settings(server, f'train.run_dir="{tmp_path / "parts"}"', "train.checkpoint_every=1")
         ranks.run(2, run, [*parts, "train.outer_steps=1"])
         alone = tensors(tmp_path / "parts" / "hf")
+        first = tmp_path / "parts" / "checkpoints" / "outer_00001"
+        scale = ValueScale(**json.loads((first / "checkpoint.json").read_text())["extra"]["critic"])
+        assert scale.mean != 0.0 and scale.std != 1.0, "nothing is normalised, so nothing is compared"
+        check_conversions(ranks, first, tmp_path / "parts", tmp_path / "converted")
         ranks.run(2, run, [*parts, "train.overwrite=false", "train.resume=true"])
     cold, whole = tensors(quickstart / "model"), tmp_path / "run"
     for name, tensor in cold.items():

@@ -27,3 +27,9 @@ def test_what_belongs_to_a_comparison_does_not_start_a_conversion(words: list[st
     with pytest.raises(ConfigError, match="belong to --verify"):
         check(options(*words))
     check(options("--verify", *words))
+
+
+def test_logits_are_of_a_policy() -> None:
+    check(options("--verify", "--model", "critic"))
+    with pytest.raises(ConfigError, match="--logits are a policy's, and --model critic is none"):
+        check(options("--verify", "--logits", "--model", "critic"))
