@@ -4,7 +4,8 @@
 
 BEFORE and AFTER are checkouts with their environments, and BEFORE's quickstart is prepared (``make quickstart`` has
 run once). Both read BEFORE's model and data. Compared are metrics (but times, rates and the distance from the engine,
-which are the machine's), the responses that were kept, and the weights of every run. Exit status 1 where they differ.
+which are the machine's), the responses that were kept, and the weights of every run. Exit status 1 where they differ;
+a metric that AFTER alone has is named, and no difference.
 """
 
 from __future__ import annotations
@@ -57,9 +58,10 @@ def main() -> int:
         for which, checkout in (("before", args.before.resolve()), ("after", args.after.resolve())):
             runs.append(directory / f"{name.replace(' ', '-')}-{which}")
             run(name, checkout, args.before.resolve(), runs[-1])
-        differences = compare(*runs)
+        differences, gained = compare(*runs)
         found += bool(differences)
-        print(f"{name}: {'; '.join(differences[:4]) or 'the same, bit for bit'}", flush=True)
+        further = f" (AFTER alone has {', '.join(gained)})" if gained else ""
+        print(f"{name}: {'; '.join(differences[:4]) or 'the same, bit for bit'}{further}", flush=True)
     return min(found, 1)
 
 
@@ -84,18 +86,22 @@ def run(name: str, checkout: Path, data: Path, run_dir: Path) -> None:
             raise SystemExit(f"{name} in {checkout}: exit status {done.returncode}, see {log.name}")
 
 
-def compare(before: Path, after: Path) -> list[str]:
-    """What differs, in words."""
-    differences = []
+def compare(before: Path, after: Path) -> tuple[list[str], list[str]]:
+    """(What differs, in words; the values that only ``after`` has, by name)."""
+    differences, gained = [], set[str]()
     for name in ("metrics.jsonl", *(str(path.relative_to(before)) for path in sorted(before.glob("rollouts/*.jsonl")))):
         old, new = (lines(run_dir / name) for run_dir in (before, after))
+        further = {key for record in new for key in record} - {key for record in old for key in record}
+        gained |= further
+        new = [{key: value for key, value in record.items() if key not in further} for record in new]
         if old != new:
             differences.append(f"{name}: {first_difference(old, new)}")
     old_weights, new_weights = weights(before), weights(after)
-    if old_weights.keys() != new_weights.keys():
-        return [*differences, "other tensors"]
+    if not old_weights or old_weights.keys() != new_weights.keys():
+        return [*differences, "other tensors"], sorted(gained)
     other = [key for key in old_weights if not same(old_weights[key], new_weights[key])]
-    return differences + ([f"{len(other)} tensors differ, {other[0]} first"] if other else [])
+    differences += [f"{len(other)} tensors differ, {other[0]} first"] if other else []
+    return differences, sorted(gained)
 
 
 def weights(run_dir: Path) -> dict[str, Any]:

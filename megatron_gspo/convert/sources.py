@@ -204,8 +204,7 @@ class MegatronSource:
             return ValueScale(**kept)
         except TypeError:
             raise WeightError(
-                f"{self.directory}: {HEADER} says {kept!r:.80} of the {self.model.name}'s values, which is not how they "
-                f"are normalised"
+                f"{self.directory}: {HEADER} says {kept!r:.80} of its values, which is not how they are normalised"
             ) from None
 
     @property
