@@ -169,3 +169,29 @@ def test_the_product_over_a_response_takes_the_gap_back_exactly_and_bounds_bring
     assert found["truncate, sequence, no bound"][0] < 1e-12
     assert 0 < found["truncate, sequence, 2"][0] < found["none"][0]
     assert found["truncate, sequence, no bound"][1] > found["truncate, sequence, 2"][1]
+
+
+def test_bias_and_spread_are_those_of_single_responses_gradients(small: Any) -> None:
+    """Each response's gradient by itself, in the table's logits, and their moments over what the engine draws."""
+    policy, mu_RL, rewards_R = small.problem(0.5)
+    pi_RL = policy.logprobs_RL
+    pi_R, mu_R = pi_RL.sum(1).exp(), mu_RL.sum(1).exp()
+    advantages_R = rewards_R - (pi_R * rewards_R).sum()
+    settings = Correction(**small.RULES["truncate, token, 2"])
+    terms_RL = (pi_RL - mu_RL).exp().clamp(max=2.0) * advantages_R[:, None]
+    plain, corrected = (
+        torch.stack([single_gradient(small, policy, r, terms_L) for r, terms_L in enumerate(weights_RL)])
+        for weights_RL in (advantages_R[:, None].expand_as(pi_RL), terms_RL)
+    )
+    exact, mean = (pi_R[:, None] * plain).sum(0), (mu_R[:, None] * corrected).sum(0)
+    variance = (mu_R[:, None] * (corrected - mean).square()).sum()
+    bias, spread = small.measure(0.5)["truncate, token, 2"]
+    assert bias == pytest.approx(float((mean - exact).norm() / exact.norm()), rel=1e-10)
+    assert spread == pytest.approx(float(variance.sqrt() / exact.norm()), rel=1e-10)
+    torch.testing.assert_close(small.coefficients(pi_RL, mu_RL, advantages_R, settings), terms_RL)
+
+
+def single_gradient(small: Any, policy: Any, index: int, weights_L: torch.Tensor) -> torch.Tensor:
+    logprobs_L = small.table_logprobs(policy.logits, policy.responses[index : index + 1])[0]
+    (gradient,) = torch.autograd.grad((weights_L * logprobs_L).sum(), policy.logits)
+    return gradient.flatten()
