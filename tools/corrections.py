@@ -10,7 +10,7 @@ learns towards, and the spread of one response's estimate is its noise. Printed 
 both columns are relative to the exact gradient.
 
 By default the policy is a table of logits over 5 tokens, 625 responses. With ``--engine`` it is the quickstart's
-mixture of experts over 8 tokens, 4,096 responses, in Megatron; the engine is a server that a run's own code starts and
+mixture of experts over 6 tokens, 1,296 responses, in Megatron; the engine is a server that a run's own code starts and
 sends weights to, with ``sync.router_noise``; and gradients are those of all of the model's parameters.
 """
 
@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", action="store_true", help="a real SGLang server and a real policy in Megatron")
     parser.add_argument("--noise", type=float, nargs="+", default=NOISES, help="sync.router_noise, with --engine")
-    parser.add_argument("--vocabulary", type=int, default=8, help="tokens, with --engine; at least 4")
+    parser.add_argument("--vocabulary", type=int, default=6, help="tokens, with --engine; at least 4")
     parser.add_argument("--length", type=int, default=LENGTH, help="of a response, with --engine")
     options = parser.parse_args()
     if options.engine:
@@ -297,7 +297,7 @@ class Trained:
         """See ``Policy``. A pass of its own for each token of each prefix, which its responses share."""
         length = weights_KRL.shape[2]
         inner_RLL = torch.zeros(*self.logprobs_RL.shape, length, dtype=torch.float64)
-        sums: torch.Tensor | None = None
+        sums, pending = torch.zeros((), dtype=torch.float64), list[tuple[torch.Tensor, torch.Tensor]]()
         path: list[torch.Tensor] = []
         before: tuple[int, ...] = ()
         for index, response in enumerate(self._responses):
@@ -306,13 +306,13 @@ class Trained:
             for t in range(len(path), length):
                 path.append(self._gradient(response[: t + 1]))
                 following = self._vocabulary ** (length - 1 - t)  # responses that begin so
-                weight_K = weights_KRL[:, index : index + following, t].sum(1)
-                sums = torch.zeros(len(weight_K), len(path[-1]), dtype=torch.float64) if sums is None else sums
-                sums.addr_(weight_K, path[-1])
+                pending.append((weights_KRL[:, index : index + following, t].sum(1), path[-1]))
+            if len(pending) >= 64 or index + 1 == len(self._responses):
+                weights, gradients = zip(*pending, strict=True)
+                sums, pending = sums + torch.stack(weights, dim=1) @ torch.stack(gradients), []
             rows = torch.stack(path)
             inner_RLL[index] = rows @ rows.T
             before = response
-        assert sums is not None
         return sums, inner_RLL
 
     def _gradient(self, response: tuple[int, ...]) -> torch.Tensor:
