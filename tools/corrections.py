@@ -10,7 +10,7 @@ learns towards, and the spread of one response's estimate is its noise. Printed 
 both columns are relative to the exact gradient.
 
 By default the policy is a table of logits over 5 tokens, 625 responses. With ``--engine`` it is the quickstart's
-mixture of experts over 6 tokens, 1,296 responses, in Megatron; the engine is a server that a run's own code starts and
+mixture of experts with as many tokens, in Megatron; the engine is a server that a run's own code starts and
 sends weights to, with ``sync.router_noise``; and gradients are those of all of the model's parameters.
 """
 
@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", action="store_true", help="a real SGLang server and a real policy in Megatron")
     parser.add_argument("--noise", type=float, nargs="+", default=NOISES, help="sync.router_noise, with --engine")
-    parser.add_argument("--vocabulary", type=int, default=6, help="tokens, with --engine; at least 4")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens, with --engine; 4 to 13")
     parser.add_argument("--length", type=int, default=LENGTH, help="of a response, with --engine")
     options = parser.parse_args()
     if options.engine:
