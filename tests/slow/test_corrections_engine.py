@@ -19,7 +19,7 @@ def test_what_a_real_engine_of_other_weights_draws_is_corrected_exactly_by_the_p
     """Four tokens, responses of two: the rule without a bound has the gradient on the policy's own distribution, to
     what float32 leaves of a sum; bounds and single tokens do not, nor does a gradient that is not corrected."""
     require_sglang()
-    small = ("--engine", "--vocabulary", "4", "--length", "2", "--noise", "0", "0.5")
+    small = ("--engine", "--vocabulary", "4", "--length", "2", "--noise", "0", "0.2")
     command = [sys.executable, str(ROOT / "tools" / "corrections.py"), *small]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
