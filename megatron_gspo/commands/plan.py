@@ -26,7 +26,7 @@ DOCS = "docs/planning.md"
 PLACEMENTS = ("auto", "apart", "colocated")
 OF_A_SEARCH = (
     *("prompts", "group_size", "minibatches", "prompt_tokens", "response_tokens", "lora"),
-    *("placement", "reference", "narrow_states", "write"),
+    *("placement", "reference", "narrow_states", "fp8_rollouts", "write"),
 )
 """Options that a TOML file answers."""
 
@@ -64,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--reference", action="store_true", help="with a reference policy (a KL term)")
     parser.add_argument("--narrow-states", action="store_true", help="also propose Adam's moments in bfloat16")
+    parser.add_argument(
+        "--fp8-rollouts", action="store_true", help='servers hold weights in eight bits (engine_dtype = "fp8")'
+    )
     parser.add_argument("--write", type=Path, metavar="TOML", help="write the best plan as a configuration")
     parser.add_argument(
         "--verify", action="store_true", help="run the best plan's step on tensors without values: minutes, no GPU"
@@ -149,6 +152,7 @@ def _dry_run(model: Any, request: Request, outcome: Any, run: Given | None) -> A
 
 def request_of(options: argparse.Namespace) -> Request:
     """The request. Raises ConfigError for numbers that no run could have."""
+    from megatron_gspo.config.rollouts import EIGHT_BITS
     from megatron_gspo.plan.settings import Request
 
     _check_numbers(options)
@@ -159,6 +163,7 @@ def request_of(options: argparse.Namespace) -> Request:
         placement=options.placement,
         lora=options.lora,
         narrow=options.narrow_states,
+        engine_dtype=EIGHT_BITS if options.fp8_rollouts else "",
     )
 
 

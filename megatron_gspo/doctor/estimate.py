@@ -15,6 +15,7 @@ from math import ceil
 
 from megatron_gspo.batching.planning import padded_length
 from megatron_gspo.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_gspo.doctor.in_flight import most_in_flight
 from megatron_gspo.doctor.tensors import HEAD, Elements, Tensor, elements_of_stage, stage_of
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.hf.layout import stage_layers
@@ -39,16 +40,26 @@ class Estimate:
     activations: int
     """Of the micro-batches in flight: what backward needs."""
     logprobs: int
-    """Tiles of a chunk's logits, and the gradient of the head that backward returns."""
+    """Tiles of a chunk's logits, and the gradient of a head that is the embedding too."""
     reference: int
     """Weights of the frozen reference policy."""
     critic: int
-    """Its weights, gradients and optimizer states: those of the policy, but for the head."""
+    """Its weights and gradients: those of the policy, but for the head."""
+    critic_states: int
+    """Of its optimizer. In host memory with ``critic.offload``."""
 
     @property
     def total(self) -> int:
         """Bytes of all of it."""
         return sum(vars(self).values())
+
+    def on_card(self, config: RunConfig) -> Estimate:
+        """Without states that lie in host memory."""
+        return replace(
+            self,
+            optimizer=0 if config.optimizer.offload else self.optimizer,
+            critic_states=0 if config.critic.offload else self.critic_states,
+        )
 
 
 def estimate(
@@ -87,7 +98,8 @@ def estimate(
         activations=_activations(config, model, stage, data_size, machine),
         logprobs=_logprobs(config, model, data_size, machine) if last else 0,
         reference=elements.total * item if config.algorithm.uses_reference and not config.reference_is_base else 0,
-        critic=critic.total * (item + accumulated) + stepped(critic) * _state_bytes(config.critic, item),
+        critic=critic.total * (item + accumulated),
+        critic_states=stepped(critic) * _state_bytes(config.critic, item),
     )
 
 
@@ -142,16 +154,22 @@ def tokens_of_microbatch(config: RunConfig, data_size: int) -> int:
 def _activations(config: RunConfig, model: ModelShape, stage: int, data_size: int, machine: Machine | None) -> int:
     """Of each micro-batch in flight, and of one layer.
 
-    Of a micro-batch: what layers keep, and what goes in and comes out behind the last of them; and ``recomputed``.
+    Of a micro-batch and virtual stage: what layers keep, and what goes in and comes out behind the last of them. Then
+    ``recomputed``, and the tokens of all tensor ranks, which Megatron gathers into memory that stays.
     """
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     tokens = tokens_of_microbatch(config, data_size) / parallel.context
-    layers = layers_of(config, model, stage, data_size, machine)
-    in_flight = min(_in_flight(parallel, stage), microbatches(config, data_size))
-    kept = sum(layer.kept(again) for layer, again in layers)
-    if choose_kernels(config.model.kernels, config.model.dtype, machine)["norm"] == "triton":
-        kept += (1 + (stage == parallel.pipeline - 1)) * item * model.hidden_size / parallel.tensor
-    return int(tokens * in_flight * kept) + recomputed(config, model, stage, data_size, machine)
+    kept = [layer.kept(again) for layer, again in layers_of(config, model, stage, data_size, machine)]
+    own = item * model.hidden_size / parallel.tensor
+    ends = own if choose_kernels(config.model.kernels, config.model.dtype, machine)["norm"] == "triton" else 0.0
+    chunks = []
+    for count in stage_layers(parallel, model.num_layers)[stage :: parallel.pipeline]:
+        chunks.append(ends + sum(kept[:count]))
+        kept = kept[count:]
+    chunks[-1] += ends * (stage == parallel.pipeline - 1)
+    held = most_in_flight(chunks, parallel, stage, microbatches(config, data_size))
+    gathered = item * model.hidden_size * (parallel.tensor > 1)
+    return int(tokens * (held + gathered)) + recomputed(config, model, stage, data_size, machine)
 
 
 def recomputed(config: RunConfig, model: ModelShape, stage: int, data_size: int, machine: Machine | None = None) -> int:
@@ -160,16 +178,6 @@ def recomputed(config: RunConfig, model: ModelShape, stage: int, data_size: int,
     layers = layers_of(config, model, stage, data_size, machine)
     most = max([layer.kept(()) - layer.kept(again) for layer, again in layers], default=0.0)
     return int(tokens * most * (config.model.recompute_layers if config.model.recompute_method == "uniform" else 1))
-
-
-def _in_flight(parallel: ParallelConfig, stage: int) -> float:
-    """Micro-batches: 1F1B keeps one for each later stage, and its own (arXiv 2104.04473, 2.2).
-
-    Virtual stages warm up by twice as many parts and a round of stages for each part but the last, each of which is one
-    micro-batch's share of the rank's layers.
-    """
-    later, parts = parallel.pipeline - stage - 1, parallel.virtual_pipeline
-    return later + 1.0 if parts == 1 else (2 * later + (parts - 1) * parallel.pipeline + 1) / parts
 
 
 def layers_of(
@@ -265,9 +273,7 @@ class LayerBytes:
             rows = item * (copies * (model.hidden_size + 3 * model.expert_hidden_size / copies)) + 4 * copies
             places = 16 + 16 * copies + 16 * copies * local
             mlp += routing + model.top_k * (rows + places)
-        return cls(
-            item * hidden / ranks, (attention - item * hidden) / ranks + 4 * item * dim, core / ranks, mlp / ranks
-        )
+        return cls(item * hidden / ranks, (attention - item * hidden) / ranks + 16 * dim, core / ranks, mlp / ranks)
 
     def adapted(self, config: RunConfig, model: ModelShape, is_moe: bool, tokens: float) -> LayerBytes:
         """The same with what adapters on every matrix keep; fewer targets keep less.
@@ -306,8 +312,8 @@ class LayerBytes:
 
 def _logprobs(config: RunConfig, model: ModelShape, data_size: int, machine: Machine | None) -> int:
     """Tiles [chunk, columns]: two in forward; in backward one, its gradient in a half type and the float32 product that
-    is added to the head's (Triton writes the gradient alone). The gradient of the hidden states, and what backward
-    returns for the head, whose gradient is added in place unless it is tied to the embedding. A frozen one has none."""
+    is added to the head's (Triton writes the gradient alone). The gradient of the hidden states, and that of a head
+    which is the embedding of the same stage: any other is added in place. A frozen one has none."""
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     wide, rows = max(4, item), ceil(model.vocab_size / parallel.tensor)
     tokens = ceil(tokens_of_microbatch(config, data_size) / parallel.context)
@@ -321,4 +327,5 @@ def _logprobs(config: RunConfig, model: ModelShape, data_size: int, machine: Mac
         backward = max(2 * wide * chunk * columns, wide * chunk * columns + backward)
     else:
         backward += chunk * model.hidden_size * wide + tokens * model.hidden_size * item // parallel.tensor
-    return backward + (0 if frozen else rows * model.hidden_size * (wide if model.tied_embeddings else item))
+    tied = model.tied_embeddings and parallel.pipeline == 1 and not frozen
+    return backward + (rows * model.hidden_size * wide if tied else 0)

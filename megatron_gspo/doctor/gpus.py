@@ -5,8 +5,7 @@ Counted, and not measured on a GPU yet. What a card also holds, CUDA's context a
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from megatron_gspo.config import RunConfig
 from megatron_gspo.doctor.check import Check, error, ok, warning
 from megatron_gspo.doctor.estimate import Estimate, longest_sequence
 from megatron_gspo.doctor.facts import Facts
@@ -31,11 +30,12 @@ def on_gpus(facts: Facts, needed: Estimate, stage: int) -> list[Check]:
 def _of_ranks(facts: Facts, needed: Estimate, stage: int) -> Check:
     """The fullest rank while it trains, against the fullest of the cards that ranks of this machine use."""
     config = facts.config
-    there = replace(needed, optimizer=0) if config.optimizer.offload else needed
+    there = needed.on_card(config)
+    away = needed.total - there.total
     passing = Passing.of(config, facts.shape, stage, facts.layout)
     fullest, free = peak(there, passing), _free(facts)
     text = f"a rank: {spell(needed)}"
-    text += f"; of it, {gib(needed.optimizer)} in host memory (optimizer.offload)" * (there is not needed)
+    text += f"; of it, {gib(away)} in host memory ({_offloaded(config)})" * (away > 0)
     text += f"; {gib(fullest)} at its fullest, with {gib(passing.most)} that come and go"
     asleep = ", where a server sleeps" if _takes_turns(facts) else ""
     text += f", without context and NCCL buffers, of {gib(free)} free on the fullest GPU{asleep}"
@@ -111,10 +111,16 @@ def _takes_turns(facts: Facts) -> bool:
 
 def _in_host_memory(facts: Facts, needed: Estimate) -> dict[str, int]:
     """Optimizer states of a rank that lie there always, or while servers are awake: name -> bytes."""
-    critic = max(0, needed.critic - needed.weights - needed.gradients)
     if _takes_turns(facts):
-        return {"states (placement: colocated)": needed.optimizer + critic}
-    return {"states (optimizer.offload)": needed.optimizer if facts.config.optimizer.offload else 0}
+        return {"states (placement: colocated)": needed.optimizer + needed.critic_states}
+    away = needed.total - needed.on_card(facts.config).total
+    return {f"states ({_offloaded(facts.config)})": away}
+
+
+def _offloaded(config: RunConfig) -> str:
+    """The settings that keep states in host memory."""
+    both = {"optimizer.offload": config.optimizer.offload, "critic.offload": config.critic.offload}
+    return ", ".join(name for name, is_set in both.items() if is_set)
 
 
 def _free(facts: Facts) -> int:

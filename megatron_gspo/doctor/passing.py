@@ -37,8 +37,6 @@ class Passing:
     """Of a sync, at most."""
     again: int
     """What recompute makes anew of a layer, which ``Estimate.activations`` has and the head's moment has not."""
-    returned: int
-    """Memory that experts' backward returns and nobody reads: there from the first backward on, always."""
 
     @classmethod
     def of(
@@ -64,9 +62,6 @@ class Passing:
             gather=_gather(config, model, stage),
             bucket=(config.sync.bucket_mb or CARD_BUCKET_MB) * 10**6,
             again=recomputed(config, model, stage, data_size, machine),
-            returned=3 * _weight(model, parallel, item)
-            if True in kinds and kernels["experts"] == "grouped" and not config.lora.rank
-            else 0,
         )
 
     @property
@@ -78,7 +73,7 @@ class Passing:
 def peak(needed: Estimate, passing: Passing) -> int:
     """Bytes of a rank at its fullest: in backward, at the head or in a layer, in the optimizer's step, or as a sync
     gathers weights."""
-    states = needed.total - needed.activations - needed.logprobs + passing.returned
+    states = needed.total - needed.activations - needed.logprobs
     backward = needed.activations + max(needed.logprobs - passing.again, passing.experts, passing.attention)
     return states + max(backward, passing.optimizer, passing.gather + min(passing.bucket, needed.weights))
 
@@ -137,11 +132,13 @@ def _gather(config: RunConfig, model: ModelShape, stage: int) -> int:
 def _pieces(config: RunConfig, model: ModelShape) -> int:
     """Of the largest parameter, a piece of its states: brought to the card (weight and moments in float32), widened
     (moments), and rounded again (numbers drawn, and their sum with a moment)."""
-    parallel, narrow = config.parallel, config.optimizer.state_dtype != "float32"
+    parallel = config.parallel
+    steppers = [config.optimizer, *([config.critic] if config.algorithm.uses_critic else [])]
+    narrow, offload = (any(each.state_dtype != "float32" for each in steppers), any(each.offload for each in steppers))
     largest = model.vocab_size * model.hidden_size // parallel.tensor
     if model.num_experts:
         largest = max(largest, 2 * _weight(model, parallel, 1))
-    brought = 12 if config.optimizer.offload else 8 * narrow
+    brought = 12 if offload else 8 * narrow
     return min(PIECE, largest) * (brought + 8 * narrow)
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from math import ceil, prod
-
 import torch
 
 from megatron_gspo.config.rollouts import EIGHT_BITS
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.hf.family import ModelShape
-from megatron_gspo.hf.fp8 import BLOCK, READ
-from megatron_gspo.hf.fp8_model import in_eight_bits
+from megatron_gspo.hf.fp8 import READ
+from megatron_gspo.hf.fp8_model import in_eight_bits, served_bytes
 
 
 def engine_item(facts: Facts) -> int:
@@ -33,11 +31,6 @@ def cache_per_token(shape: ModelShape, tensor: int, *, item: int = 2, groups: in
 
 def engine_weights(facts: Facts) -> int:
     """Bytes of the weights that are sent and held: of eight bits with their scales."""
-    item = engine_item(facts)
-    if facts.config.rollout.engine_dtype != EIGHT_BITS:
-        return sum(prod(tensor.shape) for tensor in facts.tensors) * item
-    chosen = in_eight_bits(facts.family, facts.shape)
-    narrow = [tensor.shape for tensor in facts.tensors if chosen(tensor.name)]
-    scales = sum(ceil(rows / BLOCK) * ceil(columns / BLOCK) for rows, columns in narrow)
-    wide = sum(prod(tensor.shape) for tensor in facts.tensors if not chosen(tensor.name))
-    return sum(map(prod, narrow)) + scales * torch.float32.itemsize + wide * item
+    narrow = facts.config.rollout.engine_dtype == EIGHT_BITS
+    tensors = ((tensor.name, tensor.shape) for tensor in facts.tensors)
+    return served_bytes(tensors, engine_item(facts), in_eight_bits(facts.family, facts.shape) if narrow else None)

@@ -16,7 +16,7 @@ SERVER_PROCESS = 2 * 2**30
 
 def spell(needed: Estimate) -> str:
     """ "weights 1.2 GiB + gradients 2.4 GiB + ... = 9 GiB", the terms that are zero left out."""
-    terms = " + ".join(f"{name} {gib(size)}" for name, size in vars(needed).items() if size)
+    terms = " + ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in vars(needed).items() if size)
     return f"{terms} = {gib(needed.total)}"
 
 
@@ -39,6 +39,7 @@ def largest(needed: Estimate) -> str:
         "logprobs": "model.logprob_chunk, or parallel.tensor",
         "reference": "algorithm.kl_loss_coef = 0 and kl_reward_coef = 0 need no reference policy",
         "critic": 'algorithm.credit = "group" needs no critic',
+        "critic_states": 'critic.offload, critic.state_dtype = "bfloat16"',
     }
     largest = max(vars(needed), key=lambda name: vars(needed)[name])
-    return f"{largest} are most of it: {fixes[largest]}"
+    return f"{largest.replace('_', ' ')} are most of it: {fixes[largest]}"

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_gspo.config import RunConfig
@@ -86,8 +85,7 @@ def verify_shape(
         needed = estimate(
             config, shape, tensors, data_size=data_size, stage=kind.stage, adapters=adapters, machine=machine
         )
-        there = replace(needed, optimizer=0) if config.optimizer.offload else needed
-        sums[kind.name] = peak(there, Passing.of(config, shape, kind.stage, data_size, machine))
+        sums[kind.name] = peak(needed.on_card(config), Passing.of(config, shape, kind.stage, data_size, machine))
     return DryRun(
         {kind.name: rank for kind, rank in zip(kinds, ranks, strict=True)},
         sums,

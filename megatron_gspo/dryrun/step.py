@@ -25,7 +25,6 @@ from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.megatron import critic as critics
 from megatron_gspo.megatron import policy as policies
 from megatron_gspo.megatron.groups import Groups, make_groups
-from megatron_gspo.parallel.gradients import no_gradient
 from megatron_gspo.sync.base import CARD_BUCKET_MB
 from megatron_gspo.types import DTYPES, PackedBatch, Sample
 
@@ -77,8 +76,6 @@ def _step(config: RunConfig, groups: Groups, fake: FakeTensorMode, meter: Meter)
     policy = _build(config, groups, meter)
     batches = [_batch(config, groups, fake)] * _enough(config, groups)
     meter.microbatches = len(batches)
-    with meter.at(phase="start", part="passing"):
-        _return_gradients(policy)
     with meter.at(part=""):
         with meter.at(phase="pi_old", site="layers"):
             policy.logprobs(batches[: config.parallel.microbatch_multiple])
@@ -88,14 +85,6 @@ def _step(config: RunConfig, groups: Groups, fake: FakeTensorMode, meter: Meter)
             policy.step(0, 10)
         with meter.at(phase="sync", site="gather", part="passing"):
             _stream(policy, (config.sync.bucket_mb or CARD_BUCKET_MB) * 1_000_000)
-
-
-def _return_gradients(policy: policies.Policy) -> None:
-    """What the first backward of experts makes for good: every later step finds it there. Of frozen ones none does, and
-    adapters' gradients are not added in place: their products take matrices that were put together."""
-    for parameter in (each for chunk in policy.chunks for each in chunk.parameters()):
-        if not policy.adapted and parameter.dim() == 3:  # grouped experts alone have so many
-            no_gradient(parameter)
 
 
 def _build(config: RunConfig, groups: Groups, meter: Meter) -> policies.Policy:

@@ -7,7 +7,8 @@ So are DeepSeek-V3's and Qwen3's published FP8 directories, and SGLang 0.5.23 ma
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import ceil, prod
 from typing import Any
 
 from megatron_gspo.hf.family import Family, ModelShape
@@ -40,6 +41,23 @@ def quantization_config(family: Family, model: ModelShape) -> dict[str, Any]:
 def with_scales(names: set[str], chosen: Callable[[str], bool]) -> set[str]:
     """Names of what is sent for the tensors ``names``, of which those ``chosen`` are in eight bits."""
     return names | {name + SCALE for name in names if chosen(name)}
+
+
+def served_bytes(
+    tensors: Iterable[tuple[str, Sequence[int]]], item: int, chosen: Callable[[str], bool] | None = None
+) -> int:
+    """Bytes of (name, shape) tensors as servers hold them, each name once: a tied head is the embedding.
+
+    ``item`` bytes a number; of those ``chosen`` for eight bits one, and a float32 scale a block.
+    """
+    total = 0
+    for name, shape in dict(tensors).items():
+        if chosen is not None and chosen(name):
+            rows, columns = shape
+            total += rows * columns + 4 * ceil(rows / BLOCK) * ceil(columns / BLOCK)
+        else:
+            total += item * prod(shape)
+    return total
 
 
 def misfits(family: Family, model: ModelShape, *, attention: int, dense: int, experts: int) -> list[str]:

@@ -36,6 +36,7 @@ from megatron_gspo.megatron.optimizer import (
     Optimizer,
     finish_gathers,
     learning_rate,
+    make_room,
     set_schedule,
     wrap_ddp,
 )
@@ -99,19 +100,29 @@ class Network:
         self.modules: Sequence[torch.nn.Module] = self.chunks
         self.adapters_header: dict[str, Any] | None = None
         """What a checkpoint says of its adapters; None without any."""
-        self._load(directory)
-        if lora is not None and lora.rank:
-            self._adapt(lora, directory)
         self.expert_load = ExpertLoad(self.chunks)
+        adapted = lora is not None and lora.rank > 0
+        if adapted or optimizer is None:
+            self._load(directory)
+        if lora is not None and adapted:
+            self._adapt(lora, directory)
         if optimizer is not None:
-            overlap = config.parallel.overlap
-            wrapped = [wrap_ddp(chunk, groups, overlap=overlap, bucketed=not i) for i, chunk in enumerate(self.chunks)]
-            set_schedule(wrapped, overlap=overlap)
-            self.modules = wrapped
-            self.optimizer = Optimizer(optimizer, wrapped, groups)
-            self.chunks[0].config.finalize_model_grads_func = _finalize_gradients
+            self._wrap(empty=not adapted)
+            if not adapted:
+                self._load(directory)
+            self.optimizer = Optimizer(optimizer, self.modules, groups)
         for module in self.modules:
             module.train()
+
+    def _wrap(self, *, empty: bool) -> None:
+        """Puts the chunks under DDP. ``empty``: their weights have no values yet, and get them where they lie then."""
+        for chunk in self.chunks if empty else ():
+            make_room(chunk)
+        overlap = self.config.parallel.overlap
+        wrapped = [wrap_ddp(chunk, self.groups, overlap=overlap, bucketed=not i) for i, chunk in enumerate(self.chunks)]
+        set_schedule(wrapped, overlap=overlap)
+        self.modules = wrapped
+        self.chunks[0].config.finalize_model_grads_func = _finalize_gradients
 
     @torch.no_grad()
     def outputs(self, batches: Sequence[PackedBatch], head: Head | None = None) -> list[torch.Tensor]:

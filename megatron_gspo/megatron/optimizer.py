@@ -26,6 +26,18 @@ CLIP_EPS = 1e-6
 """Added to the norm that gradients are divided by, as Megatron and torch do."""
 
 
+def make_room(model: torch.nn.Module) -> None:
+    """Lets go of the memory of weights that are trained and have no values yet, before ``wrap_ddp``.
+
+    DDP makes a buffer for weights and one for gradients, copies the weights into the first, and leaves each weight as a
+    part of it. So a rank would hold its weights twice beside its gradients, which with optimizer states elsewhere is
+    more than a step takes. Until then each weight is one zero, repeated by strides of 0.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
+
+
 def wrap_ddp(
     model: PolicyModel, groups: Groups, *, overlap: bool = False, bucketed: bool = True
 ) -> DistributedDataParallel:

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-_unwritten: dict[tuple[torch.Size, torch.dtype, torch.device], torch.Tensor] = {}
-
 
 def where_gradients_add(weight: torch.Tensor) -> torch.Tensor | None:
     """The buffer that a backward adds this weight's gradient to, marked as added; None where it must return one."""
@@ -25,15 +23,13 @@ def where_gradients_add(weight: torch.Tensor) -> torch.Tensor | None:
     return main_grad
 
 
-def no_gradient(weight: torch.Tensor) -> torch.Tensor:
-    """What a backward returns for a gradient that was added: memory that nobody reads, one for each shape.
+def gradient_was_added(weight: torch.Tensor) -> None:
+    """To be called by the backward that did, which then returns None for the weight.
 
-    The hook runs when a gradient arrives, so something must.
+    DDP's hook runs all the same, with what it asks for: that there is a gradient. It is one zero, repeated by strides
+    of 0, that nobody reads; one that backward returned would be memory as large as the weight.
     """
-    key = (weight.shape, weight.dtype, weight.device)
-    if key not in _unwritten:
-        _unwritten[key] = torch.empty_like(weight)
-    return _unwritten[key].detach()
+    weight.grad = weight.new_zeros(()).expand(weight.shape)
 
 
 def sum_gradients(gradients: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:

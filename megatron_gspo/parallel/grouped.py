@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from megatron_gspo.parallel.gradients import no_gradient, where_gradients_add
+from megatron_gspo.parallel.gradients import gradient_was_added, where_gradients_add
 
 Form = Literal["grouped_mm", "loop"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -88,12 +88,12 @@ class _GroupedLinear(torch.autograd.Function):
         dx_NI = _PRODUCTS[ctx.form](dy_NO, weight_EOI, ctx.runs) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx_NI, None, None, None
-        total = where_gradients_add(weight_EOI)
+        total, returned = where_gradients_add(weight_EOI), None
         if total is None:
             total = returned = torch.zeros_like(weight_EOI)
-        else:
-            returned = no_gradient(weight_EOI)
         _ADD_OUTER[ctx.form](total, dy_NO, x_NI, ctx.runs)
+        if returned is None:
+            gradient_was_added(weight_EOI)
         return dx_NI, returned, None, None
 
 

@@ -33,7 +33,7 @@ import torch.distributed as dist
 
 from megatron_gspo.kernels.head import head_shard
 from megatron_gspo.kernels.products import add_product
-from megatron_gspo.parallel.gradients import where_gradients_add
+from megatron_gspo.parallel.gradients import gradient_was_added, where_gradients_add
 
 
 def vocab_parallel_logprobs(
@@ -123,6 +123,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             lse_c, labels_c = lse[:, own].reshape(-1), labels[:, own].reshape(-1)
             gradients = shard.gradients(h, labels_c, lse_c, g)
             grad_hidden[own] = _reduce_scatter(_through_logits(gradients, h, lse.dtype, grad_weight), group)
+        if grad_weight is not None and returned is None:
+            gradient_was_added(weight_VH)
         grad_weight = None if returned is None else returned.to(weight_VH.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None, None
 
@@ -145,11 +147,11 @@ def _through_logits(
     return dh
 
 
-def _weight_gradient(weight_VH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(where to add the head's gradient, what backward returns for it: of one that is added, memory never written)."""
+def _weight_gradient(weight_VH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(where to add the head's gradient, what backward returns for it: nothing of one that is added)."""
     added = where_gradients_add(weight_VH)
     if added is not None:
-        return added, torch.empty_like(weight_VH)
+        return added, None
     grad = torch.zeros_like(weight_VH, dtype=torch.promote_types(weight_VH.dtype, torch.float32))
     return grad, grad
 

@@ -10,6 +10,7 @@ from megatron_gspo.batching.planning import padded_length
 from megatron_gspo.config import ParallelConfig
 from megatron_gspo.config.servers import server_sizes
 from megatron_gspo.errors import ConfigError, LayoutError
+from megatron_gspo.hf.fp8_model import misfits
 from megatron_gspo.hf.layout import check_layout
 from megatron_gspo.plan.models import Model
 from megatron_gspo.plan.serving import Servers
@@ -99,6 +100,8 @@ def server_tensors(model: Model, request: Request) -> list[int]:
             check_divides(server_sizes(["--tp-size", str(tensor)]), model.config)
         except ConfigError:
             continue
+        if request.engine_dtype and misfits(model.family, model.shape, attention=tensor, dense=tensor, experts=tensor):
+            continue
         sizes.append(tensor)
     return [size for size in sizes if size <= request.per_node] or sizes
 
@@ -123,7 +126,7 @@ def fleets(model: Model, gpus: int, request: Request) -> Iterator[Servers]:
     """Servers of one size that take all of ``gpus``."""
     for tensor in server_tensors(model, request):
         if gpus % tensor == 0:
-            yield Servers(gpus // tensor, tensor)
+            yield Servers(gpus // tensor, tensor, request.engine_dtype)
 
 
 def variants(parallel: ParallelConfig, gpus: int, colocated: bool, request: Request) -> list[Choice]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_gspo.config import RunConfig
+from megatron_gspo.config.rollouts import EIGHT_BITS
 from megatron_gspo.doctor.machine import gib
 from megatron_gspo.dryrun.result import DryRun
 from megatron_gspo.errors import ConfigError
@@ -42,10 +43,8 @@ def given(config: RunConfig, gpus: int, per_node: int, mean_prompt: float = 0, m
     Raises ConfigError for what has no plan, and LayoutError for a layout that does not fill the trainer's GPUs.
     """
     algorithm, rollout, parallel = config.algorithm, config.rollout, config.parallel
-    if not algorithm.draws_responses or algorithm.uses_critic:
-        raise ConfigError(
-            f'algorithm.name = "{algorithm.name}": a plan is of training with rollouts and without a critic'
-        )
+    if not algorithm.draws_responses:
+        raise ConfigError(f'algorithm.name = "{algorithm.name}": a plan is of training with rollouts')
     colocated = config.placement.mode == "colocated" or (config.placement.mode == "auto" and not rollout.named)
     servers = _servers(config, gpus, colocated)
     ranks = gpus if colocated else gpus - servers.gpus
@@ -60,6 +59,7 @@ def given(config: RunConfig, gpus: int, per_node: int, mean_prompt: float = 0, m
         mean_response=mean_response or rollout.max_response_tokens / 2,
         minibatches=config.train.minibatches,
         reference=algorithm.uses_reference and not config.reference_is_base,
+        critic=config.critic.epochs if algorithm.uses_critic else 0,
     )
     choice = Choice(
         parallel=parallel.model_copy(update={"data": parallel.data_size(ranks)}),
@@ -73,7 +73,7 @@ def given(config: RunConfig, gpus: int, per_node: int, mean_prompt: float = 0, m
         lora=config.lora.rank,
         share=config.placement.memory or 0.0,
     )
-    return Given(config, Request(gpus, per_node, work, lora=choice.lora), choice)
+    return Given(config, Request(gpus, per_node, work, lora=choice.lora, engine_dtype=servers.dtype), choice)
 
 
 def weighed(model: Model, gpu: Gpu, run: Given) -> Outcome:
@@ -83,7 +83,7 @@ def weighed(model: Model, gpu: Gpu, run: Given) -> Outcome:
     check_recompute(run.config.model, choice.parallel, model.shape)
     trainer = trainer_memory(model, request, choice, run.config)
     beside = trainer if choice.colocated else None
-    server = server_memory(model, gpu, request, choice.servers.tensor, beside, choice.share)
+    server = server_memory(model, gpu, request, choice.servers, beside, choice.share)
     _check_share(gpu, choice, server)
     memory = memory_of(request, gpu, choice, trainer, server)
     outcome = Outcome(layouts=1)
@@ -121,4 +121,5 @@ def _servers(config: RunConfig, gpus: int, colocated: bool) -> Servers:
     named = len(config.rollout.servers) or config.rollout.local_servers
     if colocated and gpus % tensor:
         raise ConfigError(f"{gpus} GPUs are no whole servers of placement.tensor = {tensor}")
-    return Servers(named or (gpus // tensor if colocated else 1), tensor)
+    dtype = EIGHT_BITS if config.rollout.engine_dtype == EIGHT_BITS else ""
+    return Servers(named or (gpus // tensor if colocated else 1), tensor, dtype)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.config.placement import MEMORY
-from megatron_gspo.doctor.estimate import estimate
+from megatron_gspo.doctor.estimate import Estimate, estimate
 from megatron_gspo.doctor.passing import Passing, peak
 from megatron_gspo.doctor.served import cache_per_token
 from megatron_gspo.doctor.tensors import Elements, elements_of_stage
@@ -14,8 +14,9 @@ from megatron_gspo.kernels.choice import Machine
 from megatron_gspo.plan import rates
 from megatron_gspo.plan.models import Model, adapters
 from megatron_gspo.plan.rates import Gpu
-from megatron_gspo.plan.serving import sequences_at_once, weights_per_card
+from megatron_gspo.plan.serving import Servers, sequences_at_once, weights_per_card
 from megatron_gspo.plan.settings import Choice, Request, config_of
+from megatron_gspo.plan.training import ITEM, WIDE
 
 FEW = 16
 """Of the longest sequences that a server must hold at once."""
@@ -33,6 +34,8 @@ class TrainerMemory:
     """Of its states, what stays in host memory."""
     moved: int
     """What goes to host memory while servers generate on the same card, and comes back."""
+    stays: int
+    """Weights of all models, which stay there meanwhile."""
     elements: Elements
     """That are trained: all of its own, or adapters."""
     states: int
@@ -127,26 +130,41 @@ def _rank(model: Model, config: RunConfig, choice: Choice, data: int, stage: int
     passing = Passing.of(config, model.shape, stage, data, PLANNED)
     trained = low_rank if choice.lora else model.tensors
     elements = elements_of_stage(trained, model.shape, choice.parallel, stage)
-    there = replace(needed, optimizer=0) if choice.offload else needed
-    parts = vars(there) | {"temporary": peak(there, passing) - there.total, "context": rates.CONTEXT}
+    there = needed.on_card(config)
+    parts = _parts(there, peak(there, passing)) | {"context": rates.CONTEXT}
+    critic = needed.critic * ITEM // (ITEM + WIDE)
     if choice.colocated:
         parts["sleeping server"] = rates.ASLEEP
     return TrainerMemory(
         parts={name: size for name, size in parts.items() if size},
-        offloaded=needed.optimizer - there.optimizer,
-        moved=there.gradients + there.optimizer if choice.colocated else 0,
+        offloaded=needed.total - there.total,
+        moved=there.gradients + there.optimizer + there.critic - critic + there.critic_states
+        if choice.colocated
+        else 0,
+        stays=needed.weights + needed.reference + critic,
         elements=elements,
         states=needed.optimizer,
     )
 
 
+def _parts(there: Estimate, fullest: int) -> dict[str, int]:
+    """What a rank holds at its fullest, which may be later than when it holds most of activations: these are then as
+    much less, and nothing comes and goes."""
+    parts = {name.replace("_", " "): size for name, size in vars(there).items()}
+    passing = fullest - there.total
+    for name in ("logprobs", "activations"):
+        less = max(0, min(parts[name], -passing))
+        parts[name], passing = parts[name] - less, passing + less
+    return parts | {"temporary": passing}
+
+
 def server_memory(
-    model: Model, gpu: Gpu, request: Request, tensor: int, trainer: TrainerMemory | None, share: float = 0.0
+    model: Model, gpu: Gpu, request: Request, servers: Servers, trainer: TrainerMemory | None, share: float = 0.0
 ) -> ServerMemory:
-    """A server over ``tensor`` cards; ``trainer``: the one that shares them and keeps its weights there; ``share``: of
+    """One of ``servers``; ``trainer``: the one that shares them and keeps its weights there; ``share``: of
     a card, for weights and cache; 0: as much as there is."""
-    weights, work, shape = weights_per_card(model, tensor), request.work, model.shape
-    stays = trainer.parts["weights"] + trainer.parts.get("reference", 0) if trainer else 0
+    weights, tensor, work, shape = weights_per_card(model, servers), servers.tensor, request.work, model.shape
+    stays = trainer.stays if trainer else 0
     beside = rates.CONTEXT + rates.SERVER_WORK + stays
     share = share or max(0.01, int(100 * min(MEMORY["apart"], 1 - rates.HEADROOM / 2 - beside / gpu.memory)) / 100)
     room = max(0, int(share * gpu.memory) - weights)

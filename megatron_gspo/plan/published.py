@@ -110,7 +110,7 @@ class GrpoStep:
             "rollout": rollout_seconds(model, gpu, servers, work, AT_ONCE, self.server > 8),
             "forward": once.times(2),
             "training": pass_seconds(model, gpu, trainer, work, backward=True),
-            "sync": sync(model),
+            "sync": sync(model, servers),
         }
         return total(with_rest(parts))
 
@@ -137,7 +137,7 @@ def _decoding(name: str, tensor: int, batch: float, tokens: float) -> Callable[[
     """A step of a batch in the middle of its responses; GPQA's questions are taken as 300 tokens."""
 
     def predict() -> Range:
-        step = decode_seconds(_model(name), GPUS["h100-80"], tensor, batch, 300 + tokens / 2)
+        step = decode_seconds(_model(name), GPUS["h100-80"], Servers(1, tensor), batch, 300 + tokens / 2)
         return spread(GPUS["h100-80"], step)
 
     return predict
@@ -149,7 +149,7 @@ def _one_sequence(name: str, tensor: int, prompt: int) -> Callable[[], Range]:
     def predict() -> Range:
         model, gpu = _model(name), GPUS["h20-96"]
         work = Workload(1, 1, prompt, 2048, prompt, 2048, 1)
-        tokens = 2048 * decode_seconds(model, gpu, tensor, 1, prompt + 1024)
+        tokens = 2048 * decode_seconds(model, gpu, Servers(1, tensor), 1, prompt + 1024)
         return spread(gpu, tokens) + prefill_seconds(model, gpu, Servers(1, tensor), work)
 
     return predict

@@ -162,7 +162,7 @@ def _with_servers(
     """The servers of ``fleet`` that end a rollout first, of those that fit; else those that lack least."""
     found = []
     for servers in fleet:
-        server = server_memory(model, gpu, request, servers.tensor, trainer if form.colocated else None)
+        server = server_memory(model, gpu, request, servers, trainer if form.colocated else None)
         choice = replace(form, servers=servers, share=server.share)
         crossing = servers.tensor > request.per_node
         time = rollout_seconds(model, gpu, servers, request.work, max(1, server.at_once_mean), crossing)
@@ -189,8 +189,9 @@ def trainer_seconds(model: Model, gpu: Gpu, request: Request, choice: Choice, me
     return {
         "pi_old": once,
         "reference": once if work.reference else NOTHING,
+        "critic": once + step.times(work.critic) if work.critic else NOTHING,
         "training": step + training.gradients(gpu, trainer, work, held.elements.dense, held.elements.expert, once),
         "optimizer": training.optimizer(gpu, work, held.states, choice.offload),
-        "sync": training.sync(model),
+        "sync": training.sync(model, choice.servers),
         "moving": training.moving(gpu, held.moved),
     }

@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from megatron_gspo.config.rollouts import EIGHT_BITS
 from megatron_gspo.doctor.served import cache_per_token
 from megatron_gspo.hf.family import ModelShape
+from megatron_gspo.hf.fp8_model import in_eight_bits, served_bytes
 from megatron_gspo.plan import rates
 from megatron_gspo.plan.estimates import Range
 from megatron_gspo.plan.flops import forward
@@ -33,6 +35,8 @@ class Servers:
     count: int
     tensor: int
     """GPUs of one, over which its weights and heads are cut."""
+    dtype: str = ""
+    """``rollout.engine_dtype``: "fp8", or what is counted as bfloat16."""
 
     @property
     def gpus(self) -> int:
@@ -40,9 +44,16 @@ class Servers:
         return self.count * self.tensor
 
 
-def weights_per_card(model: Model, tensor: int) -> int:
+def weights_per_card(model: Model, servers: Servers) -> int:
     """Bytes of a server's weights on each of its cards."""
-    return model.parameters * ITEM // tensor
+    return sent_bytes(model, servers.dtype) // servers.tensor
+
+
+@lru_cache(maxsize=64)
+def sent_bytes(model: Model, dtype: str) -> int:
+    """Of all weights, as a sync sends them and a server holds them."""
+    chosen = in_eight_bits(model.family, model.shape) if dtype == EIGHT_BITS else None
+    return served_bytes(((tensor.name, tensor.shape) for tensor in model.every), ITEM, chosen)
 
 
 def sequences_at_once(room: int, shape: ModelShape, tensor: int, length: float) -> int:
@@ -50,16 +61,19 @@ def sequences_at_once(room: int, shape: ModelShape, tensor: int, length: float) 
     return max(0, int(room / (cache_per_token(shape, tensor) * length)))
 
 
-def decode_seconds(model: Model, gpu: Gpu, tensor: int, batch: float, context: float, crossing: bool = False) -> float:
+def decode_seconds(
+    model: Model, gpu: Gpu, servers: Servers, batch: float, context: float, crossing: bool = False
+) -> float:
     """One step of a server with ``batch`` sequences of ``context`` tokens each, as expected (see ``rates.DECODE_*``).
 
     bytes of weights / (share of bandwidth) + bytes of keys and values / (share) + operations / (share of the peak)
     + layers x a constant + sequences x a constant + two sums of the batch's hidden states a layer over the cards.
-    ``crossing``: these are on several nodes.
+    ``crossing``: these are on several nodes. Of eight bits fewer bytes are read; operations are taken to be as slow.
     """
-    shape, matrices = model.shape, model.matrices
+    shape, matrices, tensor = model.shape, model.matrices, servers.tensor
     missed = (1 - matrices.share) ** batch
-    read = ITEM * (matrices.dense + matrices.head + matrices.experts * (1 - missed)) / tensor
+    item = 1 if servers.dtype == EIGHT_BITS else ITEM
+    read = (item * (matrices.dense + matrices.experts * (1 - missed)) + ITEM * matrices.head) / tensor
     cache = cache_per_token(shape, tensor) * context * batch
     seconds = read / (rates.DECODE_WEIGHTS * gpu.hbm_tb * TERA) + cache / (rates.DECODE_CACHE * gpu.hbm_tb * TERA)
     seconds += 2.0 * matrices.active * batch / tensor / (rates.DECODE_FLOPS * gpu.tflops * TERA)
@@ -81,12 +95,12 @@ def rollout_seconds(model: Model, gpu: Gpu, servers: Servers, work: Workload, at
     batch = min(share, at_once, AT_ONCE)
     context = work.mean_prompt + work.mean_response / 2
     full = (share - batch) * work.mean_response / batch
-    seconds = full * decode_seconds(model, gpu, servers.tensor, batch, context, crossing)
+    seconds = full * decode_seconds(model, gpu, servers, batch, context, crossing)
     width = work.response_tokens / SLICES
     for number in range(SLICES):
         token = (number + 0.5) * width
         left = max(1.0, batch * work.running(token))
-        seconds += width * decode_seconds(model, gpu, servers.tensor, left, work.mean_prompt + token, crossing)
+        seconds += width * decode_seconds(model, gpu, servers, left, work.mean_prompt + token, crossing)
     return spread(gpu, seconds) + prefill_seconds(model, gpu, servers, work)
 
 

@@ -59,6 +59,8 @@ class Request:
     lora: int = 0
     narrow: bool = False
     """Moments in bfloat16 may be proposed (``optimizer.state_dtype``)."""
+    engine_dtype: str = ""
+    """Of servers: "fp8", or what is counted as bfloat16."""
 
 
 def tree_of(model: Model, request: Request, choice: Choice) -> dict[str, Any]:
@@ -85,6 +87,7 @@ def tree_of(model: Model, request: Request, choice: Choice) -> dict[str, Any]:
             "group_size": work.group_size,
             "max_prompt_tokens": work.prompt_tokens,
             "max_response_tokens": work.response_tokens,
+            **({"engine_dtype": choice.servers.dtype} if choice.servers.dtype else {}),
             **_servers(request, choice),
         },
     }

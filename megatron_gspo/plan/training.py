@@ -14,6 +14,7 @@ from megatron_gspo.plan.estimates import NOTHING, Range
 from megatron_gspo.plan.flops import forward, training
 from megatron_gspo.plan.models import Model
 from megatron_gspo.plan.rates import GIGA, TERA, Gpu, Share
+from megatron_gspo.plan.serving import Servers, sent_bytes
 from megatron_gspo.plan.workload import Workload
 
 ITEM, WIDE = 2, 4
@@ -163,9 +164,9 @@ def optimizer(gpu: Gpu, work: Workload, states: int, offloaded: bool) -> Range:
     return over(moved, gpu.hbm_tb * 1e3, rates.HBM)
 
 
-def sync(model: Model) -> Range:
+def sync(model: Model, servers: Servers) -> Range:
     """All weights to all servers, once an outer step. With LoRA too: adapters are merged into them on the way."""
-    size = model.parameters * ITEM / GIGA
+    size = sent_bytes(model, servers.dtype) / GIGA
     return Range(size / rates.SYNC_GB.high, size / rates.SYNC_GB.mid, size / rates.SYNC_GB.low)
 
 

@@ -27,6 +27,8 @@ class Workload:
     minibatches: int = 4
     reference: bool = False
     """Whether a reference policy's logprobs are needed."""
+    critic: int = 0
+    """Times that a critic is trained on each mini-batch; 0: there is none."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mean_response <= self.response_tokens or not 0 < self.mean_prompt <= self.prompt_tokens:

@@ -97,8 +97,7 @@ def by_doctor(config: RunConfig, model: tuple[Family, ModelShape], stage: int) -
     data, tensors = config.parallel.data_size(), tuple(tensors_of(*model))
     adapters = tuple(adapters_of(*model, config.lora))
     needed = estimate(config, model[1], tensors, data_size=data, stage=stage, adapters=adapters, machine=GPU)
-    there = replace(needed, optimizer=0) if config.optimizer.offload else needed
-    return peak(there, Passing.of(config, model[1], stage, data, GPU))
+    return peak(needed.on_card(config), Passing.of(config, model[1], stage, data, GPU))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

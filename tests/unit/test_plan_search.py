@@ -107,7 +107,7 @@ def test_adapters_have_gradients_and_states_and_the_base_has_none(moe: Model):
 def test_a_server_beside_a_trainer_has_what_the_trainers_weights_leave(moe: Model):
     choice = Choice(ParallelConfig(expert=8, data=8), 8, Servers(2, 4), True, 8192, "full")
     trainer = trainer_memory(moe, EIGHT, choice)
-    beside, alone = (server_memory(moe, H100, EIGHT, 4, held) for held in (trainer, None))
+    beside, alone = (server_memory(moe, H100, EIGHT, Servers(2, 4), held) for held in (trainer, None))
     assert beside.parts["trainer's weights"] == trainer.parts["weights"] and "trainer's weights" not in alone.parts
     assert beside.parts["weights"] == alone.parts["weights"] == moe.parameters * 2 // 4
     assert beside.parts["cache"] < alone.parts["cache"] and beside.share < alone.share == 0.8

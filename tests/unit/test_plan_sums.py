@@ -126,12 +126,14 @@ def test_a_decoding_step_by_hand():
     read = 2 * model.matrices.active / (0.85 * 3.35e12)
     cache = 36 * 8 * 128 * 4 * 1000 / (0.9 * 3.35e12)
     products = 2 * model.matrices.active / (0.6 * 989e12)
-    assert decode_seconds(model, H100, 1, 1, 1000) == pytest.approx(read + cache + products + 36 * 7e-5 + 6e-5)
+    assert decode_seconds(model, H100, Servers(1, 1), 1, 1000) == pytest.approx(
+        read + cache + products + 36 * 7e-5 + 6e-5
+    )
 
 
 def test_a_batch_reads_the_experts_that_it_touches(moe: Model):
     """One token touches 8 of 128, and a thousand all of them."""
-    one, many = (decode_seconds(moe, H100, 1, batch, 1e-9) for batch in (1, 1000))
+    one, many = (decode_seconds(moe, H100, Servers(1, 1), batch, 1e-9) for batch in (1, 1000))
     experts = 2 * moe.matrices.experts / (0.85 * 3.35e12)
     per_token = 999 * (2 * moe.matrices.active / (0.6 * 989e12) + 6e-5)
     assert many - one - per_token == pytest.approx(experts * (1 - 8 / 128), rel=1e-6)
@@ -141,7 +143,7 @@ def test_a_rollout_ends_with_its_longest_response(moe: Model):
     """A single response of one length takes its tokens' steps; waiting ones take their turn."""
     work = Workload(1, 1, 1, 1000, 1, 1000, 1)
     alone = rollout_seconds(moe, H100, Servers(1, 4), work, 100, False)
-    steps = [decode_seconds(moe, H100, 4, 1, 1 + token) for token in range(1000)]
+    steps = [decode_seconds(moe, H100, Servers(1, 4), 1, 1 + token) for token in range(1000)]
     assert alone.mid == pytest.approx(sum(steps), rel=1e-3)
     several = Workload(8, 1, 1, 1000, 1, 1000, 1)
     turns = rollout_seconds(moe, H100, Servers(1, 4), several, 1, False)
@@ -154,7 +156,7 @@ def test_more_servers_are_never_slower(moe: Model):
 
 
 def test_weights_are_shared_out_over_a_servers_cards(moe: Model):
-    assert weights_per_card(moe, 4) == moe.parameters * 2 // 4
+    assert weights_per_card(moe, Servers(1, 4)) == moe.parameters * 2 // 4
 
 
 # --------------------------------------------------------------------------------------------------- trainer
