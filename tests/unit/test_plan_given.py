@@ -22,6 +22,7 @@ from megatron_gspo.plan.workload import Workload
 from tests.unit.recipes import ROOT
 
 GSPO = str(ROOT / "examples/qwen3_30b_a3b/gspo.toml")
+SFT = str(ROOT / "examples/quickstart/sft.toml")
 H100 = rates.GPUS["h100-80"]
 WORK = Workload(8, 8, 256, 768, 64, 384, 4)
 
@@ -72,10 +73,43 @@ def test_what_is_no_run_on_these_cards_is_said(tmp_path: Path) -> None:
         given(load(GSPO), 2, 8)
     with pytest.raises(ConfigError, match="4 servers of 4 GPUs leave none of 16 for the trainer"):
         given(load(GSPO, ['placement.mode="apart"', "rollout.local_servers=4"]), 16, 8)
-    with pytest.raises(ConfigError, match="a plan is of training with rollouts and without a critic"):
-        given(load(GSPO, ['algorithm.name="ppo"', 'algorithm.credit="gae"', "algorithm.clip_low=0.2"]), 16, 8)
+    with pytest.raises(ConfigError, match=r'algorithm\.name = "sft": a plan is of training with rollouts'):
+        given(load(SFT), 16, 8)
     with pytest.raises(ConfigError, match=r"placement\.memory = 0\.8: .* planned with: at most 0\.7"):
         weighed(find_model("qwen3-30b-a3b"), H100, given(load(GSPO, ["placement.memory=0.8"]), 16, 8))
+
+
+PPO = ('algorithm.name="ppo"', 'algorithm.credit="gae"', "algorithm.clip_low=0.2", "algorithm.clip_high=0.2")
+
+
+def test_a_critic_is_counted_on_the_card_on_the_host_and_in_time() -> None:
+    model, plans = find_model("qwen3-30b-a3b"), []
+    for settings in ([], [*PPO], [*PPO, "critic.offload=true"], [*PPO, "critic.epochs=2"]):
+        run = given(load(GSPO, ["optimizer.offload=true", *settings]), 64, 8)
+        plans.append(weighed(model, H100, run).plans[0])
+    none, here, away, _ = (plan.memory.trainer for plan in plans)
+    assert "critic" in here.parts and "critic" not in {name for name, size in none.parts.items() if size}
+    head = model.matrices.head // 4  # over four tensor ranks; the critic has none
+    assert here.parts["critic"] == pytest.approx(6 * (none.elements.total - head), rel=1e-3)
+    assert away.parts["critic"] == here.parts["critic"] and "critic states" not in away.parts
+    assert away.offloaded - here.offloaded == here.parts["critic states"] > 0
+    assert here.stays - none.stays == here.parts["critic"] // 3, "bfloat16 weights beside float32 gradients"
+    once, twice = (plans[number].seconds for number in (1, 3))
+    assert "critic" not in plans[0].seconds and once["critic"].mid > once["pi_old"].mid
+    assert twice["critic"].mid - once["critic"].mid == pytest.approx(once["critic"].mid - once["pi_old"].mid)
+
+
+def test_servers_of_eight_bits_hold_and_send_half_as_much() -> None:
+    model = find_model("qwen3-30b-a3b")
+    wide, narrow = (
+        weighed(model, H100, given(load(GSPO, ["placement.tensor=2", *settings]), 16, 8)).plans[0]
+        for settings in ([], ['rollout.engine_dtype="fp8"'])
+    )
+    weights = [plan.memory.server.parts["weights"] for plan in (wide, narrow)]
+    assert weights[1] / weights[0] == pytest.approx(0.51, abs=0.01), "embedding and head stay as they are"
+    assert narrow.memory.server.at_once > wide.memory.server.at_once
+    assert narrow.seconds["sync"].mid / wide.seconds["sync"].mid == pytest.approx(0.51, abs=0.01)
+    assert narrow.seconds["rollout"].mid < wide.seconds["rollout"].mid
 
 
 def test_the_command_weighs_a_file_with_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +119,7 @@ def test_the_command_weighs_a_file_with_its_settings(capsys: pytest.CaptureFixtu
     assert "optimizer states in host memory" in said and "2. " not in said
     assert main(["plan", GSPO, "--gpus", "8"]) == 2
     said = capsys.readouterr().out
-    assert "Nothing fits: the nearest, TP4 EP8 DP2, needs 81.8 GiB of 71.6 GiB" in said
+    assert "Nothing fits: the nearest, TP4 EP8 DP2, needs 82 GiB of 71.6 GiB" in said
     assert "No single change" not in said, "none was tried"
     assert main(["plan", GSPO, "--gpus", "16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["plans"][0]["layout"] == "TP4 EP8 DP4"
