@@ -8,7 +8,7 @@ from megatron_gspo.config.rollouts import EIGHT_BITS
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.hf.fp8 import READ
-from megatron_gspo.hf.fp8_model import in_eight_bits, served_bytes
+from megatron_gspo.hf.fp8_model import served_bytes
 
 
 def engine_item(facts: Facts) -> int:
@@ -32,5 +32,4 @@ def cache_per_token(shape: ModelShape, tensor: int, *, item: int = 2, groups: in
 def engine_weights(facts: Facts) -> int:
     """Bytes of the weights that are sent and held: of eight bits with their scales."""
     narrow = facts.config.rollout.engine_dtype == EIGHT_BITS
-    tensors = ((tensor.name, tensor.shape) for tensor in facts.tensors)
-    return served_bytes(tensors, engine_item(facts), in_eight_bits(facts.family, facts.shape) if narrow else None)
+    return served_bytes(facts.family, facts.shape, engine_item(facts), eight_bits=narrow)

@@ -7,7 +7,7 @@ So are DeepSeek-V3's and Qwen3's published FP8 directories, and SGLang 0.5.23 ma
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from math import ceil, prod
 from typing import Any
 
@@ -43,20 +43,23 @@ def with_scales(names: set[str], chosen: Callable[[str], bool]) -> set[str]:
     return names | {name + SCALE for name in names if chosen(name)}
 
 
-def served_bytes(
-    tensors: Iterable[tuple[str, Sequence[int]]], item: int, chosen: Callable[[str], bool] | None = None
-) -> int:
-    """Bytes of (name, shape) tensors as servers hold them, each name once: a tied head is the embedding.
+def served_bytes(family: Family, model: ModelShape, item: int, *, eight_bits: bool) -> int:
+    """Bytes of a model's weights as they are sent and as servers hold them; a tied head is the embedding.
 
-    ``item`` bytes a number; of those ``chosen`` for eight bits one, and a float32 scale a block.
+    ``item`` bytes a number; with ``eight_bits``, of the matrices that are stored so, one, and a float32 scale a block.
     """
-    total = 0
-    for name, shape in dict(tensors).items():
-        if chosen is not None and chosen(name):
-            rows, columns = shape
-            total += rows * columns + 4 * ceil(rows / BLOCK) * ceil(columns / BLOCK)
-        else:
-            total += item * prod(shape)
+    shapes, total = family.tensor_shapes(model), 0
+    narrow = {rule.megatron for rule in _rules(family, model)} if eight_bits else set()
+    once: set[str] = set()
+    for rule in family.rules(model):
+        times = model.num_experts if rule.is_expert else 1
+        if "{layer}" in rule.megatron:
+            times *= sum(rule.in_layer(is_moe) for is_moe in model.moe_layers)
+        for name in set(rule.hf) - once:
+            shape = shapes[name]
+            scales = 4 * prod(ceil(size / BLOCK) for size in shape)
+            total += times * (prod(shape) + scales if rule.megatron in narrow else item * prod(shape))
+        once |= {name for name in rule.hf if "{layer}" not in name}
     return total
 
 

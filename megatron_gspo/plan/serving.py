@@ -12,7 +12,7 @@ from functools import lru_cache
 from megatron_gspo.config.rollouts import EIGHT_BITS
 from megatron_gspo.doctor.served import cache_per_token
 from megatron_gspo.hf.family import ModelShape
-from megatron_gspo.hf.fp8_model import in_eight_bits, served_bytes
+from megatron_gspo.hf.fp8_model import served_bytes
 from megatron_gspo.plan import rates
 from megatron_gspo.plan.estimates import Range
 from megatron_gspo.plan.flops import forward
@@ -52,8 +52,7 @@ def weights_per_card(model: Model, servers: Servers) -> int:
 @lru_cache(maxsize=64)
 def sent_bytes(model: Model, dtype: str) -> int:
     """Of all weights, as a sync sends them and a server holds them."""
-    chosen = in_eight_bits(model.family, model.shape) if dtype == EIGHT_BITS else None
-    return served_bytes(((tensor.name, tensor.shape) for tensor in model.every), ITEM, chosen)
+    return served_bytes(model.family, model.shape, ITEM, eight_bits=dtype == EIGHT_BITS)
 
 
 def sequences_at_once(room: int, shape: ModelShape, tensor: int, length: float) -> int:

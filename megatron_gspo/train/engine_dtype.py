@@ -16,9 +16,10 @@ from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.catalog import read_config, read_model
 from megatron_gspo.hf.directory import write_json
 from megatron_gspo.hf.family import Family, ModelShape
-from megatron_gspo.hf.fp8 import unknown_settings
-from megatron_gspo.hf.fp8_model import in_eight_bits, misfits, quantization_config, with_scales
+from megatron_gspo.hf.fp8 import READ, unknown_settings
+from megatron_gspo.hf.fp8_model import in_eight_bits, misfits, quantization_config, served_bytes, with_scales
 from megatron_gspo.hf.quantisation import method_of, settings_of
+from megatron_gspo.rollout.sglang.cards import EXPECTED
 from megatron_gspo.storage import writing
 from megatron_gspo.sync import gap
 from megatron_gspo.sync.base import NamedTensor
@@ -42,7 +43,8 @@ def sent_names(dtype: str, names: set[str], family: Family, model: ModelShape) -
 def served_directory(rollout: RolloutConfig, model: str | Path, beside: Path, sizes: ServerSizes) -> Path:
     """What local servers start from: the model's directory, or for eight bits one in ``beside`` that holds no weights.
 
-    Its ``config.json`` says how those are stored that will be sent: SGLang makes layers from it. Raises ConfigError.
+    Its ``config.json`` says how those are stored that will be sent: SGLang makes layers from it. How many bytes they
+    are stands beside it, for the check that they fit. Raises ConfigError.
     """
     if rollout.engine_dtype != EIGHT_BITS:
         return Path(model)
@@ -52,6 +54,7 @@ def served_directory(rollout: RolloutConfig, model: str | Path, beside: Path, si
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "config.json", read_config(model) | settings)
+        write_json(directory / EXPECTED, {"bytes": served_bytes(family, shape, READ.itemsize, eight_bits=True)})
         if (ends := Path(model) / GENERATION).is_file():  # at which tokens a response ends
             shutil.copyfile(ends, directory / GENERATION)
     return directory

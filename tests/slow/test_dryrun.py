@@ -66,12 +66,17 @@ def test_doctor_agrees_with_a_dry_run_of_a_model_at_full_size(row: str, tmp_path
 
 FULL = {"model": {"recompute": "full"}}
 DENSE = {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True, "num_hidden_layers": 4}
+PPO = {"name": "ppo", "credit": "gae"}
 SHARED = {"architectures": ["Qwen2MoeForCausalLM"], "shared_expert_intermediate_size": 512}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dense layers, a tied head": (DENSE, {}),
     "dense layers, recomputed": (DENSE, FULL),
     "dense layers over tensor ranks": (DENSE, {"parallel": {"tensor": 2}}),
     "virtual stages": (DENSE, {"parallel": {"pipeline": 2, "virtual_pipeline": 2}}),
+    "virtual stages of unlike length": (
+        {"num_hidden_layers": 11},
+        {"parallel": {"pipeline": 2, "virtual_pipeline": 3, "stage_layers": [2, 2, 2, 2, 2, 1]}},
+    ),
     "every second layer dense": ({"decoder_sparse_step": 2, "num_hidden_layers": 4}, FULL),
     "a shared expert": (SHARED, FULL),
     "experts made again alone": ({}, {"model": {"recompute": "selective"}}),
@@ -80,7 +85,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "narrow moments on the host": ({}, {**FULL, "optimizer": {"state_dtype": "bfloat16", "offload": True}}),
     "no overlap": ({}, {**FULL, "parallel": {"overlap": False, "expert": 2, "data": 2}}),
     "a reference": ({}, {**FULL, "algorithm": {"kl_loss_coef": 0.1}}),
-    "a critic": ({}, {**FULL, "algorithm": {"name": "ppo", "credit": "gae"}}),
+    "a critic": ({}, {**FULL, "algorithm": PPO}),
+    "a critic with its states on the host": (
+        {"num_hidden_layers": 4},
+        {**FULL, "algorithm": PPO, "optimizer": {"offload": True}, "critic": {"offload": True}},
+    ),
 }
 
 

@@ -127,6 +127,13 @@ def test_offloaded_states_lie_in_host_memory(ranks: Any, model: tuple[Family, Mo
     assert "optimizer" not in rank.peak.parts and "host" not in rank.peak.parts
 
 
+def test_a_policy_is_built_without_a_second_copy_of_its_weights(ranks: Any) -> None:
+    """Its states lie on the host, so that nothing else would hide one."""
+    _, rank = ranks["context ranks", 0]
+    built = max(peak.total for moment, peak in rank.peaks.items() if moment.phase == "start")
+    assert built == pytest.approx(rank.peak.parts["weights"] + rank.peak.parts["gradients"], rel=0.02)
+
+
 def test_operations_are_those_of_the_formula(ranks: Any, model: tuple[Family, ModelShape]) -> None:
     """A product is 2 operations in pi_old, in forward and in recompute, and 4 in backward; the head, whose logits
     backward makes again, likewise. Causal attention has two products a pass, and five in backward."""

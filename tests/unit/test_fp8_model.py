@@ -16,7 +16,8 @@ from megatron_gspo.errors import ConfigError, WeightError
 from megatron_gspo.hf.catalog import FAMILIES, read_model
 from megatron_gspo.hf.family import Family, ModelShape
 from megatron_gspo.hf.fp8 import quantise
-from megatron_gspo.hf.fp8_model import in_eight_bits, misfits, quantization_config, with_scales
+from megatron_gspo.hf.fp8_model import in_eight_bits, misfits, quantization_config, served_bytes, with_scales
+from megatron_gspo.rollout.sglang.cards import EXPECTED, weight_bytes
 from megatron_gspo.sync import gap
 from megatron_gspo.train.engine_dtype import check_eight_bits, check_form, sent, sent_names, served_directory
 
@@ -144,6 +145,26 @@ def test_the_stream_has_scales_behind_their_matrices_and_all_else_in_bfloat16() 
     assert torch.equal(received[NAMES[0]], own[NAMES[0]].bfloat16())
 
 
+SMALL = {
+    "hidden_size": 256,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 384,
+    "moe_intermediate_size": 200,
+    "vocab_size": 1000,
+}
+"""Matrices of which some end in a part of a block."""
+
+
+@pytest.mark.parametrize("settings", [QWEN3_30B, QWEN2_MOE, QWEN3_30B | {"tie_word_embeddings": True}])
+@pytest.mark.parametrize("dtype", ["fp8", "bfloat16"])
+def test_what_servers_hold_is_as_many_bytes_as_the_stream_has(settings: dict[str, Any], dtype: str) -> None:
+    family, shape = model_of(settings | SMALL | {"num_experts": 4, "shared_expert_intermediate_size": 130})
+    own = {tensor.name: torch.zeros(tensor.shape) for tensor in tensors_of(family, shape)}
+    streamed = sum(tensor.nbytes for _, tensor in sent(dtype, iter(own.items()), family, shape))
+    assert served_bytes(family, shape, 2, eight_bits=dtype == "fp8") == streamed
+
+
 def test_expert_biases_stay_in_float32() -> None:
     family, shape = model_of(DEEPSEEK_V3)
     bias = "model.layers.3.mlp.gate.e_score_correction_bias"
@@ -198,7 +219,8 @@ def test_local_servers_start_from_a_directory_that_asks_for_eight_bits(model: Pa
     rollout = run_config(model).rollout
     served = served_directory(rollout, model, tmp_path / "servers", ServerSizes())
     assert served != model
-    assert {path.name for path in served.iterdir()} == {"config.json", "generation_config.json"}
+    assert {path.name for path in served.iterdir()} == {"config.json", "generation_config.json", EXPECTED}
+    assert weight_bytes(served, "fp8") == served_bytes(*read_model(model), 2, eight_bits=True) > 2 * 2 * 151936 * 2048
     written = json.loads((served / "config.json").read_text())
     asked = written.pop("quantization_config")
     assert written == json.loads((model / "config.json").read_text())

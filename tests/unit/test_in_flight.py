@@ -8,7 +8,6 @@ from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
 from megatron_gspo.config import ParallelConfig
 from megatron_gspo.doctor.in_flight import most_in_flight
-from megatron_gspo.hf.fp8_model import served_bytes
 from megatron_gspo.megatron.optimizer import make_room
 from megatron_gspo.parallel.gradients import gradient_was_added
 from megatron_gspo.parallel.grouped import Runs, grouped_linear
@@ -85,10 +84,3 @@ def test_a_zero_stands_for_a_gradient_of_any_shape() -> None:
     weight = torch.nn.Parameter(torch.ones(4, 7, dtype=torch.bfloat16))
     gradient_was_added(weight)
     assert weight.grad is not None and weight.grad.stride() == (0, 0) and weight.grad.dtype == torch.bfloat16
-
-
-def test_what_servers_hold_is_counted_once_a_name_and_by_blocks() -> None:
-    tensors = [("narrow", (200, 300)), ("norm", (7,)), ("head", (10, 4)), ("head", (10, 4))]
-    assert served_bytes(tensors, 2) == 2 * (200 * 300 + 7 + 40)
-    blocks = 2 * 3  # of 128 x 128
-    assert served_bytes(tensors, 2, {"narrow"}.__contains__) == 200 * 300 + 4 * blocks + 2 * (7 + 40)

@@ -17,6 +17,8 @@ from megatron_gspo.untrusted import open_regular, read_json
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 2**30
 EIGHT_BIT_CARD = (8, 9)
+EXPECTED = "expected_weights.json"
+"""In a directory without weights: {"bytes": of those that a sync will bring}."""
 FP8_KERNELS = {"--fp8-gemm-backend": "triton", "--moe-runner-backend": "triton"}
 """Take weights and scales as a sync brings them, on every card. Others make them anew as they load: DeepGEMM, which is
 the default on Blackwell, rounds scales to powers of two and packs them, and does not at a second sync."""
@@ -90,9 +92,12 @@ def check_cards(dtype: str) -> None:
 
 
 def weight_bytes(model: Path, dtype: str) -> int | None:
-    """Bytes of a Hugging Face directory's weights in ``dtype``, from the headers of its files; None where there are no
-    files, they are quantised, or are not readable (the server says so itself)."""
+    """Bytes of a Hugging Face directory's weights in ``dtype``, from the headers of its files or, where a sync brings
+    them all, what ``EXPECTED`` says; None where there are no files, they are quantised, or are not readable (the server
+    says so itself)."""
     try:
+        if (model / EXPECTED).is_file():
+            return int(read_json(model / EXPECTED)["bytes"])
         numbers = [_numbers(path) for path in sorted(model.glob("*.safetensors"))]
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
