@@ -55,6 +55,9 @@ class Passing:
         flash = kernels["norm"] == "triton"
         count = _backward_of_mlp if kernels["swiglu"] == "triton" else _widened_mlp
         mlp = max((count(model, parallel, item, is_moe, tokens) for is_moe in kinds), default=0.0)
+        if config.lora.rank and True in kinds:  # forward: what the experts give, what their adapters do, and the sum
+            rows = model.top_k * parallel.expert_tensor * tokens / parallel.tensor
+            mlp = max(mlp, 3 * item * rows * model.hidden_size)
         return cls(
             experts=int(mlp),
             attention=int(tokens * max((_attention(model, parallel, item, each, flash) for each in layers), default=0)),
