@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_gspo.config import RunConfig
     from megatron_gspo.evaluation.examine import Examination, Questions
     from megatron_gspo.evaluation.subject import Subject
+    from megatron_gspo.rewards.registry import Reward
 
 SUMMARY = "measure a policy on held-out prompts or suites: avg@k and pass@k with 95% intervals"
 EXAMPLE = "megatron-gspo eval runs/quickstart --checkpoint latest --samples 8"
@@ -70,7 +72,7 @@ def evaluate(options: argparse.Namespace) -> str:
     """Evaluates, and returns what is to be printed."""
     import json
 
-    from megatron_gspo.evaluation.examine import examiner, read_questions
+    from megatron_gspo.evaluation.examine import examiner, judged, read_questions
     from megatron_gspo.evaluation.lengths import fitting
     from megatron_gspo.evaluation.subject import exported
     from megatron_gspo.report.evaluation import fingerprint, format_result
@@ -92,11 +94,14 @@ def evaluate(options: argparse.Namespace) -> str:
             assert subject.model is not None
             asked = describe(subject, questions, fingerprint(subject.model))
             with EvaluationDirectory(path, asked) as out:
-                with examiner(subject, questions.tokenizer, path / "servers", phase=progress.phase) as servers:
+                with (
+                    judged(subject, questions, path / "reward_servers", phase=progress.phase) as (questions, reward),
+                    examiner(subject, questions.tokenizer, path / "servers", phase=progress.phase) as servers,
+                ):
                     sampling, prompts = questions.sampling, questions.prompts.prompts
                     progress.phase(f"drawing {len(prompts)} x {sampling.group_size} responses")
-                    answers = servers.examine(prompts, questions.reward, sampling, out, progress=progress.advance)
-                result = conclude(asked, subject, questions, answers)
+                    answers = servers.examine(prompts, reward, sampling, out, progress=progress.advance)
+                result = conclude(asked, subject, questions, reward, answers)
                 out.finish(answers.graded, result, clock.took(answers.servers))
     return json.dumps(result, indent=2) if options.json else f"{format_result(result)}\nwritten to {path}"
 
@@ -243,7 +248,7 @@ def describe(subject: Subject, questions: Questions, identity: dict[str, Any]) -
             "limit": config.eval.prompts,
             "format": config.data.format,
             "chat_template": config.data.chat_template,
-            "reward": config.reward.model_dump(include={"function", "options"}),
+            "reward": config.reward.model_dump(include={"function", "options"}) | served_reward(config),
             "samples": sampling.group_size,
             "temperature": 0.0 if sampling.greedy else sampling.temperature,
             "greedy": sampling.greedy,
@@ -255,14 +260,21 @@ def describe(subject: Subject, questions: Questions, identity: dict[str, Any]) -
     }
 
 
-def conclude(asked: dict[str, Any], subject: Subject, questions: Questions, answers: Examination) -> dict[str, Any]:
+def served_reward(config: RunConfig) -> dict[str, Any]:
+    """What is said of the servers that a reward asks and that are started for it; nothing where there are none."""
+    return {"server": config.reward_server.model_dump(include={"model", "kind"})} if config.reward_server.model else {}
+
+
+def conclude(
+    asked: dict[str, Any], subject: Subject, questions: Questions, reward: Reward, answers: Examination
+) -> dict[str, Any]:
     """The result, as JSON values."""
     from megatron_gspo.data.tokenizer import turn_end_fix, turn_end_problem
     from megatron_gspo.report.evaluation import statistics, warnings_of
     from megatron_gspo.report.manifest import versions
 
     prompts = questions.prompts
-    figures = statistics(answers.graded, questions.reward.range)
+    figures = statistics(answers.graded, reward.range)
     warnings = [answers.note] if answers.note else []
     if subject.config.data.chat_template and (problem := turn_end_problem(questions.tokenizer)):
         warnings.append(f"{problem} ({turn_end_fix(questions.tokenizer)})")

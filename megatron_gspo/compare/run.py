@@ -18,7 +18,7 @@ from megatron_gspo.errors import ConfigError, MegatronGspoError
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.rollout.engine import local_servers
-from megatron_gspo.rollout.sglang.launcher import last_words
+from megatron_gspo.rollout.sglang.process import last_words
 from megatron_gspo.runs.waiting import starting_servers
 from megatron_gspo.storage import free_space
 from megatron_gspo.train.engine_dtype import served_directory

@@ -8,6 +8,7 @@ means and in which unit. An unknown key, a value out of range or two settings th
 from megatron_gspo.config.layout import ParallelConfig
 from megatron_gspo.config.lora import LoraConfig
 from megatron_gspo.config.placement import Placement, PlacementConfig
+from megatron_gspo.config.reward_server import RewardServerConfig
 from megatron_gspo.config.rollouts import EvalConfig, ReplayConfig, RewardConfig, RolloutConfig, SyncConfig
 from megatron_gspo.config.run import RunConfig
 from megatron_gspo.config.sandbox import SandboxConfig
@@ -27,6 +28,7 @@ __all__ = [
     "PlacementConfig",
     "ReplayConfig",
     "RewardConfig",
+    "RewardServerConfig",
     "RolloutConfig",
     "RunConfig",
     "SandboxConfig",

@@ -23,7 +23,7 @@ def _server_url(text: str) -> str:
     return text
 
 
-def _without_keys(arguments: tuple[str, ...]) -> tuple[str, ...]:
+def without_keys(arguments: tuple[str, ...]) -> tuple[str, ...]:
     """Raises ValueError for a key: everybody reads a command line, and a run writes its configuration down."""
     for flag in ("--api-key", "--admin-api-key"):
         if any(word.split("=", 1)[0] == flag for word in arguments):
@@ -63,7 +63,7 @@ class RolloutConfig(Section):
     """Dtype of local servers and of the weights that are sent; ``model.dtype`` when empty. Another one makes an engine
     gap: that of a reduced-precision engine, on a CPU too. "fp8": matrices in float8_e4m3fn with a scale for each block
     of 128 x 128, all else in bfloat16 (docs/fp8.md); named servers must have been started from such weights."""
-    server_args: Annotated[tuple[str, ...], AsList, AfterValidator(_without_keys)] = ()
+    server_args: Annotated[tuple[str, ...], AsList, AfterValidator(without_keys)] = ()
     """More arguments for each local server, after those that ``[placement]`` and the launcher choose, which they
     overrule; a size that the configuration names in both places, with two values, is refused."""
     server_start_s: Seconds = 300.0

@@ -14,9 +14,11 @@ from megatron_gspo.batching.planning import padded_length
 from megatron_gspo.config.layout import ParallelConfig
 from megatron_gspo.config.lora import LoraConfig
 from megatron_gspo.config.placement import Placement, PlacementConfig
+from megatron_gspo.config.reward_server import RewardServerConfig
 from megatron_gspo.config.rollouts import EIGHT_BITS, EvalConfig, ReplayConfig, RewardConfig, RolloutConfig, SyncConfig
 from megatron_gspo.config.sandbox import SandboxConfig
 from megatron_gspo.config.training import CriticConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from megatron_gspo.errors import ConfigError
 from megatron_gspo.section import Section
 
 RESPONSES_A_SERVER = 64
@@ -40,6 +42,7 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     sync: SyncConfig = SyncConfig()
     reward: RewardConfig = RewardConfig()
+    reward_server: RewardServerConfig = RewardServerConfig()
     sandbox: SandboxConfig = SandboxConfig()
     eval: EvalConfig = EvalConfig()
     replay: ReplayConfig = ReplayConfig()
@@ -55,8 +58,16 @@ class RunConfig(Section):
         return self.train.outer_steps * self.minibatches
 
     def placed(self, *, ranks: int, cards: int, cores: int) -> Placement:
-        """Where trainer and servers lie on a machine with so many ranks, GPUs and cores. Raises ConfigError."""
-        return self.placement.resolved(self.rollout, ranks=ranks, cards=cards, cpu_servers=self._cpu_servers(cores))
+        """Where trainer and servers lie on a machine with so many ranks, GPUs and cores; the last GPUs are for
+        ``reward_server``. Raises ConfigError."""
+        left = cards - self.reward_server.cards if cards else 0
+        if cards and left < max(ranks, 0 if self.rollout.named else 1):
+            raise ConfigError(
+                f"reward_server: {self.reward_server.count} server(s) of {self.reward_server.tensor} card(s) and "
+                f"{ranks} rank(s) need more than the {cards} card(s) of this machine: fewer of them, or start the "
+                f"servers elsewhere and name them in the reward's url"
+            )
+        return self.placement.resolved(self.rollout, ranks=ranks, cards=left, cpu_servers=self._cpu_servers(cores))
 
     def _cpu_servers(self, cores: int) -> int:
         """``rollout.local_servers`` with its default filled in, for a machine of so many cores."""
@@ -125,6 +136,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.{name} is about the prompts of rollouts, and {self.algorithm.name} has none: remove it"
             )
+        if not self.algorithm.draws_responses and self.reward_server.model:
+            raise ValueError(
+                f"reward_server.model is for what grades responses, and {self.algorithm.name} draws none: remove it"
+            )
         if not self.algorithm.draws_responses and self.correction != Correction():
             raise ValueError(
                 f"correction is about the engine that draws responses, and {self.algorithm.name} has none: remove it"
@@ -184,6 +199,7 @@ class RunConfig(Section):
             "algorithm.reference": self.algorithm.reference,
             "critic.path": self.critic.path,
             "lora.path": self.lora.path,
+            "reward_server.model": self.reward_server.model,
             **self.data.paths,
             "data.eval_path": self.data.eval_path,
         }

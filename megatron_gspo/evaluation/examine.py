@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_gspo.config import RunConfig
@@ -21,11 +21,13 @@ from megatron_gspo.hf.checkpoint import HfReader
 from megatron_gspo.hf.family import ModelShape
 from megatron_gspo.platforms import here
 from megatron_gspo.report.evaluation_files import EvaluationDirectory
-from megatron_gspo.rewards.registry import Reward
+from megatron_gspo.rewards.interface import RewardContext, RewardServers
+from megatron_gspo.rewards.registry import Reward, check_reward
 from megatron_gspo.rewards.scoring import guarded
 from megatron_gspo.rollout.addresses import named
 from megatron_gspo.rollout.engine import Progress, Sampling, local_servers, make_engine
 from megatron_gspo.rollout.sglang.probe import ServerState, probe
+from megatron_gspo.runs.reward_serving import started
 from megatron_gspo.runs.waiting import starting_servers
 from megatron_gspo.sync.base import NamedTensor, make_weight_sync
 from megatron_gspo.sync.head import HEAD, with_head
@@ -33,7 +35,7 @@ from megatron_gspo.sync.peers import Peers
 from megatron_gspo.train.engine_dtype import sent, sent_names, served_directory
 from megatron_gspo.train.grade import Graded, evaluation_sampling
 from megatron_gspo.train.models import check_engine, engine_holds_head, placed_here, served, unread
-from megatron_gspo.train.reward import find_reward
+from megatron_gspo.train.reward import check_reward_server, find_reward
 from megatron_gspo.train.survey import usable_questions
 from megatron_gspo.types import Prompt, ServerAccess
 
@@ -44,7 +46,8 @@ class Questions:
 
     tokenizer: Tokenizer
     prompts: PromptSet
-    reward: Reward
+    reward: Reward | None
+    """None where its servers (``[reward_server]``) are still to be started: ``judged`` fills it in."""
     sampling: Sampling
 
 
@@ -68,8 +71,34 @@ def read_questions(subject: Subject, *, greedy: bool) -> Questions:
     prompts = read_prompts(config, tokenizer)
     check_room(config, directory, prompts)
     sampling = evaluation_sampling(config, tokenizer.stop_ids, seeded=is_seeded(config), greedy=greedy)
-    reward = find_reward(config, tokenizer, trains=False)
-    return Questions(tokenizer, usable_questions(config, prompts, reward, tokenizer), reward, sampling)
+    if config.reward_server.model:
+        check_reward(config.reward, RewardContext.of(config))
+        check_reward_server(config)
+        return Questions(tokenizer, prompts, None, sampling)
+    return with_reward(subject, Questions(tokenizer, prompts, None, sampling))
+
+
+def with_reward(subject: Subject, questions: Questions, servers: RewardServers | None = None) -> Questions:
+    """With what grades the answers, and without what has a reference that it cannot use. Raises UserError."""
+    config, tokenizer = subject.config, questions.tokenizer
+    reward = find_reward(config, tokenizer, trains=False, servers=servers)
+    usable = usable_questions(config, questions.prompts, reward, tokenizer)
+    return replace(questions, prompts=usable, reward=reward)
+
+
+@contextlib.contextmanager
+def judged(
+    subject: Subject, questions: Questions, logs: Path, *, phase: Callable[[str], None]
+) -> Iterator[tuple[Questions, Reward]]:
+    """The questions and what grades the answers, as long as this is: its servers are started first where it has some.
+    ``phase`` hears what happens now. Raises UserError, and what ``LocalServers`` raises."""
+    if questions.reward is not None:
+        yield questions, questions.reward
+        return
+    with started(subject.config, logs, ranks=0, say=phase) as servers:
+        questions = with_reward(subject, questions, servers)
+        assert questions.reward is not None, "it was found just now"
+        yield questions, questions.reward
 
 
 def check_engine_reads(subject: Subject) -> Path:

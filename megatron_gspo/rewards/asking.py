@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import re
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
@@ -23,6 +24,8 @@ MISTAKEN = (401, 403, 404, 405)
 """Statuses that no other response would change: a wrong key or a wrong address."""
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 """Statuses that another try may change; every other one from 500 on is too."""
+LOST_WAIT_S = 2.0
+"""Seconds between questions to a server that may be there again."""
 
 
 class NoAnswerError(Exception):
@@ -40,13 +43,22 @@ class Service:
             answers that are no JSON.
         backoff_s: seconds before the first of them, doubled each time, or what the server asks for (``Retry-After``);
             at most 30.
+        patience_s: for so long a question that has lost its server is asked again without that being counted: servers
+            that the run has started are started again meanwhile.
     """
 
     def __init__(
-        self, urls: Sequence[str], *, key: str = "", timeout_s: float = 60.0, retries: int = 4, backoff_s: float = 0.5
+        self,
+        urls: Sequence[str],
+        *,
+        key: str = "",
+        timeout_s: float = 60.0,
+        retries: int = 4,
+        backoff_s: float = 0.5,
+        patience_s: float = 0.0,
     ) -> None:
         self._urls, self._key, self._timeout_s = list(urls), key, timeout_s
-        self._retries, self._backoff_s = retries, backoff_s
+        self._retries, self._backoff_s, self._patience_s = retries, backoff_s, patience_s
         self._session: aiohttp.ClientSession | None = None
         self._asked = 0
         self._spread = random.Random(0)  # its own: the generators of a run repeat
@@ -73,27 +85,30 @@ class Service:
         what is wrong with every question: the key or the address."""
         import aiohttp
 
-        failure, wait = "", 0.0
+        if not self._urls:
+            raise RewardError("the servers of [reward_server] are not started yet: they start with a run, or with eval")
+        lost = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError, OSError)
+        wait, asked, counted, began = 0.0, 0, 0, time.monotonic()
         turn = self._asked = self._asked + 1
-        for number in range(self._retries + 1):
+        while True:
             await asyncio.sleep(wait)
-            url = self._urls[(turn + number) % len(self._urls)]
+            url = self._urls[(turn + asked) % len(self._urls)]
+            asked, is_lost, after = asked + 1, False, None
             try:
                 status, after, found = await self._post(url, body)
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError, RecursionError) as error:
                 told = f"timed out after {self._timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
-                failure, after = f"{url}: {type(error).__name__}: {told[:200]}", None
+                failure, is_lost = f"{url}: {type(error).__name__}: {told[:200]}", isinstance(error, lost)
             else:
                 if status == 200:
                     return found
-                said = refusal(status) if status in (401, 403) else f"HTTP {status}"
-                failure = ": ".join(filter(None, (url, said, _text(found))))
-                if status in MISTAKEN:
-                    raise RewardError(failure)
-                if status not in PASSING and status < 500:
-                    raise NoAnswerError(failure)
-            wait = self._pause(number, after)
-        raise NoAnswerError(f"{failure} (asked {self._retries + 1} times)")
+                failure = _refused(url, status, found)
+            if is_lost and time.monotonic() - began < self._patience_s:
+                wait = min(LOST_WAIT_S, self._pause(min(asked, 8), None))
+                continue
+            if counted == self._retries:
+                raise NoAnswerError(f"{failure} (asked {asked} times)")
+            wait, counted = self._pause(counted, after), counted + 1
 
     async def _post(self, url: str, body: dict[str, Any]) -> tuple[int, str | None, Any]:
         """(status, Retry-After, JSON of the answer; its text where it was refused)."""
@@ -175,6 +190,18 @@ def check_asking(name: str, timeout_s: float, retries: int) -> None:
     """Raises ConfigError for limits that are none."""
     if not (timeout_s > 0 and 0 <= retries <= 20):
         raise ConfigError(f"reward {name!r}: timeout_s = {timeout_s} is above 0, and retries = {retries} in 0 to 20")
+
+
+def _refused(url: str, status: int, found: Any) -> str:
+    """How a question was refused that may be asked again. Raises NoAnswerError where it may not, and RewardError where
+    every other one would be refused too."""
+    said = refusal(status) if status in (401, 403) else f"HTTP {status}"
+    failure = ": ".join(filter(None, (url, said, _text(found))))
+    if status in MISTAKEN:
+        raise RewardError(failure)
+    if status not in PASSING and status < 500:
+        raise NoAnswerError(failure)
+    return failure
 
 
 def _text(found: Any) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_gspo.types import Prompt, Rollout
 
 if TYPE_CHECKING:
-    from megatron_gspo.config import RewardConfig, RunConfig
+    from megatron_gspo.config import RewardConfig, RewardServerConfig, RunConfig
     from megatron_gspo.config.sandbox import SandboxConfig
 
 
@@ -61,6 +61,16 @@ RewardResult = float | TokenRewards | Score | Ungraded
 
 
 @dataclass(frozen=True)
+class RewardServers:
+    """Servers of a reward model or a judge that the run has started (``[reward_server]``)."""
+
+    urls: tuple[str, ...]
+    """``http://HOST:PORT`` of each."""
+    key: str = field(repr=False)
+    """They answer requests with ``Authorization: Bearer KEY`` alone."""
+
+
+@dataclass(frozen=True)
 class RewardContext:
     """What a reward class may know of the run, when its constructor has a parameter ``context``.
 
@@ -77,11 +87,21 @@ class RewardContext:
     """``model.path``: the Hugging Face directory that the policy starts from."""
     run_dir: str = ""
     """``train.run_dir``; it need not exist yet."""
+    server: RewardServerConfig | None = None
+    """The ``[reward_server]`` section."""
+    servers: RewardServers | None = None
+    """What was started for it; None before that, when options are checked, and where it names no model."""
 
     @classmethod
-    def of(cls, config: RunConfig, decode: Callable[[Sequence[int]], str] | None = None) -> RewardContext:
+    def of(
+        cls,
+        config: RunConfig,
+        decode: Callable[[Sequence[int]], str] | None = None,
+        servers: RewardServers | None = None,
+    ) -> RewardContext:
         """That of a run's configuration."""
-        return cls(config.reward, config.sandbox, decode, config.model.path, config.train.run_dir)
+        model, run_dir = config.model.path, config.train.run_dir
+        return cls(config.reward, config.sandbox, decode, model, run_dir, config.reward_server, servers)
 
 
 class RewardFunction(Protocol):

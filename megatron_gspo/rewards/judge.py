@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.rewards.asking import Asking, NoAnswerError, Service, check_asking, check_model, check_urls, read_key
+from megatron_gspo.rewards.asking import Asking, NoAnswerError, check_asking, check_model
 from megatron_gspo.rewards.interface import RewardContext, RewardResult, Score, Ungraded
 from megatron_gspo.rewards.judge_cache import JudgeCache
 from megatron_gspo.rewards.judge_talk import chat, converse
 from megatron_gspo.rewards.judge_text import MARKED_GRADE, TEMPLATE, GradeReader, check_template, fill
 from megatron_gspo.rewards.registry import NO_CONTEXT
+from megatron_gspo.rewards.served import find_place
 from megatron_gspo.types import Prompt, Rollout
 
 
@@ -51,7 +52,8 @@ class Judge(Asking):
     ``asked`` (requests), and ``cost`` where prices are given; what was known costs nothing.
 
     Args:
-        url: of the endpoint, ".../v1/chat/completions", or several, asked in turn.
+        url: of the endpoint, ".../v1/chat/completions", or several, asked in turn. Without one, the servers that the
+            run starts (``[reward_server]``, of kind "judge").
         model: its name there.
         template: the user's message, with {prompt}, {answer}, {response} and {mark}: see ``judge_text``.
         system: a system message; none when empty.
@@ -67,8 +69,8 @@ class Judge(Asking):
 
     def __init__(
         self,
-        url: str | Sequence[str],
-        model: str,
+        url: str | Sequence[str] = "",
+        model: str = "",
         *,
         template: str = TEMPLATE,
         system: str = "",
@@ -87,18 +89,19 @@ class Judge(Asking):
         context: RewardContext = NO_CONTEXT,
     ) -> None:
         check_asking("judge", timeout_s, retries)
-        check_model("judge", model, max_tokens)
+        place = find_place("judge", url, model, key_variable, key_file, context)
+        check_model("judge", place.model, max_tokens)
         check_template(template)
         if cache < 0:
             raise ConfigError(f"reward 'judge': cache = {cache} is 0 or more")
-        self._model, self._system, self._template = model, system, template
+        self._model, self._system, self._template = place.model, system, template
         self._reader = GradeReader(pattern, field, scale)
         self._extra, self._max_tokens = dict(extra or {}), max_tokens
         self._prices = None if price is None else Prices(*_pair("price", price))
         self._cache = JudgeCache(cache, context.run_dir if keep else "")
         self._under_way: dict[str, asyncio.Task[Verdict]] = {}
-        urls, key = check_urls("judge", url), read_key("judge", key_variable, key_file)
-        self._service = Service(urls, key=key, timeout_s=timeout_s, retries=retries)
+        self.limits_itself = place.own  # a server that is started again is waited for
+        self._service = place.chat(timeout_s, retries)
 
     async def __aexit__(self, *error: object) -> None:
         left = list(self._under_way.values())

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.rewards.asking import Asking, NoAnswerError, Service, check_asking, check_model, check_urls, read_key
-from megatron_gspo.rewards.interface import RewardResult, Score, Ungraded
+from megatron_gspo.rewards.asking import Asking, NoAnswerError, check_asking, check_model
+from megatron_gspo.rewards.interface import RewardContext, RewardResult, Score, Ungraded
 from megatron_gspo.rewards.judge_talk import chat, converse
 from megatron_gspo.rewards.judge_text import MOST_PROMPT, MOST_RESPONSE, asked_of, shortened
+from megatron_gspo.rewards.registry import NO_CONTEXT
+from megatron_gspo.rewards.served import find_place
 from megatron_gspo.rewards.thinking import ENDS
 from megatron_gspo.types import Prompt, Rollout
 
@@ -46,8 +48,8 @@ class JudgeRanking(Asking):
 
     def __init__(
         self,
-        url: str | Sequence[str],
-        model: str,
+        url: str | Sequence[str] = "",
+        model: str = "",
         *,
         template: str = TEMPLATE,
         system: str = "",
@@ -57,14 +59,16 @@ class JudgeRanking(Asking):
         key_file: str = "",
         timeout_s: float = 25.0,
         retries: int = 4,
+        context: RewardContext = NO_CONTEXT,
     ) -> None:
         check_asking("judge_ranking", timeout_s, retries)
-        check_model("judge_ranking", model, max_tokens)
+        place = find_place("judge_ranking", url, model, key_variable, key_file, context)
+        check_model("judge_ranking", place.model, max_tokens)
         if "{responses}" not in template:
             raise ConfigError("reward 'judge_ranking': its template has no {responses}")
-        self._template, self._request = template, (model, system, max_tokens, dict(extra or {}))
-        urls, key = check_urls("judge_ranking", url), read_key("judge_ranking", key_variable, key_file)
-        self._service = Service(urls, key=key, timeout_s=timeout_s, retries=retries)
+        self._template, self._request = template, (place.model, system, max_tokens, dict(extra or {}))
+        self.limits_itself = place.own  # a server that is started again is waited for
+        self._service = place.chat(timeout_s, retries)
 
     async def score_group(self, prompt: Prompt, responses: Sequence[Rollout]) -> Sequence[RewardResult]:
         """One result a response."""

@@ -180,7 +180,8 @@ def check_reward(config: RewardConfig, context: RewardContext = NO_CONTEXT) -> N
     function: Any = _find(config.function)
     _check_options(config, function)
     if check := getattr(function, "check", None):
-        check(**config.options)
+        takes_context = "context" in inspect.signature(check).parameters
+        check(**config.options, **({"context": context} if takes_context else {}))
     else:
         resolve_reward(config, context).close()
 
@@ -201,15 +202,20 @@ def check_name(name: str) -> tuple[str, str]:
     return where, attribute
 
 
-def named_functions(config: RewardConfig) -> list[str]:
-    """What ``reward.function`` names, and what the parts of a combination do, at any depth."""
-    found, parts = [config.function], config.options.get("parts")
+def named_rewards(config: RewardConfig) -> list[RewardConfig]:
+    """A reward, and the parts of a combination, at any depth."""
+    found, parts = [config], config.options.get("parts")
     for part in parts if config.function in BUILTIN_REWARDS and isinstance(parts, list) else ():
         if isinstance(part, dict) and isinstance(part.get("function"), str):
             options = part.get("options")
             of_part = RewardConfig(function=part["function"], options=options if isinstance(options, dict) else {})
-            found += named_functions(of_part)
+            found += named_rewards(of_part)
     return found
+
+
+def named_functions(config: RewardConfig) -> list[str]:
+    """What ``reward.function`` names, and what the parts of a combination do, at any depth."""
+    return [reward.function for reward in named_rewards(config)]
 
 
 def answers_are_responses(config: RewardConfig) -> bool:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.rewards.asking import Asking, NoAnswerError, Service, check_asking, check_urls, read_key
-from megatron_gspo.rewards.interface import RewardResult, Score, Ungraded
+from megatron_gspo.rewards.asking import Asking, NoAnswerError, check_asking
+from megatron_gspo.rewards.interface import RewardContext, RewardResult, Score, Ungraded
+from megatron_gspo.rewards.registry import NO_CONTEXT
 from megatron_gspo.rewards.reward_model_check import hold_against_transformers, score_of
+from megatron_gspo.rewards.served import PATHS, Place, find_place
 from megatron_gspo.rewards.thinking import after_thinking
 from megatron_gspo.types import Prompt, Rollout
 
@@ -22,7 +25,8 @@ class RewardModel(Asking):
     transformers', where the model's directory is readable here.
 
     Args:
-        url: of a server, "http://HOST:PORT", or several that hold the same model, asked in turn.
+        url: of a server, "http://HOST:PORT", or several that hold the same model, asked in turn. Without one, the
+            servers that the run starts (``[reward_server]``), whose model it is then.
         model: its Hugging Face directory: the tokenizer, and what the check loads.
         transform: "identity", with the range (-inf, inf), or "sigmoid".
         label: which of the model's scores is the reward.
@@ -33,8 +37,8 @@ class RewardModel(Asking):
 
     def __init__(
         self,
-        url: str | Sequence[str],
-        model: str,
+        url: str | Sequence[str] = "",
+        model: str = "",
         *,
         transform: Literal["identity", "sigmoid"] = "identity",
         label: int = 0,
@@ -45,24 +49,26 @@ class RewardModel(Asking):
         key_file: str = "",
         timeout_s: float = 20.0,
         retries: int = 4,
+        context: RewardContext = NO_CONTEXT,
     ) -> None:
         check_asking(NAME, timeout_s, retries)
-        urls, key = _server(url, model, key_variable, key_file)
+        place = _place(url, model, key_variable, key_file, context)
         _check_score(transform, label, tolerance)
         self.range = (0.0, 1.0) if transform == "sigmoid" else (-math.inf, math.inf)
         self._sigmoid, self._label, self._thinking = transform == "sigmoid", label, thinking
-        self._template = ChatTemplate(model)
-        if check is not False:
+        self.limits_itself = place.own  # a server that is started again is waited for
+        self._template = ChatTemplate(place.model)
+        if check is not False and place.urls:
             samples = [self._template.ids(turns, text) for turns, text in CHECKED]
-            hold_against_transformers(urls, key, Path(model), samples, label, tolerance, insisted=check is True)
-        places = [f"{one}/classify" for one in urls]
-        self._service = Service(places, key=key, timeout_s=timeout_s, retries=retries)
+            model_path, insisted = Path(place.model), check is True
+            hold_against_transformers(place.urls, place.key, model_path, samples, label, tolerance, insisted=insisted)
+        self._service = place.service([f"{one}{PATHS[NAME]}" for one in place.urls], timeout_s, retries)
 
     @staticmethod
-    def check(url: Any, model: Any, **options: Any) -> None:
+    def check(url: Any = "", model: Any = "", context: RewardContext = NO_CONTEXT, **options: Any) -> None:
         """What can be said without asking the server. Raises ConfigError."""
         check_asking(NAME, options.get("timeout_s", 20.0), options.get("retries", 4))
-        _server(url, model, options.get("key_variable", ""), options.get("key_file", ""))
+        _place(url, model, options.get("key_variable", ""), options.get("key_file", ""), context)
         _check_score(options.get("transform", "identity"), options.get("label", 0), options.get("tolerance", 0.02))
 
     async def __call__(self, prompt: Prompt, response: Rollout) -> RewardResult:
@@ -118,11 +124,14 @@ CHECKED: list[tuple[list[dict[str, Any]], str]] = [
 """What is scored at the start by both."""
 
 
-def _server(url: Any, model: Any, key_variable: str, key_file: str) -> tuple[list[str], str]:
-    """(urls, key). Raises ConfigError."""
-    if not (isinstance(model, str) and model and Path(model).is_dir()):
-        raise ConfigError(f"reward {NAME!r}: model = {model!r} is no directory; its tokenizer is needed here")
-    return [one.rstrip("/") for one in check_urls(NAME, url)], read_key(NAME, key_variable, key_file)
+def _place(url: Any, model: Any, key_variable: str, key_file: str, context: RewardContext) -> Place:
+    """Where it asks. Raises ConfigError."""
+    place = find_place(NAME, url, model, key_variable, key_file, context)
+    place = replace(place, urls=tuple(one.rstrip("/") for one in place.urls))
+    if not (isinstance(place.model, str) and place.model and Path(place.model).is_dir()):
+        setting = "reward_server.model" if place.own else f"reward {NAME!r}: model"
+        raise ConfigError(f"{setting} = {place.model!r} is no directory; its tokenizer is needed here")
+    return place
 
 
 def _check_score(transform: Any, label: Any, tolerance: Any) -> None:

@@ -83,10 +83,10 @@ class Weighted:
         self._slots: list[asyncio.Semaphore] = []
 
     @staticmethod
-    def check(parts: list[dict[str, Any]]) -> None:
+    def check(parts: list[dict[str, Any]], context: RewardContext = NO_CONTEXT) -> None:
         """Raises ConfigError for what can be said of the parts without running any of the user's code."""
         for settings in read_parts(parts):
-            check_reward(RewardConfig(function=settings.function, options=settings.options))
+            check_reward(RewardConfig(function=settings.function, options=settings.options), context)
 
     async def __aenter__(self) -> None:
         self._slots = [slots(part.reward) for part in self.parts]

@@ -144,6 +144,7 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
     ("the engine samples from other weights", _always, _names("sync", "router_noise")),
     ("other responses are trained on", _always, _names("rollout", "on_truncated on_mixed_version dynamic_sampling")),
     ("rewards are others", _always, _names("reward", "function options special_tokens")),
+    ("rewards are others", _always, _names("reward_server", "model kind dtype args")),
     ("rewards are others", _always, _names("rollout", "overlong_buffer overlong_penalty")),
     ("gradients take other experts", _always, _names("replay", "mode")),
     ("eval/* means something else", _evaluates, _names("eval", "samples")),
@@ -180,6 +181,7 @@ TABLE: tuple[tuple[str, Alters, tuple[str, ...]], ...] = (
             "concurrency timeout_s retries health_every_s resubmit_after_s",
         ),
     ),
+    ("how servers are started and reached", _never, _names("reward_server", "count tensor memory start_s restarts")),
     ("how weights travel", _never, _names("sync", "method directory bucket_mb backend timeout_s verify")),
     (
         "when a run fails",
@@ -245,8 +247,8 @@ hash: checkpoints keep it."""
 
 
 def contents(config: RunConfig) -> dict[str, str]:
-    """Setting -> a hash of what it names: the tokenizer's files, the reference's weights, the reward's source; and of
-    what it adds to, the stop tokens of ``config.json``.
+    """Setting -> a hash of what it names: the tokenizer's files, the reference's and the reward model's weights, the
+    reward's source; and of what it adds to, the stop tokens of ``config.json``.
 
     A reward's own imports are not followed, and those of the package come with its version.
     """
@@ -257,6 +259,8 @@ def contents(config: RunConfig) -> dict[str, str]:
             found["reward.function"] = files_digest(own)
         if own := _sources([source.reward_config(config.reward) for source in config.data.sources]):
             found["data.sources"] = files_digest(own)
+        if config.reward_server.model:
+            found["reward_server.model"] = weights_digest(Path(config.reward_server.model))
         if config.algorithm.uses_reference:
             found["algorithm.reference"] = weights_digest(Path(config.algorithm.reference or config.model.path))
     return found

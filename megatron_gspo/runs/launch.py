@@ -32,6 +32,7 @@ from megatron_gspo.rewards.registry import check_reward
 from megatron_gspo.runs.restarts import Restarts
 from megatron_gspo.supervise import STOPS
 from megatron_gspo.train.models import check_models
+from megatron_gspo.train.reward import check_reward_server
 
 
 def check_before_start(config: RunConfig) -> None:
@@ -51,6 +52,7 @@ def check_before_start(config: RunConfig) -> None:
         for reward in {source.name: source.reward_config(config.reward) for source in config.data.sources}.values():
             check_reward(reward, RewardContext.of(config))
         check_reward(config.reward, RewardContext.of(config))
+        check_reward_server(config)
         if config.rollout.named:
             server_key()
         if config.data.eval_path:

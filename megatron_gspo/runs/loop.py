@@ -20,19 +20,21 @@ from megatron_gspo.megatron.groups import Groups, make_groups, start_distributed
 from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.parallel.exchange import broadcast_object, together
 from megatron_gspo.platforms import here
+from megatron_gspo.rewards.interface import RewardServers
 from megatron_gspo.runs.adapters import save_adapters
 from megatron_gspo.runs.checkpoints import Checkpoints
 from megatron_gspo.runs.experiment import contents
 from megatron_gspo.runs.outage import Outages
 from megatron_gspo.runs.recording import Agreed, MakeRecorder, Recorder, open_recorder
 from megatron_gspo.runs.resume import Resumption, find_resumption, identify
+from megatron_gspo.runs.reward_serving import reward_servers
 from megatron_gspo.runs.save import save_models
 from megatron_gspo.runs.serving import rollout_servers
 from megatron_gspo.runs.stopping import StopRequest
 from megatron_gspo.runs.watching import Watch
 from megatron_gspo.train.assembly import Run, build_run
 from megatron_gspo.train.evaluate import evaluate
-from megatron_gspo.train.inputs import Inputs, load_inputs
+from megatron_gspo.train.inputs import Inputs, Questions, load_questions, with_rewards
 from megatron_gspo.train.profile import Profiles
 from megatron_gspo.train.progress import Progress, seed_generators
 from megatron_gspo.train.sft import Examples, fine_tune, load_examples
@@ -62,7 +64,7 @@ def train(config: RunConfig, make_recorder: MakeRecorder) -> None:
 def _train(config: RunConfig, make_recorder: MakeRecorder, groups: Groups, watch: Watch) -> None:
     set_determinism(config)
     supervised = not config.algorithm.draws_responses
-    inputs = together(lambda: load_examples(config) if supervised else load_inputs(config), groups.world)
+    inputs = together(lambda: load_examples(config) if supervised else load_questions(config), groups.world)
     first = dist.get_rank() == 0
     prints, named = broadcast_object(
         together(lambda: (inputs.fingerprints(), contents(config)) if first else None, groups.world), 0, groups.world
@@ -70,11 +72,12 @@ def _train(config: RunConfig, make_recorder: MakeRecorder, groups: Groups, watch
     identity = identify(config, prints, named)
     resumption = find_resumption(config, identity, groups)
     notes: list[str] = []
-    if isinstance(inputs, Inputs):
-        inputs, notes = survey_references(config, inputs, groups)
+    if isinstance(inputs, Questions) and not config.reward_server.model:
+        inputs, notes = judged(config, inputs, groups)
+    if isinstance(inputs, Questions):
         notes += suite_notes(config, inputs.suites, groups)
     with StopRequest() as stop, contextlib.ExitStack() as ending:
-        if isinstance(inputs, Inputs):
+        if isinstance(inputs, Questions):
             ending.callback(inputs.close)
         try:
             with (
@@ -152,8 +155,35 @@ def supervise(session: Session, inputs: Examples) -> Models:
     return models
 
 
-def reinforce(session: Session, inputs: Inputs) -> Models:
-    """Builds what a run needs, brings it to the checkpoint if there is one, and trains; returns what was trained."""
+def judged(
+    config: RunConfig, questions: Questions, groups: Groups, servers: RewardServers | None = None
+) -> tuple[Inputs, list[str]]:
+    """The questions with what grades the answers, references looked at: nothing that is wrong with them is found later.
+    Collective."""
+    inputs = together(lambda: with_rewards(config, questions, servers), groups.world)
+    return survey_references(config, inputs, groups)
+
+
+def reinforce(session: Session, questions: Questions) -> Models:
+    """Trains on questions; what grades the answers is made first where that needs servers, which are started for it.
+    Returns what was trained."""
+    config, recorder = session.config, session.recorder
+    if isinstance(questions, Inputs):
+        return train_policy(session, questions)
+    waiting: list[str] = []  # what becomes of them is found in another thread, and said between steps
+    with reward_servers(config, session.groups.world, recorder.note, waiting.append) as servers:
+        inputs, notes = judged(config, questions, session.groups, servers)
+        try:
+            for note in notes:
+                recorder.note(note)
+            return train_policy(session, inputs, waiting)
+        finally:
+            inputs.close_rewards()
+
+
+def train_policy(session: Session, inputs: Inputs, waiting: list[str] | None = None) -> Models:
+    """Builds what a run needs, brings it to the checkpoint if there is one, and trains; returns what was trained.
+    ``waiting``: a list of what there is to say between steps, which others fill."""
     config, recorder = session.config, session.recorder
     with rollout_servers(config, session.groups, recorder) as serving:
         placement = serving.placement
@@ -166,7 +196,7 @@ def reinforce(session: Session, inputs: Inputs) -> Models:
             colocated=placement.colocated,
             local=serving.local,
         )
-        run = replace(run, entering=recorder.enter)
+        run = replace(run, entering=recorder.enter, notes=run.notes if waiting is None else waiting)
         described = {"version": run.engine.version, "seeded": run.seeded, "urls": list(serving.urls)}
         recorder.engine({**described, "placement": placement.record(), "sync": run.sync.describe()})
         if untested_engine := untested("sglang", run.engine.version):

@@ -14,6 +14,7 @@ from megatron_gspo.data.mixture import MixtureCursor, Source, mix
 from megatron_gspo.data.prompts import CompletionSet, PromptSet, load_prompts
 from megatron_gspo.data.tokenizer import Tokenizer, open_tokenizer, turn_end_fix, turn_end_problem
 from megatron_gspo.errors import DataError
+from megatron_gspo.rewards.interface import RewardServers
 from megatron_gspo.rewards.references import ReferenceCheck
 from megatron_gspo.rewards.registry import Reward
 from megatron_gspo.suites.task import Task
@@ -24,29 +25,18 @@ from megatron_gspo.train.suite_inputs import load_suites
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What a reinforcement-learning run reads besides weights."""
+class Questions:
+    """What is asked of a policy: all that is read before anything is started."""
 
     tokenizer: Tokenizer
     prompts: PromptSet
     eval_prompts: PromptSet | None
-    reward: Reward
-    chat_template: bool = True
+    chat_template: bool
     """Whether prompts were rendered with the chat template."""
-    references: Mapping[str, ReferenceCheck] | None = None
-    """As ``Run.references``."""
-    sources: tuple[Source, ...] = ()
+    sources: tuple[Source, ...]
     """What ``prompts`` is mixed of; empty where it is one file."""
-    source_rewards: Mapping[str, Reward] = field(default_factory=dict)
-    """As ``Run.source_rewards``."""
-    suites: tuple[Task, ...] = ()
+    suites: tuple[Task, ...]
     """As ``Run.suites``."""
-
-    def close(self) -> None:
-        """Gives back what rewards keep, each once."""
-        rewards = (self.reward, *self.source_rewards.values(), *(task.reward for task in self.suites))
-        for reward in {id(reward): reward for reward in rewards}.values():
-            reward.close()
 
     def describe(self) -> str:
         """One line."""
@@ -62,6 +52,33 @@ class Inputs:
         sets = {"data.sources" if self.sources else "data.path": self.prompts, "data.eval_path": self.eval_prompts}
         return {name: loaded.looked.fingerprint() if loaded else fingerprint(()) for name, loaded in sets.items()}
 
+    def close(self) -> None:
+        """Gives back what graders keep."""
+        for task in self.suites:
+            task.reward.close()
+
+
+@dataclass(frozen=True)
+class Inputs(Questions):
+    """What a reinforcement-learning run reads besides weights: questions, and what grades the answers."""
+
+    reward: Reward
+    references: Mapping[str, ReferenceCheck] | None = None
+    """As ``Run.references``."""
+    source_rewards: Mapping[str, Reward] = field(default_factory=dict)
+    """As ``Run.source_rewards``."""
+
+    def close(self) -> None:
+        """Gives back what graders and rewards keep."""
+        super().close()
+        self.close_rewards()
+
+    def close_rewards(self) -> None:
+        """Gives back what rewards keep, each once."""
+        rewards = (self.reward, *self.source_rewards.values())
+        for reward in {id(reward): reward for reward in rewards}.values():
+            reward.close()
+
 
 def describe_looked(read: PromptSet | CompletionSet) -> str:
     """ " (1 skipped, first: line 3: ...)", and of a long file how much of it was looked at."""
@@ -72,7 +89,12 @@ def describe_looked(read: PromptSet | CompletionSet) -> str:
 
 
 def load_inputs(config: RunConfig) -> Inputs:
-    """Reads prompts and finds the reward, before anything is started or written. Raises UserError."""
+    """Reads prompts and finds the reward. Raises UserError."""
+    return with_rewards(config, load_questions(config))
+
+
+def load_questions(config: RunConfig) -> Questions:
+    """Reads prompts, before anything is started or written. Raises UserError."""
     check_models(config)
     tokenizer = open_tokenizer(config)
 
@@ -101,17 +123,15 @@ def load_inputs(config: RunConfig) -> Inputs:
             f"{config.train.prompts_per_step}: a prompt would be drawn twice in a step"
         )
     eval_prompts = load(data, data.eval_path, config.eval.prompts, whole=True) if data.eval_path else None
-    reward = find_reward(config, tokenizer)
-    return Inputs(
-        tokenizer,
-        prompts,
-        eval_prompts,
-        reward,
-        data.chat_template,
-        sources=sources,
-        source_rewards=find_source_rewards(config, tokenizer, reward),
-        suites=tuple(load_suites(config, tokenizer)),
-    )
+    suites = tuple(load_suites(config, tokenizer))
+    return Questions(tokenizer, prompts, eval_prompts, data.chat_template, sources, suites)
+
+
+def with_rewards(config: RunConfig, questions: Questions, servers: RewardServers | None = None) -> Inputs:
+    """The questions with what grades the answers; ``servers``: those that were started for it. Raises UserError."""
+    reward = find_reward(config, questions.tokenizer, servers=servers)
+    of_sources = find_source_rewards(config, questions.tokenizer, reward, servers)
+    return Inputs(**vars(questions), reward=reward, source_rewards=of_sources)
 
 
 def make_order(config: RunConfig, inputs: Inputs) -> PromptOrder:

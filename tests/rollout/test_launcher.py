@@ -20,7 +20,7 @@ import pytest
 from megatron_gspo.calls import SERVER_KEY
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import ConfigError, DependencyError, EngineUnavailableError
-from megatron_gspo.rollout.sglang import launcher
+from megatron_gspo.rollout.sglang import launcher, process
 from megatron_gspo.rollout.sglang import server as sglang_server
 from megatron_gspo.rollout.sglang.launcher import (
     LocalServers,
@@ -75,7 +75,7 @@ def test_the_key_is_for_this_users_eyes_and_goes_with_the_servers(tmp_path: Path
 
 
 def processes_of(group: int) -> list[int]:
-    return launcher._group_members(group)
+    return process.group_members(group)
 
 
 def test_servers_that_ignore_the_request_to_stop_are_killed_with_their_children(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_server_that_exits_is_reported_in_one_line_with_its_log_and_what_stand
     ],
 )
 def test_the_last_words_of_a_log_are_the_line_that_names_an_error(log: str, said: str) -> None:
-    words = launcher.last_words(log)
+    words = process.last_words(log)
     assert "\n" not in words and re.search(said, words)
 
 

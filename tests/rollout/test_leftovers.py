@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gspo.rollout.sglang import launcher
+from megatron_gspo.rollout.sglang import launcher, process
 from megatron_gspo.rollout.sglang import server as sglang_server
 from tests.rollout.test_launcher import HEALTHY, fake_python
 
@@ -109,6 +109,6 @@ def test_a_long_temporary_directory_leaves_room_for_a_sockets_name(
     long = tmp_path / ("x" * 100)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    directory = launcher.private_files()
+    directory = process.private_files()
     assert re.fullmatch(r"/tmp/mgspo-server-\w+", directory)
     Path(directory).rmdir()

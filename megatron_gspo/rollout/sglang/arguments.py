@@ -11,6 +11,7 @@ from megatron_gspo.calls import SERVER_KEY, SERVER_KEY_FILE
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.parallel.rendezvous import INTERFACES, is_loopback
 from megatron_gspo.rollout.sglang.cards import FP8_KERNELS
+from megatron_gspo.rollout.sglang.purpose import ROLLOUTS, Purpose
 
 Device = Literal["cpu", "cuda"]
 LOOPBACK = "127.0.0.1"
@@ -35,12 +36,13 @@ def server_arguments(
     host: str = LOOPBACK,
     routes: bool = False,
     placed: Sequence[str] = (),
+    purpose: Purpose = ROLLOUTS,
 ) -> list[str]:
     """SGLang's command line for one server, with what its placement says; ``config.server_args`` come last and win.
 
     ``routes``: the server keeps the experts of each token, and sends them with the responses that ask for them.
 
-    Weights start as version 0. Without a tokenizer: token ids go in and come out.
+    Weights start as version 0.
     """
     arguments = {
         "--model-path": str(model_path),
@@ -51,8 +53,7 @@ def server_arguments(
         "--weight-version": "0",
         "--random-seed": str(seed),
     }
-    # --enable-fp32-lm-head: logits in bfloat16 are 0.125 apart at 16 to 32, and the clip range is 3e-4.
-    flags = ["--skip-tokenizer-init", "--skip-server-warmup", "--enable-fp32-lm-head"]
+    flags = list(purpose.flags)
     if routes:
         flags.append("--enable-return-routed-experts")
     if config.is_seeded(on_gpu=device == "cuda"):

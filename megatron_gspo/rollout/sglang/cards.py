@@ -12,6 +12,7 @@ import torch
 from megatron_gspo.config import Placement
 from megatron_gspo.config.servers import ServerSizes
 from megatron_gspo.errors import ConfigError
+from megatron_gspo.rollout.sglang.purpose import ROLLOUTS, Purpose
 from megatron_gspo.untrusted import open_regular, read_json
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -24,12 +25,12 @@ FP8_KERNELS = {"--fp8-gemm-backend": "triton", "--moe-runner-backend": "triton"}
 the default on Blackwell, rounds scales to powers of two and packs them, and does not at a second sync."""
 
 
-def check_divides(sizes: ServerSizes, config: Mapping[str, Any]) -> None:
+def check_divides(sizes: ServerSizes, config: Mapping[str, Any], purpose: Purpose = ROLLOUTS) -> None:
     """Raises ConfigError for sizes that do not divide the model of a ``config.json``: SGLang takes such a command line,
     and fails when it makes the layers, or answers nonsense."""
     wrong = list(_misfits(sizes, config.get("text_config") or config))
     if wrong:
-        raise ConfigError(f"the size of a local server (placement, rollout.server_args): {'; '.join(wrong)}")
+        raise ConfigError(f"the size of a local server ({purpose.sizes}): {'; '.join(wrong)}")
 
 
 def _misfits(sizes: ServerSizes, config: Mapping[str, Any]) -> list[str]:
@@ -60,7 +61,7 @@ def _experts(config: Mapping[str, Any]) -> int:
     return next((value for name in names if isinstance(value := config.get(name), int)), 0)
 
 
-def check_fits(placement: Placement, weights: int | None, card: int) -> None:
+def check_fits(placement: Placement, weights: int | None, card: int, purpose: Purpose = ROLLOUTS) -> None:
     """Raises ConfigError when a server's share of a card does not hold its part of the weights.
 
     ``weights``: bytes in the engine's dtype, None where nobody knows. ``card``: bytes of the smallest card.
@@ -71,9 +72,9 @@ def check_fits(placement: Placement, weights: int | None, card: int) -> None:
     if weights / parts < share * card:
         return
     raise ConfigError(
-        f"rollout: {weights / GIB:.1f} GiB of weights over {parts} card(s) are {weights / parts / GIB:.1f} GiB each, "
-        f"and a local server has {share:g} of {card / GIB:.1f} GiB = {share * card / GIB:.1f} GiB for them and its "
-        f"cache: more cards a server (placement.tensor), a larger placement.memory, or servers named in rollout.servers"
+        f"a {purpose.noun}: {weights / GIB:.1f} GiB of weights over {parts} card(s) are {weights / parts / GIB:.1f} "
+        f"GiB each, and a local server has {share:g} of {card / GIB:.1f} GiB = {share * card / GIB:.1f} GiB for them "
+        f"and its cache: {purpose.more_room}"
     )
 
 
@@ -115,7 +116,9 @@ def _numbers(path: Path) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
-def check_placement(placement: Placement, model: Path, dtype: str, cards: Sequence[int]) -> None:
+def check_placement(
+    placement: Placement, model: Path, dtype: str, cards: Sequence[int], purpose: Purpose = ROLLOUTS
+) -> None:
     """Raises ConfigError for servers whose sizes do not divide the model at ``model``, or whose share of a card (of
     ``cards``, bytes of each; none on a CPU) does not hold its weights in ``dtype``."""
     try:
@@ -123,9 +126,9 @@ def check_placement(placement: Placement, model: Path, dtype: str, cards: Sequen
     except (OSError, ValueError):  # the server says so
         config = None
     if isinstance(config, dict):
-        check_divides(placement.sizes, config)
+        check_divides(placement.sizes, config, purpose)
     if cards:
-        check_fits(placement, weight_bytes(model, dtype), min(cards))
+        check_fits(placement, weight_bytes(model, dtype), min(cards), purpose)
 
 
 def cards_here() -> list[int]:
