@@ -136,6 +136,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.{name} is about the prompts of rollouts, and {self.algorithm.name} has none: remove it"
             )
+        if not self.algorithm.draws_responses and self.eval.suites:
+            raise ValueError(
+                f"eval.suites = {list(self.eval.suites)}: {self.algorithm.name} starts no servers that could be asked: "
+                f"remove it, and ask what was trained with `megatron-gspo eval RUN --suite NAME --data DIR`"
+            )
         if not self.algorithm.draws_responses and self.reward_server.model:
             raise ValueError(
                 f"reward_server.model is for what grades responses, and {self.algorithm.name} draws none: remove it"

@@ -16,8 +16,6 @@ def check_suites(facts: Facts) -> Sequence[Check]:
     settings = facts.config.eval
     if not settings.suites:
         return [ok("eval.suites is empty: none are asked")]
-    if facts.supervised:
-        return [warning("supervised fine-tuning does not evaluate", "an empty eval.suites")]
     try:
         read_all_asked(settings.suites)
     except MegatronGspoError as caught:

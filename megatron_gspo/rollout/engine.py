@@ -210,7 +210,7 @@ class EngineEntry:
     engine: str
     """Called with (urls, rollout_config, vocab_size=..., decode=..., access=..., leaders=...)."""
     control: str
-    """A ``Control``; called with (urls, timeout_s, key)."""
+    """A ``Control``; called with (urls, timeout_s, key, health_every_s)."""
     servers: str
     """A context manager that starts servers on this machine; called as ``sglang``'s ``LocalServers``."""
     without_dense_layers: frozenset[str] = frozenset()
@@ -270,9 +270,12 @@ def make_engine(
     return engine
 
 
-def make_control(engine: str, urls: Sequence[str], timeout_s: float, key: str = "") -> Control:
-    """The control of an engine's servers. Raises SyncError when there is none."""
-    control: Control = pkgutil.resolve_name(ENGINES[engine].control)(urls, timeout_s, key)
+def make_control(
+    engine: str, urls: Sequence[str], timeout_s: float, key: str = "", health_every_s: float = 20.0
+) -> Control:
+    """The control of an engine's servers; one that is silent is asked every ``health_every_s`` whether it is there.
+    Raises SyncError when there is none."""
+    control: Control = pkgutil.resolve_name(ENGINES[engine].control)(urls, timeout_s, key, health_every_s)
     return control
 
 

@@ -30,6 +30,7 @@ from megatron_gspo.parallel.rendezvous import keep_to_loopback, private_store
 from megatron_gspo.rewards.interface import RewardContext
 from megatron_gspo.rewards.registry import check_reward
 from megatron_gspo.runs.restarts import Restarts
+from megatron_gspo.suites.catalog import read_all_asked
 from megatron_gspo.supervise import STOPS
 from megatron_gspo.train.models import check_models
 from megatron_gspo.train.reward import check_reward_server
@@ -48,6 +49,7 @@ def check_before_start(config: RunConfig) -> None:
         HfReader(config.model.path)
     for path in config.data.paths.values():
         check_readable(path)
+    read_all_asked(config.eval.suites)
     if config.algorithm.draws_responses:
         for reward in {source.name: source.reward_config(config.reward) for source in config.data.sources}.values():
             check_reward(reward, RewardContext.of(config))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.cursor import PromptCursor
-from megatron_gspo.errors import NonFiniteError, RolloutError, RunStopped
+from megatron_gspo.errors import EngineUnavailableError, NonFiniteError, RolloutError, RunStopped, SyncError
 from megatron_gspo.megatron.checkpoint import POLICY, Models
 from megatron_gspo.megatron.groups import Groups, make_groups, start_distributed
 from megatron_gspo.megatron.policy import Policy
@@ -214,9 +214,22 @@ def train_policy(session: Session, inputs: Inputs, waiting: list[str] | None = N
                     session.end_step(progress, checkpoints)
                     if not run.fleet.survives:
                         serving.check()
+        except (EngineUnavailableError, SyncError) as error:
+            raise with_advice(error, run) from error
         finally:
             run.sync.close()
     return run.models
+
+
+def with_advice(error: EngineUnavailableError | SyncError, run: Run) -> Exception:
+    """What servers have failed at, and what to do where that is not known yet: those that take turns with the trainer
+    are not started again within a run, since their memory is its own by turns."""
+    if not run.turns.forgets or "train.resume" in str(error):
+        return error
+    return type(error)(
+        f"{error}; servers that take turns with the trainer are not started again within a run: train.resume = true "
+        f"goes on from the last checkpoint, with all of them started anew"
+    )
 
 
 def outer_steps(run: Run, progress: Progress, recorder: Recorder, outages: Outages) -> Iterator[None]:

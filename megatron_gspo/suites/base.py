@@ -73,7 +73,9 @@ class Problem:
 Read = Callable[[Fields], Problem]
 """From a row's fields. Raises DataError, without the place."""
 Keep = Callable[[Problem, Mapping[str, str]], bool]
-"""Whether a problem is one of those that the suite's own options ask for. Raises ConfigError for an option's value."""
+"""Whether a problem is one of those that the suite's own options ask for."""
+CheckOptions = Callable[[Mapping[str, str]], None]
+"""Raises ConfigError for a value of the suite's own options that is none."""
 Answer = Callable[[str, str], str | None]
 """(prompt, response) -> the final answer in one form, for the majority; None: it has none."""
 
@@ -110,6 +112,8 @@ class Suite:
     reward_options: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
     """The suite's own options with their defaults."""
+    check_options: CheckOptions = lambda options: None
+    """Called when the suite is asked for, before any of its files is read."""
     keep: Keep = lambda problem, options: True
     answer: Answer | None = None
     """None: answers of which no majority can be taken, as programs."""

@@ -92,6 +92,7 @@ def _with(asked: Asked, option: str, value: str, text: str) -> Asked:
 
 
 def _checked(asked: Asked, text: str) -> Asked:
+    asked.suite.check_options(asked.options)
     draw = asked.draw
     bounds = {
         "k": draw.k >= 1,

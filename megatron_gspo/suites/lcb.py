@@ -38,13 +38,23 @@ def read(fields: Fields) -> Problem:
     return Problem(text(fields, "question_id"), statement, question, "", fields)
 
 
+def check_window(options: Mapping[str, str]) -> None:
+    """Raises ConfigError for a window that is none: an odd month, or one that ends before it begins."""
+    window = options["window"]
+    found = _WINDOW.fullmatch(window)
+    if window == "all":
+        return
+    if not found or not all("01" <= month <= "12" for month in (found[2], found[4])):
+        raise ConfigError(f"lcb:window={window}: months as 202410..202502, or all")
+    if found[1] + found[2] > found[3] + found[4]:
+        raise ConfigError(f"lcb:window={window} ends before it begins")
+
+
 def in_window(problem: Problem, options: Mapping[str, str]) -> bool:
     """Whether the contest was in one of the months from the first to the last, both included."""
     found = _WINDOW.fullmatch(options["window"])
-    if options["window"] == "all":
+    if found is None:
         return True
-    if not found or not all("01" <= month <= "12" for month in (found[2], found[4])):
-        raise ConfigError(f"lcb:window={options['window']}: months as 202410..202502, or all")
     date = re.match(r"(\d{4})-(\d{2})-\d{2}", str(problem.metadata["contest_date"]))
     if date is None:
         raise DataError(f"contest_date = {problem.metadata['contest_date']!r:.40} of {problem.id} is no date")
@@ -60,5 +70,6 @@ LCB = Suite(
     "code",
     {"max_tests": 0},
     options={"window": "202410..202502"},
+    check_options=check_window,
     keep=in_window,
 )

@@ -87,6 +87,7 @@ def make_weight_sync(
     access: ServerAccess = OPEN,
     shared: bool = False,
     engine: str = "sglang",
+    health_every_s: float = 20.0,
 ) -> WeightSync:
     """The configured method.
 
@@ -96,12 +97,13 @@ def make_weight_sync(
     is not sent; neither is an error to it.
 
     "auto" asks the servers at the first push (``sync.auto``). ``shared``: the servers may run as another user, who must
-    be able to read the files of "disk". ``engine``: whose servers they are.
+    be able to read the files of "disk". ``engine``: whose servers they are, and ``health_every_s``: seconds of silence
+    between questions whether one is there.
     """
 
     def make(config: SyncConfig) -> BucketSync:
         kind = BucketSync if config.method == AUTO else pkgutil.resolve_name(METHODS[config.method])
-        sync: BucketSync = kind(config, urls, peers, model_path, expected_names, access, engine)
+        sync: BucketSync = kind(config, urls, peers, model_path, expected_names, access, engine, health_every_s)
         sync.shared = shared
         return sync
 
@@ -139,7 +141,9 @@ class BucketSync:
         expected_names: Collection[str] | None,
         access: ServerAccess = OPEN,
         engine: str = "sglang",
+        health_every_s: float = 20.0,
     ) -> None:
+        self._health_every_s = health_every_s
         self.config = config
         self.peers = peers
         self.access = access
@@ -150,7 +154,8 @@ class BucketSync:
 
     def serve(self, urls: Sequence[str]) -> None:
         """Sends to these servers from now on."""
-        self.servers = make_control(self._engine, urls, self.config.timeout_s, self.access.key)
+        timeout_s, every_s = self.config.timeout_s, self._health_every_s
+        self.servers = make_control(self._engine, urls, timeout_s, self.access.key, every_s)
 
     @property
     def wants_all(self) -> bool:
@@ -195,9 +200,8 @@ class BucketSync:
         if not empty:
             return ""
         self.close()  # what was shared with a server that is gone serves nobody
-        part = type(self)(
-            self.config, empty, self.peers, self.model_path, self.expected_names, self.access, self._engine
-        )
+        given = (self.peers, self.model_path, self.expected_names, self.access, self._engine, self._health_every_s)
+        part = type(self)(self.config, empty, *given)
         part.shared = self.shared
         try:
             said = part.push(tensors, version)

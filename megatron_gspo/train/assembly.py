@@ -224,6 +224,7 @@ def build_run(
             access=access,
             shared=config.rollout.named,
             engine=config.rollout.engine,
+            health_every_s=config.rollout.health_every_s,
         ),
         reward=inputs.reward,
         gate=make_gate(config),
@@ -241,7 +242,8 @@ def build_run(
 def take_turns(config: RunConfig, groups: Groups, urls: tuple[str, ...], access: ServerAccess) -> Colocated:
     """Turns with the servers at ``urls``, which the first rank asks."""
     first = dist.get_rank() == 0
-    control = make_control(config.rollout.engine, urls, config.sync.timeout_s, access.key) if first else None
+    every_s, timeout_s = config.rollout.health_every_s, config.sync.timeout_s
+    control = make_control(config.rollout.engine, urls, timeout_s, access.key, every_s) if first else None
     return Colocated(control, functools.partial(together, group=groups.world))
 
 

@@ -114,12 +114,12 @@ class Fleet:
             self._counts["resubmitted"] += resubmitted
 
     def outlives(self, urls: Sequence[str]) -> frozenset[str]:
-        """After a push to ``urls`` that failed: those that are gone, which are left out; none where it failed for
-        another reason, or where a run does not outlive it."""
+        """After a push to ``urls`` that failed: those that are gone, which are left out until they generate again; none
+        where it failed for another reason, or where a run does not outlive it."""
         if not self.survives:
             return frozenset()
         gone = self._seen(lambda watch: Sight(gone=watch.gone(urls))).gone
-        self.leave_out(gone)
+        self.leave_out(gone, suspected=True)  # one that hangs is alive, and has to be started again
         return frozenset(gone)
 
     def metrics(self) -> dict[str, float]:

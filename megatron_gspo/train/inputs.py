@@ -17,6 +17,7 @@ from megatron_gspo.errors import DataError
 from megatron_gspo.rewards.interface import RewardServers
 from megatron_gspo.rewards.references import ReferenceCheck
 from megatron_gspo.rewards.registry import Reward
+from megatron_gspo.suites.catalog import read_all_asked
 from megatron_gspo.suites.task import Task
 from megatron_gspo.train.models import check_models
 from megatron_gspo.train.progress import fingerprint
@@ -95,6 +96,7 @@ def load_inputs(config: RunConfig) -> Inputs:
 
 def load_questions(config: RunConfig) -> Questions:
     """Reads prompts, before anything is started or written. Raises UserError."""
+    read_all_asked(config.eval.suites)  # before what takes long
     check_models(config)
     tokenizer = open_tokenizer(config)
 

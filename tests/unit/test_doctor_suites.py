@@ -51,5 +51,5 @@ def test_a_tokenizer_that_cannot_write_a_problem_is_an_error(case: Case, tmp_pat
 def test_suites_that_are_never_asked_are_a_warning(asking: Case) -> None:
     never = asking.check("suites", 'eval.suites=["gsm8k"]', "eval.suites_every=0")
     assert (never.status, never.fix) == ("warning", "eval.suites_every, or an empty eval.suites")
-    tuning = asking.check("suites", 'eval.suites=["gsm8k"]', 'algorithm.name="sft"')
-    assert tuning.status == "warning" and "fine-tuning does not evaluate" in tuning.detail
+    tuning = asking.check("configuration", 'eval.suites=["gsm8k"]', 'algorithm.name="sft"')
+    assert tuning.status == "error" and "sft starts no servers that could be asked" in tuning.detail

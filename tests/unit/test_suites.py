@@ -207,10 +207,22 @@ def test_live_code_bench_is_cut_to_its_window_of_months(data: Path) -> None:
     assert "class Solution:" in found.problems[1].question and "stdin" in found.problems[0].question
     assert [p.id for p in problems_of("lcb", data, "window=2024-09..2024-09")] == ["abc1_a"]
     assert len(problems_of("lcb", data, "window=all")) == 4
-    with pytest.raises(ConfigError, match=r"lcb:window=2024: months as 202410..202502, or all"):
-        problems_of("lcb", data, "window=2024")
     with pytest.raises(DataError, match="none of 4 rows"):
         problems_of("lcb", data, "window=199901..199902")
+
+
+@pytest.mark.parametrize(
+    ("window", "said"),
+    [
+        ("x", r"lcb:window=x: months as 202410\.\.202502, or all"),
+        ("2024", r"lcb:window=2024: months as"),
+        ("202413..202502", "months as"),
+        ("202502..202410", "ends before it begins"),
+    ],
+)
+def test_a_window_that_is_none_is_refused_when_it_is_read(window: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        read_asked(f"lcb:window={window}")
 
 
 def test_solutions_do_not_reach_prompts_or_metadata(data: Path) -> None:

@@ -6,15 +6,19 @@ import base64
 import functools
 import http.client
 import json
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
+from urllib.parse import urlsplit
 
 from megatron_gspo.calls import OverlongReplyError, call, refusal, start
 from megatron_gspo.errors import NoAnswerError, SyncError
+from megatron_gspo.rollout.sglang.patience import DEAF
 from megatron_gspo.types import is_of_another_run
 
 TIMEOUT_S = 600.0
+HEALTH_EVERY_S = 20.0
 IDLE_S = 30
 """Seconds that a server may take to finish what it is doing before an update."""
 
@@ -23,15 +27,20 @@ class Servers:
     """``rollout.engine.Control`` of SGLang: calls to every server in parallel. A refusal or a dead server is a
     SyncError naming the URL.
 
-    ``timeout_s`` bounds each call from its first to its last byte; ``key`` is sent with it.
+    ``timeout_s`` bounds each call from its first to its last byte; ``key`` is sent with it. A server that is silent is
+    asked every ``health_every_s`` whether anybody is there, and is given up when it takes ``DEAF`` such questions in a
+    row without an answer of any kind.
     """
 
-    def __init__(self, urls: Sequence[str], timeout_s: float = TIMEOUT_S, key: str = "") -> None:
+    def __init__(
+        self, urls: Sequence[str], timeout_s: float = TIMEOUT_S, key: str = "", health_every_s: float = HEALTH_EVERY_S
+    ) -> None:
         if not urls:
             raise SyncError("weight sync has no server to send to")
         self.urls = tuple(url.rstrip("/") for url in urls)
         self._timeout_s = timeout_s
         self._key = key
+        self._health_every_s = health_every_s
         self._infos: list[dict[str, Any]] | None = None
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> None:
@@ -172,8 +181,11 @@ class Servers:
             return list(pool.map(lambda url, body: self._call(url + path, body), self.urls, bodies))
 
     def _call(self, url: str, body: bytes | None, timeout_s: float | None = None) -> str:
+        limit_s = timeout_s or self._timeout_s
+        asked = start(lambda: call(url, body, key=self._key, timeout_s=limit_s))
         try:
-            reply = call(url, body, key=self._key, timeout_s=timeout_s or self._timeout_s)
+            self._await(url, asked)
+            reply = asked.result()
         except OverlongReplyError as error:
             raise SyncError(f"{url}: {error}") from None
         except (OSError, http.client.HTTPException) as error:
@@ -184,6 +196,29 @@ class Servers:
         if refused(text):
             raise SyncError(f"{url} refused (HTTP 200, success = false): {text[:500]}")
         return text
+
+    def _await(self, url: str, asked: Future[Any]) -> None:
+        """Until there is an answer, or a failure. Raises NoAnswerError where nobody is there any more: a machine that
+        is gone, or a process that was stopped, closes no connection."""
+        unheard, pause = 0, self._health_every_s
+        while wait([asked], timeout=pause).not_done:
+            begin = time.monotonic()
+            unheard = 0 if self._hears(url) else unheard + 1
+            if unheard == DEAF and not asked.done():
+                raise NoAnswerError(
+                    f"{url} did not answer, and nobody is there: {DEAF} questions in a row, {self._health_every_s:g} s "
+                    f"apart (rollout.health_every_s), were not answered either"
+                )
+            pause = max(0.0, begin + self._health_every_s - time.monotonic())
+
+    def _hears(self, url: str) -> bool:
+        """Whether the server of ``url`` answers a question that its scheduler is not asked, in whatever way."""
+        parts = urlsplit(url)
+        try:
+            call(f"{parts.scheme}://{parts.netloc}/model_info", key=self._key, timeout_s=self._health_every_s)
+        except (OSError, http.client.HTTPException):
+            return False
+        return True
 
 
 def refused(text: str) -> bool:
