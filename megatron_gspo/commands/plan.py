@@ -117,6 +117,8 @@ def _propose(options: argparse.Namespace, model: Any, gpu: Any, request: Request
         print(json.dumps(said | ({"verified": dry_record(dry, short)} if dry else {}), indent=2))
     else:
         print(text_of(model, gpu, request, outcome, changes, options.top))
+        if run and (cards := run.config.reward_server.cards):
+            print(f"\nOf {options.gpus} GPUs, {cards} are set aside for reward_server.")
         if dry:
             print(f"\n{dry_text(gpu, outcome.plans[0].choice, dry, short)}")
         if options.write and outcome.plans:

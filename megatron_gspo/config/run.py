@@ -60,14 +60,20 @@ class RunConfig(Section):
     def placed(self, *, ranks: int, cards: int, cores: int) -> Placement:
         """Where trainer and servers lie on a machine with so many ranks, GPUs and cores; the last GPUs are for
         ``reward_server``. Raises ConfigError."""
-        left = cards - self.reward_server.cards if cards else 0
+        left = self.cards_left(ranks=ranks, cards=cards)
+        return self.placement.resolved(self.rollout, ranks=ranks, cards=left, cpu_servers=self._cpu_servers(cores))
+
+    def cards_left(self, *, ranks: int, cards: int) -> int:
+        """Of so many GPUs, those that ``reward_server`` does not take. Raises ConfigError for fewer than are needed."""
+        own = self.reward_server
+        left = cards - own.cards if cards else 0
         if cards and left < max(ranks, 0 if self.rollout.named else 1):
             raise ConfigError(
-                f"reward_server: {self.reward_server.count} server(s) of {self.reward_server.tensor} card(s) and "
-                f"{ranks} rank(s) need more than the {cards} card(s) of this machine: fewer of them, or start the "
-                f"servers elsewhere and name them in the reward's url"
+                f"reward_server: {own.count} server(s) of {own.tensor} card(s) and {ranks} rank(s) need more than the "
+                f"{cards} card(s) of this machine: fewer of them, or start the servers elsewhere and name them in the "
+                f"reward's url"
             )
-        return self.placement.resolved(self.rollout, ranks=ranks, cards=left, cpu_servers=self._cpu_servers(cores))
+        return left
 
     def _cpu_servers(self, cores: int) -> int:
         """``rollout.local_servers`` with its default filled in, for a machine of so many cores."""

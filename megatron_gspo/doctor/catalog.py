@@ -11,6 +11,7 @@ from megatron_gspo.doctor.memory import check_memory
 from megatron_gspo.doctor.model import check_configuration, check_layout, check_model, check_tokenizer, check_weights
 from megatron_gspo.doctor.pair import check_pair
 from megatron_gspo.doctor.placement import check_where
+from megatron_gspo.doctor.reward_server import check_reward_server
 from megatron_gspo.doctor.servers import check_servers
 from megatron_gspo.doctor.settings import check_settings
 from megatron_gspo.doctor.suites import check_suites
@@ -33,6 +34,7 @@ CHECKS = (
     Entry("eval prompts", check_eval_prompts, ("config", "tokenizer"), setting="data.eval_path", file="data.eval_path"),
     Entry("suites", check_suites, needs=("config", "model", "tokenizer"), setting="eval.suites_data"),
     Entry("reward", check_reward, needs=("config", "tokenizer", "prompts"), setting="reward.function"),
+    Entry("reward server", check_reward_server, needs=("config", "placement"), setting="[reward_server]"),
     Entry("settings", check_settings),
     Entry("servers", check_servers, needs=("config", "model"), setting="rollout.servers"),
     Entry("run directory", check_run_directory, setting="train.run_dir"),

@@ -12,9 +12,11 @@ from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.lengths import check_lengths
 from megatron_gspo.doctor.tokenizer import show_prompt
 from megatron_gspo.errors import ConfigError, DataError
+from megatron_gspo.rewards.interface import RewardContext
 from megatron_gspo.rewards.references import MADE_UP, ReferenceCheck, Survey, as_response
+from megatron_gspo.rewards.registry import check_reward as check_settings
 from megatron_gspo.rewards.scoring import score_now
-from megatron_gspo.train.reward import find_reward
+from megatron_gspo.train.reward import find_reward, may_ask_own_servers
 
 FEWEST_EVAL = 512
 """Held-out prompts below which an accuracy's standard error exceeds 2.2% (sqrt(0.25 / 512))."""
@@ -90,6 +92,11 @@ def check_reward(facts: Facts) -> list[Check]:
 
 def _check_reward(facts: Facts, config: RunConfig, prompts: PromptSet) -> list[Check]:
     """The reward of one set of prompts."""
+    if config.reward_server.model and may_ask_own_servers(config.reward):
+        check_settings(config.reward, RewardContext.of(config))
+        return [
+            ok(f"{config.reward.function}: its servers are started with the run (reward_server), and not asked now")
+        ]
     reward, tokenizer = find_reward(config, facts.tokenizer), facts.tokenizer
     limit, seed = config.reward.check_references, config.train.seed
     check = ReferenceCheck(reward, tokenizer.encode, tokenizer.eos_id, limit=limit, seed=seed)

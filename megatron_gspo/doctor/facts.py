@@ -106,7 +106,8 @@ class Facts:
     @fact
     def engine(self) -> Environment | None:
         """Of the servers that are started here; None when none are. Raises DependencyError, ConfigError."""
-        return environment_of(find_server_python(self.config.rollout.server_python)) if self.local_servers else None
+        starts = self.local_servers or self.config.reward_server.model
+        return environment_of(find_server_python(self.config.rollout.server_python)) if starts else None
 
     @fact
     def model(self) -> tuple[Family, ModelShape]:

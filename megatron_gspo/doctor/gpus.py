@@ -84,6 +84,7 @@ def _of_host(facts: Facts, needed: Estimate) -> Check:
     terms = {
         f"{count(ranks, 'rank')}": ranks * RANK_PROCESS,
         f"{count(servers, 'server')}": servers * SERVER_PROCESS,
+        "reward servers": config.reward_server.count * SERVER_PROCESS if config.reward_server.model else 0,
         **{name: ranks * size for name, size in _in_host_memory(facts, needed).items()},
         "copies (train.checkpoint_async)": ranks * (needed.weights + needed.optimizer)
         if config.train.checkpoint_async

@@ -7,6 +7,7 @@ from megatron_gspo.doctor.estimate import Estimate, worst_stage
 from megatron_gspo.doctor.facts import Facts
 from megatron_gspo.doctor.gpus import on_gpus
 from megatron_gspo.doctor.machine import gib
+from megatron_gspo.doctor.reward_server import host_bytes
 from megatron_gspo.doctor.served import cache_per_token, engine_item, engine_weights
 from megatron_gspo.doctor.sums import RANK_PROCESS, SERVER_PROCESS, against, largest, spell
 from megatron_gspo.report.text import count
@@ -26,12 +27,16 @@ def check_memory(facts: Facts) -> Check | list[Check]:
     rank = int(RANK_PROCESS + HEAP * needed.total) + copies
     servers, ranks = facts.local_servers, facts.ranks_per_node
     server = _server_bytes(facts) if servers else 0
-    total, free = ranks * rank + servers * server, facts.machine.free_memory
+    graders = facts.config.reward_server.count if facts.config.reward_server.model else 0
+    grader = host_bytes(facts) if graders else 0
+    total, free = ranks * rank + servers * server + graders * grader, facts.machine.free_memory
     text = f"a rank: {spell(needed)}; resident x {HEAP:g} + {gib(RANK_PROCESS)} of process"
     text += f" + {gib(copies)} of copies (train.checkpoint_async)" * bool(copies) + f" = {gib(rank)}"
     text += f"; {'on each node ' if facts.nodes > 1 else ''}{count(ranks, 'rank')} x {gib(rank)}"
     if servers:
         text += f" + {count(servers, 'server')} x {gib(server)}"
+    if graders:
+        text += f" + {count(graders, 'reward server')} x {gib(grader)}"
     fix = _most(needed, ranks * rank, servers * server)
     return against(f"{text} = {gib(total)} of {gib(free)} free", total, free, fix)
 

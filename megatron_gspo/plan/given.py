@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_gspo.config import RunConfig
 from megatron_gspo.config.rollouts import EIGHT_BITS
 from megatron_gspo.doctor.machine import gib
+from megatron_gspo.doctor.reward_server import fits
 from megatron_gspo.dryrun.result import DryRun
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.layout import check_layout, check_recompute
@@ -19,6 +20,7 @@ from megatron_gspo.plan.search import Outcome, Plan, trainer_seconds
 from megatron_gspo.plan.serving import Servers, rollout_seconds
 from megatron_gspo.plan.settings import Choice, Request
 from megatron_gspo.plan.workload import Workload
+from megatron_gspo.runs.reward_serving import placed
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def given(config: RunConfig, gpus: int, per_node: int, mean_prompt: float = 0, m
 
     Args:
         config: the run. ``placement.mode = "auto"`` is read as "colocated", unless running servers are named.
-        gpus: of trainer and servers together.
+        gpus: of trainer and servers together, those of ``[reward_server]`` too, which are set aside.
         per_node: GPUs of each machine.
         mean_prompt: tokens; 0: a quarter of the longest.
         mean_response: tokens; 0: half of the longest.
@@ -45,6 +47,9 @@ def given(config: RunConfig, gpus: int, per_node: int, mean_prompt: float = 0, m
     algorithm, rollout, parallel = config.algorithm, config.rollout, config.parallel
     if not algorithm.draws_responses:
         raise ConfigError(f'algorithm.name = "{algorithm.name}": a plan is of training with rollouts')
+    if gpus <= config.reward_server.cards:
+        raise ConfigError(f"reward_server: {config.reward_server.cards} GPUs for it leave none of {gpus} for the run")
+    gpus -= config.reward_server.cards
     colocated = config.placement.mode == "colocated" or (config.placement.mode == "auto" and not rollout.named)
     servers = _servers(config, gpus, colocated)
     ranks = gpus if colocated else gpus - servers.gpus
@@ -85,6 +90,8 @@ def weighed(model: Model, gpu: Gpu, run: Given) -> Outcome:
     beside = trainer if choice.colocated else None
     server = server_memory(model, gpu, request, choice.servers, beside, choice.share)
     _check_share(gpu, choice, server)
+    if cards := run.config.reward_server.cards:
+        fits(run.config, placed(run.config, ranks=0, cards=cards + 1), int(gpu.memory))
     memory = memory_of(request, gpu, choice, trainer, server)
     outcome = Outcome(layouts=1)
     if memory.lacking:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from megatron_gspo.config import Placement, RunConfig
+from megatron_gspo.config import Placement, RewardServerConfig, RunConfig
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.parallel.exchange import broadcast_object, together
 from megatron_gspo.platforms import here
@@ -82,6 +82,8 @@ def named_servers(config: RunConfig, groups: Groups, recorder: Recorder) -> tupl
 def placed_on(config: RunConfig, node: Node, cards: int) -> Placement:
     """Where a node's servers lie, beside its trainer ranks; ``cards``: GPUs of the node. Raises ConfigError, also for a
     server over several nodes that does not take the same number of cards on each."""
+    if not node.ranks:  # they are started where the first rank is
+        config = config.model_copy(update={"reward_server": RewardServerConfig()})
     if node.spread is None:
         placement = placed_here(config, ranks=node.ranks)
         if placement.colocated and config.placement.mode != "colocated":

@@ -126,7 +126,7 @@ def started(
         settings.model,
         logs,
         device=device,
-        dtype=settings.dtype or ("float32" if device == "cpu" else "bfloat16"),
+        dtype=dtype_of(config, device),
         seed=config.train.seed,
         placement=placed(config, ranks=ranks, cards=torch.cuda.device_count() if here() is CUDA else 0),
         purpose=PURPOSES[settings.kind],
@@ -136,6 +136,11 @@ def started(
             stack.enter_context(servers)
         stack.enter_context(Guard(servers, later or say))
         yield RewardServers(servers.urls, servers.key)
+
+
+def dtype_of(config: RunConfig, device: str) -> str:
+    """What they compute in on a device, "cpu" or "cuda"."""
+    return config.reward_server.dtype or ("float32" if device == "cpu" else "bfloat16")
 
 
 def as_rollouts(config: RunConfig) -> RolloutConfig:
@@ -156,12 +161,9 @@ def as_rollouts(config: RunConfig) -> RolloutConfig:
 
 def placed(config: RunConfig, *, ranks: int, cards: int) -> Placement:
     """Where they lie on a machine with so many ranks and GPUs: on the last of these. Raises ConfigError."""
-    settings, args = config.reward_server, []
-    if cards:
-        config.placed(ranks=ranks, cards=cards, cores=1)  # says what is too much
-        args += [SHARE, f"{settings.memory:g}"]
+    settings, begin = config.reward_server, config.cards_left(ranks=ranks, cards=cards)
+    args = [SHARE, f"{settings.memory:g}"] if cards else []
     if settings.tensor > 1:
         args += [SIZES["tensor"][0], str(settings.tensor)]
-    begin = cards - settings.cards if cards else 0
     first = tuple(begin + index * settings.tensor if cards else 0 for index in range(settings.count))
     return Placement(False, "reward_server.model", first, server_sizes([*args, *settings.args]), tuple(args))

@@ -66,9 +66,14 @@ def check_reward_server(config: RunConfig) -> None:
                 f'name another directory, or kind = "{kind}"'
             )
     given = [config.reward, *(source.reward_config(config.reward) for source in config.data.sources)]
-    rewards = [part for reward in given for part in named_rewards(reward)]
-    if all(reward.function in BUILTIN_REWARDS and not asks_own_servers(reward) for reward in rewards):
+    if not any(map(may_ask_own_servers, given)):
+        names = ", ".join(part.function for reward in given for part in named_rewards(reward))
         raise ConfigError(
-            f"reward_server.model = {settings.model}, and no reward asks it: {', '.join(r.function for r in rewards)}; "
-            f"remove it, or leave url out of the reward's options"
+            f"reward_server.model = {settings.model}, and no reward asks it: {names}; remove it, or leave url out of "
+            f"the reward's options"
         )
+
+
+def may_ask_own_servers(reward: RewardConfig) -> bool:
+    """Whether a reward, or a part of it, asks the servers of ``[reward_server]``; one of the user's may."""
+    return any(part.function not in BUILTIN_REWARDS or asks_own_servers(part) for part in named_rewards(reward))

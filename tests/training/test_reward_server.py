@@ -9,8 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_gspo.cli import main
 from tests.pool import RankPool
 from tests.rollout.test_launcher import fake_python
+from tests.training.conftest import QUICKSTART
 from tests.training.stand_in import StandIn
 from tests.training.test_faults import UNCHECKED, ending
 
@@ -110,4 +112,26 @@ def test_a_run_starts_its_reward_model_and_goes_on_when_that_dies(
     kept = [
         json.loads(line) for path in (tmp_path / "run" / "rollouts").iterdir() for line in path.read_text().splitlines()
     ]
-    print(kept[0])
+    assert len(kept) == 2 * RESPONSES
+    for response in kept:  # a character is a token of the reward model's tokenizer
+        length = len(response["prompt"]) + len(response["response"])
+        assert response["reward"] == response["components"]["score"] == pytest.approx(length / 7, abs=1e-15)
+    assert (tmp_path / "asked").read_text().count("\n") > 2 * RESPONSES, "what was lost was asked again"
+
+
+def test_an_evaluation_starts_the_reward_model_that_it_asks(
+    own: list[str], quickstart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = fake_python(tmp_path, SCORER.replace("DIES_AT", "-1"))
+    out = tmp_path / "out"
+    with StandIn(quickstart / "model") as server:
+        more = [f'rollout.servers=["{server.url}"]', f'rollout.server_python="{python}"', "eval.prompts=4"]
+        arguments = [str(QUICKSTART / "gspo.toml"), *own, *more, "--out", str(out), "--json"]
+        assert main(["eval", *arguments]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["settings"]["reward"]["server"]["kind"] == "reward_model"
+    kept = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    scores = [response["components"]["score"] for response in kept]
+    assert len(scores) == 4 and min(scores) > 1.0
+    ((scorer, files),) = started(tmp_path)
+    assert not (files.exists() or psutil.pid_exists(scorer) or (out / "reward_servers" / "key").exists())
