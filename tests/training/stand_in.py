@@ -12,6 +12,7 @@ import math
 import pickle
 import random
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -108,6 +109,8 @@ class Mortal(StandIn):
         self.unfilled: list[str] = []
         self.dies_at: Callable[[str, dict[str, Any]], bool] = lambda path, body: False
         self.comes_back_at: Callable[[], bool] = lambda: False
+        self.hangs = False
+        """Whether it says nothing while it is dead, and closes no connection."""
 
     def reply(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         path = handler.path.partition("?")[0]
@@ -116,6 +119,8 @@ class Mortal(StandIn):
             self.received.clear()
         if not self.deaths and self.dies_at(path, body):
             self.dead, self.deaths = True, 1
+        if self.dead and self.hangs:
+            time.sleep(20)
         if self.dead:
             handler.close_connection = True
             handler.connection.close()

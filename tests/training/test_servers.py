@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_gspo.megatron import checkpoint_files
+from megatron_gspo.train import watch
 from tests.pool import RankPool
 from tests.training.stand_in import Mortal
 from tests.training.test_faults import UNCHECKED, ending, weights_and_lines
@@ -132,3 +133,24 @@ def test_when_no_server_returns_in_time_the_run_ends_with_one_line_and_can_go_on
         ), said
         again = settings("ends", servers, "train.resume=true", "train.overwrite=false")
         assert set(ranks.run(2, ending, again)) == {"finished"}
+
+
+def test_a_server_that_hangs_in_a_push_is_left_out_long_before_the_timeout_and_changes_no_bit(
+    ranks: RankPool, settings: Settings, quickstart: Path, tmp_path: Path, plain: Result
+) -> None:
+    """Its process is stopped, as it were: it takes connections and says nothing."""
+    with two(quickstart / "model") as servers:
+        one = servers[0]
+        one.hangs, one.dies_at = (
+            True,
+            lambda path, body: path == "/update_weights_from_tensor" and one.version.startswith("2-"),
+        )
+        quick = ["rollout.health_every_s=0.3"]
+        assert set(ranks.run(2, ending, settings("hangs", servers, *quick), look_briefly)) == {"finished"}
+        assert one.unfilled == []
+    assert result(tmp_path / "hangs") == plain
+    assert sum(line["lost"] for line in servers_of(tmp_path / "hangs")) == 1
+
+
+def look_briefly() -> None:
+    watch.ANSWER_S = watch.GENERATE_S = 1.0
