@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -25,11 +26,12 @@ from transformers import (
 )
 
 from megatron_gspo.calls import call
-from megatron_gspo.config import RewardConfig
-from megatron_gspo.rewards import resolve_reward, score_groups
+from megatron_gspo.config import RewardConfig, RunConfig, parse
+from megatron_gspo.rewards import RewardContext, resolve_reward, score_groups
 from megatron_gspo.rewards.judge_text import TEMPLATE, fill
 from megatron_gspo.rollout.sglang import server
 from megatron_gspo.rollout.sglang.launcher import find_server_python
+from megatron_gspo.runs.reward_serving import started
 from megatron_gspo.types import Prompt, Rollout
 from tests.rollout.conftest import require_sglang
 
@@ -162,3 +164,53 @@ def test_a_local_server_judges(tmp_path: Path) -> None:
     if first["asked"] == 1:  # a judge that draws at random may have to be reminded
         assert first["prompt_tokens"] == count and 1 <= first["completion_tokens"] <= 96
     assert first["cost"] == first["prompt_tokens"] >= count
+
+
+def own_server(directory: Path, run: Path, kind: str, **reward: Any) -> RunConfig:
+    """A configuration whose reward asks a server of ``directory`` that is started with it."""
+    tree = {
+        "model": {"path": "m"},
+        "data": {"path": "d"},
+        "train": {"run_dir": str(run), "microbatch_tokens": 4096},
+        "reward": {"function": kind, "timeout_s": 60.0, **reward},
+        "reward_server": {"model": str(directory), "kind": kind},
+    }
+    return parse(tree, "a test", [])
+
+
+def test_a_reward_model_that_a_run_starts_scores_as_transformers_does_and_after_its_death_too(tmp_path: Path) -> None:
+    require_sglang()
+    directory, texts, said = tmp_path / "model", ("42", "I would say that it is 41."), list[str]()
+    model, tokenizer = make_model(directory, "qwen3", scores=True)
+    turns = [[{"role": "user", "content": "6*7="}, {"role": "assistant", "content": text}] for text in texts]
+    rows = [
+        tokenizer.encode(tokenizer.apply_chat_template(one, tokenize=False), add_special_tokens=False) for one in turns
+    ]
+    with torch.no_grad():
+        expected = [float(model(torch.tensor([row])).logits[0, 0]) for row in rows]
+    config = own_server(directory, tmp_path / "run", "reward_model", options={"check": True, "tolerance": 1e-4})
+    logs = tmp_path / "logs"
+    with started(config, logs, ranks=0, say=said.append) as servers:
+        reward = resolve_reward(config.reward, RewardContext.of(config, servers=servers))
+        (found,) = asyncio.run(score_groups(reward, [group(*texts)]))
+        np.testing.assert_allclose(found.rewards_G, expected, rtol=0, atol=2e-6)
+        assert call(f"{servers.urls[0]}/classify", b'{"input_ids": [5]}', timeout_s=10).status == 401, "without the key"
+        (server_process,) = [child for child in psutil.Process().children() if str(directory) in child.cmdline()]
+        os.killpg(server_process.pid, signal.SIGKILL)
+        (found,) = asyncio.run(score_groups(reward, [group(*texts)]))
+        np.testing.assert_allclose(found.rewards_G, expected, rtol=0, atol=2e-6)
+        assert (logs / "sglang-0.1.log").exists() and "it is started again (1 of 10 times)" in said[-1]
+    assert not (logs / "key").exists()
+
+
+def test_a_judge_that_a_run_starts_grades(tmp_path: Path) -> None:
+    require_sglang()
+    directory = tmp_path / "model"
+    make_model(directory, "qwen3", scores=False)
+    digit = {"pattern": r"(\d)", "scale": [0, 9], "extra": {"temperature": 1.0}, "max_tokens": 96}
+    config = own_server(directory, tmp_path / "run", "judge", options=digit)
+    with started(config, tmp_path / "logs", ranks=0, say=print) as servers:
+        reward = resolve_reward(config.reward, RewardContext.of(config, servers=servers))
+        (found,) = asyncio.run(score_groups(reward, [group("42", "41")]))
+    assert found.ungraded_G == () and all(0.0 <= grade <= 1.0 for grade in found.rewards_G)
+    np.testing.assert_allclose(found.rewards_G * 9, np.round(found.rewards_G * 9), atol=1e-9)
