@@ -5,6 +5,7 @@ Every metric of docs/metrics.md under ``megatron_gspo_`` and its own name; and h
 
 from __future__ import annotations
 
+import math
 import re
 import socket
 import threading
@@ -123,8 +124,15 @@ def page(series: list[Series]) -> str:
     for name in dict.fromkeys(name for name, _, _ in series):
         said = texts.get(name, "").replace("\\", "\\\\").replace("\n", " ")
         lines += [f"# HELP {PREFIX}{name} {said}".rstrip(), f"# TYPE {PREFIX}{name} gauge"]
-        lines += [f"{PREFIX}{name}{_labels(labels)} {value!r}" for each, labels, value in series if each == name]
+        lines += [f"{PREFIX}{name}{_labels(labels)} {_number(value)}" for each, labels, value in series if each == name]
     return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    """As the format writes it: "NaN", "+Inf" and "-Inf" where it is no number."""
+    if math.isnan(value):
+        return "NaN"
+    return repr(value) if math.isfinite(value) else f"{'+' if value > 0 else '-'}Inf"
 
 
 def _labels(labels: dict[str, str]) -> str:

@@ -4,44 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Self
 
 import aiohttp
 
-from megatron_gspo.config.sandbox import SandboxConfig
-from megatron_gspo.errors import ConfigError
 from megatron_gspo.sandbox import wire
 from megatron_gspo.sandbox.checks import checked
 from megatron_gspo.sandbox.interface import Limits, Outcome, Program
 from megatron_gspo.sandbox.local import GRACE_S
-from megatron_gspo.sandbox.remote import AwayError, Servers
+from megatron_gspo.sandbox.remote import AwayError, Lent
 from megatron_gspo.sandbox.server import CHECK, HEARTBEAT_S, MOST_BYTES, RUN
 
 Connection = aiohttp.ClientWebSocketResponse
 
 
-class ServerSandbox:
+class ServerSandbox(Lent):
     """A ``Sandbox`` that servers lend. A connection a program: what ``go_on`` says is said before the next input."""
 
-    def __init__(self, config: SandboxConfig) -> None:
-        self._servers = Servers(config)
-
-    async def __aenter__(self) -> Self:
-        """Raises ConfigError for a key that cannot be read or is refused, and for another kind of server. A server
-        that is away raises nothing: runs are ``FAILED`` while it is."""
-        await self._servers.open()
-        try:
-            await self._servers.check(CHECK)
-        except ConfigError:
-            await self._servers.close()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self._servers.close()
+    check = CHECK
 
     async def run(
         self,

@@ -10,38 +10,23 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import aiohttp
 
-from megatron_gspo.config.sandbox import SandboxConfig
 from megatron_gspo.sandbox.checks import checked
 from megatron_gspo.sandbox.interface import MIB, Limits, Outcome, Program, Verdict
 from megatron_gspo.sandbox.languages import COMPILE, LANGUAGES
 from megatron_gspo.sandbox.local import failed, in_order
-from megatron_gspo.sandbox.remote import AGAIN, AwayError, Servers
+from megatron_gspo.sandbox.remote import AGAIN, AwayError, Lent
 
 QUEUE_S = 120.0
 """Seconds that a request may wait at the server, beyond its limits."""
 Json = Mapping[str, Any]
 
 
-class FusionSandbox:
+class FusionSandbox(Lent):
     """A ``Sandbox`` that SandboxFusion servers lend."""
-
-    def __init__(self, config: SandboxConfig) -> None:
-        self._servers = Servers(config)
-
-    async def __aenter__(self) -> Self:
-        """Raises ConfigError for a key that cannot be read."""
-        await self._servers.open()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self._servers.close()
 
     async def run(
         self,

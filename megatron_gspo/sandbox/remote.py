@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -48,12 +48,7 @@ class Servers:
         connector = aiohttp.TCPConnector(limit=0)
         self.http = aiohttp.ClientSession(headers=headers, connector=connector, auto_decompress=False)
 
-    async def close(
-        self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
+    async def close(self) -> None:
         """Closes every connection."""
         await self.http.close()
 
@@ -102,6 +97,33 @@ class Servers:
                 )
             if status not in AGAIN and status != 200:
                 raise ConfigError(f"{_named(url)} is no sandbox server: GET {path} is answered with HTTP {status}")
+
+
+class Lent:
+    """A sandbox on servers of ``sandbox.servers``: its connections live as long as its block."""
+
+    check = ""
+    """The path by which one shows that it is of this kind; nothing is asked when empty."""
+
+    def __init__(self, config: SandboxConfig) -> None:
+        self._servers = Servers(config)
+
+    async def __aenter__(self) -> Self:
+        """Raises ConfigError for a key that cannot be read or is refused, and for another kind of server. A server
+        that is away raises nothing: runs are ``FAILED`` while it is."""
+        await self._servers.open()
+        try:
+            if self.check:
+                await self._servers.check(self.check)
+        except ConfigError:
+            await self._servers.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._servers.close()
 
 
 def _named(url: str) -> str:

@@ -67,9 +67,9 @@ def check_reward_server(config: RunConfig) -> None:
             )
     given = [config.reward, *(source.reward_config(config.reward) for source in config.data.sources)]
     if not any(map(may_ask_own_servers, given)):
-        names = ", ".join(part.function for reward in given for part in named_rewards(reward))
+        asked = ", ".join(part.function for reward in given for part in named_rewards(reward))
         raise ConfigError(
-            f"reward_server.model = {settings.model}, and no reward asks it: {names}; remove it, or leave url out of "
+            f"reward_server.model = {settings.model}, and no reward asks it: {asked}; remove it, or leave url out of "
             f"the reward's options"
         )
 

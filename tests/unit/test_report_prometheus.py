@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import subprocess
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.report.metrics import LAYER, METRICS
-from megatron_gspo.report.prometheus import OWN, PREFIX, PrometheusSink, help_texts, page, series_name
+from megatron_gspo.report.prometheus import OWN, PREFIX, PrometheusSink, Series, help_texts, page, series_name
 from megatron_gspo.report.ranks import sign_of, write_sign
 from megatron_gspo.report.rundir import RunDirectory, initial_evaluation
+from megatron_gspo.rollout.sglang.launcher import find_server_python
 from megatron_gspo.types import StepReport
+from tests.rollout.conftest import require_sglang
 from tests.unit.report_runs import make_config
 
 DASHBOARD = Path(__file__).parents[2] / "examples" / "grafana" / "dashboard.json"
@@ -117,6 +120,48 @@ def test_whatever_a_label_holds_a_line_stays_a_line() -> None:
     )
     assert len(samples(text)) == 3
     assert text.count("# TYPE") == 2
+
+
+READ = """
+import json, sys
+from prometheus_client.parser import text_string_to_metric_families
+found = [
+    [family.name, family.type, family.documentation, [[s.name, s.labels, repr(s.value)] for s in family.samples]]
+    for family in text_string_to_metric_families(sys.stdin.read())
+]
+print(json.dumps(found))
+"""
+Family = tuple[str, str, str, list[tuple[str, dict[str, str], str]]]
+
+
+def as_prometheus_reads(text: str) -> list[Family]:
+    """By the parser of Prometheus' own client, which SGLang's environment has: (name, type, help, samples)."""
+    require_sglang()
+    command = [str(find_server_python()), "-I", "-c", READ]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=True)
+    return [tuple(family) for family in json.loads(done.stdout)]  # type: ignore[misc]
+
+
+def test_prometheus_own_parser_reads_what_was_written() -> None:
+    strange = ['a"b', "c\\d", "e\nf", "g\\nh", 'i\\"j', '{k="l"}', "m,n}", " # o ", "\u00e9\u4e2d", ""]
+    series: list[Series] = [("info", {"run": text, "model": "m"}, 1.0) for text in strange]
+    numbers = [0.0, -1.5, 1e-300, 1e300, 0.1, 123456789.0, float("inf"), float("-inf"), float("nan")]
+    series += [("route_drift_layer", {"layer": f"{index:02d}"}, value) for index, value in enumerate(numbers)]
+    series += [("loss", {}, 0.25), ("info", {"run": "last"}, 1.0)]
+    info, drift, loss = as_prometheus_reads(page(series))
+    assert (info[0], info[1], info[2]) == (f"{PREFIX}info", "gauge", OWN["info"])
+    assert [labels["run"] for _, labels, _ in info[3]] == [*strange, "last"], "one family, in order"
+    assert [value for _, _, value in drift[3]] == [repr(value) for value in numbers]
+    assert loss[3] == [[f"{PREFIX}loss", {}, "0.25"]]
+
+
+def test_it_reads_every_metric_as_a_gauge_of_its_own_with_its_help() -> None:
+    texts = help_texts()
+    found = as_prometheus_reads(page([(name, {}, 1.0) for name in texts]))
+    assert {name: said for name, _, said, _ in found} == {PREFIX + name: said for name, said in texts.items()}
+    assert {kind for _, kind, _, _ in found} == {"gauge"} and all(len(samples) == 1 for *_, samples in found)
+    endings = ("_total", "_count", "_sum", "_bucket", "_created")
+    assert not [name for name in texts if name.endswith(endings)], "these are of counters, summaries and histograms"
 
 
 def test_the_dashboard_asks_for_numbers_that_there_are() -> None:
