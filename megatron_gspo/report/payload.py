@@ -15,7 +15,8 @@ from itertools import pairwise
 from typing import Any
 
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.report.charts import SECTIONS, Chart, for_families
+from megatron_gspo.report.charts import SECTIONS
+from megatron_gspo.report.drawing import Chart, for_families
 from megatron_gspo.report.metrics import (
     COMPONENT,
     INITIAL,

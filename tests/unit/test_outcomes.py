@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_gspo.config import RewardConfig
-from megatron_gspo.report.charts import CHARTS, for_families
+from megatron_gspo.report.charts import CHARTS
+from megatron_gspo.report.drawing import for_families
 from megatron_gspo.report.metrics import METRICS, row_of
 from megatron_gspo.report.prometheus import series_name
 from megatron_gspo.rewards.references import ReferenceCheck

@@ -13,8 +13,9 @@ from megatron_gspo.algorithm.base import make_algorithm
 from megatron_gspo.algorithm.evaluation import estimates, mean_with_interval, student_quantile
 from megatron_gspo.config import RolloutConfig
 from megatron_gspo.errors import RewardError
-from megatron_gspo.report.charts import CHARTS, for_families
+from megatron_gspo.report.charts import CHARTS
 from megatron_gspo.report.comparison.charts import REWARD, curve_chart
+from megatron_gspo.report.drawing import for_families
 from megatron_gspo.report.evaluation import statistics
 from megatron_gspo.report.metrics import METRICS, row_of
 from megatron_gspo.report.payload import idle_components

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_gspo.rollout.sglang.server import attend_decode, attend_extend
+from megatron_gspo.rollout.sglang.attention import attend_decode, attend_extend
 
 HEADS, GROUPS, DIM, CACHE = 4, 2, 16, 400
 OPTIONS = {"scale": DIM**-0.5, "enable_gqa": True}

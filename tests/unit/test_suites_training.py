@@ -14,7 +14,8 @@ from megatron_gspo.cli import main
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.tokenizer import open_tokenizer
 from megatron_gspo.errors import ConfigError
-from megatron_gspo.report.charts import CHARTS, for_families
+from megatron_gspo.report.charts import CHARTS
+from megatron_gspo.report.drawing import for_families
 from megatron_gspo.report.metrics import METRICS, row_of
 from megatron_gspo.report.prometheus import series_name
 from megatron_gspo.runs import loop
