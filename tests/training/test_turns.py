@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_gspo.config import RolloutConfig, SyncConfig
-from megatron_gspo.errors import ConfigError, MegatronGspoError, RolloutError, SyncError
+from megatron_gspo.errors import ConfigError, EngineUnavailableError, MegatronGspoError, RolloutError, SyncError
 from megatron_gspo.rollout.engine import Sampling, make_control, make_engine
+from megatron_gspo.runs.loop import with_advice
 from megatron_gspo.sync.base import make_weight_sync
 from megatron_gspo.sync.peers import Peers
 from megatron_gspo.train.models import check_served
-from megatron_gspo.train.turns import Colocated
+from megatron_gspo.train.turns import Apart, Colocated
 from megatron_gspo.types import Prompt, ServerAccess
 from tests.training.sleeper import Sleeper
 from tests.training.stand_in import VOCABULARY
@@ -216,3 +218,17 @@ def test_a_run_apart_refuses_a_server_that_another_has_left_asleep(tmp_path: Pat
                 check_served([server.url], str(tmp_path))
             check_served([server.url], str(tmp_path), awake=False)
     assert "/health" not in server.calls, "it would generate"
+
+
+def test_the_loss_of_a_server_that_takes_turns_says_how_to_go_on_and_keeps_its_kind() -> None:
+    shared: Any = SimpleNamespace(turns=Colocated(None))
+    apart: Any = SimpleNamespace(turns=Apart())
+    lost = EngineUnavailableError("http://a/generate failed 4 times")
+    said = with_advice(lost, shared)
+    assert type(said) is EngineUnavailableError and str(said).startswith(
+        "http://a/generate failed 4 times; servers that"
+    )
+    assert "train.resume = true goes on from the last checkpoint" in str(said)
+    assert with_advice(lost, apart) is lost
+    known = SyncError("start the run again (train.resume = true)")
+    assert with_advice(known, shared) is known, "it is said once"
