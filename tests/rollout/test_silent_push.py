@@ -69,8 +69,8 @@ def test_a_push_to_a_server_that_takes_no_question_is_given_up_long_before_its_t
 
 
 def test_a_push_to_a_server_that_is_slow_and_takes_questions_is_waited_for() -> None:
-    with serving(Silent(hears=True, after_s=1.5)) as slow:
-        Servers([slow.url], timeout_s=60.0, health_every_s=0.2).end_update()
+    with serving(Silent(hears=True, after_s=4.0)) as slow:
+        Servers([slow.url], timeout_s=60.0, health_every_s=0.5).end_update()
         assert slow.asked["pushes"] == 1 and slow.asked["questions"] >= 4, "more than it takes to give one up"
 
 

@@ -145,7 +145,7 @@ def test_a_server_that_hangs_in_a_push_is_left_out_long_before_the_timeout_and_c
             True,
             lambda path, body: path == "/update_weights_from_tensor" and one.version.startswith("2-"),
         )
-        quick = ["rollout.health_every_s=0.3"]
+        quick = ["rollout.health_every_s=1.0"]
         assert set(ranks.run(2, ending, settings("hangs", servers, *quick), look_briefly)) == {"finished"}
         assert one.unfilled == []
     assert result(tmp_path / "hangs") == plain
