@@ -171,7 +171,15 @@ class FusedAdam(torch.optim.Optimizer):
         raise AssertionError("training calls Transformer Engine's FusedAdam")
 
 
+class _Members:
+    """An enumeration of the compiled part, whose members are their names."""
+
+    def __getattr__(self, name: str) -> str:
+        return name
+
+
 THERE = {
+    "transformer_engine_torch.DType": _Members(),
     "transformer_engine.pytorch.optimizers.FusedAdam": FusedAdam,
     "transformer_engine.__version__": "2.20.2",
     "transformer_engine.pytorch.DotProductAttention": DotProductAttention,

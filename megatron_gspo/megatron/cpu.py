@@ -140,14 +140,16 @@ def _install_in_megatron() -> None:
 
 
 def _mend_megatron() -> None:
-    """Names that 0.16.1 uses without Transformer Engine and never defines, and rotations of half types; with or without
-    a GPU."""
+    """With or without a GPU: the router's products, rotations of half types, and a name that 0.16.1 takes for a class.
+
+    Transformer Engine's products of float32, which 0.19.2 takes for a router's gradients where it is installed, are of
+    TF32. (0.16.1 asks for them without having imported them.)
+    """
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # selects the plain matmul
+    moe_utils.te_general_gemm = None  # selects torch's
     if not isinstance(multi_latent_attention.TELinear, type):
         multi_latent_attention.TELinear = type("TELinear", (), {})  # a mock, and no type to isinstance: nothing is one
     rope_utils._apply_rotary_pos_emb_bshd = _rounded_once(rope_utils._apply_rotary_pos_emb_bshd)
