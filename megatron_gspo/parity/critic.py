@@ -79,6 +79,7 @@ def critic_step(case: Case, learner: Learner, minibatches: Sequence[Minibatch], 
     critic = Critic(config, learner.groups)
     disturb_head(critic)
     learner = replace(learner, config=config, critic=critic)
+    minibatches = [each.with_shards(shards.weighed_as(case, each, i, config)) for i, each in enumerate(minibatches)]
     made = iter(value_pass(learner, [batch for minibatch in minibatches for batch in minibatch.batches]))
     valued = [each.with_shards([shard | next(made) for shard in each.shards]) for each in minibatches]
     try:

@@ -15,6 +15,7 @@ from megatron_gspo.parity.case import Case
 from megatron_gspo.parity.critic import GRADIENTS as CRITIC_GRADIENTS
 from megatron_gspo.parity.critic import head_weight, naive_critic
 from megatron_gspo.parity.naive_adamw import gradient_norm
+from megatron_gspo.parity.objectives import naive_choice
 from megatron_gspo.parity.parts import CriticPart, Part, StepPart, TokenValues
 from megatron_gspo.parity.reference import Reference, term_of, weights_of
 from megatron_gspo.parity.tensors import GRADIENTS, compare
@@ -31,14 +32,14 @@ def transformers_step(reference: Reference, directory: str) -> Part:
     device = torch.device(here().device_type)
     model = _load(case).to(device)
     members = case.minibatches[0]
-    weights = dict(zip(members, weights_of(case, members), strict=True))
+    weights, chosen = dict(zip(members, weights_of(case, members), strict=True)), naive_choice(case, members)
     for index in range(len(case.samples)):
         with torch.set_grad_enabled(index in weights):
             new_R, entropy_R = _response(case, model, index)
         _append(part.old_pass, case, index, new_R)
         if index not in weights:
             continue
-        term = term_of(case, index, new_R, weights[index])
+        term = term_of(case, index, new_R, weights[index], chosen)
         term.loss.backward()
         step.loss += float(term.loss.detach())
         step.sequences[case.keys[index]] = (term.log_ratio, float(term.loss.detach()))

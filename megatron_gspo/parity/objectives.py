@@ -23,7 +23,7 @@ from megatron_gspo.parity import shards
 from megatron_gspo.parity.case import KL_COEF, Case, Key
 from megatron_gspo.parity.naive import FORMULAS, Response, naive_term, naive_weights
 from megatron_gspo.parity.parts import Values
-from megatron_gspo.train.batch import Minibatch, weights_of
+from megatron_gspo.train.batch import Minibatch
 from megatron_gspo.train.learner import Learner
 
 WIDE = {"clip-cov": {"low": 0.1, "high": 3.0}}
@@ -68,7 +68,6 @@ def every_objective(
     """What every loss and correction makes of this rank's tokens of a mini-batch, by name. Collective over the last
     stage; empty elsewhere."""
     found: dict[str, Values] = {}
-    lengths = {case.keys[index]: case.samples[index].num_trained for index in case.minibatches[number]}
     owns = [
         (shard.mask_T.cpu().numpy(), shards.own_numbers(case, batch, learner.groups))
         for batch, shard in zip(minibatch.batches, minibatch.shards, strict=bool(minibatch.shards))
@@ -81,11 +80,8 @@ def every_objective(
         return values
 
     for name, other in algorithms(case) if minibatch.shards else ():
-        weights = weights_of(lengths, learner.config.model_copy(update={"algorithm": other.algorithm}))
-        weighed = [
-            shard.replace(weights_S=shard.weights_S.new_tensor([weights.get(key, 0.0) for key in shard.samples]))
-            for shard in minibatch.shards
-        ]
+        config = learner.config.model_copy(update={"algorithm": other.algorithm})
+        weighed = shards.weighed_as(case, minibatch, number, config)
         prepared = other.algorithm.prepare(weighed, StageTotals(learner.groups.tensor_data, device()))
         for index, (shard, trained) in enumerate(zip(prepared, minibatch.trained, strict=True)):
             logprobs_T = trained.new_logprobs_T.detach().clone().requires_grad_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from megatron_gspo.parity.layouts import Layout
 from megatron_gspo.parity.naive import NaiveTerm, naive_term, naive_weights
 from megatron_gspo.parity.naive_adamw import NaiveAdamW, gradient_norm, naive_lr
 from megatron_gspo.parity.naive_metrics import Measured, Metric, naive_metrics
-from megatron_gspo.parity.objectives import Expected, naive_objectives, response_of
+from megatron_gspo.parity.objectives import Expected, naive_choice, naive_objectives, response_of
 from megatron_gspo.parity.parts import Choices, recorded
 from megatron_gspo.parity.step import build
 from megatron_gspo.parity.tensors import GRADIENTS, PARAMETERS
@@ -298,7 +298,7 @@ def _whole(case: Case, choices: Choices) -> Routing:
 
 def _gradients(case: Case, policy: Policy, members: list[int]) -> StepReference:
     """Loss and gradients of a mini-batch by the naive formulas, and its metrics by theirs."""
-    weights = weights_of(case, members)
+    weights, chosen = weights_of(case, members), naive_choice(case, members)
     measured: list[Measured] = []
     logprobs, entropy, clipped, kl = {}, {}, np.zeros(case.tokens, dtype=bool), 0.0
     sequences: dict[Key, tuple[float, float]] = {}
@@ -307,7 +307,7 @@ def _gradients(case: Case, policy: Policy, members: list[int]) -> StepReference:
         nonlocal kl
         index = members[position]
         own, start = case.predicting(index), int(case.starts[index])
-        term = term_of(case, index, logprobs_T[torch.from_numpy(own - start)], weights[position])
+        term = term_of(case, index, logprobs_T[torch.from_numpy(own - start)], weights[position], chosen)
         logprobs[index], entropy[index] = (_of_response(case, index, v) for v in (logprobs_T, entropy_T))
         clipped[own], kl = term.clipped, kl + term.kl
         sequences[case.keys[index]] = (term.log_ratio, float(term.loss.detach()))
@@ -335,9 +335,9 @@ def _gradients(case: Case, policy: Policy, members: list[int]) -> StepReference:
     )
 
 
-def term_of(case: Case, index: int, new_R: torch.Tensor, weight: float) -> NaiveTerm:
-    """A sample's part of the loss by the naive formulas."""
-    response = response_of(case, index, list(new_R.double().unbind()))
+def term_of(case: Case, index: int, new_R: torch.Tensor, weight: float, chosen: Mapping[int, list[bool]]) -> NaiveTerm:
+    """A sample's part of the loss by the naive formulas; ``chosen``: ``naive_choice`` of its mini-batch."""
+    response = response_of(case, index, list(new_R.double().unbind()), chosen)
     return naive_term(case.loss, response, case.algorithm.model_dump(), weight, KL_COEF)
 
 

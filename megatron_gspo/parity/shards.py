@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from megatron_gspo.batching import packing
+from megatron_gspo.config import RunConfig
 from megatron_gspo.megatron.groups import Groups, device
 from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.megatron.replay import route_dtype
 from megatron_gspo.parity.case import Case
+from megatron_gspo.train.batch import Minibatch, weights_of
 from megatron_gspo.types import PackedBatch, RouteShape, RouteShard, Sample, TokenShard
 
 
@@ -40,6 +42,16 @@ def with_old_logprobs(case: Case, batch: PackedBatch, shard: TokenShard, groups:
     by_number = scattered(case, case.old, np.nan, extra=1)  # the last one answers for padding
     old_T = torch.from_numpy(by_number[own_numbers(case, batch, groups)])
     return shard.replace(old_logprobs_T=old_T.to(shard.labels_T.device, case.loss_dtype))
+
+
+def weighed_as(case: Case, minibatch: Minibatch, number: int, config: RunConfig) -> list[TokenShard]:
+    """The shards of the case's mini-batch ``number`` with the responses' weights that another algorithm gives them."""
+    lengths = {case.keys[index]: case.samples[index].num_trained for index in case.minibatches[number]}
+    weights = weights_of(lengths, config)
+    return [
+        shard.replace(weights_S=shard.weights_S.new_tensor([weights.get(key, 0.0) for key in shard.samples]))
+        for shard in minibatch.shards
+    ]
 
 
 def scattered(

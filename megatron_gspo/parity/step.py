@@ -28,6 +28,7 @@ from megatron_gspo.train import step as training
 from megatron_gspo.train.batch import Minibatch, place
 from megatron_gspo.train.learner import Learner, build_learner
 from megatron_gspo.train.routing import open_routing
+from megatron_gspo.train.settle import settle
 from megatron_gspo.types import RouteShard, Sample
 
 Fault = Callable[[], AbstractContextManager[object]]
@@ -99,6 +100,7 @@ def old_pass(
 def train(case: Case, learner: Learner, minibatch: Minibatch, number: int, references: Path) -> StepPart:
     """An optimizer step; its tensors are compared between the gradients and the step, and after it."""
     step = StepPart()
+    minibatch = settle(learner, minibatch).minibatch
     minibatch, sums, live = training.minibatch_gradients(learner, minibatch)
     of_each = zip(minibatch.batches, minibatch.trained, strict=bool(minibatch.trained))
     for batch, (logprobs_T, entropy_T, output) in of_each:

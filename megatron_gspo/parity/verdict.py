@@ -272,7 +272,8 @@ def _token_errors(
 def _judge_critic(
     row: Row, parts: Sequence[Part], last: Sequence[Part], reference: Reference, indices: Sequence[int]
 ) -> None:
-    """Values, advantages and returns of every token; gradients and metrics of every rank."""
+    """Values, advantages and returns of every token; where they hold, gradients and metrics of every rank, which follow
+    from them."""
     expected, case, column = reference.critic, reference.case, row.columns["critic"]
     mine = [part.critic for part in parts if part.critic is not None]
     if expected is None or not mine:
@@ -286,6 +287,8 @@ def _judge_critic(
         if any(getattr(part, name) for part in mine):  # transformers has values alone
             for index, error in _token_errors(own, name, array, case, indices):
                 column.take(_relative(error, float(np.nanmax(np.abs(array)))), f"{name}, {_label(case.keys[index])}")
+    if not column.error <= column.tolerance:
+        return
     floor = case.precision.floor * expected.gradient_scale
     for name in sorted(expected.names ^ {name for part in mine for name in part.gradients}):
         column.take(float("inf"), f"gradient of {name} (on one side only)")
