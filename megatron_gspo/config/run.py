@@ -66,6 +66,8 @@ class RunConfig(Section):
     def cards_left(self, *, ranks: int, cards: int) -> int:
         """Of so many GPUs, those that ``reward_server`` does not take. Raises ConfigError for fewer than are needed."""
         own = self.reward_server
+        if not own.cards:
+            return cards
         left = cards - own.cards if cards else 0
         if cards and left < max(ranks, 0 if self.rollout.named else 1):
             raise ConfigError(

@@ -36,14 +36,16 @@ def holds_checkpoint(directory: Path) -> bool:
     return True
 
 
-def home_of_config(directory: Path, config: Path | None) -> Path:
+def home_of_config(directory: Path, config: Path | None, *, critic: bool = False) -> Path:
     """The directory that holds ``config.json`` and the tokenizer of a checkpoint.
 
-    ``config`` where it is given; else the checkpoint itself; else ``model.path`` of the run that wrote it.
+    ``config`` where it is given; else the checkpoint itself; else ``model.path`` of the run that wrote it, or of its
+    ``critic`` what that started from.
     """
     candidates = [config] if config else [directory]
     if not config and (directory / HEADER).is_file():
-        path = read_header(directory)["extra"].get("config", {}).get("model", {}).get("path")
+        run = read_header(directory)["extra"].get("config", {})
+        path = (run.get("critic", {}).get("path") if critic else "") or run.get("model", {}).get("path")
         candidates += [Path(path)] if path else []
     for candidate in candidates:
         if (candidate / "config.json").is_file():

@@ -70,7 +70,8 @@ def open_source(
             f"{directory} is a Hugging Face directory, which holds one model: --model {model} chooses among those of a "
             f"run's checkpoint"
         )
-    return _open(directory, kind, Model(home_of_config(directory, config), groups, model), drop_unknown)
+    home = home_of_config(directory, config, critic=model == CRITIC)
+    return _open(directory, kind, Model(home, groups, model), drop_unknown)
 
 
 def _open(directory: Path, kind: Kind, model: Model, drop_unknown: bool) -> Source:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_gspo.convert.kinds import home_of_config, kind_of
 from megatron_gspo.convert.run import Show
-from megatron_gspo.convert.sources import MegatronSource, Model, StoredTensors
+from megatron_gspo.convert.sources import CRITIC, MegatronSource, Model, StoredTensors
 from megatron_gspo.errors import ConfigError, WeightError
 from megatron_gspo.megatron.checkpoint import POLICY
 from megatron_gspo.megatron.groups import Groups
@@ -91,7 +91,8 @@ def verify_tensors(
 def _open(directory: Path, config: Path | None, groups: Groups, model: str) -> Side:
     if kind_of(directory) == "hugging-face":
         return StoredTensors(directory)
-    return MegatronSource(directory, Model(home_of_config(directory, config), groups, model), whole=False)
+    home = home_of_config(directory, config, critic=model == CRITIC)
+    return MegatronSource(directory, Model(home, groups, model), whole=False)
 
 
 def _names(side: Side) -> set[str]:

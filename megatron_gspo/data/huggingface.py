@@ -191,8 +191,11 @@ def _check_vocabulary(hf: Any, directory: Path, settings: Mapping[str, Any]) -> 
 
 def _check_named_once(directory: Path, settings: Mapping[str, Any]) -> None:
     """Raises DataError for two files that say different things: transformers takes ``special_tokens_map.json``'s
-    tokens, the last of several templates of one name, and a template's mark of its encoding for text."""
-    for name, other in read_json(directory, "special_tokens_map.json").items():
+    tokens, but where ``added_tokens_decoder`` is given, as in most directories (then it does not read that file, and a
+    stale one is harmless); the last of several templates of one name; and a template's mark of its encoding for
+    text."""
+    read = "added_tokens_decoder" not in settings
+    for name, other in read_json(directory, "special_tokens_map.json").items() if read else ():
         mine, theirs = _content(settings.get(name)), _content(other)
         if name in ("bos_token", "eos_token") and None not in (mine, theirs) and mine != theirs:
             raise DataError(

@@ -81,6 +81,14 @@ def holds_messages(text: str) -> bool:
     return begins[:1] == "{" and all(pattern.search(text) for pattern in _ONE_MESSAGE)
 
 
+def holds_media(value: object) -> bool:
+    """Whether a field for images, audio or video has any: Parquet gives rows without them a null, an empty list, or an
+    object whose fields are null."""
+    if isinstance(value, dict):
+        return any(map(holds_media, value.values()))
+    return any(map(holds_media, value)) if isinstance(value, list | tuple) else bool(value)
+
+
 def _is_blank(text: str) -> bool:
     return not text.translate(dict.fromkeys(map(ord, _INVISIBLE))).strip()
 
@@ -99,7 +107,7 @@ def _message(value: object, place: str) -> ChatMessage:
     if "content" not in fields:
         raise DataError(f"{place} = {value!r:.80} is no chat message: it needs role and content, which is not null")
     content = _content(fields["content"], place)
-    if media := next((key for key in MEDIA if fields.get(key)), None):
+    if media := next((key for key in MEDIA if holds_media(fields.get(key))), None):
         raise DataError(f"{place} has {media!r}: images, audio and files do not reach a language model")
     if role == "user" and _is_blank(content):
         raise DataError(f"{place}: the user's turn is empty, got {fields['content']!r:.80}")

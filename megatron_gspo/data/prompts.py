@@ -14,7 +14,7 @@ from megatron_gspo.data.files import open_rows
 from megatron_gspo.data.fingerprint import Fingerprint
 from megatron_gspo.data.formats import Example, Paths, PromptFormat, completion_of, read_example, recognise
 from megatron_gspo.data.lazy import Cache, LazyItems
-from megatron_gspo.data.messages import MEDIA, ChatMessage
+from megatron_gspo.data.messages import MEDIA, ChatMessage, holds_media
 from megatron_gspo.data.rows import Row, Rows
 from megatron_gspo.data.tokenizer import Tokenizer, training_end
 from megatron_gspo.errors import DataError
@@ -332,7 +332,7 @@ class _Reader:
                 "the row has tools, which would not reach the chat template: give those that all rows share as "
                 "data.chat_template_kwargs.tools, and leave the field out or name it otherwise"
             )
-        if media := next((name for name in MEDIA if name != "files" and example.metadata.get(name)), None):
+        if media := next((name for name in MEDIA if name != "files" and holds_media(example.metadata.get(name))), None):
             raise DataError(
                 f"the row has {media!r}: images, audio and files do not reach a language model; name the "
                 f"field otherwise if the prompt says all without them"

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from megatron_gspo.errors import RewardError
-from megatron_gspo.supervise import end, first_to_say, is_supervised
+from megatron_gspo.supervise import end, first_to_say, is_supervised, was_interrupted
 
 STANDARD = {0: "standard input", 1: "standard output", 2: "standard error"}
 CONNECTIONS = ("socket:", "pipe:", "anon_inode:")
@@ -32,10 +32,13 @@ Open = dict[int, str]
 """Descriptor -> what it is."""
 
 
-def _umask() -> int:
-    """Read without setting it: other threads make files meanwhile."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1], 8) for line in status if line.startswith("Umask:"))
+STATUS = "/proc/self/status"
+
+
+def _umask() -> int | None:
+    """Read without setting it: other threads make files meanwhile. None where the system does not tell (gVisor)."""
+    with open(STATUS) as status:
+        return next((int(line.split()[1], 8) for line in status if line.startswith("Umask:")), None)
 
 
 def _handlers() -> dict[int, Any]:
@@ -44,6 +47,7 @@ def _handlers() -> dict[int, Any]:
 
 
 def _set_handlers(handlers: dict[int, Any]) -> None:
+    """Raises ValueError on another thread than the main one."""
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -128,7 +132,7 @@ class Guard:
 
     def _give_settings_back(self, name: str) -> None:
         for what, (look, give_back) in SETTINGS.items():
-            if look() == self._settings[what]:
+            if look() == self._settings[what] or (look is _handlers and was_interrupted()):  # Ctrl-C sets its own
                 continue
             with contextlib.suppress(OSError, ValueError):  # signals, of another thread than the main one
                 give_back(self._settings[what])

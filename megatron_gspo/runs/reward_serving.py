@@ -69,8 +69,17 @@ class Guard:
             self.say(self._servers.said.pop(0))
 
     def _watch(self) -> None:
+        said = ""
         while not self._over.wait(LOOK_S):
-            self.look()
+            try:
+                self.look()
+            except Exception as error:  # a full disk, say: perhaps not for long, and nobody else looks after them
+                failure = f"warning: reward servers are not looked after: {type(error).__name__}: {error}"
+                if failure != said:
+                    self.say(failure)
+                said = failure
+            else:
+                said = ""
 
 
 def _answers(url: str) -> bool:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_gspo.config import RunConfig
 from megatron_gspo.data.tokenizer import open_tokenizer
 from megatron_gspo.errors import MegatronGspoError
-from megatron_gspo.hf.carried import find_carried
+from megatron_gspo.hf.carried import Carried, find_carried
 from megatron_gspo.hf.catalog import read_model
 from megatron_gspo.hf.checkpoint import write_shards
 from megatron_gspo.hf.critic import name_as_critic
@@ -38,18 +38,20 @@ class HuggingFaceSave:
     """A directory that transformers and SGLang load, on its way to disk; each owner writes its own tensors.
 
     Every rank makes one and calls its methods; all are collective. It is written under another name and moved when it
-    is whole. The configuration and the tokenizer are those of ``model.path``; ``dtype`` becomes the model's. Layers
-    that the family carries without computing them (multi-token prediction) come from there unchanged; a critic has
-    none.
+    is whole. The configuration and the tokenizer are those of ``model.path``, of a critic of ``critic.path`` where that
+    is set; ``dtype`` becomes the model's. Layers that the family carries without computing them (multi-token
+    prediction) come from there unchanged; a critic has none.
     """
 
     def __init__(self, config: RunConfig, groups: Groups, directory: Path, *, critic: bool = False) -> None:
         self._config, self._world, self.directory, self._critic = config, groups.world, directory, critic
         self._unfinished = directory.with_name(directory.name + UNFINISHED)
-        _, shape = read_model(config.model.path)
-        source = Path(config.model.path)
-        self._carried = None if critic else together(lambda: find_carried(source, shape), groups.world)
+        self._home = Path((config.critic.path if critic else "") or config.model.path)
+        self._carried = None if critic else together(self._find_carried, groups.world)
         self._on_first_rank(self._begin)
+
+    def _find_carried(self) -> Carried:
+        return find_carried(self._home, read_model(self._home)[1])
 
     def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
         """Writes this rank's tensors; not collective. Returns {tensor name: file name}. Raises WriteError."""
@@ -74,8 +76,7 @@ class HuggingFaceSave:
 
     def _publish(self, weight_map: dict[str, str]) -> None:
         write_index(self._unfinished, name_shards(self._unfinished, weight_map))
-        model = self._config.model
-        for line in copy_companions(Path(model.path), self._unfinished, dtype=model.dtype):
+        for line in copy_companions(self._home, self._unfinished, dtype=self._config.model.dtype):
             _warn_once(line)
         if self._critic:
             name_as_critic(self._unfinished)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_gspo.algorithm.gae import ValueScale
 from megatron_gspo.config import load
+from megatron_gspo.hf.directory import write_json
 from megatron_gspo.report.recorder import RunRecorder
 from megatron_gspo.runs.loop import train
 from tests.convert.ranks import convert, verify_rank
@@ -107,12 +109,26 @@ def test_a_run_with_a_critic_resumes_bit_for_bit_and_gives_a_critic_that_transfo
     assert header["models"]["critic"]["step"] >= 1
 
 
+def shortened(model: Path, layers: int) -> Path:
+    """The model without its later layers, in place."""
+    config = json.loads((model / "config.json").read_text())
+    write_json(model / "config.json", config | {"num_hidden_layers": layers})
+    later = re.compile(rf"\.layers\.({'|'.join(map(str, range(layers, config['num_hidden_layers'])))})\.")
+    save_file({name: t for name, t in tensors(model).items() if not later.search(name)}, model / "model.safetensors")
+    return model
+
+
 def test_a_critic_starts_from_a_critic(ranks: RankPool, settings: Settings, quickstart: Path, tmp_path: Path) -> None:
+    """Of fewer layers than the policy has, which both of its Hugging Face directories say."""
     one = ("parallel.tensor=1", "parallel.expert=1", "train.outer_steps=1", "critic.normalise=false")
     with StandIn(quickstart / "model") as server:
         ranks.run(1, run, settings(server, *one))
         again = settings(server, *one, f'train.run_dir="{tmp_path / "again"}"')
-        ranks.run(1, run, [*again, f'critic.path="{tmp_path / "run" / "critic-hf"}"'])
+        short = shortened(tmp_path / "run" / "critic-hf", 2)
+        ranks.run(1, run, [*again, f'critic.path="{short}"'])
+    written, made = tmp_path / "again" / "critic-hf", tmp_path / "made"
+    convert(ranks, tmp_path / "again" / "checkpoints" / "outer_00001", made, model="critic")
+    assert beside(written) == beside(made) == beside(short) and tensors(written).keys() == tensors(short).keys()
     first, second = lines(tmp_path / "run")[0], lines(tmp_path / "again")[0]
     assert first["critic/values"] == 0.0 != second["critic/values"]
 

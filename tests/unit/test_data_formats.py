@@ -503,6 +503,8 @@ def test_what_a_row_would_lose_without_a_word_is_refused(tmp_path: Path, row: di
 def test_what_only_resembles_messages_or_media_is_read(tmp_path: Path) -> None:
     assert one(tmp_path, {"prompt": '{"role": "admin", "content": 1} is what?'}).text.startswith('<user:{"role"')
     assert one(tmp_path, {"prompt": "a", "images": [], "image": None}).text == "<user:a>"
+    empty = {"bytes": None, "path": None}  # a row without an image, as Parquet's columns of images have it
+    assert one(tmp_path, {"prompt": "a", "image": empty, "images": [empty], "audio": [None]}).text == "<user:a>"
     assert one(tmp_path, {"prompt": "a", "files": {"a.py": "x"}}).metadata["files"] == {"a.py": "x"}  # of a program
 
 

@@ -21,6 +21,7 @@ def test_a_text_stays_as_it_is() -> None:
 def test_a_text_that_begins_as_a_list_is_a_text_and_empty_media_are_none() -> None:
     assert check_prompt('[{"id": 1}] How many?') == '[{"id": 1}] How many?'
     assert check_prompt([user("2+2?", images=[], audio=None)]) == (user("2+2?", images=[]),)
+    assert check_prompt([user("2+2?", images=[{"bytes": None}])]) == (user("2+2?", images=[{}]),)
 
 
 def test_parts_of_text_are_joined_with_nothing_between_them() -> None:

@@ -259,6 +259,18 @@ def test_files_that_say_two_things_or_nothing_usable_are_named(
     assert "\n" not in str(caught.value)
 
 
+def test_a_stale_map_of_special_tokens_is_no_error_where_transformers_does_not_read_it(hf: Path) -> None:
+    """As in directories whose end of a turn was changed in tokenizer_config.json alone."""
+    backend = Backend.from_file(str(hf / "tokenizer.json"))
+    end = backend.token_to_id("<eos>")
+    settings = json.loads((hf / "tokenizer_config.json").read_text())
+    added = {str(end): {"content": "<eos>", "special": True}}
+    (hf / "tokenizer_config.json").write_text(json.dumps(settings | {"added_tokens_decoder": added}))
+    (hf / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<end>", "lstrip": False}}))
+    tokenizer = load_tokenizer(hf)
+    assert tokenizer.eos_id == end and tokenizer.stop_ids == (end,)
+
+
 def test_an_error_that_names_a_key_alone_says_what_kind_it_is(hf: Path) -> None:
     (hf / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"cannot load the tokenizer: KeyError: 'added_tokens'"):

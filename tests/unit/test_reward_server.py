@@ -137,6 +137,7 @@ def test_it_has_the_last_cards_and_neither_ranks_nor_rollout_servers_get_them(ma
     on_cpu = placed(config, ranks=2, cards=0)
     assert on_cpu.first_cards == (0, 0) and on_cpu.server_args == ("--tp-size", "2")
     assert make({}).placed(ranks=2, cards=8, cores=4).cards == frozenset(range(2, 8))
+    assert make({}).cards_left(ranks=4, cards=1) == 1, "without one, what lacks cards is not its doing"
 
 
 def test_a_scorer_takes_tokens_and_a_judge_has_its_own_tokenizer(make: Make) -> None:
@@ -228,6 +229,24 @@ def test_the_guard_ends_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     with Guard(local, print) as guard:  # type: ignore[arg-type]
         assert looked.wait(10)
     assert not guard._thread.is_alive()
+
+
+def test_a_look_that_fails_is_said_once_and_the_next_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_serving, "LOOK_S", 0.001)
+    enough, said, looks = threading.Event(), list[str](), list[int]()
+
+    def mend(silent: Any = ()) -> dict[str, str]:
+        looks.append(1)
+        if len(looks) > 5:
+            enough.set()
+            return {}
+        raise OSError("No space left on device")
+
+    local = Local()
+    monkeypatch.setattr(local, "mend", mend)
+    with Guard(local, said.append):  # type: ignore[arg-type]
+        assert enough.wait(10)
+    assert said == ["warning: reward servers are not looked after: OSError: No space left on device"]
 
 
 def asked_once(service: Service) -> Any:

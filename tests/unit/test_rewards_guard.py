@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_gspo import supervise
 from megatron_gspo.config import RewardConfig
 from megatron_gspo.errors import ConfigError, RewardError
 from megatron_gspo.rewards import Reward, TokenRewards, guard, resolve_reward, score_groups
@@ -201,6 +202,29 @@ def test_what_the_whole_process_has_one_of_is_given_back_and_that_is_said(
         assert look() != before
     assert look() == before
     assert capsys.readouterr().err == f"warning: reward 'judge' changed {what}: it is as it was\n"
+
+
+def test_ctrl_c_in_a_reward_is_not_taken_for_its_doing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its handler has itself be ignored from then on, while the run ends."""
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(supervise, "_interrupted", False)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    try:
+        supervise.interrupt_quietly()
+        with pytest.raises(KeyboardInterrupt), Guard().around("judge"):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_system_that_does_not_tell_the_umask_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "status").write_text("Name:\tpython\nState:\tR (running)\n")
+    monkeypatch.setattr(guard, "STATUS", str(tmp_path / "status"))
+    assert score(lambda prompt, response: 1.0, 1, 1) == [1, 1]
 
 
 def test_an_error_that_cannot_be_printed_or_is_endless_is_one_short_line() -> None:
