@@ -93,14 +93,16 @@ def balanced(model: Model, stages: int) -> tuple[int, ...] | None:
 
 def server_tensors(model: Model, request: Request) -> list[int]:
     """GPUs that one server may have: sizes that divide the model, within a node, or over two where one does not hold
-    the weights."""
-    sizes = []
+    the weights. Raises ConfigError for a model that no server takes in eight bits."""
+    sizes, family, shape = [], model.family, model.shape
+    if request.engine_dtype and (wrong := misfits(family, shape, attention=1, dense=1, experts=1)):
+        raise ConfigError(f"--fp8-rollouts needs matrices of whole blocks of 128, and {', '.join(wrong)}: leave it out")
     for tensor in powers(2 * request.per_node):
         try:
             check_divides(server_sizes(["--tp-size", str(tensor)]), model.config)
         except ConfigError:
             continue
-        if request.engine_dtype and misfits(model.family, model.shape, attention=tensor, dense=tensor, experts=tensor):
+        if request.engine_dtype and misfits(family, shape, attention=tensor, dense=tensor, experts=tensor):
             continue
         sizes.append(tensor)
     return [size for size in sizes if size <= request.per_node] or sizes

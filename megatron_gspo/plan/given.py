@@ -20,7 +20,9 @@ from megatron_gspo.plan.search import Outcome, Plan, trainer_seconds
 from megatron_gspo.plan.serving import Servers, rollout_seconds
 from megatron_gspo.plan.settings import Choice, Request
 from megatron_gspo.plan.workload import Workload
+from megatron_gspo.rollout.sglang.cards import check_divides
 from megatron_gspo.runs.reward_serving import placed
+from megatron_gspo.train.engine_dtype import check_eight_bits
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,9 @@ def weighed(model: Model, gpu: Gpu, run: Given) -> Outcome:
     request, choice = run.request, run.choice
     check_layout(choice.parallel, model.shape)
     check_recompute(run.config.model, choice.parallel, model.shape)
+    sizes = run.config.placement.sizes(run.config.rollout)
+    check_divides(sizes, model.config)
+    check_eight_bits(run.config.rollout, run.config.model.path, model.family, model.shape, sizes)
     trainer = trainer_memory(model, request, choice, run.config)
     beside = trainer if choice.colocated else None
     server = server_memory(model, gpu, request, choice.servers, beside, choice.share)
@@ -127,6 +132,7 @@ def _servers(config: RunConfig, gpus: int, colocated: bool) -> Servers:
     tensor = config.placement.sizes(config.rollout).cards
     named = len(config.rollout.servers) or config.rollout.local_servers
     if colocated and gpus % tensor:
-        raise ConfigError(f"{gpus} GPUs are no whole servers of placement.tensor = {tensor}")
+        aside = f", with {own} set aside for reward_server," if (own := config.reward_server.cards) else ""
+        raise ConfigError(f"{gpus} GPUs{aside} are no whole servers of placement.tensor = {tensor}")
     dtype = EIGHT_BITS if config.rollout.engine_dtype == EIGHT_BITS else ""
     return Servers(named or (gpus // tensor if colocated else 1), tensor, dtype)

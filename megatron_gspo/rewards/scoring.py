@@ -218,6 +218,8 @@ async def _within(action: Coroutine[Any, Any, Any], seconds: float | None) -> An
         if not task.done():
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             asyncio._unregister_task(task)
+        elif not task.cancelled():
+            task.exception()  # or asyncio prints it, of one that raised as it was cancelled
 
 
 async def _call(reward: Reward, action: Callable[[], Any], is_async: bool) -> Any:

@@ -71,12 +71,32 @@ def test_what_is_no_run_on_these_cards_is_said(tmp_path: Path) -> None:
         given(load(GSPO, ["placement.tensor=2", "parallel.expert=1"]), 6, 8)
     with pytest.raises(ConfigError, match=r"2 GPUs are no whole servers of placement\.tensor = 4"):
         given(load(GSPO), 2, 8)
+    with pytest.raises(ConfigError, match=r"7 GPUs, with 1 set aside for reward_server, are no whole servers of"):
+        given(load(GSPO, ['reward_server.model="m"']), 8, 8)
     with pytest.raises(ConfigError, match="4 servers of 4 GPUs leave none of 16 for the trainer"):
         given(load(GSPO, ['placement.mode="apart"', "rollout.local_servers=4"]), 16, 8)
     with pytest.raises(ConfigError, match=r'algorithm\.name = "sft": a plan is of training with rollouts'):
         given(load(SFT), 16, 8)
     with pytest.raises(ConfigError, match=r"placement\.memory = 0\.8: .* planned with: at most 0\.7"):
         weighed(find_model("qwen3-30b-a3b"), H100, given(load(GSPO, ["placement.memory=0.8"]), 16, 8))
+
+
+def test_servers_that_would_not_start_are_no_plan() -> None:
+    """Of 768 columns of an expert a rank of four has 192, which are no whole blocks; 32 heads are not 3 x anything."""
+    model = find_model("qwen3-30b-a3b")
+    with pytest.raises(ConfigError, match=r'engine_dtype = "fp8" needs .* with 4 tensor rank\(s\), .*use a smaller'):
+        weighed(model, H100, given(load(GSPO, ['rollout.engine_dtype="fp8"']), 16, 8))
+    with pytest.raises(ConfigError, match=r"the size of a local server \(placement, rollout\.server_args\)"):
+        weighed(model, H100, given(load(GSPO, ["placement.tensor=3", "parallel.expert=4"]), 12, 12))
+
+
+def test_a_model_that_no_server_takes_in_eight_bits_is_named_and_not_said_to_be_too_large(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = find_model("qwen3-0.6b").config | {"intermediate_size": 3000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(tmp_path), "--gpus", "1", "--fp8-rollouts"]) == 2
+    assert "--fp8-rollouts needs matrices of whole blocks of 128, and mlp.gate_proj" in capsys.readouterr().err
 
 
 PPO = ('algorithm.name="ppo"', 'algorithm.credit="gae"', "algorithm.clip_low=0.2", "algorithm.clip_high=0.2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -168,6 +169,19 @@ def test_a_loop_that_tries_again_after_whatever_is_raised_is_given_up_in_time() 
     with pytest.raises(RewardError, match=r"'judge' gave no answer within 0\.2 s"):
         asyncio.run(score_groups(Reward("judge", judge, timeout_s=0.2), [group(3, 3)]))
     assert time.monotonic() - begin < 20
+
+
+def test_what_is_raised_as_a_late_call_is_cancelled_is_not_printed(caplog: pytest.LogCaptureFixture) -> None:
+    async def judge(prompt: Prompt, response: Rollout) -> float:
+        try:
+            await asyncio.sleep(600)
+        finally:
+            raise ValueError("the connection was closed")
+
+    with pytest.raises(RewardError, match=r"'judge' gave no answer within 0\.1 s"):
+        asyncio.run(score_groups(Reward("judge", judge, timeout_s=0.1), [group(3)]))
+    gc.collect()
+    assert caplog.text == ""
 
 
 def _handle(*_: object) -> None: ...
