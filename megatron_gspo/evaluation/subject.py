@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megatron_gspo.config import ModelConfig, RunConfig, load, parse
+from megatron_gspo.config import ModelConfig, RewardServerConfig, RunConfig, load, parse
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.catalog import read_config
 from megatron_gspo.megatron.checkpoint_files import LATEST, checkpoints_in, latest_in
 from megatron_gspo.runs.export import export_checkpoint
+from megatron_gspo.train.reward import may_ask_own_servers
 
 NOTHING_IS_TRAINED = ('train.run_dir="(evaluation)"', "train.microbatch_tokens=2147483647")
 """Settings of training that would refuse longer responses, or prompts in the run's own directory."""
@@ -46,7 +47,7 @@ class Subject:
 
 def of_configuration(path: Path, overrides: Sequence[str], *, suites: bool = False) -> Subject:
     """The policy that a TOML file starts from. ``suites``: it needs no held-out prompts. Raises ConfigError."""
-    config = _with_prompts(load(path, [*NOTHING_IS_TRAINED, *overrides]), path, suites)
+    config = _asked(load(path, [*NOTHING_IS_TRAINED, *overrides]), path, suites)
     return Subject("configuration", path, config, Path(config.model.path))
 
 
@@ -55,7 +56,7 @@ def of_run(
 ) -> Subject:
     """A run's ``hf/`` when it is finished; else, or when ``checkpoint`` names one, a checkpoint. ``suites``: it needs
     no held-out prompts. Raises ConfigError."""
-    config = _with_prompts(load(path / "config.toml", [*NOTHING_IS_TRAINED, *overrides]), path, suites)
+    config = _asked(load(path / "config.toml", [*NOTHING_IS_TRAINED, *overrides]), path, suites)
     if checkpoint is None and finished and (path / "hf" / "config.json").is_file():
         return Subject("run", path, config, path / "hf")
     return Subject("run", path, config, None, find_checkpoint(path / "checkpoints", checkpoint or LATEST))
@@ -104,7 +105,11 @@ def exported(subject: Subject, directory: Path) -> Iterator[Subject]:
         yield replace(subject, model=model, step=step)
 
 
-def _with_prompts(config: RunConfig, path: Path, suites: bool) -> RunConfig:
+def _asked(config: RunConfig, path: Path, suites: bool) -> RunConfig:
+    """What an evaluation takes of a run's configuration. Servers of a reward that this one does not ask (it has
+    ``--reward`` of its own, or suites, which have theirs) are not started, and get no cards. Raises ConfigError."""
+    if suites or not may_ask_own_servers(config.reward):
+        config = config.model_copy(update={"reward_server": RewardServerConfig()})
     if not config.data.eval_path and not suites:
         raise ConfigError(f"{path} names no held-out prompts (data.eval_path): give --prompts FILE, or --suite NAME")
     return config

@@ -111,6 +111,19 @@ def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(tmp_path: P
     assert "no checkpoint '../hf'" in refusal(capsys, run, "--checkpoint", "../hf")
 
 
+def test_servers_of_a_reward_that_is_not_asked_are_neither_started_nor_a_mistake(tmp_path: Path) -> None:
+    """A run with a judge of its own, asked with another reward, and with suites, which have theirs."""
+    run = run_with(tmp_path / "run").path
+    own = ['reward_server.model="judge"', 'reward_server.kind="judge"', 'reward.function="judge"', "reward.options={}"]
+
+    def served(*overrides: str, suites: bool = False) -> str:
+        subject = of_run(run, [*own, *overrides], checkpoint=None, finished=True, suites=suites)
+        return subject.config.reward_server.model
+
+    assert served() == "judge" and served(suites=True) == ""
+    assert served('reward.function="gsm8k"') == "" and served('reward.function="mine.py:reward"') == "judge"
+
+
 def test_a_longer_response_than_training_packs_and_prompts_within_the_run_are_no_mistake(tmp_path: Path) -> None:
     run = run_with(tmp_path / "run").path
     overrides = ["rollout.max_response_tokens=100_000", f'data.eval_path="{run}/mine.jsonl"']
