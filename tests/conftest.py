@@ -52,7 +52,6 @@ TAKE_LONG = (
     "unit/test_bench.py::test_bench_logprobs_prints_every_head",
     # What the objectives of `parity` show of every loss, by whole steps.
     "test_every_loss_gives_the_step_of_one_process[g",
-    "test_every_loss_holds_over_tensor_context_and_data_ranks",
     "test_every_loss_trains_and_gspo_token_takes_gspos_steps",
     # Of each kind of layout some stay.
     *(

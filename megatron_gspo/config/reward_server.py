@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from megatron_gspo.config.rollouts import without_keys
-from megatron_gspo.section import AsList, Positive, PositiveFloat, Section
+from megatron_gspo.section import AsList, Count, Positive, Seconds, Section
 
 JUDGE_NAME = "judge"
 """The model's name in requests to a judge that a run has started."""
@@ -32,9 +32,9 @@ class RewardServerConfig(Section):
     """What they compute in; when empty, float32 on a CPU and bfloat16 on GPUs."""
     args: Annotated[tuple[str, ...], AsList, AfterValidator(without_keys)] = ()
     """More arguments for each, after those that the launcher chooses, which they overrule."""
-    start_s: PositiveFloat = 300.0
+    start_s: Seconds = 300.0
     """Seconds that one may take until it is healthy, and that a reward waits for one that is started again."""
-    restarts: Annotated[int, Field(ge=0)] = 10
+    restarts: Count = 10
     """How often, at most, those that have died or answer nothing are started again in one start of a run."""
 
     @property

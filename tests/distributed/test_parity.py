@@ -66,8 +66,8 @@ def test_a_right_layout_holds_at_the_rounding_of_float64(tiny: Bench, layout: st
     assert (row.straddling > 0) == ("TP2" in layout)
 
 
-IN_EVERY_RUN = ("gspo-token", "dapo", "cispo")
-"""Of each kind one: a response's ratio for each token, clipped tokens in another aggregation, a weight on log pi."""
+IN_EVERY_RUN = ("dapo", "kl-cov")
+"""One whose responses have other weights than the critic's step, and one that looks at a whole mini-batch first."""
 
 
 @pytest.mark.parametrize(
