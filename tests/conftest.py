@@ -18,7 +18,6 @@ with contextlib.suppress(ValueError):  # not the main thread
 
 TAKE_LONG = (
     "convert/test_verify.py::test_logits_are_those_of_transformers_at_every_layout[parallel1]",
-    "distributed/test_bench_replay.py::test_the_whole_benchmark_runs",
     "goes_on_bitwise_from_a_checkpoint_of_the_same_layout[float64-TP2xPP2xEP2]",
     "convert/test_verify.py::test_logits_of_another_model_differ",
     "expert_ranks[tiny-glm4-moe]",

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,15 +24,13 @@ from megatron_gspo.batching.packing import pack
 from megatron_gspo.bench.launch import on_ranks
 from megatron_gspo.bench.measure import Spread, machine
 from megatron_gspo.config import ParallelConfig, RunConfig, parse
-from megatron_gspo.megatron.groups import Groups, make_groups, start_distributed
+from megatron_gspo.megatron.groups import make_groups, start_distributed
 from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.parallel.exchange import exchange
-from megatron_gspo.parallel.sequence import ShardedSequenceSum
 from megatron_gspo.quiet import mute
 from megatron_gspo.rollout.sglang.routes import decode_routes
-from megatron_gspo.train.assembly import Run
 from megatron_gspo.train.batch import Minibatch, place
-from megatron_gspo.train.engine_gate import make_gate
+from megatron_gspo.train.learner import Learner, build_learner
 from megatron_gspo.train.routing import deal_routes, open_routing, routing_metrics
 from megatron_gspo.train.step import pi_old_pass, train_minibatch
 from megatron_gspo.types import RouteShape, Sample
@@ -181,12 +179,12 @@ def time_steps(settings: Settings) -> dict[str, Any]:
     start_distributed()
     try:
         with tempfile.TemporaryDirectory() as directory:
-            run, minibatches = a_run(Path(directory), settings)
+            learner, minibatches = a_learner(Path(directory), settings)
         turns: dict[str, list[float]] = {mode: [] for mode in MODES}
         for turn in range(settings.repetitions + 1):
-            for mode, replay in MODES.items():
+            for mode, own in MODES.items():
                 started = time.process_time()
-                take_step(with_replay(run, replay), minibatches)
+                take_step(with_replay(learner, own), minibatches)
                 if turn:  # the first one is for warming up
                     turns[mode].append(time.process_time() - started)
         plain = next(iter(MODES))
@@ -203,25 +201,25 @@ def time_steps(settings: Settings) -> dict[str, Any]:
         dist.destroy_process_group()
 
 
-def take_step(run: Run, minibatches: list[Minibatch]) -> None:
+def take_step(learner: Learner, minibatches: list[Minibatch]) -> None:
     """``train.step.outer_step`` from placed samples to the last mini-batch's metrics."""
     samples = [sample for minibatch in minibatches for part in minibatch.samples for sample in part]
-    routing = open_routing(run, samples, minibatches, 0)
-    minibatches = pi_old_pass(run, minibatches, routing)
-    routing.mismatch(run, minibatches)
+    routing = open_routing(learner, samples, minibatches, 0)
+    minibatches = pi_old_pass(learner, minibatches, routing)
+    routing.mismatch(learner, minibatches)
     for index, minibatch in enumerate(minibatches):
-        trained, _, live = train_minibatch(run, minibatch, index)
-        routing_metrics(run, trained, live, 1)
+        trained, _, live = train_minibatch(learner, minibatch, index)
+        routing_metrics(learner, trained, live, 1)
 
 
-def with_replay(run: Run, replay: dict[str, Any]) -> Run:
-    """The run with another ``[replay]``."""
-    tree = run.config.model_dump(exclude_unset=True) | {"replay": replay}
-    return Run(**(vars(run) | {"config": RunConfig.model_validate(tree)}))
+def with_replay(learner: Learner, settings: dict[str, Any]) -> Learner:
+    """The same with another ``[replay]``."""
+    tree = learner.config.model_dump(exclude_unset=True) | {"replay": settings}
+    return replace(learner, config=RunConfig.model_validate(tree))
 
 
-def a_run(directory: Path, settings: Settings) -> tuple[Run, list[Minibatch]]:
-    """A small model's run without servers, and an outer step of 16 prompts x 8 responses of 26 tokens."""
+def a_learner(directory: Path, settings: Settings) -> tuple[Learner, list[Minibatch]]:
+    """A small model's, without servers, and an outer step of 16 prompts x 8 responses of 26 tokens."""
     write_model(directory, settings.hidden)
     tree: dict[str, Any] = {
         "model": {"path": str(directory)},
@@ -231,23 +229,13 @@ def a_run(directory: Path, settings: Settings) -> tuple[Run, list[Minibatch]]:
         "rollout": {"group_size": 8, "max_prompt_tokens": 13, "max_response_tokens": 16},
     }
     config = parse(tree)
-    groups = make_groups(config.parallel)
-    policy = Policy(config, groups)
-    nothing = dict.fromkeys(("tokenizer", "prompts", "eval_prompts", "cursor", "reference", "engine", "sync", "reward"))
-    run = Run(
-        config=config,
-        groups=groups,
-        policy=policy,
-        sequence_sum=ShardedSequenceSum(groups.token),
-        gate=make_gate(config),
-        **cast(Any, nothing),
-    )
+    learner = build_learner(config, make_groups(config.parallel))
     samples = [sample_of(group, 26, None, index) for group in range(16) for index in range(8)]
-    routed = [with_routes(sample, policy, config, groups) for sample in samples]
-    return run, place(routed, config, groups)
+    routed = [with_routes(sample, learner.policy) for sample in samples]
+    return learner, place(routed, config, learner.groups)
 
 
-def with_routes(sample: Sample, policy: Policy, config: RunConfig, groups: Groups) -> Sample:
+def with_routes(sample: Sample, policy: Policy) -> Sample:
     """The sample with the policy's own routes, as an engine at equal weights would send them."""
     batch = pack([sample.placed(1.0)], loss_dtype=torch.float32)
     with policy.replay.record() as live:
