@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
 def look(path: Path) -> dict[str, Any]:
     """The summary of a run; while it goes on, with what its servers say now. Raises DataError if it is no run."""
     from megatron_gspo.report.status import summarise
-    from megatron_gspo.rollout.sglang.probe import probe
+    from megatron_gspo.rollout.sglang.probe import find_key, probe
 
     summary = summarise(path)
     if summary["status"] == "running":
@@ -58,6 +58,8 @@ def look(path: Path) -> dict[str, Any]:
         summary["servers"] = [
             {"url": state.url, "error": state.error, "weight_version": state.weight_version} for state in states
         ]
+        states = probe([server["url"] for server in summary["reward_servers"]], key=find_key(path / "reward_servers"))
+        summary["reward_servers"] = [{"url": state.url, "error": state.error} for state in states]
     return summary
 
 

@@ -26,12 +26,12 @@ def describe(config: RunConfig, world_size: int, engine: Mapping[str, Any] | Non
     """The manifest of a run that starts now on ``world_size`` ranks.
 
     ``engine``: what the rollout servers said of themselves; its "version" becomes ``versions.sglang``, and its
-    "placement" stands by itself. No host name:
-    a manifest is something to send to others; "process" lets ``status`` on the same machine see whether it lives.
+    "placement" and "reward_servers" stand by themselves, where they are. No host name: a manifest is something to send
+    to others; "process" lets ``status`` on the same machine see whether it lives.
     """
     layout = config.parallel.model_dump() | {"data": config.parallel.data_size(world_size), "world_size": world_size}
     engine = dict(engine or {})
-    placement = engine.pop("placement", None)
+    apart = {name: engine.pop(name, None) for name in ("placement", "reward_servers")}
     return {
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -39,7 +39,7 @@ def describe(config: RunConfig, world_size: int, engine: Mapping[str, Any] | Non
         "clip_range": config.algorithm.clip_range(),
         "model": config.model.path,
         "layout": layout,
-        **({"placement": placement} if placement else {}),
+        **{name: value for name, value in apart.items() if value},
         "kernels": choose_kernels(config.model.kernels, config.model.dtype).record(),
         "seeds": {"train": config.train.seed},
         **adapters(config),

@@ -79,6 +79,7 @@ def summarise(run: RunDirectory | Path | str) -> dict[str, Any]:
         "time_split": {part: _mean(recent, f"time/{part}") for part in TIME_PARTS},
         "engine": {name: engine.get(name) for name in ("name", "version")},
         "servers": [{"url": url} for url in engine.get("urls") or ()],
+        "reward_servers": [{"url": url} for url in manifest.get("reward_servers") or ()],
         "servers_up": recent[-1].get("servers/up") if recent else None,
         "ranks": ranks_of(run.path, (manifest.get("layout") or {}).get("world_size")),
         "last_checkpoint": last_checkpoint(run),
@@ -250,7 +251,7 @@ def _lost_text(entry: dict[str, Any]) -> str:
 
 
 def _server_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """The engine, and each server: what it said when it was asked, else only its URL."""
+    """The engine, and each server, of rollouts and of rewards: what it said when it was asked, else only its URL."""
     name, version = summary["engine"]["name"], summary["engine"]["version"]
     up, of_all = summary["servers_up"], len(summary["servers"])
     served = "" if up is None or up == of_all else f", {up:g} of {of_all} servers in the last outer step"
@@ -260,6 +261,9 @@ def _server_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         if "error" in server:
             said = server["error"] or f"healthy, weights of version {server['weight_version']}"
         rows.append(("server", f"{server['url']} ({said})"))
+    for server in summary["reward_servers"]:
+        said = (server["error"] or "healthy") if "error" in server else "not asked"
+        rows.append(("reward server", f"{server['url']} ({said})"))
     return rows
 
 

@@ -176,14 +176,16 @@ def reinforce(session: Session, questions: Questions) -> Models:
         try:
             for note in notes:
                 recorder.note(note)
-            return train_policy(session, inputs, waiting)
+            return train_policy(session, inputs, waiting, servers.urls)
         finally:
             inputs.close_rewards()
 
 
-def train_policy(session: Session, inputs: Inputs, waiting: list[str] | None = None) -> Models:
+def train_policy(
+    session: Session, inputs: Inputs, waiting: list[str] | None = None, reward_urls: Sequence[str] = ()
+) -> Models:
     """Builds what a run needs, brings it to the checkpoint if there is one, and trains; returns what was trained.
-    ``waiting``: a list of what there is to say between steps, which others fill."""
+    ``waiting``: a list of what there is to say between steps, which others fill. ``reward_urls``: for the manifest."""
     config, recorder = session.config, session.recorder
     with rollout_servers(config, session.groups, recorder) as serving:
         placement = serving.placement
@@ -198,7 +200,8 @@ def train_policy(session: Session, inputs: Inputs, waiting: list[str] | None = N
         )
         run = replace(run, entering=recorder.enter, notes=run.notes if waiting is None else waiting)
         described = {"version": run.engine.version, "seeded": run.seeded, "urls": list(serving.urls)}
-        recorder.engine({**described, "placement": placement.record(), "sync": run.sync.describe()})
+        apart = {"placement": placement.record(), "reward_servers": list(reward_urls)}
+        recorder.engine({**described, **apart, "sync": run.sync.describe()})
         if untested_engine := untested("sglang", run.engine.version):
             recorder.note(f"warning: {untested_engine}")
         progress = Progress(run.cursor)

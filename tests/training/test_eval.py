@@ -16,6 +16,7 @@ from megatron_gspo.commands.status import look
 from megatron_gspo.config import RunConfig, SyncConfig
 from megatron_gspo.report.manifest import describe
 from megatron_gspo.report.rundir import RunDirectory
+from megatron_gspo.report.status import format_status
 from megatron_gspo.sync.base import make_weight_sync
 from megatron_gspo.sync.peers import Peers
 from tests.pool import RankPool
@@ -186,10 +187,15 @@ def test_a_server_that_is_down_is_one_line_and_leaves_nothing(
 
 def test_status_asks_the_servers_of_a_run_that_goes_on(fresh_server: str, run_config: RunConfig) -> None:
     run = RunDirectory.create(run_config)
-    run.write_manifest(describe(run_config, 2, {"version": "0.5.23", "urls": [fresh_server, "http://127.0.0.1:1"]}))
+    both = [fresh_server, "http://127.0.0.1:1"]
+    run.write_manifest(describe(run_config, 2, {"version": "0.5.23", "urls": both, "reward_servers": both}))
     assert run.manifest()["process"]["pid"] == os.getpid()
     alive, down = look(run.path)["servers"]
     assert alive == {"url": fresh_server, "error": None, "weight_version": "0"}
     assert "refused" in down["error"] and down["weight_version"] is None
+    assert look(run.path)["reward_servers"] == [{"url": url["url"], "error": url["error"]} for url in (alive, down)]
+    assert f"reward server  {fresh_server} (healthy)" in format_status(look(run.path))
     run.finish()
-    assert look(run.path)["servers"] == [{"url": fresh_server}, {"url": "http://127.0.0.1:1"}], "nobody to ask any more"
+    assert look(run.path)["servers"] == look(run.path)["reward_servers"] == [{"url": url} for url in both], (
+        "nobody asked"
+    )

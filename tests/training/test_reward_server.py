@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from megatron_gspo.cli import main
+from megatron_gspo.report.status import summarise
 from tests.pool import RankPool
 from tests.rollout.test_launcher import fake_python
 from tests.training.conftest import QUICKSTART
@@ -107,6 +108,8 @@ def test_a_run_starts_its_reward_model_and_goes_on_when_that_dies(
     assert "--is-embedding" in arguments and "--enable-deterministic-inference" not in arguments
     logs = tmp_path / "run" / "reward_servers"
     assert {path.name for path in logs.iterdir()} == {"sglang-0.log", "sglang-0.1.log"}, "and the key is gone"
+    port = arguments[arguments.index("--port") + 1]
+    assert summarise(tmp_path / "run")["reward_servers"] == [{"url": f"http://127.0.0.1:{port}"}]
     (first, files), (second, more) = started(tmp_path)
     assert not (files.exists() or more.exists() or psutil.pid_exists(first) or psutil.pid_exists(second))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
