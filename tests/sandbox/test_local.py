@@ -24,7 +24,7 @@ from megatron_gspo.sandbox import Limits, Outcome, Program, Sandbox, Verdict, op
 from megatron_gspo.sandbox.languages import LANGUAGES
 from megatron_gspo.sandbox.local import LocalSandbox
 from tests.sandbox.cases import DISK_MB
-from tests.sandbox.world import descendants
+from tests.sandbox.world import descendants, line_of, named, outlasting
 
 pytestmark = pytest.mark.usefixtures("namespaces")
 LIMITS = Limits(wall_s=20.0, cpu_s=5.0)
@@ -139,15 +139,17 @@ def test_processor_time_is_that_of_all_processes_together() -> None:
 def test_time_in_the_queue_is_not_the_programs() -> None:
     config = SandboxConfig(concurrency=1)
     program = Program("python", "import time\ntime.sleep(0.4)")
-    limits = replace(LIMITS, wall_s=5.0)
 
     async def all_at_once(sandbox: Sandbox) -> list[list[Outcome]]:
-        return await asyncio.gather(*(sandbox.run(program, [b""], limits) for _ in range(5)))
+        return await asyncio.gather(*(sandbox.run(program, [b""], LIMITS) for _ in range(5)))
 
     began = time.monotonic()
     outcomes = within(all_at_once, config)
-    assert time.monotonic() - began > 2.0, "one after the other"
-    assert all(outcome.verdict is Verdict.OK and outcome.wall_s < 2.0 for (outcome,) in outcomes)  # type: ignore[attr-defined]
+    took = time.monotonic() - began
+    assert took > 2.0, "one after the other"
+    assert all(outcome.verdict is Verdict.OK for (outcome,) in outcomes)  # type: ignore[attr-defined]
+    own = sum(outcome.wall_s for (outcome,) in outcomes)  # type: ignore[attr-defined]
+    assert own < took, "three times as much if each had begun with the first"
 
 
 def test_many_programs_at_once_each_get_what_is_theirs() -> None:
@@ -164,13 +166,13 @@ def test_a_run_that_is_given_up_is_ended_with_all_that_it_started() -> None:
 
     async def give_up(sandbox: Sandbox) -> tuple[int, list[str]]:
         task = asyncio.create_task(sandbox.run(Program("python", source), [b""], replace(LIMITS, wall_s=600.0)))
-        while sum(process.name().startswith("python3") for process in descendants()) < 4:
+        while sum(named(process).startswith("python3") for process in descendants()) < 4:
             await asyncio.sleep(0.02)
         during = descendants()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        left = [process.name() for process in during if process.is_running() and process.status() != "zombie"]
+        left = outlasting(during)
         (outcome,) = await sandbox.run(Program("python", "print(1)"), [b""], LIMITS)
         return len(during), left if outcome.stdout == b"1\n" else [str(outcome)]
 
@@ -196,16 +198,15 @@ def test_a_trainer_that_is_killed_or_interrupted_leaves_no_process(by: signal.Si
     trainer = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert trainer.stdout is not None and trainer.stdout.readline() == b"ready\n"
     process = psutil.Process(trainer.pid)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while len(process.children(recursive=True)) < 10 and time.monotonic() < deadline:
         time.sleep(0.02)
     started = process.children(recursive=True)
     assert len(started) >= 10, started
     trainer.send_signal(by)
-    trainer.wait(30)
+    trainer.wait(120)
     trainer.stdout.close()
-    _, alive = psutil.wait_procs(started, timeout=10)
-    assert alive == [], [child.cmdline() for child in alive]
+    assert outlasting(started) == []
 
 
 def test_a_keeper_that_dies_is_a_failure_of_the_sandbox_and_the_next_run_has_another() -> None:
@@ -213,7 +214,7 @@ def test_a_keeper_that_dies_is_a_failure_of_the_sandbox_and_the_next_run_has_ano
         sleeping = Program("python", "import sys, time\ntime.sleep(float(input()))")
 
         async def kill() -> None:
-            while not (found := [p for p in descendants() if "sleep" in str(p.cmdline()) or p.name() == "bwrap"]):
+            while not (found := [p for p in descendants() if "sleep" in str(line_of(p)) or named(p) == "bwrap"]):
                 await asyncio.sleep(0.02)
             keeper = found[0].parent()
             assert keeper is not None
@@ -321,14 +322,14 @@ def test_without_protection_limits_and_a_directory_of_its_own_hold_and_nothing_i
         [b"['main.py']", b"True", b"2"],
     ]
     assert len(set(where)) == 2 and not any(map(os.path.exists, where))
-    tight = replace(LIMITS, wall_s=1.0, memory_bytes=96 << 20, output_bytes=1000)
-    for program, verdict in (
-        ("import os, time\nos.fork(); os.setsid() if os.fork() == 0 else 0\ntime.sleep(60)", Verdict.TIME),
-        ("a = bytearray(1 << 30)", Verdict.MEMORY),
-        ("while True: print('x' * 100)", Verdict.OUTPUT),
-        ("import os\nos.kill(os.getpid(), 11)", Verdict.CRASHED),
+    tight = replace(LIMITS, memory_bytes=96 << 20, output_bytes=1000)
+    for program, wall_s, verdict in (
+        ("import os, time\nos.fork(); os.setsid() if os.fork() == 0 else 0\ntime.sleep(60)", 1.0, Verdict.TIME),
+        ("a = bytearray(1 << 30)", 20.0, Verdict.MEMORY),
+        ("while True: print('x' * 100)", 20.0, Verdict.OUTPUT),
+        ("import os\nos.kill(os.getpid(), 11)", 20.0, Verdict.CRASHED),
     ):
-        (outcome,) = python(program, config=config, limits=tight)
+        (outcome,) = python(program, config=config, limits=replace(tight, wall_s=wall_s))
         assert outcome.verdict is verdict, outcome
     assert descendants() == []
 

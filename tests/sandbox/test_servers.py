@@ -24,7 +24,7 @@ from megatron_gspo.errors import ConfigError
 from megatron_gspo.sandbox import Limits, Outcome, Program, Verdict, open_sandbox, remote, wire
 from megatron_gspo.sandbox.local import LocalSandbox
 from megatron_gspo.sandbox.server import MOST_AHEAD, application, runner_of, shared_key
-from tests.sandbox.world import descendants
+from tests.sandbox.world import descendants, named, outlasting
 
 LIMITS = Limits(wall_s=20.0, cpu_s=5.0)
 ECHO = Program("python", "print(input()[::-1])")
@@ -82,7 +82,7 @@ def test_a_client_that_goes_away_ends_what_it_had_run_and_what_waited(tmp_path: 
                 runs = [
                     asyncio.create_task(sandbox.run(sleeping, [b""], Limits(wall_s=600, cpu_s=60))) for _ in range(2)
                 ]
-                while not any(p.name() == "python3" for p in descendants()):
+                while not any(named(p) == "python3" for p in descendants()):
                     await asyncio.sleep(0.02)
                 for task in runs:
                     task.cancel()
@@ -90,7 +90,7 @@ def test_a_client_that_goes_away_ends_what_it_had_run_and_what_waited(tmp_path: 
             async with open_sandbox(served(url, file)) as sandbox:
                 began = time.monotonic()
                 (outcome,) = await sandbox.run(ECHO, [b"ab\n"], LIMITS)
-                assert outcome.stdout == b"ba\n" and time.monotonic() - began < 15
+                assert outcome.stdout == b"ba\n" and time.monotonic() - began < 200, "others would take 600 s"
 
     asyncio.run(main())
     assert descendants() == []
@@ -151,7 +151,7 @@ def test_a_client_that_does_not_wait_for_answers_is_refused(tmp_path: Path) -> N
                 await connection.send_bytes(wire.of_program(Program("python", ""), source, Limits(wall_s=60.0)))
                 for _ in range(MOST_AHEAD + 3):
                     await connection.send_bytes(wire.pack({"run": True}, [b""]))
-                while (message := await connection.receive(20)).type is aiohttp.WSMsgType.BINARY:
+                while (message := await connection.receive(120)).type is aiohttp.WSMsgType.BINARY:
                     pass
                 assert message.data == 1008 and "messages ahead" in str(message.extra)
 
@@ -223,9 +223,9 @@ def test_the_command_serves_until_sigterm(tmp_path: Path) -> None:
     assert asyncio.run(main()) == b"ba\n"
     started = psutil.Process(server.pid).children(recursive=True)
     server.send_signal(signal.SIGTERM)
-    assert server.wait(20) == 0 and server.stderr.read() == ""
+    assert server.wait(120) == 0 and server.stderr.read() == ""
     server.stderr.close()
-    assert psutil.wait_procs(started, timeout=5)[1] == []
+    assert outlasting(started) == []
 
 
 FINISHED = {"status": "Finished", "execution_time": 0.02, "return_code": 0, "stdout": "", "stderr": ""}
@@ -269,12 +269,12 @@ def fusion(*answers: Any) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     ended = asyncio.Event()
     thread = threading.Thread(target=lambda: loop.run_until_complete(main()))
     thread.start()
-    started.wait(10)
+    assert started.wait(60)
     try:
         yield url[0], asked
     finally:
         loop.call_soon_threadsafe(ended.set)
-        thread.join(10)
+        thread.join(60)
         loop.close()
 
 

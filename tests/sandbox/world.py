@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import time
@@ -58,7 +59,7 @@ class World:
             found.append("somebody has connected to the host's listener")
         except BlockingIOError:
             pass
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while (left := strays()) and time.monotonic() < deadline:
             time.sleep(0.05)
         return found + [f"left running: {left}"] * bool(left)
@@ -75,6 +76,36 @@ OTHERS: set[psutil.Process] = set()
 def descendants() -> list[psutil.Process]:
     """Processes that this one has started since the test began, and theirs."""
     return [child for child in psutil.Process().children(recursive=True) if child not in OTHERS]
+
+
+def named(process: psutil.Process) -> str:
+    """Its name; "" where it has ended since it was listed."""
+    try:
+        return str(process.name())
+    except psutil.Error:
+        return ""
+
+
+def line_of(process: psutil.Process) -> list[str]:
+    """Its command line; [] where it has ended since it was listed."""
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
+def outlasting(processes: Iterable[psutil.Process], within_s: float = 60.0) -> list[str]:
+    """Names of those that still run then. Whoever is killed takes a moment to go, on a busy machine a longer one."""
+
+    def runs(process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.Error):
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return False
+
+    left, deadline = [*processes], time.monotonic() + within_s
+    while (left := [process for process in left if runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return [f"{process.pid} {named(process)}" for process in left]
 
 
 def strays() -> list[str]:
