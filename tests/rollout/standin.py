@@ -69,7 +69,7 @@ class State:
             if self.fault == "dies":
                 os._exit(9)
             if self.fault == "hangs":
-                time.sleep(60)
+                time.sleep(600)  # it is killed in the end
             return 400, {"message": "not now"}
         try:
             self._on_ranks(load)
@@ -194,5 +194,5 @@ def stand_ins(*servers: tuple[int, str | None], info: dict[str, Any] | None = No
 
 
 def state_of(url: str) -> dict[str, Any]:
-    with urllib.request.urlopen(f"{url}/server_info", timeout=10) as response:
+    with urllib.request.urlopen(f"{url}/server_info", timeout=60) as response:
         return json.load(response)

@@ -199,7 +199,7 @@ def test_a_refusal_is_shown_in_the_servers_words_and_not_repeated() -> None:
 
 def test_a_server_that_does_not_answer_in_time_is_given_up_without_asking_again() -> None:
     async def slow(request: web.Request, body: dict[str, Any], seen: int) -> web.Response:
-        await asyncio.sleep(2)
+        await asyncio.sleep(60)
         return web.json_response(SOUND)
 
     stand_in = StandIn(slow)
@@ -213,25 +213,28 @@ def test_waiting_in_the_servers_queue_is_no_silence() -> None:
 
     async def one_at_a_time(request: web.Request, body: dict[str, Any], seen: int) -> web.Response:
         async with queue:
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.1)
             return web.json_response(SOUND)
 
-    prompts = tuple(prompt(str(i)) for i in range(10))
-    groups = draw(StandIn(one_at_a_time), prompts=prompts, sampling=Sampling(1, 1.0, 4, (STOP,)), timeout_s=1.0)
-    assert [len(group) for group in groups] == [1] * 10  # the last one has waited twice as long as the limit
+    prompts = tuple(prompt(str(i)) for i in range(40))
+    groups = draw(StandIn(one_at_a_time), prompts=prompts, sampling=Sampling(1, 1.0, 4, (STOP,)), timeout_s=2.0)
+    assert [len(group) for group in groups] == [1] * 40  # the last one has waited twice as long as the limit
 
 
 def test_a_response_that_takes_longer_than_the_limit_is_waited_for_while_tokens_are_made() -> None:
-    async def long(request: web.Request, body: dict[str, Any], seen: int) -> web.Response:
-        await asyncio.sleep(1.5)
-        return web.json_response(SOUND)
+    def after(seconds: float) -> Answer:
+        async def long(request: web.Request, body: dict[str, Any], seen: int) -> web.Response:
+            await asyncio.sleep(seconds)
+            return web.json_response(SOUND)
+
+        return long
 
     one = Sampling(1, 1.0, 4, (STOP,))
-    working = StandIn(long)
+    working = StandIn(after(1.5))
     working.work = itertools.count().__next__
     assert draw(working, sampling=one, timeout_s=0.4)[0][0].response_ids.tolist() == [9, 8, STOP]
     for work in (lambda: 7, None):  # tokens are held and none is made; a server that does not say
-        idle = StandIn(long)
+        idle = StandIn(after(60.0))
         idle.work = work
         with pytest.raises(
             EngineUnavailableError, match=r"timeout_s = 0\.4 s, answered no other request, and generated"
@@ -318,7 +321,11 @@ def test_by_default_as_many_responses_are_in_flight_as_a_server_is_given(
     monkeypatch.setattr(sglang_client, "RESPONSES_A_SERVER", 4)
 
     async def slow(request: web.Request, body: dict[str, Any], seen: int) -> web.Response:
-        await asyncio.sleep(0.1)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(10):  # until as many are there as may be
+                while stand_in.most_running < most:
+                    await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # and one more would come
         return web.json_response(SOUND)
 
     stand_in = StandIn(slow)

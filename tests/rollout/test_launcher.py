@@ -40,6 +40,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200 if self.path == "/health_generate" else 404)
         self.end_headers()
 port = int(sys.argv[sys.argv.index("--port") + 1])
+while os.path.exists(__file__ + ".hold"): time.sleep(0.02)
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
@@ -53,7 +54,7 @@ def fake_python(directory: Path, script: str) -> str:
     return str(python)
 
 
-def servers(directory: Path, script: str, count: int = 1, start_s: float = 20.0, **settings: int) -> LocalServers:
+def servers(directory: Path, script: str, count: int = 1, start_s: float = 120.0, **settings: int) -> LocalServers:
     config = RolloutConfig(
         server_python=fake_python(directory, script), local_servers=count, server_start_s=start_s, **settings
     )
@@ -126,7 +127,7 @@ def test_the_last_words_of_a_log_are_the_line_that_names_an_error(log: str, said
 def test_a_server_that_never_answers_is_given_up_and_stopped(tmp_path: Path) -> None:
     script = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     with pytest.raises(EngineUnavailableError, match=r"not healthy within rollout\.server_start_s"):
-        servers(tmp_path, script, start_s=1.0).__enter__()
+        servers(tmp_path, script, start_s=4.0).__enter__()
     pid = int((tmp_path / "logs" / "sglang-0.log").read_text().split()[0])
     assert processes_of(pid) == []
 
@@ -151,10 +152,13 @@ def test_servers_that_have_died_or_are_silent_are_started_again_so_often_as_is_a
     with servers(tmp_path, HEALTHY.replace("SIG_IGN", "SIG_DFL"), count=2, server_restarts=2) as local:
         first, second = local.urls
         assert local.mend() == {} and local.restarts == 0
+        hold = tmp_path / "server.py.hold"
+        hold.touch()  # whoever starts now goes on starting
         os.killpg(local._servers[0]._process.pid, signal.SIGKILL)
         local._servers[0]._process.wait()
         assert "exited with -9" in local.mend()[first]
         assert first in local.mend([first]), "one that is still starting is not started again"
+        hold.unlink()
         until_sound(local)
         assert (local.restarts, (tmp_path / "logs" / "sglang-0.1.log").exists()) == (1, True)
         silent = local._servers[1]._process.pid
@@ -200,7 +204,10 @@ def test_a_port_that_changes_hands_during_the_run_is_noticed_by_check(tmp_path: 
     start = 'server = http.server.HTTPServer(("127.0.0.1", port), Handler)'
     script = "\n".join([*HEALTHY.strip().splitlines()[:-1], start, end])
     with servers(tmp_path, script) as local:
-        time.sleep(1)  # the port is given up after the launcher's own two requests
+        deadline = time.monotonic() + 60
+        while local._servers[0]._listens():  # it gives the port up after the launcher's own two requests
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         with pytest.raises(EngineUnavailableError, match="something else has taken its port"):
             local.check()
 
@@ -226,7 +233,7 @@ def test_a_server_ends_with_its_parent_even_when_it_is_killed(tmp_path: Path) ->
         time.sleep(1.0)
         assert processes_of(group) == [group]
         parent.kill()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while processes_of(group):
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -63,8 +63,8 @@ def test_a_push_to_a_server_that_takes_no_question_is_given_up_long_before_its_t
     with serving(Silent(hears=False, after_s=30)) as gone:
         begin = time.monotonic()
         with pytest.raises(NoAnswerError, match=r"/end_weight_update did not answer, and nobody is there: 3 questions"):
-            Servers([gone.url], timeout_s=60.0, health_every_s=0.2).end_update()
-        assert time.monotonic() - begin < 20
+            Servers([gone.url], timeout_s=60.0, health_every_s=0.5).end_update()
+        assert time.monotonic() - begin < 25
         assert gone.asked == {"questions": 3, "pushes": 1}, "it is not pushed to again"
 
 
@@ -83,5 +83,5 @@ def test_what_is_begun_for_several_servers_fails_for_the_one_that_is_gone() -> N
     with serving(Silent(hears=False, after_s=30)) as gone, serving(Silent(hears=True, after_s=0)) as there:
         servers = Servers([gone.url, there.url], timeout_s=60.0, health_every_s=0.2)
         first, second = servers.start("/init_weights_update_group", [{}, {}])
-        assert isinstance(first.exception(timeout=20), NoAnswerError) and gone.url in str(first.exception())
-        assert second.result(timeout=20) == "{}"
+        assert isinstance(first.exception(timeout=50), NoAnswerError) and gone.url in str(first.exception())
+        assert second.result(timeout=50) == "{}"

@@ -84,7 +84,7 @@ def test_the_default_is_decided_once_and_said_once(shared: bool, method: str, pa
 def restart(url: str) -> None:
     """Leaves a stand-in as a new process would be: with a version that is nobody's."""
     body = json.dumps({"new_version": "0"}).encode()
-    urllib.request.urlopen(urllib.request.Request(f"{url}/update_weight_version", body), timeout=10).close()
+    urllib.request.urlopen(urllib.request.Request(f"{url}/update_weight_version", body), timeout=60).close()
 
 
 def buckets_of(urls: list[str]) -> list[int]:

@@ -34,6 +34,8 @@ MIXED = [
     ("scalar", torch.tensor(3.0, dtype=torch.float64)),
     ("matrix", torch.arange(6.0).reshape(2, 3).to(torch.bfloat16)),
 ]
+PUSH_S = 8
+"""What every call of a push may take where one will take for ever: others join a group in it, on a busy machine too."""
 
 
 def many(count: int = 12, size: int = 100_000) -> list[NamedTensor]:
@@ -95,7 +97,7 @@ def test_every_tensor_rank_of_every_server_gets_every_tensor_of_every_owner() ->
     ("fault", "words"),
     [
         ("dies", "/update_weights_from_distributed did not answer: "),
-        ("hangs", " did not answer within 3 s"),
+        ("hangs", f" did not answer within {PUSH_S} s"),
         ("refuses", '/update_weights_from_distributed refused (HTTP 400): {"message": "not now"}'),
     ],
 )
@@ -103,10 +105,10 @@ def test_a_server_that_fails_in_the_middle_is_named_on_every_rank_and_no_version
     fault: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(group, "GRACE_S", 1.0)
-    started = time.monotonic()
     with stand_ins((1, None), (2, fault)) as urls:
-        failures = collect_failures(3, lambda peers: push(urls, many(), peers, owners=2, timeout_s=3))
-        assert time.monotonic() - started < 25
+        started = time.monotonic()
+        failures = collect_failures(3, lambda peers: push(urls, many(), peers, owners=2, timeout_s=PUSH_S))
+        assert time.monotonic() - started < 100, "it would hang for 600 s"
         assert state_of(urls[0])["weight_version"] == "1-incomplete"
     expected = f"weight sync failed on rank 0: {urls[1]}{words}"
     for failure in failures:
@@ -165,16 +167,17 @@ def spinning(monkeypatch: pytest.MonkeyPatch) -> list[SpinningGroup]:
 def test_a_broadcast_that_would_spin_for_a_server_that_is_gone_is_aborted_and_every_rank_is_told(
     fault: str, spinning: list[SpinningGroup]
 ) -> None:
-    started = time.monotonic()
     with stand_ins((1, None), (2, fault)) as urls:
-        failures = collect_failures(3, lambda peers: push(urls, many(), peers, owners=2, timeout_s=3, backend="nccl"))
-        assert time.monotonic() - started < 25
+        started = time.monotonic()
+        settings = {"owners": 2, "timeout_s": PUSH_S, "backend": "nccl"}
+        failures = collect_failures(3, lambda peers: push(urls, many(), peers, **settings))
+        assert time.monotonic() - started < 100, "it would hang for 600 s"
     for failure in failures:
         assert isinstance(failure, SyncError)
         assert str(failure).startswith(f"weight sync failed on rank 0: {urls[1]}") and "did not answer" in str(failure)
     [made] = spinning
     assert made.aborts == 1 and made.over.is_set()
-    assert made.watchdog == "2" and made.timeout > timedelta(seconds=3)  # it neither ends us nor comes before us
+    assert made.watchdog == "2" and made.timeout > timedelta(seconds=PUSH_S)  # it neither ends us nor comes before us
     assert group.WATCHDOG not in os.environ
 
 
@@ -245,13 +248,13 @@ def test_owners_whose_gathers_wait_for_each_other_do_not_deadlock() -> None:
     def mine(rank: int) -> Iterator[NamedTensor]:
         if rank == 1:
             yield from named[:4]
-            assert done.wait(timeout=20)
+            assert done.wait(timeout=50)
             halfway.set()
             yield from named[4:8]
         elif rank == 2:
             yield from named[8:]
             done.set()
-            assert halfway.wait(timeout=20)
+            assert halfway.wait(timeout=50)
 
     def rank_main(peers: Peers) -> None:
         config = SyncConfig(method="distributed", verify="off", bucket_mb=1)

@@ -28,7 +28,7 @@ from megatron_gspo.sync.peers import Peers
 from megatron_gspo.sync.places import ServerPlace, assign, check_reach, check_readers, out_of_reach, within_reach
 from tests.rollout.ranks import collect_failures, run_ranks
 from tests.rollout.standin import digest, stand_ins, state_of
-from tests.rollout.test_sync_distributed import MIXED, many
+from tests.rollout.test_sync_distributed import MIXED, PUSH_S, many
 
 QUANTISED = [
     ("expert.weight", torch.arange(32.0).reshape(4, 8).to(torch.float8_e4m3fn)),
@@ -38,7 +38,7 @@ QUANTISED = [
 
 
 def make(urls: list[str], named: list[NamedTensor], peers: Peers, **settings: Any) -> Any:
-    config = SyncConfig.model_validate({"method": "ipc", "verify": "off", "bucket_mb": 1, "timeout_s": 10, **settings})
+    config = SyncConfig.model_validate({"method": "ipc", "verify": "off", "bucket_mb": 1, "timeout_s": 60, **settings})
     return make_weight_sync(config, urls, peers, model_path=Path(), expected_names=[name for name, _ in named])
 
 
@@ -82,7 +82,7 @@ def test_a_trainer_that_is_killed_leaves_nothing_in_shared_memory() -> None:
     assert file.stat().st_mode & 0o077 == 0  # nobody else's to read
     process.kill()
     process.join()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while file.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not file.exists()
@@ -111,15 +111,14 @@ def test_a_flat_bucket_names_the_dtypes_of_quantised_weights_and_their_scales() 
     ],
 )
 def test_a_server_that_fails_in_the_middle_is_named_on_every_rank_and_no_version_moves(fault: str, words: str) -> None:
-    started = time.monotonic()
-
     def rank_main(peers: Peers) -> None:
-        sync = make(urls, many(), peers, timeout_s=3)
+        sync = make(urls, many(), peers, timeout_s=PUSH_S)
         sync.push(iter(many()[peers.rank :: 2]), 1)
 
     with stand_ins((1, None), (2, fault)) as urls:
+        started = time.monotonic()
         failures = collect_failures(2, rank_main)
-        assert time.monotonic() - started < 25
+        assert time.monotonic() - started < 100, "it would hang for 600 s"
         assert state_of(urls[0])["weight_version"] == "1-incomplete"
     for failure in failures:
         assert isinstance(failure, SyncError)
