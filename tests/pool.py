@@ -68,7 +68,7 @@ def _collect(connections: list[Connection], timeout: float) -> list[Any]:
         for rank in [rank for rank, connection in waiting.items() if connection in ready]:
             ok, value = _answer(waiting.pop(rank))
             if not ok and "by peer" in value:  # whose? A rank that was killed can be heard after its peers
-                wait(list(waiting.values()), 1.0)
+                wait(list(waiting.values()), 10.0)
                 dead = [other for other, connection in waiting.items() if _has_died(connection)]
                 rank, value = (dead[0], DIED) if dead else (rank, value)
             if not ok:

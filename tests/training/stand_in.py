@@ -111,24 +111,26 @@ class Mortal(StandIn):
         self.comes_back_at: Callable[[], bool] = lambda: False
         self.hangs = False
         """Whether it says nothing while it is dead, and closes no connection."""
+        self._one = threading.Lock()
 
     def reply(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         path = handler.path.partition("?")[0]
-        if self.dead and self.comes_back_at():
-            self.dead, self.version = False, "default"
-            self.received.clear()
-        if not self.deaths and self.dies_at(path, body):
-            self.dead, self.deaths = True, 1
-        if self.dead and self.hangs:
+        with self._one:  # of two leaders' requests at once neither would see what the other was answered
+            if self.dead and self.comes_back_at():
+                self.dead, self.version = False, "default"
+                self.received.clear()
+            if not self.deaths and self.dies_at(path, body):
+                self.dead, self.deaths = True, 1
+            if not self.dead:
+                if path == "/generate" and "-" not in self.version:
+                    self.unfilled.append(self.version)
+                with contextlib.suppress(OSError):  # whoever asked may have given it up
+                    super().reply(handler, body)
+                return
+        if self.hangs:
             time.sleep(20)
-        if self.dead:
-            handler.close_connection = True
-            handler.connection.close()
-            return
-        if path == "/generate" and "-" not in self.version:
-            self.unfilled.append(self.version)
-        with contextlib.suppress(OSError):  # whoever asked may have given it up
-            super().reply(handler, body)
+        handler.close_connection = True
+        handler.connection.close()
 
 
 def sound(body: dict[str, Any], version: str) -> dict[str, Any]:

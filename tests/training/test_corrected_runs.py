@@ -32,7 +32,7 @@ from tests.pool import RankPool
 from tests.training.conftest import QUICKSTART
 from tests.training.stand_in import StandIn
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(500)
 Settings = Callable[..., list[str]]
 ALONE = ("parallel.tensor=1", "parallel.expert=1")
 GRPO = ('algorithm.name="grpo"', "algorithm.clip_low=0.2", "algorithm.clip_high=0.27")

@@ -23,7 +23,7 @@ from tests.training.conftest import QUICKSTART
 from tests.training.stand_in import StandIn
 from tests.training.test_group_work import lines
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(500)
 Settings = Callable[..., list[str]]
 PPO = (
     *('algorithm.name="ppo"', 'algorithm.credit="gae"', "algorithm.clip_low=0.2", "algorithm.clip_high=0.2"),

@@ -238,10 +238,11 @@ def test_a_real_server_of_another_model_is_an_error_with_both_values(
 def test_the_whole_command_on_a_real_server_ends_well(server: str, overrides: list[str]) -> None:
     settings = [*overrides, f'rollout.servers=["{server}"]']
     command = [sys.executable, "-m", "megatron_gspo.cli", "doctor", str(QUICKSTART / "gspo.toml"), *settings, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=QUICKSTART.parents[1], check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=QUICKSTART.parents[1], check=False)
     told = json.loads(done.stdout)
     assert (done.returncode, told["ok"]) == (0, True), done.stderr
-    assert {check["name"]: check["status"] for check in told["checks"]}["servers"] == "ok"
+    found = [check for check in told["checks"] if check["name"] == "servers"]
+    assert found and all(check["status"] == "ok" or "busy, or far away" in check["detail"] for check in found)
 
 
 SOUND_MODEL = {"model_path": "/elsewhere", "weight_version": "3", "architectures": ["Qwen3MoeForCausalLM"]}
@@ -325,12 +326,12 @@ def test_a_server_that_returns_no_routes_is_an_error_where_they_are_asked_for(
 def test_a_dead_server_and_a_hanging_one_are_named_and_the_others_are_looked_at(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(servers, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(servers, "TIMEOUT_S", 2.0)
     dead = 'rollout.servers=["http://127.0.0.1:1"]'
     (check,) = look(QUICKSTART / "gspo.toml", *overrides, dead)
     assert check.status == "error" and "http://127.0.0.1:1 did not answer: ConnectionRefusedError" in check.detail
     assert check.fix == "rollout.servers: start the server, or name another"
-    hanging, sound = look_at(overrides, stand_in(wait=2.0), stand_in())
+    hanging, sound = look_at(overrides, stand_in(wait=60.0), stand_in())
     assert "did not answer: TimeoutError" in hanging.detail and sound.status == "ok"
 
 

@@ -33,7 +33,7 @@ from tests.pool import RankPool
 from tests.training.conftest import QUICKSTART, ROOT
 from tests.training.stand_in import StandIn
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(500)
 Settings = Callable[..., list[str]]
 UNCHECKED = ['sync.verify="off"', "rollout.max_engine_k3=0"]
 """A stand-in draws from no model, and has no weights to hash."""
@@ -63,7 +63,7 @@ def ending(settings: list[str], prepare: Callable[[], Any] = lambda: None) -> st
 
 def endings(ranks: RankPool, settings: list[str], *prepare: Callable[[], Any]) -> str:
     """The ending that both ranks agree on."""
-    (said,) = set(ranks.run(2, ending, settings, *prepare, timeout=100))
+    (said,) = set(ranks.run(2, ending, settings, *prepare))
     assert "Traceback" not in said
     return str(said)
 
@@ -163,7 +163,7 @@ def test_a_server_that_dies_in_the_run_is_named(ranks: RankPool, settings: Setti
 
 
 def test_a_server_that_hangs_is_given_up(ranks: RankPool, settings: Settings, quickstart: Path) -> None:
-    with StandIn(quickstart / "model", lambda reply, request, count: time.sleep(30)) as server:
+    with StandIn(quickstart / "model", lambda reply, request, count: time.sleep(300)) as server:
         ended = endings(ranks, settings(server, "rollout.timeout_s=0.5", "rollout.wait_for_servers_s=0"))
     said = r"^1 EngineUnavailableError: no rollout server is left \(.* did not answer within rollout.timeout_s = 0.5 s"
     assert re.search(said + r".*; nothing is done yet that could be saved", ended), ended
@@ -280,7 +280,7 @@ def test_a_process_whose_reward_hangs_ends_with_one_line(settings: Settings, qui
         own = settings(server, reward("sleeps"), "reward.timeout_s=0.5", "parallel.tensor=1", "parallel.expert=1")
         command = [sys.executable, "-m", "megatron_gspo.cli", "train", str(QUICKSTART / "gspo.toml"), *own]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=ROOT, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and "gave no answer within 0.5 s" in errors[0]

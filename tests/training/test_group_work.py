@@ -16,7 +16,7 @@ from tests.pool import RankPool
 from tests.training.conftest import QUICKSTART
 from tests.training.stand_in import StandIn
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(500)
 Settings = Callable[..., list[str]]
 
 

@@ -18,7 +18,7 @@ from megatron_gspo.rollout.sglang.probe import find_key
 from tests.rollout.conftest import require_sglang
 from tests.training.conftest import QUICKSTART
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(500)
 
 
 def listeners(process: psutil.Process) -> set[tuple[str, str]]:

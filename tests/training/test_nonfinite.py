@@ -24,7 +24,7 @@ from tests.pool import RankPool
 from tests.training.conftest import QUICKSTART
 from tests.training.stand_in import StandIn
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(500)
 STRUCK = 1
 """The outer step, counted from 0."""
 

@@ -15,7 +15,7 @@ from tests.pool import RankPool
 from tests.training.stand_in import StandIn
 from tests.training.test_faults import endings, settings  # noqa: F401
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(500)
 LAYOUTS = {
     "DP2": ["parallel.tensor=1", "parallel.expert=2"],
     "PP2": ["parallel.tensor=1", "parallel.expert=1", "parallel.pipeline=2"],

@@ -29,7 +29,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint_and_no_bit(
     process = start(command, QUICKSTART / "sft.toml")
     wait_until((run / "checkpoints" / "latest").exists, process)
     os.kill(ranks_of(process.pid)[0], signal.SIGKILL)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert "restart 1 of 1: rank 0 was ended by SIGKILL" in said, said
     assert f"goes on from {run}/checkpoints/outer_000" in said

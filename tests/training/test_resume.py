@@ -123,7 +123,7 @@ def start(settings: list[str], config: Path = QUICKSTART / "gspo.toml") -> subpr
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 120.0) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 300.0) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, process.communicate()[1]
@@ -160,11 +160,11 @@ def test_a_run_killed_at_a_random_moment_and_resumed_is_the_undisturbed_run_bit_
     assert len(ranks) == 2
     process.kill()
     process.communicate()
-    wait_until(lambda: not any(map(alive, ranks)), mock.Mock(poll=lambda: None), timeout=5)
+    wait_until(lambda: not any(map(alive, ranks)), mock.Mock(poll=lambda: None), timeout=60)
     config = configure(command)
     assert summarise(run)["status"] == "killed"
     resumed = start(command)
-    _, said = resumed.communicate(timeout=180)
+    _, said = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, said
     assert_same_run(config, undisturbed)
     starts = manifest_of(run)["starts"]
@@ -182,7 +182,7 @@ def test_sigterm_saves_after_the_outer_step_and_ends_with_a_status_of_its_own(
     wait_until((run / "rollouts" / "outer_00000.jsonl").exists, process)
     for pid in (*ranks_of(process.pid), process.pid):
         os.kill(pid, signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == STOPPED == 75, said
     assert "error" not in said
     done = int((run / "checkpoints" / "latest").read_text().strip().removeprefix("outer_"))

@@ -17,7 +17,7 @@ from tests.training.conftest import QUICKSTART
 from tests.training.stand_in import StandIn
 from tests.training.test_faults import UNCHECKED, ending
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(500)
 
 SCORER = """
 import http.server, json, os, pathlib, sys, threading
@@ -78,7 +78,7 @@ def own(overrides: list[str], directory: Path, tmp_path: Path) -> list[str]:
         "reward.check_references=0",
         f'reward_server.model="{directory}"',
         "reward_server.restarts=1",
-        "reward_server.start_s=60",
+        "reward_server.start_s=200",
         "train.save_rollouts=100",
     ]
     return [*overrides, *few, *UNCHECKED, *graded]

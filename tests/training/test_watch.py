@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
@@ -19,15 +20,18 @@ RUN = "4f1c09ab"
 
 
 class Hung(StandIn):
-    """Answers every question, and generates nothing for ``hangs_s``."""
+    """Answers every question, and generates nothing before it is ``free``."""
 
-    hangs_s = 0.0
     aborted = 0
+
+    def __init__(self, model: Path) -> None:
+        super().__init__(model)
+        self.free = threading.Event()
 
     def reply(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         self.aborted += bool(body.get("abort_all"))
         if handler.path == "/health_generate":
-            time.sleep(self.hangs_s)
+            self.free.wait(60)
         super().reply(handler, body)
 
 
@@ -55,20 +59,22 @@ def test_a_server_that_was_given_up_shows_that_it_generates_before_it_is_asked_a
 ) -> None:
     monkeypatch.setattr(watch, "PROMPT_S", 0.2)
     with Hung(tmp_path) as server:
-        server.version, server.hangs_s = f"3-{RUN}", 1.0
+        server.version = f"3-{RUN}"
         looking = Watchman([server.url], run=RUN)
         begin = time.monotonic()
         assert looking.look(f"3-{RUN}", [server.url]).gone == {
             server.url: f"{server.url} does not say yet whether it generates"
         }
-        assert time.monotonic() - begin < 0.9
-        time.sleep(1.2)
+        assert time.monotonic() - begin < watch.GENERATE_S
+        server.free.set()
+        monkeypatch.setattr(watch, "PROMPT_S", 60.0)
         assert looking.look(f"3-{RUN}", [server.url]).holding == (server.url,)
         assert server.aborted == 1, "what it was still at"
+        server.free.clear()
         monkeypatch.setattr(watch, "GENERATE_S", 0.1)
-        monkeypatch.setattr(watch, "PROMPT_S", 2.0)
         (why,) = looking.look(f"3-{RUN}", [server.url]).gone.values()
         assert "generates nothing" in why
+        server.free.set()
 
 
 def refuses(text: str) -> Callable[[], None]:
