@@ -225,7 +225,8 @@ class Watchdog:
         """The last beats of whoever is silent now: all ranks are looked at for the time of some beats."""
         everyone = [_Watched(beat) for rank in range(self.world) if (beat := self._read(rank)) is not None]
         for _ in range(LOOKS):
-            self._stop.wait(self._interval_s)
+            if self._stop.wait(self._interval_s):
+                return []  # the block has ended, and no time has passed in which anybody could be heard
             self._beat(self._interval_s)  # others look, too
             for watched in everyone:
                 watched.hear(self._read(watched.beat.rank), 1.0)
@@ -252,7 +253,7 @@ class Watchdog:
 
     def _give_up(self, missing: list[Beat]) -> None:
         """Says it, kills who is missing here, and ends this process if that does not make it go on by itself."""
-        if not missing:  # they are back
+        if not missing or self._still_s < self._limit_s:  # they are back; or who was first has said it, and killed them
             return
         self._say(missing, "missing")
         for beat in missing:

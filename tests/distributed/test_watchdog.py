@@ -21,12 +21,13 @@ from megatron_gspo.parallel.exchange import gather_objects
 from megatron_gspo.parallel.watchdog import Watchdog
 from tests.pool import RankError, RankPool
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 4.0
 
 
 def guarded(directory: Path, phase: str) -> Watchdog:
     """What it says goes into files; what ends the process is written, too."""
     rank = dist.get_rank()
+    os.fsync = lambda descriptor: None  # to a disk that is busy a beat would take seconds; a rank ends with its call
 
     def write(name: str) -> Callable[[str], object]:
         return lambda line: (directory / f"{name}-{rank}").write_text(line)
@@ -134,6 +135,25 @@ def suspended(directory: Path) -> int:
 def test_a_machine_that_was_suspended_goes_on(ranks: RankPool, tmp_path: Path) -> None:
     assert ranks.run(2, suspended, tmp_path) == [2, 2]
     assert lines(tmp_path, "given-up") == []
+
+
+def test_a_rank_whose_block_has_ended_while_it_looked_misses_nobody(tmp_path: Path) -> None:
+    """Its looks follow each other at once then: those who live would be silent, and be killed."""
+    one, other = (Watchdog(tmp_path, rank, 2, TIMEOUT_S, print, print, print) for rank in range(2))
+    one._beat(0.1)
+    other._beat(0.1)
+    assert [beat.rank for beat in one._missing()] == [1]
+    one._stop.set()
+    assert one._missing() == []
+
+
+def test_a_rank_that_goes_on_meanwhile_says_nothing_of_the_one_that_was_missing(tmp_path: Path) -> None:
+    """Another one has found it, said so and killed it, which has ended what both waited in."""
+    said: list[str] = []
+    dog = Watchdog(tmp_path, 0, 2, TIMEOUT_S, said.append, said.append, said.append)
+    dog._still_s = 0.0
+    dog._give_up([watchdog.Beat(1)])
+    assert said == []
 
 
 def test_a_beat_is_overwritten_in_place_and_has_one_size(tmp_path: Path) -> None:
