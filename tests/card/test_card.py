@@ -145,7 +145,7 @@ def run(settings: list[str]) -> None:
         train(load(QUICKSTART / "gspo.toml", part), RunRecorder)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize("kind", ["gspo", *(pytest.param(kind, marks=SLOW) for kind in [*SETTINGS, *LAYOUTS][1:])])
 def test_a_run_that_evaluates_saves_resumes_syncs_and_exports_mixes_nothing(
     cards: CardPool, quickstart: Path, tmp_path: Path, kind: str

@@ -301,7 +301,7 @@ def test_a_rank_that_raises_fails_its_layout_with_what_it_said(tiny: Bench) -> N
 def json_under_torchrun(layouts: str) -> tuple[int, str, str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "megatron_gspo.cli", "parity", "--layouts", layouts, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     return done.returncode, done.stdout, done.stderr
 
 

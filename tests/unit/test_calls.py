@@ -87,7 +87,7 @@ def test_a_server_that_trickles_is_given_up_when_the_time_is_over(start: bytes) 
     began = time.monotonic()
     with server(trickle(start)) as (url, _), pytest.raises(TimeoutError, match=r"timed out after 0\.5 s"):
         call(url, timeout_s=0.5)
-    assert 0.4 < time.monotonic() - began < 2
+    assert 0.4 < time.monotonic() - began < 30, "it would go on for ever"
 
 
 def test_an_endless_reply_is_not_read_on() -> None:

@@ -257,7 +257,7 @@ def work(plan: Plan, processes: Processes, stop: Stop) -> list[Outcome]:
     outcomes: list[Outcome] = []
     worker = Worker(plan, Queue(plan), processes, stop, outcomes.append, device="cpu", urls=("http://a",))  # type: ignore[arg-type]
     worker.start()
-    worker.join(timeout=10)
+    worker.join(timeout=60)
     assert worker.failure is None
     return outcomes
 

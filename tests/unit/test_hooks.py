@@ -31,7 +31,7 @@ def checkpoint(run: Path, number: int) -> Path:
 
 @pytest.mark.parametrize(("status", "outcome"), [(0, "finished"), (75, "stopped"), (1, "failed"), (137, "failed")])
 def test_the_end_of_a_run_is_told_in_words_and_in_the_environment(tmp_path: Path, status: int, outcome: str) -> None:
-    run_at_end(SHOWS, status, 10, str(tmp_path))
+    run_at_end(SHOWS, status, 60, str(tmp_path))
     assert (tmp_path / "hooks.log").read_text() == f"{outcome} {outcome} {status} {tmp_path} {tmp_path}\n"
 
 
@@ -47,9 +47,9 @@ def test_a_command_that_fails_is_a_warning(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], command: str, said: str
 ) -> None:
     began = time.monotonic()
-    assert not run_hook("what", command, [], {}, 0.2 if "60" in command else 10, str(tmp_path))
+    assert not run_hook("what", command, [], {}, 0.2 if "60" in command else 30, str(tmp_path))
     assert capfd.readouterr().err.startswith(said)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 40
 
 
 def test_what_is_no_command_is_refused_when_the_configuration_is_read(tmp_path: Path) -> None:
@@ -109,12 +109,12 @@ def test_a_run_does_not_wait_for_ever(tmp_path: Path, capfd: pytest.CaptureFixtu
         hook.add(checkpoint(tmp_path, number))
     began = time.monotonic()
     hook.finish()
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 25
     assert "outer_00003: the run has ended and does not wait" in capfd.readouterr().err
 
 
 def test_a_command_that_still_runs_at_the_end_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    hook = CheckpointHook(train(tmp_path, "sh -c 'sleep 3'", hook_timeout_s=60.0))
+    hook = CheckpointHook(train(tmp_path, "sh -c 'sleep 15'", hook_timeout_s=60.0))
     hook.add(checkpoint(tmp_path, 1))
     while hook._running is None:
         time.sleep(0.01)
@@ -127,7 +127,7 @@ KILLED = """
 import os, signal, sys
 from megatron_gspo.supervise import run_afterwards, supervised
 def work():
-    run_afterwards("sh -c 'echo $0 $MEGATRON_GSPO_STATUS'", 10.0, sys.argv[1])
+    run_afterwards("sh -c 'echo $0 $MEGATRON_GSPO_STATUS'", 60.0, sys.argv[1])
     os.kill(os.getpid(), signal.SIGKILL)
     return 0
 sys.exit(supervised(work, "rank 0"))

@@ -44,7 +44,7 @@ def command_line(*words: str, out: int, **environment: str) -> tuple[int, str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
-        timeout=120,
+        timeout=300,
         check=False,
     )
     return done.returncode, done.stderr

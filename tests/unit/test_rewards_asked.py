@@ -92,7 +92,7 @@ def test_a_server_that_is_gone_or_hangs_leaves_the_group_ungraded_in_bounded_tim
         assert "timed out after 0.2 s (asked 2 times)" in found.ungraded_G[0]
         (late,) = score(remote(asked, timeout_s=0.3, retries=9), group("a"))
         assert late.ungraded_G == ("the reward gave no answer within 0.3 s (reward.timeout_s)",)
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 25
     (gone,) = score(remote(asked, retries=1), group("a"))  # nobody listens any more
     assert "Connect" in gone.ungraded_G[0] and "asked 2 times" in gone.ungraded_G[0]
 

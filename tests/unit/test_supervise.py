@@ -35,7 +35,7 @@ def program(body: str, launched: bool = False) -> list[str]:
 
 def ended(body: str, launched: bool = False) -> tuple[int, str, str]:
     """(exit status, standard output, standard error) of a supervised process that does this."""
-    done = subprocess.run(program(body, launched), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(program(body, launched), capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -86,7 +86,7 @@ def test_threads_that_outlive_the_work_neither_hold_up_the_end_nor_abort_it() ->
     """A thread that asks for the interpreter's lock while it is taken down is ended there; in C++ that is an abort."""
     begin = time.monotonic()
     status, _, said = ended("threading.Thread(target=time.sleep, args=(600,), name='judge').start()")
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 200
     assert status == 0
     assert said == "warning: 1 threads of a reward or a library still run (judge): they end with the run\n"
 
@@ -150,7 +150,8 @@ def test_more_than_a_pipe_holds_can_be_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_process_reaches_the_one_that_does_the_work(number: signal.Signals) -> None:
     body = (
-        f"signal.signal({int(number)}, lambda *_: print('heard', flush=True))\nprint('up', flush=True)\ntime.sleep(1)"
+        f"heard = []\nsignal.signal({int(number)}, lambda *_: heard.append(print('heard', flush=True)))\n"
+        "print('up', flush=True)\nwhile not heard: time.sleep(0.02)"
     )
     with subprocess.Popen(program(body), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "up\n"
@@ -173,7 +174,7 @@ def test_an_interrupt_ends_the_work_without_a_traceback(to_all: bool) -> None:
             os.killpg(process.pid, signal.SIGINT)
         else:
             process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=300)
     assert process.returncode == 130 and said == ""
 
 
@@ -184,7 +185,7 @@ def test_the_work_ends_when_its_launcher_is_killed() -> None:
         assert process.stdout is not None
         worker = int(process.stdout.readline())
         process.kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{worker}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
