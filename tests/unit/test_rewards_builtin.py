@@ -116,7 +116,7 @@ def test_a_right_answer_in_any_form_gets_1(text: str) -> None:
      r"\boxed{2^{2^{2^{2^{2^{9}}}}}}", r"\boxed{9**9**9**9**9}", r"\boxed{99999999!}", r"\boxed{(((}",
      r"\boxed{" * 20_000, "#### " + "4" * 100_000, "#### " + "1+" * 200_000 + "1", "#### " + "a " * 50_000],
 )  # fmt: skip
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_a_wrong_or_hostile_answer_gets_0_and_soon(text: str) -> None:
     assert gsm8k(*case("#### 42", text)) == 0
 

@@ -22,7 +22,7 @@ from megatron_gspo.sync.base import BucketSync, make_weight_sync
 from megatron_gspo.sync.disk import SETTLED_S, remove_abandoned
 from megatron_gspo.sync.peers import Peers
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(200)
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4, dtype=torch.bfloat16)}
 NOBODY = 65534
 

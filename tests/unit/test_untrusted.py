@@ -28,7 +28,7 @@ from megatron_gspo.megatron.checkpoint_files import HEADER, METADATA, latest_in,
 from megatron_gspo.untrusted import MOST_DEPTH, MOST_DIGITS, leads_out, parse_json
 from tests.unit.doctor_cases import Case, prepare
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(200)
 
 
 @pytest.fixture(scope="module")
