@@ -184,9 +184,7 @@ time.sleep(600)
 
 
 def test_a_program_that_has_taken_the_port_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     monkeypatch.setattr(launcher, "free_ports", lambda count, host: [port])
     (tmp_path / "impostor.py").write_text(HEALTHY)
     with subprocess.Popen([sys.executable, str(tmp_path / "impostor.py"), "--port", str(port)]) as impostor:

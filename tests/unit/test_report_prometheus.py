@@ -17,7 +17,7 @@ from megatron_gspo.report.metrics import LAYER, METRICS
 from megatron_gspo.report.prometheus import OWN, PREFIX, PrometheusSink, Series, help_texts, page, series_name
 from megatron_gspo.report.ranks import sign_of, write_sign
 from megatron_gspo.report.rundir import RunDirectory, initial_evaluation
-from megatron_gspo.rollout.sglang.launcher import find_server_python
+from megatron_gspo.rollout.sglang.launcher import find_server_python, free_ports
 from megatron_gspo.types import StepReport
 from tests.rollout.conftest import require_sglang
 from tests.unit.report_runs import make_config
@@ -27,8 +27,8 @@ SAMPLE = re.compile(r'([a-z_0-9]+)(\{(?:[a-z]+="(?:[^"\\\n]|\\["\\n])*",?)+\})? 
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """Below those that whoever asks for any port gets, so that it stays free until it is listened on."""
+    return free_ports(1)[0]
 
 
 def sink_of(tmp_path: Path, address: str) -> PrometheusSink:
