@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import multiprocessing as mp
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -127,6 +128,12 @@ def _cpu_seconds(processes: list[psutil.Process]) -> float:
     return sum(spent.user + spent.system for spent in times)
 
 
+def _cpu_ratio(bare: Sample, mine: Sample) -> float:
+    """The kernel counts in ticks of 10 ms: less than one is nothing to divide by."""
+    tick = 1 / os.sysconf("SC_CLK_TCK")
+    return max(bare.cpu_seconds, tick) / max(mine.cpu_seconds, tick)
+
+
 def row(name: str, turns: list[Turn], size: int) -> dict[str, Any]:
     """What one way to send came to. A ratio is of one turn: the broadcast's time by this one's."""
     mine, bare = [turn[name] for turn in turns], [turn[BROADCAST] for turn in turns]
@@ -137,7 +144,7 @@ def row(name: str, turns: list[Turn], size: int) -> dict[str, Any]:
         "bytes_per_s": size / seconds.median,
         "ratio": asdict(Spread.of([b.seconds / m.seconds for b, m in zip(bare, mine, strict=True)])),
         "cpu_seconds": asdict(Spread.of([sample.cpu_seconds for sample in mine])),
-        "cpu_ratio": asdict(Spread.of([b.cpu_seconds / m.cpu_seconds for b, m in zip(bare, mine, strict=True)])),
+        "cpu_ratio": asdict(Spread.of([_cpu_ratio(b, m) for b, m in zip(bare, mine, strict=True)])),
         "trainer_bytes": max(sample.trainer_bytes for sample in mine),
         "server_bytes": max(sample.server_bytes for sample in mine),
     }

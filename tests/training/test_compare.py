@@ -10,7 +10,11 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
+
+from megatron_gspo.cli import main
 from megatron_gspo.config import load
 from tests.pool import RankPool
 from tests.training.conftest import QUICKSTART, ROOT, MakeConfig
@@ -44,6 +48,29 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 def lines(run: Path) -> list[dict[str, Any]]:
     return [exact(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_command_trains_every_cell_and_draws_its_page_and_again_where_that_is_asked_for(
+    overrides: list[str], server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "comparison"
+    own = [text for text in overrides if not text.startswith("train.run_dir")]
+    cut = ["parallel.tensor=1", "parallel.expert=1", "train.outer_steps=1", "eval.start=false", "eval.every=0"]
+    arms = ["--losses", "gspo", "--replay", "off,r2", "--seeds", "1", "--jobs", "1", "--json", "--out", str(out)]
+    words = [str(QUICKSTART / "gspo.toml"), *arms, *own, *cut, f'rollout.servers=["{server}"]']
+    with mock.patch.dict(os.environ):
+        status = main(["compare", *words])
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    result = json.loads(said.out)
+    assert (result["cells"], result["finished"], result["failed"]) == (2, 2, [])
+    off, r2 = (lines(out / "cells" / f"gspo-{mode}" / "seed_000") for mode in ("off", "r2"))
+    assert off[0]["reward/mean"] == r2[0]["reward/mean"] and len(off) == len(r2) == 2
+    page = out / "report.html"
+    assert result["report"] == str(page) and page.stat().st_size > 100_000
+    page.unlink()
+    assert main(["compare", "--redraw", str(out)]) == 0
+    assert capsys.readouterr().out == f"{page}\n" and page.stat().st_size > 100_000
 
 
 def test_a_comparison_that_was_stopped_finishes_the_rest_and_leaves_what_is_finished(

@@ -130,7 +130,8 @@ def stopped_after_one(config: RunConfig) -> None:
 
     def after_step(self: Checkpoints, progress: object, *, last: bool) -> None:
         if progress.outer_steps == 1:  # type: ignore[attr-defined]
-            save_hugging_face(self._policy, config, self._policy.groups, Path(config.train.run_dir) / "one")
+            policy = self._models["policy"]
+            save_hugging_face(policy, config, policy.groups, Path(config.train.run_dir) / "one")
         genuine(self, progress, last=last)  # type: ignore[arg-type]
 
     with mock.patch.object(Checkpoints, "after_step", after_step):

@@ -96,6 +96,22 @@ def test_bench_packing_prints_each_mix_and_size_as_json(capfd: pytest.CaptureFix
         assert 1 <= row["microbatches"] <= 1.05
 
 
+def test_bench_experts_times_every_form_in_turns_and_marks_the_one_that_a_run_takes(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--widths", "16", "32", "--experts", "2", "--rows", "2", "--repetitions", "2"]
+    assert main(["bench", "experts", *words, "--json"]) == 0
+    rows = json.loads(capfd.readouterr().out)["rows"]
+    assert {(row["width"], row["form"]) for row in rows} == {
+        (width, form) for width in (16, 32) for form in ("grouped_mm", "loop", "sequential")
+    }
+    assert all(0 < row["ms"]["smallest"] <= row["ms"]["median"] <= row["ms"]["largest"] for row in rows)
+    assert [row["width"] for row in rows if row["chosen"]] == [16, 32]
+    assert main(["bench", "experts", *words]) == 0
+    table = capfd.readouterr().out
+    assert table.count("  chosen") == 2 and "2 experts of 2 tokens, float32" in table
+
+
 def test_a_sync_s_ratio_is_of_the_broadcast_in_the_same_turn() -> None:
     def turn(bare: float, mine: float) -> sync.Turn:
         return {"broadcast": sync.Sample(bare, bare / 2, 0, 7), "disk": sync.Sample(mine, mine, 5, 6)}
@@ -106,6 +122,12 @@ def test_a_sync_s_ratio_is_of_the_broadcast_in_the_same_turn() -> None:
     assert row["ratio"] == {"median": 0.75, "smallest": 0.5, "largest": 1.0}
     assert row["cpu_ratio"]["median"] == 0.375
     assert (row["trainer_bytes"], row["server_bytes"]) == (5, 6)
+
+
+def test_processor_time_below_a_tick_of_the_clock_is_no_division_by_zero() -> None:
+    turn = {"broadcast": sync.Sample(0.1, 0.02, 0, 0), "ipc": sync.Sample(0.1, 0.0, 0, 0)}
+    assert sync.row("ipc", [turn], size=8)["cpu_ratio"]["median"] == pytest.approx(2.0)
+    assert sync.row("broadcast", [turn | {"broadcast": turn["ipc"]}], size=8)["cpu_ratio"]["median"] == 1.0
 
 
 def test_a_bare_broadcast_waits_until_every_byte_is_there() -> None:
