@@ -24,6 +24,7 @@ from megatron_gspo.batching.packing import pack
 from megatron_gspo.bench.launch import on_ranks
 from megatron_gspo.bench.measure import Spread, machine
 from megatron_gspo.config import ParallelConfig, RunConfig, parse
+from megatron_gspo.errors import ConfigError
 from megatron_gspo.megatron.groups import make_groups, start_distributed
 from megatron_gspo.megatron.policy import Policy
 from megatron_gspo.parallel.exchange import exchange
@@ -70,7 +71,10 @@ def run(settings: Settings) -> dict[str, Any]:
 
     bytes: of a token, in the server's reply, as it is kept, and as a rank of tensor 2 x pipeline 2 gets it. decode,
     move: processor milliseconds per 1e5 tokens. step: seconds by mode, and by what share it exceeds "off, no drift".
+
+    Raises ConfigError for sizes that are no routes of a response.
     """
+    _check(settings)
     shape = RouteShape((True,) * settings.layers, settings.top_k, settings.experts)
     (steps,) = on_ranks(1, 1, time_steps, settings).values()
     moved = on_ranks(LAYOUT.world_size(), 1, time_moving, settings, shape)[0]
@@ -82,6 +86,13 @@ def run(settings: Settings) -> dict[str, Any]:
         "move": {name: asdict(spread) for name, spread in moved.items()},
         "step": steps,
     }
+
+
+def _check(settings: Settings) -> None:
+    if settings.tokens < settings.response:
+        raise ConfigError(f"--tokens {settings.tokens}: a response has {settings.response}, and there is to be one")
+    if settings.top_k > settings.experts:
+        raise ConfigError(f"--top-k {settings.top_k}: a token has so many experts, of --experts {settings.experts}")
 
 
 def draw_routes(rows: int, shape: RouteShape, seed: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from megatron_gspo.bench.replay import LAYOUT, MODES, Settings, draw_routes, time_decoding, time_moving, time_steps
+from megatron_gspo.cli import main
 from megatron_gspo.commands.bench_replay import table
 from megatron_gspo.types import RouteShape
 from tests.pool import RankPool
@@ -44,3 +45,17 @@ def test_the_routes_that_are_drawn_are_ones_that_an_engine_could_send() -> None:
     routes = draw_routes(50, SHAPE, 0)
     assert routes.min() == 0 and routes.max() == 7
     assert (routes[..., 0] != routes[..., 1]).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tokens", "200"], "--tokens 200: a response has 500, and there is to be one"),
+        (["--experts", "4"], "--top-k 8: a token has so many experts, of --experts 4"),
+    ],
+)
+def test_sizes_of_which_there_would_be_nothing_to_measure_are_one_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "replay", *words]) == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
