@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_gspo.bench.measure import Clock, Spread, machine
+from megatron_gspo.errors import ConfigError
 from megatron_gspo.kernels.swiglu import swiglu
 from megatron_gspo.parallel.grouped import FORMS, Form, Runs, grouped_linear, product_form
 from megatron_gspo.platforms import here
@@ -38,7 +39,10 @@ def run(settings: Settings) -> dict[str, Any]:
     """Measures every width.
 
     Returns {"machine", "settings", "rows": [{"width", "form", "ms": {median, smallest, largest}, "chosen"}]}.
+    Raises ConfigError for a width without a half.
     """
+    if odd := [width for width in settings.widths if width % 2]:
+        raise ConfigError(f"--widths {odd[0]}: an expert is half as wide, so choose an even one")
     device = torch.device(here().device_type)
     rows = []
     for width in settings.widths:

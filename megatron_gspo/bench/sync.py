@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from megatron_gspo.bench.measure import PeakMemory, Spread, machine
 from megatron_gspo.config import RolloutConfig, SyncConfig
+from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.checkpoint import SINGLE, buckets
 from megatron_gspo.rollout.sglang.launcher import LocalServers
 from megatron_gspo.runs.waiting import starting_servers
@@ -57,8 +58,10 @@ def run(settings: Settings, say: Callable[[str], None] = lambda text: None) -> d
     broadcast's seconds by the method's in the same turn; ``cpu_*``: processor time of all processes at both ends.
     ``*_bytes``: peak of resident memory above what was held before, of this process and of its children (the server's;
     for the broadcast, its receiver) together.
-    ``say`` hears that the server is started.
+    ``say`` hears that the server is started. Raises ConfigError for a method that there is not.
     """
+    if unknown := [method for method in settings.methods if method not in METHODS]:
+        raise ConfigError(f"--methods {unknown[0]}: there are {', '.join(METHODS)}")
     with tempfile.TemporaryDirectory(prefix="bench-sync-") as directory:
         model = Path(directory) / "model"
         weights = make_model(model, settings)

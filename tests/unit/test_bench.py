@@ -56,6 +56,20 @@ def test_a_size_of_zero_is_the_users_mistake(capsys: pytest.CaptureFixture[str])
         assert "0 is not positive" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sync", "--methods", "disk", "pigeon"], "--methods pigeon: there are disk, tensor, distributed, ipc"),
+        (["experts", "--widths", "64", "3"], "--widths 3: an expert is half as wide, so choose an even one"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line_before_anything_is_started(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *words]) == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
 def test_bench_logprobs_prints_every_head_at_every_size_as_json(capfd: pytest.CaptureFixture[str]) -> None:
     sizes = "--tokens 8 --alone 16 --ranks 1 2 --vocab 64 --hidden 8 --repetitions 2 --json"
     assert main(["bench", "logprobs", *sizes.split()]) == 0
