@@ -1,4 +1,4 @@
-"""Measures how a long data file is opened: `python tools/long_files.py DIRECTORY [--rows 1800000]`.
+"""Measures how a long data file is opened: `python tools/long_files.py DIRECTORY --model MODEL [--rows 1800000]`.
 
 Writes DAPO-Math's layout as JSON lines and as Parquet (row groups of 2**20 rows, as pandas writes them) into DIRECTORY,
 unless they are there, and loads each in a process of its own: seconds, and the growth of its resident memory.
@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--rows", type=int, default=1_791_700)
-    parser.add_argument("--model", type=Path, required=True, help="a directory with a tokenizer")
+    parser.add_argument("--model", type=Path, required=True, help="directory of a tokenizer with a chat template")
     parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:

@@ -61,7 +61,6 @@ def test_one_process_is_transformers_with_the_adapters_merged_and_the_chain_rule
     assert len(names) == 2 * (moe + dense + attention), "two matrices for each that is adapted"
 
 
-@pytest.mark.slow_suite
 def test_experts_one_by_one_have_adapters_too(tmp_path: Path) -> None:
     row = bench(tmp_path, lora=RANK, kernels="reference").row("TP2xEP2")
     assert (row.verdict, row.reason) == ("held", "")

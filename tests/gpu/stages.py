@@ -414,7 +414,11 @@ def reset_peak() -> int:
 
 def let_go(policy: Any) -> None:
     """Gives a policy's device memory back. The hooks that Megatron puts on gradients hold its buffers in circles that
-    go through torch's own objects, and that Python does not find."""
+    go through torch's own objects, and that Python does not find. Weights of the last step may still be on their way
+    into them."""
+    from megatron_gspo.megatron.optimizer import finish_gathers
+
+    finish_gathers(policy.modules)
     for module in policy.modules:
         for buffer in (*module.buffers, *module.expert_parallel_buffers):
             for data in (buffer.param_data, buffer.grad_data):

@@ -225,16 +225,6 @@ def test_a_real_server_is_said_to_be_what_it_is(server: str, overrides: list[str
     assert "weight version '" in check.detail and "routed experts returned" in check.detail and " ms" in check.detail
 
 
-def test_a_real_server_of_another_model_is_an_error_with_both_values(
-    server: str, overrides: list[str], models: dict[str, Path]
-) -> None:
-    (check,) = look(
-        QUICKSTART / "gspo.toml", *overrides, f'rollout.servers=["{server}"]', f'model.path="{models["moe"]}"'
-    )
-    assert check.status == "error" and "holds another model" in check.detail
-    assert "vocab_size = 13, model.path has 331" in check.detail and "model.path" in check.fix
-
-
 def test_the_whole_command_on_a_real_server_ends_well(server: str, overrides: list[str]) -> None:
     settings = [*overrides, f'rollout.servers=["{server}"]']
     command = [sys.executable, "-m", "megatron_gspo.cli", "doctor", str(QUICKSTART / "gspo.toml"), *settings, "--json"]
@@ -309,6 +299,15 @@ def look_at(overrides: list[str], *stand_ins: TestServer, more: list[str] | None
 def test_what_is_wrong_with_a_server_is_said(overrides: list[str], pages: dict, status: str, said: str) -> None:
     (check,) = look_at(overrides, stand_in(**pages))
     assert check.status == status and said in check.detail, check
+
+
+def test_a_server_of_another_model_is_an_error_with_both_values(
+    quickstart: Path, overrides: list[str], models: dict[str, Path]
+) -> None:
+    pages = SOUND_MODEL | {"model_path": str(quickstart / "model")}
+    (check,) = look_at(overrides, stand_in(pages), more=[f'model.path="{models["moe"]}"'])
+    assert check.status == "error" and "holds another model" in check.detail
+    assert "vocab_size = 13, model.path has 331" in check.detail and "model.path" in check.fix
 
 
 @pytest.mark.parametrize(

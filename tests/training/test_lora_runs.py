@@ -66,7 +66,6 @@ def test_a_server_that_gets_what_adapters_change_computes_as_the_trainer_does(
     assert manifest["lora"]["parameters"] == sum(tensor.numel() for tensor in stored.values())
 
 
-@SLOW
 def test_a_run_with_adapters_that_was_stopped_and_resumed_is_the_one_that_was_not(
     ranks: RankPool, make_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -80,7 +79,6 @@ def test_a_run_with_adapters_that_was_stopped_and_resumed_is_the_one_that_was_no
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-@SLOW
 def test_adapters_of_one_run_are_where_another_starts(ranks: RankPool, make_config: MakeConfig, tmp_path: Path) -> None:
     first = make_config(*ADAPTED, f'train.run_dir="{tmp_path}/first"')
     ranks.run(2, train, first)

@@ -70,6 +70,15 @@ def test_what_cannot_be_measured_is_one_line_before_anything_is_started(
     assert capsys.readouterr().err == f"error: {said}\n"
 
 
+def test_bench_logprobs_prints_a_line_a_head_and_what_it_is_held_against(capfd: pytest.CaptureFixture[str]) -> None:
+    sizes = "--tokens 8 --ranks 1 --vocab 64 --hidden 8 --repetitions 1"
+    assert main(["bench", "logprobs", *sizes.split()]) == 0
+    out = capfd.readouterr().out
+    heads = ["ours", "matmuls", "matmuls-tiled", "full-logits", "megatron"]
+    assert [line.split()[2] for line in out.splitlines() if line.startswith("      8     1  ")] == heads
+    assert "8 tokens, 1 rank(s): " in out.splitlines()[-1] and "aim: at most" in out
+
+
 def test_bench_logprobs_prints_every_head_at_every_size_as_json(capfd: pytest.CaptureFixture[str]) -> None:
     sizes = "--tokens 8 --alone 16 --ranks 1 2 --vocab 64 --hidden 8 --repetitions 2 --json"
     assert main(["bench", "logprobs", *sizes.split()]) == 0
