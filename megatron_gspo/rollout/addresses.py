@@ -1,10 +1,10 @@
 """Where the servers are that ``megatron-gspo serve`` has started: a file a node, in a directory that all nodes share.
 
-    node-1.json    {"urls": ["http://10.0.0.1:20517", ...]}, while the servers of that node are up; whoever removes it
-                   ends them
+    node-1.json    {"urls": ["http://10.0.0.1:20517", ...]}, while the servers of that node are up
     key            what every request to them carries; for this user's eyes alone
     node-1/        logs of that node's servers
 
+Whoever removes a node's file ends its servers.
 Whoever can write into the directory can send the run's weights and prompts to servers of his own: files of other users
 are refused, as is a key that others can read.
 """

@@ -1,8 +1,7 @@
 """Turns of trainer and servers on the same cards: who computes, who waits with what, and in which order they change.
 
     training   servers asleep; gradients and optimizer states on the cards
-    updating   the weights of the servers are on the cards, for a push to fill; gradients are gone, optimizer states in
-               host memory
+    updating   the servers' weights on the cards, for a push to fill; gradients gone, optimizer states in host memory
     serving    their cache too, and requests are let in
 
 A weight version ends in "-asleep" while a server sleeps and in "-turning" while nobody can know: no response of such a

@@ -1,11 +1,15 @@
 """The documentation says what the code does: generated pages are current, commands exist, links lead somewhere."""
 
+import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import docutils.core
+import docutils.nodes
 import pytest
+from sphinx.ext.napoleon import Config, GoogleDocstring
 
 from megatron_gspo import cli
 from tools.config_reference import reference
@@ -55,6 +59,29 @@ def test_tests_that_a_page_names_are_there(page: Path):
     for path, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text(encoding="utf-8")):
         assert (ROOT / path).is_file(), path
         assert f"def {name}" in (ROOT / path).read_text(encoding="utf-8"), name
+
+
+def docstrings(file: Path) -> list[tuple[str, str]]:
+    """(name, docstring) of a module, its classes and its functions."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, kinds)]
+    return [(getattr(node, "name", "the module"), text) for node in nodes if (text := ast.get_docstring(node))]
+
+
+@pytest.mark.parametrize(
+    "package", sorted({path.parent for path in (ROOT / "megatron_gspo").rglob("*.py")}), ids=lambda path: path.name
+)
+def test_every_docstring_is_markup_that_the_documentation_takes(package: Path):
+    """A table whose lines are continued deeper, say, is an error there, and the whole build takes minutes."""
+    quiet = {"report_level": 5, "halt_level": 5, "file_insertion_enabled": False}
+    wrong = []
+    for file in sorted(package.glob("*.py")):
+        for name, text in docstrings(file):
+            lines = str(GoogleDocstring(text, Config(napoleon_numpy_docstring=False)))
+            tree = docutils.core.publish_doctree(lines, settings_overrides=quiet)
+            said = [message.astext() for message in tree.findall(docutils.nodes.system_message) if message["level"] > 1]
+            wrong += [f"{file.name}, {name}: {line}" for line in said if "Unknown interpreted text role" not in line]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.slow_suite  # three and a half minutes of a processor
