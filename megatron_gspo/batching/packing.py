@@ -125,8 +125,8 @@ def dummy_batch(
 def zigzag_positions(cu_seqlens: torch.Tensor, context: int, rank: int) -> torch.Tensor:
     """The positions in T that context rank ``rank`` of ``context`` holds, in the order in which it holds them.
 
-    Of each sequence in turn, its chunk ``rank`` and then its chunk 2 * context - 1 - rank: the order that Megatron's
-    rotary embedding of packed sequences expects. One rank holds all positions, in order.
+    Of each sequence in turn, its chunk ``rank`` and then its chunk 2 * context - 1 - rank. One rank holds all
+    positions, in order.
 
     Args:
         cu_seqlens: [S + 1] boundaries; every length is a multiple of 2 * context.

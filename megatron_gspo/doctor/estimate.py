@@ -154,17 +154,19 @@ def tokens_of_microbatch(config: RunConfig, data_size: int) -> int:
 def _activations(config: RunConfig, model: ModelShape, stage: int, data_size: int, machine: Machine | None) -> int:
     """Of each micro-batch in flight, and of one layer.
 
-    Of a micro-batch and virtual stage: what layers keep, and what goes in and comes out behind the last of them. Then
-    ``recomputed``, and the tokens of all tensor ranks, which Megatron gathers into memory that stays.
+    Of a micro-batch and virtual stage: what layers keep, what goes in and comes out behind the last of them, and the
+    rotary table of its tokens, which each tensor rank has whole. Then ``recomputed``, and the tokens of all tensor
+    ranks, which Megatron gathers into memory that stays.
     """
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     tokens = tokens_of_microbatch(config, data_size) / parallel.context
     kept = [layer.kept(again) for layer, again in layers_of(config, model, stage, data_size, machine)]
     own = item * model.hidden_size / parallel.tensor
     ends = own if choose_kernels(config.model.kernels, config.model.dtype, machine)["norm"] == "triton" else 0.0
+    table = max(4, item) * model.head_dim * model.rotary_fraction
     chunks = []
     for count in stage_layers(parallel, model.num_layers)[stage :: parallel.pipeline]:
-        chunks.append(ends + sum(kept[:count]))
+        chunks.append(ends + table + sum(kept[:count]))
         kept = kept[count:]
     chunks[-1] += ends * (stage == parallel.pipeline - 1)
     held = most_in_flight(chunks, parallel, stage, microbatches(config, data_size))
@@ -223,7 +225,7 @@ class LayerBytes:
     entry: float
     """The layer's input: all that full recompute keeps."""
     attention: float
-    """Norms, projections and rotary tables, the input and ``core`` not counted."""
+    """Norms and projections, the input and ``core`` not counted."""
     core: float
     """Attention scores' part that is made again from its inputs."""
     mlp: float
@@ -250,8 +252,7 @@ class LayerBytes:
                 kept = (1 + parallel.expert_tensor) * hidden + 6 * model.expert_hidden_size
             mlp += routing + model.top_k * (item * kept + INDEX_BYTES * parallel.expert_tensor)
         entry = item * hidden
-        rotary = 4 * wide * dim  # each rank its own, of all tokens
-        return cls(entry / ranks, (norms + linear - core - entry) / ranks + rotary, core / ranks, mlp / ranks)
+        return cls(entry / ranks, (norms + linear - core - entry) / ranks, core / ranks, mlp / ranks)
 
     @classmethod
     def fused(cls, model: ModelShape, parallel: ParallelConfig, item: int, is_moe: bool, experts: str) -> LayerBytes:
@@ -273,7 +274,7 @@ class LayerBytes:
             rows = item * (copies * (model.hidden_size + 3 * model.expert_hidden_size / copies)) + 4 * copies
             places = 16 + 16 * copies + 16 * copies * local
             mlp += routing + model.top_k * (rows + places)
-        return cls(item * hidden / ranks, (attention - item * hidden) / ranks + 16 * dim, core / ranks, mlp / ranks)
+        return cls(item * hidden / ranks, (attention - item * hidden) / ranks, core / ranks, mlp / ranks)
 
     def adapted(self, config: RunConfig, model: ModelShape, is_moe: bool, tokens: float) -> LayerBytes:
         """The same with what adapters on every matrix keep; fewer targets keep less.

@@ -84,11 +84,19 @@ def swiglu_backward(
     return torch.empty_like(x_T2I.contiguous()), None if probs_T is None else torch.empty_like(probs_T.contiguous())
 
 
+def turn(
+    x_Thd: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, neighbours: bool, *, back: bool
+) -> torch.Tensor:
+    """Of ``triton_rotary.turn``."""
+    return x_Thd.new_empty(x_Thd.shape)
+
+
 def modules() -> dict[str, types.ModuleType]:
     """Name of a module that needs Triton -> what stands in for it."""
     contents: dict[str, dict[str, Any]] = {
         "triton_head": {"TritonHead": Head},
         "triton_norm": {"forward": norm_forward, "backward": norm_backward},
+        "triton_rotary": {"turn": turn},
         "triton_swiglu": {"forward": swiglu_forward, "backward": swiglu_backward},
     }
     made = {}

@@ -91,6 +91,7 @@ def _gradients(asked: Asked) -> Choice:
 OPERATIONS: dict[str, Callable[[Asked], Choice]] = {
     "head": _head,
     "norm": _pointwise,
+    "rotary": _pointwise,
     "swiglu": _pointwise,
     "experts": _experts,
     "gradients": _gradients,

@@ -27,6 +27,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_gspo.batching.packing import zigzag_positions
+from megatron_gspo.megatron.rotary import Rotation
 from megatron_gspo.parallel.context import gather_rows
 from megatron_gspo.platforms import here
 from megatron_gspo.types import Shard
@@ -70,16 +71,15 @@ def core_attention(config: TransformerConfig) -> type[torch.nn.Module]:
 
 
 def packed_sequences(
-    cu_seqlens: torch.Tensor, shard: Shard, config: TransformerConfig, device: torch.device
+    cu_seqlens: torch.Tensor, shard: Shard, config: TransformerConfig, device: torch.device, rotary: str = "torch"
 ) -> PackedSequences:
-    """What a micro-batch's layers need to know of it, from its boundaries [S + 1] on the host.
-
-    They stay there, where Megatron's rotary embedding reads them in every layer. (Transformer Engine wants them on the
-    device.) ``max_seqlen`` is one more than the longest sequence: when it equals the end of the pack (one sequence),
-    Megatron numbers positions through the pack instead of within each sequence.
+    """What a micro-batch's layers need to know of it, from its boundaries [S + 1] on the host, where they stay.
+    (Transformer Engine wants them on the device.) ``rotary``: the kernel of ``kernels.rotary``.
     """
-    kernel, longest = attention_kernel(config), int(cu_seqlens.diff().max()) + 1
-    boundaries = cu_seqlens.to(device) if kernel == "transformer_engine" else cu_seqlens
+    kernel, longest = attention_kernel(config), int(cu_seqlens.diff().max())
+    boundaries = cu_seqlens.to(device if kernel == "transformer_engine" else cu_seqlens.device, copy=True)
+    position_T = positions(cu_seqlens, shard.context_size, shard.context_rank)
+    boundaries.rotation = Rotation(position_T.to(device), rotary)  # type: ignore[attr-defined]
     attend = None
     if kernel != "transformer_engine":
         runs = query_runs(cu_seqlens, shard.context_size, shard.context_rank)
@@ -93,6 +93,12 @@ def packed_sequences(
         max_seqlen_kv=longest,
         attend=attend,
     )
+
+
+def positions(cu_seqlens: torch.Tensor, context: int, rank: int) -> torch.Tensor:
+    """[T_own] int64: of the tokens of context rank ``rank`` of ``context`` within their sequences."""
+    own_T = zigzag_positions(cu_seqlens, context, rank)
+    return own_T - cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long() // context)
 
 
 @dataclass(frozen=True)

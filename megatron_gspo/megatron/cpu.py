@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_gspo.megatron.rotary import rotate_packed
 from megatron_gspo.platforms import here
 
 CPU = torch.device("cpu")
@@ -140,7 +141,7 @@ def _install_in_megatron() -> None:
 
 
 def _mend_megatron() -> None:
-    """With or without a GPU: the router's products, rotations of half types, and a name that 0.16.1 takes for a class.
+    """With or without a GPU: the router's products, rotary embeddings, and a name that 0.16.1 takes for a class.
 
     Transformer Engine's products of float32, which 0.19.2 takes for a router's gradients where it is installed, are of
     TF32. (0.16.1 asks for them without having imported them.)
@@ -152,20 +153,7 @@ def _mend_megatron() -> None:
     moe_utils.te_general_gemm = None  # selects torch's
     if not isinstance(multi_latent_attention.TELinear, type):
         multi_latent_attention.TELinear = type("TELinear", (), {})  # a mock, and no type to isinstance: nothing is one
-    rope_utils._apply_rotary_pos_emb_bshd = _rounded_once(rope_utils._apply_rotary_pos_emb_bshd)
-
-
-def _rounded_once(rotate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Megatron rounds cosines, sines, both products and their sum to a half type's bits: here they are float32's, as in
-    an engine, and only the result is rounded. (A cosine near 1 is off by up to 2^-9 in bfloat16.)"""
-
-    @functools.wraps(rotate)
-    def rotated(t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if t.dtype not in (torch.bfloat16, torch.float16):
-            return rotate(t, *args, **kwargs)
-        return rotate(t.float(), *args, **kwargs).to(t.dtype)
-
-    return rotated
+    rope_utils._apply_rotary_pos_emb_thd = rotate_packed
 
 
 @contextlib.contextmanager

@@ -108,7 +108,7 @@ class PolicyModel(GPTModel):
             input_ids=batch.tokens_T[own][None],
             position_ids=None,  # from the boundaries and the context rank, as the order of ``own`` has it
             attention_mask=None,
-            packed_seq_params=packed_sequences(boundaries, shard, self.config, own.device),
+            packed_seq_params=packed_sequences(boundaries, shard, self.config, own.device, self.kernels["rotary"]),
         )
         self.counted_T = None
         if not self.post_process:

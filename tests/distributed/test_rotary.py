@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_gspo.megatron.attention import positions
 from megatron_gspo.megatron.groups import start_distributed
+from megatron_gspo.megatron.rotary import Rotation
 from tests.pool import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -42,8 +44,19 @@ def by_megatron(rotate: Callable[..., torch.Tensor], latent: bool, t: torch.Tens
     )
     asked = "mla_rotary_interleaved" in inspect.signature(rotate).parameters  # of 0.19.2, where 0.16.1 reads the config
     more: dict[str, Any] = {"mla_rotary_interleaved": latent} if asked else {}
-    boundaries = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
+    boundaries: Any = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
+    boundaries.rotation = Rotation(positions(boundaries, 1, 0))
     return rotate(t, angles(), config=config, cu_seqlens=boundaries, cp_group=dist.group.WORLD, **more)
+
+
+def megatrons_own(t: torch.Tensor, latent: bool) -> torch.Tensor:
+    """What stands in Megatron for a query whose positions are those of ``LENGTHS``."""
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd as rotate
+
+    newer = "mla_rotary_interleaved" in inspect.signature(rotate).parameters
+    named = "mla_rotary_interleaved" if newer else "multi_latent_attention"
+    own = torch.cat([angles()[:length] for length in LENGTHS])
+    return rotate(t[:, None], own, **{named: latent})[:, 0]
 
 
 def errors(latent: bool) -> dict[str, float]:
@@ -63,9 +76,7 @@ def errors(latent: bool) -> dict[str, float]:
     assert out.dtype == query.grad.dtype == torch.bfloat16
     exact = turned(t, latent)
     float64 = by_megatron(rotate, latent, t.double())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rope_utils, "_apply_rotary_pos_emb_bshd", rope_utils._apply_rotary_pos_emb_bshd.__wrapped__)
-        plain = by_megatron(rotate, latent, t)
+    plain = megatrons_own(t, latent)
     rms, plain_rms = (relative(each, exact).square().mean().sqrt() for each in (out, plain))
     found = {
         "rms": rms,
@@ -88,3 +99,38 @@ def test_a_bfloat16_rotation_is_float64s_rounded_once(ranks: RankPool, latent: b
     assert 0.9 < found["query"] < 1.01 and found.get("gradient", 1.0) < 1.01
     assert found["plain"] > 2 * found["rms"], "what Megatron's own roundings are"
     assert found["float64"] < 1e-3, "angles are float32's, and nothing else is rounded"
+
+
+def same_bits(latent: bool) -> list[bool]:
+    """Whether a float32 query and its gradient are Megatron's own."""
+    start_distributed()
+    from megatron.core.models.common.embeddings import rope_utils
+
+    def both(by: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        query = drawn[0].clone().requires_grad_()
+        out = by(query)
+        out.backward(drawn[1])
+        assert query.grad is not None
+        return out.detach(), query.grad
+
+    drawn = torch.randn(2, sum(LENGTHS), HEADS, WIDTH + 8, generator=torch.Generator().manual_seed(0))
+    ours = both(lambda query: by_megatron(rope_utils.apply_rotary_pos_emb, latent, query))
+    return [torch.equal(*each) for each in zip(ours, both(lambda query: megatrons_own(query, latent)), strict=True)]
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_a_float32_rotation_and_its_gradient_are_megatrons_bit_for_bit(ranks: RankPool, latent: bool) -> None:
+    assert ranks.run(1, same_bits, latent) == [[True, True]]
+
+
+def test_context_ranks_turn_by_the_positions_that_megatron_gives_them() -> None:
+    from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
+
+    boundaries = torch.tensor([0, 8, 32, 36], dtype=torch.int32)
+    numbers = torch.arange(24)
+    for rank in range(2):
+        own = [
+            _get_thd_freqs_on_this_cp_rank(rank, 2, numbers[: length // 2], numbers)
+            for length in boundaries.diff().tolist()
+        ]
+        assert positions(boundaries, 2, rank).tolist() == torch.cat(own).tolist()

@@ -118,6 +118,29 @@ def test_triton_kernels_of_rows_are_their_torch_forms_in_float64(dtype: torch.dt
     assert norm_error(both("cuda", "triton", dtype), both("cpu", "torch", torch.float64)) < tolerance
 
 
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.004)])
+def test_the_triton_rotation_is_its_torch_form_in_float64(
+    dtype: torch.dtype, tolerance: float, neighbours: bool
+) -> None:
+    from megatron_gspo.kernels.rotary import rotate
+
+    def both(device: str, kernel: str, dtype: torch.dtype) -> Arrays:
+        generator = torch.Generator().manual_seed(0)
+        x, grad = torch.randn(2, 257, 5, 128, generator=generator, dtype=torch.float64).to(inputs).to(dtype).to(device)
+        angles = 3 * torch.randn(257, 48, generator=generator, dtype=torch.float64)
+        wide = torch.promote_types(dtype, torch.float32)
+        cos, sin = (table.float().to(wide).to(device) for table in (angles.cos(), angles.sin()))
+        query = x.clone().requires_grad_()
+        y = rotate(query, cos, sin, neighbours=neighbours, kernel=kernel)
+        y.backward(grad)
+        assert query.grad is not None
+        return {name: each.detach().double().cpu().numpy() for name, each in {"y": y, "d x": query.grad}.items()}
+
+    inputs = dtype  # float64 sees what was rounded to it
+    assert norm_error(both("cuda", "triton", dtype), both("cpu", "torch", torch.float64)) < tolerance
+
+
 # --------------------------------------------------------------------------------------------------- attention and norm
 
 

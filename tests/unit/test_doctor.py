@@ -377,7 +377,7 @@ def test_a_gpu_is_shared_with_the_local_server_on_it(case: Case, gpus) -> None:
         ('model.dtype="bfloat16"', "gradients", 1.0),
         ('model.dtype="bfloat16"', "optimizer", 1.5),  # and a master copy of the weights
         ('model.dtype="float64"', "optimizer", 2.0),
-        ("parallel.tensor=2", "activations", 0.527),  # each rank has rotary tables of its own, and gathers tokens
+        ("parallel.tensor=2", "activations", 0.511),  # each rank has rotary tables of its own, and gathers tokens
         ("model.logprob_chunk=512", "logprobs", 0.5),
     ],
 )
@@ -393,7 +393,7 @@ def test_recompute_keeps_a_layers_input_and_one_layer(case: Case) -> None:
     facts = case.facts('model.recompute="full"', "train.minibatches=1")
     needed = memory.worst_stage(facts.config, facts.shape, facts.tensors, 1)[1]
     layer = LayerBytes.of(facts.shape, facts.config.parallel, 4, True, "grouped")
-    assert needed.activations == int(4096 * (3 * 64 * 4 + layer.kept(())))
+    assert needed.activations == int(4096 * (3 * 64 * 4 + 4 * 16 + layer.kept(())))  # and a rotary table
     mixture = 4 * (2 * 16 + 6 * 4) + 4 * (4 * (64 + 3 * 32) + 32)
     assert layer.kept(["moe"]) == layer.kept(()) - mixture
     assert layer.kept(["core_attn"]) == layer.kept(()) - 4 * (2 * 64 + 32)

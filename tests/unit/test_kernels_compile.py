@@ -20,11 +20,16 @@ SIZES = dict.fromkeys(("tokens", "columns", "hidden", "rows", "width"), "i32")
 SUMS = dict.fromkeys(("maximum", "exp", "weighted", "label"), "*fp32")
 ROWS = dict.fromkeys(("x", "y", "dx", "dy", "weight"), "*bf16") | {"probs": "*fp32", "dprobs": "*fp32"}
 ROWS |= {"partial": "*fp32", "eps": "fp32"}
+TURNED = ROWS | {"cos": "*fp32", "sin": "*fp32"}
+TURNED |= dict.fromkeys(("rows", "heads", "half", "rest", "token_stride", "head_stride"), "i32")
+OF_TURN = {"FROM_NEIGHBOURS": False, "TO_NEIGHBOURS": False, "ROWS": 32, "BLOCK": 64, "REST": 0}
 CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "_sums": ("triton_head", OF_HEAD | SIZES | SUMS, {**HEAD, "SPLIT": 4096, "LOWEST": -3.4028234663852886e38}),
     "_gradients": ("triton_head", OF_HEAD | SIZES | {"lse": "*fp32", "grad": "*fp32", "dz": "*bf16"}, HEAD),
     "norm forward": ("triton_norm", ROWS | SIZES, {"ROWS": 2, "BLOCK": 2048}),
     "norm backward": ("triton_norm", ROWS | SIZES, {"ROWS": 2, "BLOCK": 2048}),
+    "rotary turn": ("triton_rotary", TURNED, OF_TURN | {"BACK": False}),
+    "rotary back turn": ("triton_rotary", TURNED, OF_TURN | {"BACK": True, "TO_NEIGHBOURS": True, "REST": 64}),
     "swiglu forward": ("triton_swiglu", ROWS | SIZES, {"HAS_PROBS": True, "ROWS": 2, "BLOCK": 1024}),
     "swiglu backward": ("triton_swiglu", ROWS | SIZES, {"HAS_PROBS": True, "ROWS": 2, "BLOCK": 1024}),
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_gspo.kernels.norm import rms_norm
+from megatron_gspo.kernels.rotary import rotate
 from megatron_gspo.kernels.swiglu import swiglu
 from tests.interpreter import Interpreter, interpreter, needs_triton
 
@@ -97,3 +98,44 @@ def test_a_norm_whose_programs_take_many_rows_each_sums_all_of_them(interpreted:
     expected = run_norm((64, 32), torch.float64, "torch")
     for programs in (1, 3, 256):
         assert error(interpreted(run_norm_with_programs, programs), expected) < 5e-7
+
+
+# --------------------------------------------------------------------------------------------------------------- rotary
+
+
+def run_rotary(shape: tuple[int, int, int], half: int, neighbours: bool, dtype: torch.dtype, kernel: str) -> Tensors:
+    """Of a view with whole heads, as a key is that no norm has copied."""
+    tokens, heads, width = shape
+    angles = 3 * normal(tokens, half, seed=2)
+    cos, sin = (table.float().to(dtype) for table in (angles.cos(), angles.sin()))
+    x = normal(tokens, heads, 2 * width).to(dtype).requires_grad_()
+    y = rotate(x[..., width:], cos, sin, neighbours=neighbours, kernel=kernel)
+    y.backward(normal(*shape, seed=1).to(dtype))
+    assert x.grad is not None and y.shape == shape and y.is_contiguous()
+    return {"y": y.detach(), "d x": x.grad}
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize(("shape", "half"), [((37, 3, 16), 8), ((5, 2, 24), 6), ((70, 40, 2), 1)])
+def test_the_rotation_has_the_values_and_gradients_of_float64(
+    interpreted: Interpreter, shape: tuple[int, int, int], half: int, neighbours: bool
+) -> None:
+    found = interpreted(run_rotary, shape, half, neighbours, torch.float32, "triton")
+    assert error(found, run_rotary(shape, half, neighbours, torch.float64, "torch")) < 2e-7
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_the_rotations_plain_form_is_multiplication_by_a_complex_number(neighbours: bool) -> None:
+    shape, half = (5, 2, 10), 3
+    found = run_rotary(shape, half, neighbours, torch.float64, "torch")
+    x, grad = normal(5, 2, 20)[..., 10:], normal(*shape, seed=1)
+    angles = 3 * normal(5, half, seed=2)
+    turn = torch.complex(angles.cos().float().double(), angles.sin().float().double())[:, None]
+    first, second = (x[..., 0:6:2], x[..., 1:6:2]) if neighbours else (x[..., :3], x[..., 3:6])
+    y = torch.complex(first.contiguous(), second.contiguous()) * turn
+    torch.testing.assert_close(found["y"], torch.cat([y.real, y.imag, x[..., 6:]], dim=-1), rtol=1e-14, atol=1e-14)
+    dx = torch.complex(grad[..., :3].contiguous(), grad[..., 3:6].contiguous()) * turn.conj()
+    pairs = torch.stack([dx.real, dx.imag], dim=-1).flatten(-2) if neighbours else torch.cat([dx.real, dx.imag], -1)
+    expected = torch.zeros(5, 2, 20, dtype=torch.float64)
+    expected[..., 10:] = torch.cat([pairs, grad[..., 6:]], dim=-1)
+    torch.testing.assert_close(found["d x"], expected, rtol=1e-14, atol=1e-14)
