@@ -190,6 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=500, help="outer steps (default 500)")
     parser.add_argument("--figure", type=Path, help="an SVG of it all")
     options = parser.parse_args(arguments)
+    if options.steps < WARM_UP + 5:
+        parser.error(
+            f"--steps {options.steps}: growth is measured after the first {WARM_UP}, over fifths of the others"
+        )
     started = time.monotonic()
     series = watch(options.directory.resolve(), options.steps)
     grown: dict[str, Any] = growth(series, options.steps)

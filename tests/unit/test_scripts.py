@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +33,13 @@ def test_a_script_says_how_it_is_used_and_writes_nothing(script: Path, tmp_path:
         assert done.returncode == status, done.stderr
         assert "usage" in (done.stdout + done.stderr).lower()
         assert not list(tmp_path.iterdir()), f"{option} is no name of a file"
+
+
+def test_growth_of_fewer_steps_than_it_is_measured_over_is_refused_before_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(ROOT / "tools" / "growth.py"))["main"]
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), "--steps", "104"])
+    assert "--steps 104: growth is measured after the first 100" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
