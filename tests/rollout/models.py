@@ -111,6 +111,8 @@ def save_wide_model(model_type: str, directory: Path, seed: int, **asked: Any) -
     own = {name: size for name, size in WIDE.items() if name in FRAME | SERVED[model_type]}
     if model_type == "deepseek_v3":
         del own["head_dim"]  # its heads follow from other sizes
+    if model_type == "qwen2_moe":
+        own["num_attention_heads"] = 2  # SGLang works the size of its heads out: the model's over their number
     return save_further_model(model_type, directory, seed, **own | asked)
 
 
