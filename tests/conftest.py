@@ -39,6 +39,7 @@ TAKE_LONG = (
     "training/test_eval.py::test_eval_repeats_what_training_measured",
     "training/test_group_work.py::test_two_leaders_give_the_credit_that_one_does[centred]",
     "training/test_group_work.py::test_two_leaders_give_the_credit_that_one_does[leave-one-out]",
+    "training/test_resume.py::test_sigterm_saves_after_the_outer_step",
     "training/test_runs.py::test_a_run_is_the_same_whichever_way_its_weights_travel",
     "training/test_runs.py::test_the_same_configuration_takes_the_same_first_step_at_every_layout",
     "unit/test_bench.py::test_bench_logprobs_prints_every_head",

@@ -44,6 +44,7 @@ def cursor_of(config: RunConfig) -> dict[str, Any]:
     return cursor
 
 
+@pytest.mark.slow_suite
 def test_a_mixture_with_a_curriculum_resumed_or_on_two_leaders_is_the_same_run(
     ranks: RankPool, mixed: MakeConfig, tmp_path: Path
 ) -> None:
