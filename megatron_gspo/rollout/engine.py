@@ -217,6 +217,9 @@ class EngineEntry:
     """Architectures of which it makes every layer a mixture of experts, whatever ``config.json`` says."""
     computed_with: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Architecture -> keys of ``config.json`` that it does not look at, with what it computes with instead."""
+    sizes_heads: frozenset[str] = frozenset()
+    """Architectures whose attention heads it gives hidden_size / num_attention_heads numbers, whatever ``head_dim`` in
+    ``config.json`` says."""
     own_heads: frozenset[str] = frozenset()
     """Architectures to which it gives a head of its own, also where ``config.json`` ties it to the embedding: it is
     sent with the weights."""
@@ -233,6 +236,8 @@ ENGINES = {
         without_dense_layers=frozenset({"Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"}),
         # srt/models/olmoe.py: renormalize=False; at equal weights logprobs were up to 1.5 off.
         computed_with={"OlmoeForCausalLM": {"norm_topk_prob": False}},
+        # srt/models/qwen2_moe.py, mixtral.py and olmoe.py; a Qwen2-MoE of other heads ends the server as it loads it.
+        sizes_heads=frozenset({"Qwen2MoeForCausalLM", "MixtralForCausalLM", "OlmoeForCausalLM"}),
         # Their ParallelLMHead is never tied, and a checkpoint of a tied one holds no tensor for it: logprobs of ln V.
         own_heads=frozenset(
             {

@@ -85,7 +85,7 @@ def check_lora(config: RunConfig, family: Family, shape: ModelShape) -> None:
 
 
 def check_engine(engine: str, path: str | Path, shape: ModelShape) -> None:
-    """Raises ConfigError for a model, that at ``path``, which the engine takes for another one without a word."""
+    """Raises ConfigError for a model, that at ``path``, which the engine takes for another one, or cannot hold."""
     given = read_config(path)
     for key, computed in ENGINES[engine].computed_with.get(shape.architecture, {}).items():
         if given.get(key, computed) != computed:
@@ -94,6 +94,12 @@ def check_engine(engine: str, path: str | Path, shape: ModelShape) -> None:
                 f"{shape.architecture} with {json.dumps(computed)} whatever it says: its responses would come from "
                 f"another model"
             )
+    size = shape.hidden_size // shape.num_attention_heads
+    if shape.head_dim != size and shape.architecture in ENGINES[engine].sizes_heads:
+        raise ConfigError(
+            f"{path}: head_dim = {shape.head_dim} in config.json, and {engine} gives a {shape.architecture} heads of "
+            f"hidden_size / num_attention_heads = {size}, whatever it says: it cannot hold these weights"
+        )
     dense = [layer for layer, moe in enumerate(shape.moe_layers) if not moe]
     if dense and shape.architecture in ENGINES[engine].without_dense_layers:
         raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import CONFIG_MAPPING
 from megatron_gspo.errors import ConfigError
 from megatron_gspo.hf.catalog import FAMILIES, read_model
 from megatron_gspo.hf.family import ModelShape
+from megatron_gspo.train.models import check_engine
 
 Config = dict[str, Any]
 
@@ -216,3 +218,18 @@ def test_yarn_begins_from_the_positions_that_transformers_takes(tmp_path: Path, 
     found = theirs("DeepseekV3ForCausalLM", json.loads(json.dumps(config))).rope_parameters
     assert shape.megatron["original_max_position_embeddings"] == found["original_max_position_embeddings"] == positions
     assert shape.rotary_base == found["rope_theta"] == 5000.0
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2MoeForCausalLM", "MixtralForCausalLM", "OlmoeForCausalLM"])
+def test_heads_that_the_engine_would_give_another_size_are_refused_for_rollouts(
+    tmp_path: Path, architecture: str
+) -> None:
+    sound = {"mlp_only_layers": [], "decoder_sparse_step": 1, "norm_topk_prob": False}
+    config = BASES[architecture] | sound | {"architectures": [architecture]}
+    size = config["hidden_size"] // config["num_attention_heads"]
+    for head_dim in (size, 2 * size):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"head_dim": head_dim}))
+        _, shape = read_model(tmp_path)
+        refused = pytest.raises(ConfigError, match=rf"head_dim = {2 * size} .* sglang gives a {architecture} heads of")
+        with refused if head_dim != size else nullcontext():
+            check_engine("sglang", tmp_path, shape)
