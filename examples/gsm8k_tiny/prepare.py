@@ -79,24 +79,27 @@ def write_tokenizer(directory: Path, corpus: list[str], vocab_size: int) -> None
     import sentencepiece
 
     directory.mkdir(parents=True, exist_ok=True)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in corpus for line in text.split("\n") if line),
-        model_prefix=str(directory / "tokenizer"),
-        model_type="bpe",
-        vocab_size=vocab_size,
-        character_coverage=1.0,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        unk_id=UNK,
-        eos_id=EOS,
-        pad_id=PAD,
-        bos_id=-1,
-        num_threads=1,  # the same pieces on every machine
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for text in corpus for line in text.split("\n") if line),
+            model_prefix=str(directory / "tokenizer"),
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=1.0,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            unk_id=UNK,
+            eos_id=EOS,
+            pad_id=PAD,
+            bos_id=-1,
+            num_threads=1,  # the same pieces on every machine
+            minloglevel=2,
+        )
+    except RuntimeError as error:  # of SentencePiece: too few pieces for every character, or more than the text has
+        sys.exit(f"--vocab-size {vocab_size}: {error}")
     (directory / "tokenizer.vocab").unlink()
     write_fast_tokenizer(directory)
 

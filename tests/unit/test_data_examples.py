@@ -109,6 +109,23 @@ def test_the_quickstarts_teacher_errs_in_4_percent_of_its_steps_and_goes_on_from
     assert abs(right_ends / 4000 - expected) < 0.03
 
 
+def test_a_vocabulary_that_no_tokenizer_can_have_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [{"question": f"What is {n} + {n}?", "answer": f"#### {2 * n}"} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for size in ("50", "9000"):
+        with pytest.raises(SystemExit, match=f"--vocab-size {size}: .*Vocabulary size"):
+            prepare(
+                monkeypatch,
+                "gsm8k_tiny",
+                tmp_path / "rows.jsonl",
+                tmp_path,
+                "--eval-prompts",
+                "4",
+                "--vocab-size",
+                size,
+            )
+
+
 @pytest.mark.skipif(not GSM8K.is_file(), reason="needs GSM8K's train.jsonl ($MEGATRON_GSPO_GSM8K)")
 def test_gsm8k_makes_the_round_trip_through_its_tokenizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     prepare(monkeypatch, "gsm8k_tiny", GSM8K, tmp_path, "--keep-calculator")
