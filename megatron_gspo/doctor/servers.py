@@ -17,7 +17,7 @@ from megatron_gspo.hf.catalog import read_config
 from megatron_gspo.rollout.addresses import named
 from megatron_gspo.rollout.sglang.cards import check_cards
 from megatron_gspo.rollout.sglang.launcher import free_ports
-from megatron_gspo.rollout.sglang.probe import get
+from megatron_gspo.rollout.sglang.probe import get, started_from
 from megatron_gspo.train.engine_dtype import check_eight_bits, check_form
 from megatron_gspo.train.models import check_engine, first_difference
 from megatron_gspo.versions import untested
@@ -116,11 +116,11 @@ def _version_problems(server: Server) -> list[Check]:
 
 def _model_problems(facts: Facts, server: Server) -> list[Check]:
     """Another architecture or vocabulary; the server's own config.json is read where its path can be, from here."""
-    path, names = server.model.get("model_path"), server.model.get("architectures")
+    path, names = started_from(server.model), server.model.get("architectures")
     own = read_config(facts.config.model.path)
     theirs: dict[str, Any] = {"architectures": names} if names else {}
     try:
-        if isinstance(path, str) and (Path(path) / "config.json").is_file():
+        if (Path(path) / "config.json").is_file():
             theirs |= read_config(path)
     except MegatronGspoError:
         pass

@@ -155,14 +155,14 @@ def check_served(urls: Sequence[str], model: str, key: str = "", dtype: str = ""
     """
     own = read_config(model)
     for state in probe(urls, TIMEOUT_S, key, health=False):  # they may be asleep
-        if state.model_path is None:
+        if state.started_from is None:
             continue  # that it does not answer is said when it is asked for responses
         if awake and str(state.weight_version).endswith((ASLEEP, TURNING)):
             raise ConfigError(
                 f"rollout.servers: {state.url} was left asleep (weight version {state.weight_version}) by a run that "
                 f'took turns with it: start it again, or set placement.mode = "colocated"'
             )
-        served = Path(state.model_path)
+        served = Path(state.started_from)
         theirs = read_config(served) if (served / "config.json").is_file() else {}
         if difference := first_difference(own, theirs):
             raise ConfigError(f"rollout.servers: {state.url} holds another model ({served}): its {difference}")

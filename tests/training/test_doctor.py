@@ -304,10 +304,12 @@ def test_what_is_wrong_with_a_server_is_said(overrides: list[str], pages: dict, 
 def test_a_server_of_another_model_is_an_error_with_both_values(
     quickstart: Path, overrides: list[str], models: dict[str, Path]
 ) -> None:
-    pages = SOUND_MODEL | {"model_path": str(quickstart / "model")}
-    (check,) = look_at(overrides, stand_in(pages), more=[f'model.path="{models["moe"]}"'])
-    assert check.status == "error" and "holds another model" in check.detail
-    assert "vocab_size = 13, model.path has 331" in check.detail and "model.path" in check.fix
+    first = str(quickstart / "model")
+    synced = {"model_path": "/dev/shm/gone", "tokenizer_path": first}  # through files, which are gone
+    for pages in (SOUND_MODEL | {"model_path": first}, SOUND_MODEL | synced):
+        (check,) = look_at(overrides, stand_in(pages), more=[f'model.path="{models["moe"]}"'])
+        assert check.status == "error" and f"holds another model ({first})" in check.detail
+        assert "vocab_size = 13, model.path has 331" in check.detail and "model.path" in check.fix
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +28,21 @@ class ServerState:
     """The directory of its weights, as the server names it."""
     weight_version: str | None = None
     """What the last weight sync named them; "default" on a server that was started without a version."""
+    started_from: str | None = None
+    """The directory of the model that it was started with; on another machine, as the server names it."""
 
 
 class RefusedError(OSError):
     """An answer that is not 200."""
+
+
+def started_from(info: Mapping[str, Any]) -> str:
+    """The directory of the model that a server was started with, by its ``/model_info``.
+
+    A sync through files puts theirs in ``model_path``, and they are gone afterwards; ``tokenizer_path`` stays.
+    """
+    paths = [str(info[name]) for name in ("model_path", "tokenizer_path") if info.get(name)]
+    return next((path for path in paths if (Path(path) / "config.json").is_file()), (paths or [""])[0])
 
 
 def probe(urls: Sequence[str], timeout_s: float = 2.0, key: str = "", *, health: bool = True) -> list[ServerState]:
@@ -48,7 +59,7 @@ def _probe(url: str, timeout_s: float, key: str, health: bool) -> ServerState:
         if health:
             get(f"{url}/health", timeout_s)
         info: Any = json.loads(get(f"{url}/model_info", timeout_s, key))
-        return ServerState(url, None, str(info["model_path"]), str(info["weight_version"]))
+        return ServerState(url, None, str(info["model_path"]), str(info["weight_version"]), started_from(info))
     except OSError as error:
         return ServerState(url, "no answer in time" if isinstance(error, TimeoutError) else str(error))
     except (ValueError, KeyError, TypeError, http.client.HTTPException) as error:
