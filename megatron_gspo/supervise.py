@@ -72,6 +72,8 @@ def supervised(action: Callable[[], int], who: str, *, launched: bool = False) -
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what the child leaves behind becomes a child of this process
+    if launched:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)  # a fork does not pass it on
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -81,8 +83,8 @@ def supervised(action: Callable[[], int], who: str, *, launched: bool = False) -
         os.close(lock)
         _live_in(place)
         _work(action, words)
-    if launched:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
+    if launched and os.getppid() != launcher:  # it was gone before the kernel was asked to tell of it
+        os.kill(child, signal.SIGKILL)
     status = _wait(child, launcher if launched else None)
     said = _read(words)
     _end_what_is_left()

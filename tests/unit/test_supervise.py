@@ -178,9 +178,18 @@ def test_an_interrupt_ends_the_work_without_a_traceback(to_all: bool) -> None:
     assert process.returncode == 130 and said == ""
 
 
-def test_the_work_ends_when_its_launcher_is_killed() -> None:
-    body = "print(os.getpid(), flush=True); time.sleep(600)"
-    launcher = f"import subprocess; p = subprocess.Popen({program(body, launched=True)!r}); p.wait()"
+LATE = """
+fork = os.fork
+os.fork = lambda: (child := fork()) and (time.sleep(2.0) or child)
+"""
+"""The child is at work before its parent goes on."""
+
+
+@pytest.mark.parametrize("late", ["", LATE], ids=["", "while its supervisor comes late"])
+def test_the_work_ends_when_its_launcher_is_killed(late: str) -> None:
+    *start, source = program("print(os.getpid(), flush=True); time.sleep(600)", launched=True)
+    command = [*start, source.replace("status = supervised", f"{late}status = supervised")]
+    launcher = f"import subprocess; p = subprocess.Popen({command!r}); p.wait()"
     with subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         worker = int(process.stdout.readline())
