@@ -200,5 +200,26 @@ def test_the_work_ends_when_its_launcher_is_killed(late: str) -> None:
         time.sleep(0.02)
 
 
+GONE = """
+place = supervise._own_place
+supervise._own_place = lambda: print(os.getpid(), flush=True) or time.sleep(2.0) or place()
+"""
+"""Its launcher goes before the kernel is asked to tell of that."""
+
+
+def test_the_work_ends_when_its_launcher_is_gone_before_it_begins() -> None:
+    *start, source = program("time.sleep(600)", launched=True)
+    command = [*start, source.replace("status = supervised", f"{GONE}status = supervised")]
+    launcher = f"import subprocess; p = subprocess.Popen({command!r}); p.wait()"
+    with subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        supervisor = int(process.stdout.readline())
+        process.kill()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{supervisor}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_child_of_the_work_that_returns_from_it_says_nothing_for_it() -> None:
     assert ended("child = os.fork()\nif child: os.waitpid(child, 0); os._exit(0)")[0] == 1
